@@ -1,0 +1,57 @@
+"""Between images and what the model sees: diffusers' AutoencoderKL, or nothing at all (pixels)."""
+
+import torch
+from torch import Tensor
+
+from common import UserError
+
+SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}  # the published choices
+
+
+class Pixels:
+    """No autoencoder: the model sees the pixels in [-1, 1]."""
+
+    factor = 1  # image pixels a latent pixel, along a side
+    scale = 1.0
+    bounded = True  # within [-1, 1]
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, torch.zeros_like(images)
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """Samples [B, C, H, W] -> uint8 RGB images [B, H, W, 3]."""
+        samples = samples.expand(-1, 3, -1, -1) if samples.shape[1] == 1 else samples
+        return (127.5 * samples + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+class Latents(Pixels):
+    """diffusers' AutoencoderKL; latents are multiplied by `scale` (the VAE's own scaling factor, 0.18215 for DiT's)."""
+
+    bounded = False
+
+    def __init__(self, name: str, device: torch.device):
+        from diffusers import AutoencoderKL  # seconds to import, and pixel runs never need it
+
+        try:
+            self.vae = AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"cannot load the VAE {name!r} (a hub name or a folder that holds a diffusers AutoencoderKL): {reason}"
+            ) from None
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.scale = self.vae.config.scaling_factor
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B, C, H / factor, W / factor] of the scaled latents of images in [-1, 1]."""
+        posterior = self.vae.encode(images).latent_dist
+        return posterior.mean * self.scale, posterior.std * self.scale
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """Scaled latents [B, C, h, w] -> uint8 RGB images [B, H, W, 3]."""
+        return super().decode(self.vae.decode(samples / self.scale).sample)
+
+
+def load_autoencoder(name: str, device: torch.device) -> Pixels:
+    """ "none" for pixels, else "ema" or "mse" (the published VAEs), any hub name, or a local folder. Raises UserError."""
+    return Pixels() if name == "none" else Latents(SHORT_NAMES.get(name, name), device)

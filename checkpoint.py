@@ -1,0 +1,190 @@
+"""The one file format for weights and training state, and the foreign files that can stand in for it.
+
+A checkpoint is what torch.save writes of one dict of plain types and tensors, so that torch.load(weights_only=True)
+reads it: format, version, config, step, model, ema, optimizer, scaler, window (the metrics since the last log line).
+`config` says how everything was made: config["model"] is what `build_model` takes, config["diffusion"] what
+`create_diffusion` takes, config["data"] describes the images, and config["training"] the run.
+"""
+
+import argparse
+import math
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common import UserError, atomic_write
+from models import SIZES, DiT, DiT_models
+from remix import RemixDiT, RemixDiT_models
+
+FORMAT, VERSION = "remix-dit", 1
+PUBLISHED_VAE = {"vae": "stabilityai/sd-vae-ft-ema", "scale": 0.18215}  # what every published DiT was trained on
+
+
+def build_model(config: dict) -> DiT | RemixDiT:
+    """Build the model that a config's "model" part describes, with fresh weights."""
+    dit = DiT(**config["backbone"])
+    return RemixDiT(dit, **config["remix"]) if config["remix"] else dit
+
+
+def model_config(name: str, model: DiT | RemixDiT) -> dict:
+    """The "model" part of a config, from which `build_model` builds `model` again."""
+    if isinstance(model, RemixDiT):
+        return {"name": name, "backbone": model.backbone_config, "remix": model.config}
+    return {"name": name, "backbone": dict(model.config), "remix": None}
+
+
+def save_checkpoint(path, state: dict):
+    """Write a training state; `path` holds the old file or the whole new one, never half of either."""
+    with atomic_write(path) as temporary:
+        torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
+
+
+def read_checkpoint(path) -> dict:
+    """Read a file of tensors and plain types onto the CPU; nothing in it is ever executed.
+
+    argparse.Namespace, which facebookresearch/DiT and the original Remix-DiT store, is the one class let in.
+    Raises UserError for a missing, truncated or foreign file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors and plain types, it is not loaded: {_first_line(error)}"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} is not a whole checkpoint (truncated, or another kind of file): {_first_line(error)}"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    if content.get("format") == FORMAT and content.get("version", 0) > VERSION:
+        raise UserError(f"{path} was written by a newer version of this code (format {content['version']})")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def newest_checkpoint(folder) -> Path | None:
+    """The checkpoint of the latest step in a run's checkpoints/ folder, or None."""
+    files = [path for path in Path(folder).glob("*.pt") if path.stem.isdigit()]
+    return max(files, key=lambda path: int(path.stem), default=None)
+
+
+def load_model(path, ema: bool = True, **overrides) -> tuple[DiT | RemixDiT, dict]:
+    """Load a model for inference: (model in eval mode on the CPU, config).
+
+    Reads this project's checkpoints, facebookresearch/DiT's (a bare state dict, or one under "ema" or "model") and the
+    original Remix-DiT's. ema: the averaged weights where the file has them, else the raw ones. In a foreign file the
+    sizes are read off the tensors; overrides: model="RemixDiT-S/2" names the architecture, num_heads=6 gives what no
+    tensor shows where no registry entry fits, any other keyword argument of DiT is taken as it is. Overrides that
+    contradict the file raise UserError, as does a file that is no checkpoint.
+    """
+    content = read_checkpoint(path)
+    if content.get("format") == FORMAT:
+        config = content["config"]
+        known = {"model": config["model"]["name"], **config["model"]["backbone"], **(config["model"]["remix"] or {})}
+        for key, value in overrides.items():
+            if known.get(key) != value:
+                raise UserError(f"{path} holds {key}={known.get(key)}, not {value}")
+        state = content["ema" if ema else "model"]
+    else:
+        state, name = _foreign_state(path, content, ema)
+        config, state = _foreign_config(path, state, {"model": name} | overrides if name else overrides)
+    model = build_model(config["model"])
+    load_weights(model, state, path)
+    return model.eval(), config
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], path):
+    """load_state_dict, with a one-line UserError for weights of another model."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        complaint = str(error).splitlines()[1].strip() if "\n" in str(error) else _first_line(error)
+        raise UserError(f"{path} does not fit the model: {complaint[:300]}") from None
+
+
+def _foreign_state(path, content: dict, ema: bool) -> tuple[dict[str, Tensor], str | None]:
+    """The state dict of a foreign file, and the model's name if the file's args say one that the registries know."""
+    state = next((content[key] for key in (("ema", "model") if ema else ("model", "ema")) if key in content), content)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no state dict")
+    name = getattr(content.get("args"), "model", None)
+    prefixes = re.compile(r"^(module\.|_orig_mod\.)+")  # what DDP and torch.compile put before every name
+    state = {prefixes.sub("", key): value for key, value in state.items()}
+    return state, name if name in DiT_models or name in RemixDiT_models else None
+
+
+def _foreign_config(path, state: dict[str, Tensor], overrides: dict) -> tuple[dict, dict[str, Tensor]]:
+    """The config that a foreign state dict's shapes and the overrides describe, and the state under our names."""
+    try:
+        hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+        out_channels = len(state["final_layer.linear.bias"]) // patch_size**2
+        backbone = dict(
+            input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            hidden_size=hidden_size,
+            depth=depth,
+            mlp_ratio=state["blocks.0.mlp.fc1.bias"].shape[-1] / hidden_size,
+            class_dropout_prob=0.1,
+            num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
+            learn_sigma=out_channels == 2 * in_channels,
+        )
+    except (KeyError, ValueError):
+        raise UserError(f"{path} holds no DiT: its tensors have other names") from None
+
+    remix = None
+    if "coefficients.weight" in state:
+        n_experts, n_basis = state["coefficients.weight"].shape
+        remix = dict(n_basis=n_basis, n_experts=n_experts)
+        state = {"logits" if key == "coefficients.weight" else f"backbone.{key}": value for key, value in state.items()}
+
+    overrides = dict(overrides)
+    size = next(
+        (size for size, shape in SIZES.items() if (shape["hidden_size"], shape["depth"]) == (hidden_size, depth)), None
+    )
+    found = f"{'Remix' if remix else ''}DiT-{size}/{patch_size}" if size else None
+    name = overrides.pop("model", found)
+    if name != found:
+        if name not in DiT_models and name not in RemixDiT_models:
+            raise UserError(f"unknown model {name!r}: use one of {', '.join([*DiT_models, *RemixDiT_models])}")
+        shape = f"{'RemixDiT' if remix else 'DiT'} of width {hidden_size}, depth {depth} and patch {patch_size}"
+        raise UserError(f"{path} holds {found or f'a {shape}'}, not {name}")
+    if size:
+        backbone["num_heads"] = SIZES[size]["num_heads"]
+    for key, value in overrides.items():
+        known = (backbone | (remix or {})).get(key)
+        if key not in (*backbone, *(remix or ()), "num_heads"):
+            raise UserError(f"unknown model option {key}")
+        if known not in (None, value) and key not in ("num_heads", "class_dropout_prob"):
+            raise UserError(f"{path} holds {key}={known}, not {value}")
+        if key in ("num_heads", "class_dropout_prob"):
+            backbone[key] = value
+    if "num_heads" not in backbone:
+        raise UserError(
+            f"{path} fits no registered model (width {hidden_size}, depth {depth}): give its number of heads (num_heads)"
+        )
+
+    latent = in_channels == 4
+    data = {"image_size": backbone["input_size"] * (8 if latent else 1), "classes": None}
+    data |= PUBLISHED_VAE if latent else {"vae": "none", "scale": 1.0}
+    config = {
+        "model": {"name": name or "custom", "backbone": backbone, "remix": remix},
+        "diffusion": {},
+        "data": data,
+        "training": None,
+    }
+    if not backbone["learn_sigma"]:
+        config["diffusion"] = {"learn_sigma": False}
+    return config, state

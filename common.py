@@ -1,0 +1,102 @@
+"""What every script and file format relies on: one kind of error for people, and writes that are never half done."""
+
+import argparse
+import math
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+class UserError(ValueError):
+    """A mistake its user can mend; the message is one line that says what is wrong and what to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with defaults in --help and one-line errors (exit code 2), printed by rank 0 only."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        fail(self.prog, message)
+
+
+def fail(prog: str, message: str, everywhere: bool = False):
+    """Print `message` as one line on rank 0 (or on every rank) and exit with code 2."""
+    rank = int(os.environ.get("RANK", 0))
+    if everywhere or rank == 0:
+        where = f" (rank {rank})" if everywhere and rank else ""
+        print(f"{prog}: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def run_script(main, parser: ArgumentParser):
+    """Parse the command line and run `main(args)`; a UserError ends every rank with one line and exit code 2."""
+    args = parser.parse_args()
+    try:
+        main(args)
+    except UserError as error:
+        # Before the process group exists every rank meets the same error; afterwards it may be one rank's own.
+        fail(parser.prog, str(error), everywhere=dist.is_initialized())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def number(kind, low=-math.inf, high=math.inf, *, above=False):
+    """An argparse type: an int or a float within [low, high] (or above `low`, if `above`)."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high) or (above and value == low) or not math.isfinite(value):
+            bounds = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(
+                f"expected {'a whole number' if kind is int else 'a number'} {bounds}, got {text!r}"
+            )
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1)
+seed_int = number(int, 0, 2**63 - 1)
+
+
+def folder_name(text: str) -> str:
+    """An argparse type: one folder name, which cannot lead outside the folder it is joined to."""
+    if text in ("", ".", "..") or "/" in text or "\\" in text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a plain folder name, got {text!r}")
+    return text
+
+
+@contextmanager
+def atomic_write(path):
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`, else remove it.
+
+    A reader sees the old file or the whole new one, whenever the writer is killed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,79 @@
+"""Processes: the group (NCCL on GPUs, gloo on CPUs, none without torchrun), rank-0 logging, and seeds."""
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from common import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Add `values` up over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def world_size() -> int:
+    """The number of processes, known before any of them has joined the group."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def setup(timeout_minutes: float = 10) -> World:
+    """Join the process group that torchrun describes, if it does, and take a device: this rank's GPU, or the CPU."""
+    size, rank, local_rank = world_size(), int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this node has no GPU: start at most {torch.cuda.device_count()} a node (--nproc_per_node)"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    else:
+        device = torch.device("cpu")
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    return World(rank, size, device)
+
+
+def seed_for(*position: int) -> int:
+    """A 63-bit seed that is a function of the position alone, such as (seed, step)."""
+    return int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> 1)
+
+
+def rank0_logger(world: World, path: Path | None = None) -> logging.Logger:
+    """A logger to the terminal and, if given, to the end of `path`; silent on the other ranks."""
+    logger = logging.getLogger("remix-dit")
+    logger.setLevel(logging.INFO if world.is_main else logging.ERROR)
+    logger.handlers.clear()
+    logger.propagate = False
+    handlers = [logging.StreamHandler()]
+    if path is not None and world.is_main:
+        handlers.append(logging.FileHandler(path))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    return logger

@@ -1,0 +1,196 @@
+"""Encode an image folder once, so that training never runs the autoencoder.
+
+    torchrun --nnodes=1 --nproc_per_node=8 extract_features.py --data-path data/imagenet/train --features-path data/imagenet_encoded
+
+Every image is decoded, cropped to a square, encoded together with its mirror image, and stored as one draw of the
+VAE's posterior (the draw depends on the seed and the image's number alone). Shards are dealt to the processes; what is
+written does not depend on how many there are. Started again after an interruption, it goes on with what is missing.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from tqdm import tqdm
+
+from autoencoder import load_autoencoder
+from common import ArgumentParser, UserError, atomic_write, number, positive_int, run_script, seed_int
+from distributed import World, rank0_logger, seed_for, setup
+from features import INDEX, SHARD_SIZE, shard_path, write_index, write_shard
+from models import DiT_models
+from remix import RemixDiT_models
+
+SETTINGS = "settings.json"  # of an extraction under way; a different one must not be mixed into it
+
+
+def main(args: argparse.Namespace):
+    # Check everything that can be checked before any device or process group is touched.
+    folder = Path(args.features_path)
+    images = list_images(args.data_path)
+    settings = dict(
+        images=len(images.samples),
+        classes=images.classes,
+        image_size=args.image_size,
+        vae=args.vae,
+        mirror=args.mirror,
+        grayscale=args.grayscale,
+        seed=args.global_seed,
+    )
+    if args.grayscale and args.vae != "none":
+        raise UserError("--grayscale is for pixels: use it with --vae none")
+    if (folder / INDEX).exists():
+        raise UserError(f"{folder} already holds a whole set of features: remove it or choose another --features-path")
+    if (folder / SETTINGS).exists() and json.loads((folder / SETTINGS).read_text()) != settings:
+        raise UserError(
+            f"{folder} holds part of an extraction with other settings: remove it or choose another --features-path"
+        )
+
+    # Initialize.
+    world = setup()
+    logger = rank0_logger(world)
+    autoencoder = load_autoencoder(args.vae, world.device)
+    side = args.image_size // autoencoder.factor
+    if args.image_size % autoencoder.factor or (args.model and side % int(args.model[-1])):
+        raise UserError(
+            f"--image-size {args.image_size} does not suit the VAE (1/{autoencoder.factor}) and {args.model}'s patches"
+        )
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / SETTINGS) as temporary:
+            temporary.write_text(json.dumps(settings))
+    n_shards = -(-len(images.samples) // SHARD_SIZE)
+    missing = [k for k in range(n_shards) if not shard_path(folder, "features", k).exists()]  # the last file of a shard
+    world.barrier()
+    views = 2 if args.mirror else 1
+    logger.info(
+        f"{len(images.samples):,} images of {len(images.classes):,} classes -> {views * len(images.samples):,} features in {folder}"
+    )
+
+    # Encode this process's share of the missing shards.
+    with tqdm(total=len(images.samples), unit="img", desc="encoding", disable=not world.is_main, smoothing=0) as bar:
+        bar.update((n_shards - len(missing)) * SHARD_SIZE)
+        for shard in missing[world.rank :: world.size]:
+            numbers = range(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, len(images.samples)))
+            write_shard(folder, shard, *encode_shard(images, numbers, autoencoder, world, args))
+            bar.update(min(len(numbers) * world.size, bar.total - bar.n))
+    world.barrier()
+
+    # Report. The settings give way to the index, which marks the set as whole.
+    if world.is_main:
+        scale = autoencoder.scale
+        index = write_index(
+            folder, n_shards, vae=args.vae, scale=scale, image_size=args.image_size, classes=images.classes
+        )
+        (folder / SETTINGS).unlink()
+        logger.info(
+            f"Encoded {index['images']:,} images as {index['views']} x {index['shape']} each, in {n_shards} shards."
+        )
+    world.barrier()
+    skipped = [
+        line
+        for k in range(n_shards)
+        if (path := shard_path(folder, "skipped", k)).exists()
+        for line in path.read_text().splitlines()
+    ]
+    for line in skipped:
+        logger.info(f"unreadable: {line}")
+    if skipped and not args.skip_bad:
+        logger.info(f"{len(skipped)} images could not be read and were left out (--skip-bad accepts that).")
+        raise SystemExit(1)
+
+
+def list_images(path) -> ImageFolder:
+    """The images below `path`, one folder a class, in a fixed order. Raises UserError where there are none."""
+    if not Path(path).is_dir():
+        raise UserError(f"--data-path {path}: no such folder")
+    try:
+        return ImageFolder(path)
+    except FileNotFoundError as error:
+        raise UserError(f"--data-path {path} is not a tree of class folders with images in them: {error}") from None
+
+
+class Crops(Dataset):
+    """The images as uint8 [C, size, size] with their numbers, or, where one cannot be read, the reason."""
+
+    def __init__(self, images: ImageFolder, numbers: range, size: int, grayscale: bool):
+        self.images, self.numbers, self.size, self.mode = images, numbers, size, "L" if grayscale else "RGB"
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | str]:
+        try:
+            with Image.open(self.images.samples[self.numbers[index]][0]) as image:
+                pixels = np.array(center_crop(image.convert(self.mode), self.size))
+        except Exception as error:  # a decoder may raise anything on a damaged file
+            return self.numbers[index], f"{type(error).__name__}: {error}"
+        return self.numbers[index], torch.from_numpy(pixels).view(self.size, self.size, -1).permute(2, 0, 1)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The central square, `size` pixels a side, as ADM and DiT crop: halve by box filter while twice too large, then bicubic."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+@torch.no_grad()
+def encode_shard(
+    images: ImageFolder, numbers: range, autoencoder, world: World, args
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Encode the numbered images: features [n, views, C, H, W], labels [n], and a line for each unreadable one."""
+    features, labels, skipped = [], [], []
+    crops = Crops(images, numbers, args.image_size, args.grayscale)
+    for batch in DataLoader(crops, args.batch_size, num_workers=args.num_workers, collate_fn=list):
+        skipped += [f"{images.samples[i][0]} ({reason})" for i, reason in batch if isinstance(reason, str)]
+        batch = [(i, crop) for i, crop in batch if not isinstance(crop, str)]
+        if not batch:
+            continue
+        pixels = torch.stack([crop for _, crop in batch]).to(world.device).float() / 127.5 - 1
+        stacked = torch.stack([pixels, pixels.flip(-1)], dim=1) if args.mirror else pixels.unsqueeze(1)
+        mean, deviation = autoencoder.moments(stacked.flatten(0, 1))
+        mean, deviation = mean.unflatten(0, stacked.shape[:2]), deviation.unflatten(0, stacked.shape[:2])
+        if args.vae != "none":
+            draws = [
+                torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed_for(args.global_seed, i)))
+                for i, _ in batch
+            ]
+            mean = mean + deviation * torch.stack(draws).to(world.device)
+        features.append(mean.cpu().numpy())
+        labels += [images.samples[i][1] for i, _ in batch]
+    empty = np.zeros((0, 2 if args.mirror else 1, 0, 0, 0))
+    return np.concatenate(features) if features else empty, np.array(labels, dtype=np.int64), skipped
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description="Encode an image folder (one folder a class) into features for train_fast.py.")
+    parser.add_argument("--data-path", required=True, help="the image folder, such as data/imagenet/train")
+    parser.add_argument("--features-path", required=True, help="where the features go")
+    parser.add_argument(
+        "--model", choices=[*DiT_models, *RemixDiT_models], help="check that the features suit this model"
+    )
+    parser.add_argument("--image-size", type=positive_int, default=256, help="side of the square crop, in pixels")
+    parser.add_argument(
+        "--vae",
+        default="ema",
+        help="ema or mse (the published ones), a hub name, a local folder, or none: pixels in [-1, 1]",
+    )
+    parser.add_argument(
+        "--mirror", action=argparse.BooleanOptionalAction, default=True, help="store each image's mirror image too"
+    )
+    parser.add_argument("--grayscale", action="store_true", help="one channel (with --vae none)")
+    parser.add_argument("--skip-bad", action="store_true", help="exit with 0 although some images could not be read")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="images encoded at a time, a process")
+    parser.add_argument(
+        "--num-workers", type=number(int, 0), default=4, help="processes that decode images, for each process"
+    )
+    parser.add_argument("--global-seed", type=seed_int, default=0, help="seed of the posterior's draws")
+    run_script(main, parser)

@@ -1,0 +1,183 @@
+"""The encoded-dataset format: packed shards that are memory-mapped, and one small index.
+
+A folder of features holds, for shard k of the image list (SHARD_SIZE images each, in ImageFolder order):
+features-<k>.npy [images, views, C, H, W] float32, where view 0 is the image and view 1, if stored, its mirror image;
+labels-<k>.npy [images] int64; skipped-<k>.txt, the unreadable images, if there were any. index.json, written last,
+names the VAE, its scale, the image size, the classes and the counts.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from common import UserError, atomic_write
+
+SHARD_SIZE = 1024
+INDEX = "index.json"
+
+
+def shard_path(folder: Path, kind: str, shard: int) -> Path:
+    """The file of a shard; kind is "features", "labels" or "skipped"."""
+    return Path(folder) / f"{kind}-{shard:05d}.{'txt' if kind == 'skipped' else 'npy'}"
+
+
+def write_shard(folder: Path, shard: int, features: np.ndarray, labels: np.ndarray, skipped: list[str]):
+    """Write one shard: features [n, views, C, H, W], labels [n], names of the unreadable. Its features file comes last."""
+    if skipped:
+        with atomic_write(shard_path(folder, "skipped", shard)) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in skipped))
+    for kind, array in (("labels", labels.astype(np.int64)), ("features", features.astype(np.float32))):
+        with atomic_write(shard_path(folder, kind, shard)) as temporary, open(temporary, "wb") as file:
+            np.save(file, array)
+
+
+def read_skipped(folder: Path, n_shards: int) -> list[str]:
+    """A line for each unreadable image of the shards."""
+    paths = [shard_path(folder, "skipped", shard) for shard in range(n_shards)]
+    return [line for path in paths if path.exists() for line in path.read_text().splitlines()]
+
+
+def write_index(folder: Path, n_shards: int, **described) -> dict:
+    """Count the images of the shards on disk and write the index; `described` is vae, scale, image_size, classes."""
+    counts = [len(np.load(shard_path(folder, "labels", shard), mmap_mode="r")) for shard in range(n_shards)]
+    first = next((shard for shard, count in enumerate(counts) if count), None)
+    if first is None:
+        raise UserError("none of the images could be read")
+    _, views, *shape = np.load(shard_path(folder, "features", first), mmap_mode="r").shape
+    index = {
+        "format": "remix-dit-features",
+        "version": 1,
+        **described,
+        "shape": shape,
+        "views": views,
+        "images": sum(counts),
+        "skipped": len(read_skipped(folder, n_shards)),
+        "shards": counts,
+    }
+    with atomic_write(Path(folder) / INDEX) as temporary:
+        temporary.write_text(json.dumps(index, indent=1) + "\n")
+    return index
+
+
+class FeatureDataset(Dataset):
+    """Encoded images: this project's packed shards, or the original layout of one .npy file an image.
+
+    Items are addressed as (image, view). `shape` is (C, H, W); `views` the number of stored views of each image;
+    `classes` the class names, `vae`, `scale` and `image_size` as extracted (None where the original layout does not say).
+    Raises UserError for a folder that holds neither.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: no such folder of features")
+        originals = sorted(self.path.glob("*_features"))
+        if (self.path / INDEX).is_file():
+            self._open_packed()
+        elif (
+            originals and (labels := originals[0].with_name(originals[0].name.replace("_features", "_labels"))).is_dir()
+        ):
+            self._open_original(originals[0], labels)
+        else:
+            raise UserError(
+                f"{self.path} holds no features: neither {INDEX} (run extract_features.py to the end) nor *_features/ with *_labels/"
+            )
+
+    def _open_packed(self):
+        try:
+            index = json.loads((self.path / INDEX).read_text())
+            self.vae, self.scale, self.image_size = index["vae"], index["scale"], index["image_size"]
+            self.classes, self.shape, self.views = index["classes"], tuple(index["shape"]), index["views"]
+            self.starts = np.cumsum([0, *index["shards"]])
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{self.path / INDEX} is not an index of features ({error!r})") from None
+        self.labels = np.concatenate([self._load("labels", shard) for shard in range(len(self.starts) - 1)])
+        self.shards = {}  # opened where they are read: a memory map must not travel to a worker
+        if len(self.labels) != self.starts[-1] or self.labels.min() < 0 or self.labels.max() >= len(self.classes):
+            raise UserError(f"{self.path}: the labels do not match {INDEX}")
+        self.size = len(self.labels)
+
+    def _open_original(self, features: Path, labels: Path):
+        self.files = sorted(features.glob("*.npy"), key=lambda path: (len(path.stem), path.stem))
+        self.label_files = [labels / path.name for path in self.files]
+        if not self.files or not all(path.exists() for path in self.label_files):
+            raise UserError(f"{features} and {labels} do not hold one .npy file each for the same images")
+        self.views, *shape = self._load_file(self.files[0]).shape
+        self.shape, self.size, self.labels = tuple(shape), len(self.files), None
+        size = re.search(r"(\d+)_features$", features.name)
+        self.vae, self.scale, self.classes = None, None, None
+        self.image_size = int(size[1]) if size else None
+
+    def _load(self, kind: str, shard: int) -> np.ndarray:
+        array = self._load_file(shard_path(self.path, kind, shard), mmap_mode="r")
+        count = self.starts[shard + 1] - self.starts[shard]
+        if array.shape != ((count, self.views, *self.shape) if kind == "features" else (count,)):
+            raise UserError(f"{shard_path(self.path, kind, shard)} does not match {INDEX}")
+        return array
+
+    @staticmethod
+    def _load_file(path: Path, **how) -> np.ndarray:
+        try:
+            return np.load(path, **how)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} is missing or not a whole .npy file: {error}") from None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, item: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
+        """Features [C, H, W] (float32) and label of (image, view), or of an image's view 0."""
+        image, view = item if isinstance(item, tuple) else (item, 0)
+        if not 0 <= image < self.size:
+            raise IndexError(image)
+        if self.labels is None:
+            features = self._load_file(self.files[image])[view]
+            return torch.from_numpy(features.astype(np.float32)), int(
+                self._load_file(self.label_files[image]).reshape(-1)[0]
+            )
+        shard = int(np.searchsorted(self.starts, image, side="right")) - 1
+        if shard not in self.shards:
+            self.shards[shard] = self._load("features", shard)
+        features = self.shards[shard][image - self.starts[shard], view]
+        return torch.from_numpy(np.array(features)), int(self.labels[image])
+
+    def __getitems__(self, items: list) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch at once: features [B, C, H, W] and labels [B]."""
+        features, labels = zip(*(self[item] for item in items), strict=True)
+        return torch.stack(features), torch.tensor(labels)
+
+
+class GlobalBatches:
+    """Which images make up each global batch: (image, view) for the rows of this process, step after step.
+
+    Images are shuffled anew every epoch, the epochs laid end to end and cut into batches, so that nothing is dropped or
+    repeated; each time an image is met, one of its views is drawn. A function of (seed, step) alone.
+    """
+
+    def __init__(self, n_images: int, n_views: int, batch: int, seed: int, steps: range, rows: slice):
+        self.n_images, self.n_views, self.batch, self.seed = n_images, n_views, batch, seed
+        self.steps, self.rows = steps, rows
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self):
+        epoch, order = -1, None
+        for step in self.steps:
+            items = []
+            for place in range(step * self.batch, (step + 1) * self.batch)[self.rows]:
+                if place // self.n_images != epoch:
+                    epoch = place // self.n_images
+                    order = self._epoch(epoch)
+                items.append(tuple(order[place % self.n_images].tolist()))
+            yield items
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        generator = np.random.default_rng([self.seed, epoch, 0])
+        return np.stack(
+            [generator.permutation(self.n_images), generator.integers(self.n_views, size=self.n_images)], axis=1
+        )

@@ -1,0 +1,27 @@
+"""Pictures that people look at."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from common import atomic_write
+
+
+def save_grid(path, images: np.ndarray, captions: list[str], columns: int = 10):
+    """Save uint8 images [n, H, W, 3] as a PNG of rows of tiles, each under its caption. Small images are enlarged."""
+    n, height, width, _ = images.shape
+    zoom = max(1, -(-48 // height))
+    height, width, line, gap = height * zoom, width * zoom, 14, 4
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    grid = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + line + gap) + gap), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = gap + i % columns * (width + gap), gap + i // columns * (height + line + gap)
+        while caption and draw.textlength(caption, font=font) > width:
+            caption = caption[:-1]
+        draw.text((left + width // 2, top), caption, fill="black", font=font, anchor="mt")
+        grid.paste(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC), (left, top + line))
+    with atomic_write(Path(path)) as temporary:
+        grid.save(temporary, format="PNG")

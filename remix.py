@@ -1,0 +1,285 @@
+"""Remix-DiT (Fang et al., NeurIPS 2024, arXiv 2412.05628): N denoising experts that are learned mixtures of K basis models.
+
+Theta = alpha beta: expert i, which owns the timesteps t with floor(i T / N) <= t < floor((i + 1) T / N), is the average
+of the K bases weighted by row i of the coefficients alpha = softmax(pi), and has a plain DiT's shape.
+"""
+
+import copy
+import math
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import DiT, DiT_models, guide
+
+MIXERS = ("softmax", "raw", "one-hot")
+SCOPES = ("global", "local")
+MIXED_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+PRIOR_BONUS = 3.0  # standard deviations that the preferred basis leads by at the start
+
+
+class BatchCoefficients:
+    """The coefficients of the batch in flight, shared by all mixed layers: alpha [blocks or 1, G, K], or None at rest."""
+
+    alpha: Tensor | None = None
+
+
+class RemixLinear(nn.Module):
+    """K linear layers, mixed into one for each of the G groups of the batch in flight.
+
+    weight [K, out, in] and bias [K, out]; `shared` carries the coefficients, `row` is this layer's in them.
+    """
+
+    def __init__(self, in_features: int, out_features: int, n_basis: int, shared: BatchCoefficients, row: int = 0):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.shared, self.row = shared, row
+        self.weight = nn.Parameter(torch.empty(n_basis, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(n_basis, out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Draw each basis separately, at the scale of one linear layer."""
+        for basis in self.weight:
+            nn.init.xavier_uniform_(basis)
+        nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def copy_(self, linear: nn.Linear):
+        """Make every basis a copy of `linear`."""
+        self.weight.copy_(linear.weight.expand_as(self.weight))
+        self.bias.copy_(linear.bias.expand_as(self.bias))
+
+    def mix(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """Theta_G = alpha_G beta for coefficients [G, K]: weight [G, out, in] and bias [G, out]."""
+        with torch.autocast(alpha.device.type, enabled=False):  # the average is taken in full precision
+            weight = (alpha @ self.weight.flatten(1)).view(-1, self.out_features, self.in_features)
+            return weight, alpha @ self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, ..., in] -> [B, ..., out]; the g-th of the G equal parts of the batch meets the g-th mixture."""
+        weight, bias = self.mix(self.shared.alpha[self.row])
+        out = torch.baddbmm(bias.unsqueeze(1), x.reshape(len(weight), -1, self.in_features), weight.transpose(1, 2))
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, n_basis={len(self.weight)}"
+
+
+class RemixDiT(nn.Module):
+    """A DiT whose blocks' linears are mixtures of `n_basis` bases, one mixture for each of `n_experts` experts.
+
+    Every basis starts as a copy of `backbone` (which is left as it is); everything but the mixed layers is shared.
+    mixer: "softmax"; "raw" (pi itself, no constraint); "one-hot" (the prior partition, fixed). scope: "global", one pi
+    [N, K] for all blocks; "local", one a block, [depth, N, K]. pi starts at unit normal noise plus three on the basis
+    that a hand-made partition would choose, floor(i K / N) for expert i. mixed_layers: names within a block.
+    Raises ValueError for numbers or names that cannot be.
+    """
+
+    def __init__(
+        self,
+        backbone: DiT,
+        n_basis: int,
+        n_experts: int,
+        mixer: str = "softmax",
+        scope: str = "global",
+        num_timesteps: int = 1000,
+        mixed_layers: tuple[str, ...] = MIXED_LAYERS,
+    ):
+        super().__init__()
+        if n_basis < 1:
+            raise ValueError(f"n_basis must be at least 1, not {n_basis}")
+        if not 1 <= n_experts <= num_timesteps:
+            raise ValueError(f"n_experts must be from 1 to the {num_timesteps} timesteps, not {n_experts}")
+        if mixer not in MIXERS or scope not in SCOPES:
+            raise ValueError(f"mixer is one of {MIXERS} and scope one of {SCOPES}, not {mixer!r} and {scope!r}")
+        self.n_basis, self.n_experts, self.num_timesteps = n_basis, n_experts, num_timesteps
+        self.mixer, self.scope, self.mixed_layers = mixer, scope, tuple(mixed_layers)
+        self.backbone = copy.deepcopy(backbone)
+        self.shared = BatchCoefficients()
+        for index, block in enumerate(self.backbone.blocks):
+            for name in self.mixed_layers:
+                linear = block.get_submodule(name)
+                row = index if scope == "local" else 0
+                bases = RemixLinear(linear.in_features, linear.out_features, n_basis, self.shared, row)
+                bases.copy_(linear)
+                block.set_submodule(name, bases.to(linear.weight))
+
+        prior = F.one_hot(self.prior(), n_basis).float()
+        logits = prior.expand(len(self.backbone.blocks), -1, -1) if scope == "local" else prior
+        if mixer != "one-hot":
+            logits = torch.randn(logits.shape) + PRIOR_BONUS * logits
+        if mixer == "raw":
+            logits = logits.softmax(-1)  # the experts start as averages of the bases under every mixer
+        self.logits = nn.Parameter(logits.contiguous(), requires_grad=mixer != "one-hot")  # pi
+
+    @property
+    def config(self) -> dict:
+        """The keyword arguments, beside the backbone, that build this model."""
+        names = ("n_basis", "n_experts", "mixer", "scope", "num_timesteps", "mixed_layers")
+        return {name: list(value) if isinstance(value := getattr(self, name), tuple) else value for name in names}
+
+    @property
+    def backbone_config(self) -> dict:
+        """The keyword arguments of the DiT it wraps."""
+        return dict(self.backbone.config)
+
+    @property
+    def in_channels(self) -> int:
+        return self.backbone.in_channels
+
+    @property
+    def num_classes(self) -> int:
+        return self.backbone.num_classes
+
+    def prior(self) -> Tensor:
+        """The basis [N] that each expert would use under a hand-made partition: floor(i K / N)."""
+        return torch.arange(self.n_experts) * self.n_basis // self.n_experts
+
+    def expert_of(self, t: Tensor) -> Tensor:
+        """The expert that owns each original timestep: the last i with floor(i T / N) <= t."""
+        return (self.n_experts * (t + 1) - 1) // self.num_timesteps
+
+    def coefficients(self) -> Tensor:
+        """alpha [N, K], or [depth, N, K] when scope is local."""
+        return self.logits.softmax(-1) if self.mixer == "softmax" else self.logits
+
+    def prior_loss(self) -> Tensor:
+        """Cross-entropy between softmax(pi) and the one-hot prior, mean over the experts, unweighted."""
+        target = self.prior().to(self.logits.device).expand(self.logits.shape[:-1])
+        return F.cross_entropy(self.logits.flatten(0, -2), target.flatten())
+
+    def reset_bases(self):
+        """Draw every basis of every mixed layer anew and separately, for training from scratch."""
+        for module in self.backbone.modules():
+            if isinstance(module, RemixLinear):
+                module.reset_parameters()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, groups: int | None = None, drop: Tensor | None = None) -> Tensor:
+        """Denoise every sample by its own expert; arguments and result are `DiT.forward`'s.
+
+        groups: a promise that the batch is that many equal contiguous groups, each within one expert's timesteps. The
+        groups then run side by side, without a host sync; otherwise the experts present run one after the other.
+        Raises ValueError where `groups` does not divide the batch.
+        """
+        experts = self.expert_of(t)
+        if groups is not None:
+            if groups < 1 or len(x) % groups:
+                raise ValueError(f"{groups} groups do not divide a batch of {len(x)}")
+            return self._denoise(x, t, y, drop, experts.view(groups, -1)[:, 0])
+        present, counts = experts.unique(return_counts=True)
+        if len(present) == 1:
+            return self._denoise(x, t, y, drop, present)
+        order = experts.argsort(stable=True)
+        outs = []
+        for expert, rows in zip(present.split(1), order.split(counts.tolist()), strict=True):
+            outs.append(self._denoise(x[rows], t[rows], y[rows], None if drop is None else drop[rows], expert))
+        return torch.cat(outs)[order.argsort()]
+
+    def _denoise(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None, experts: Tensor) -> Tensor:
+        """Run the backbone with the batch's equal parts under `experts` [G]."""
+        alpha = self.coefficients()
+        self.shared.alpha = alpha.view(-1, self.n_experts, self.n_basis)[:, experts]
+        try:
+            return self.backbone(x, t, y, drop)
+        finally:
+            self.shared.alpha = None
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
+        """See `models.guide`."""
+        return guide(self, x, t, y, cfg_scale, guided_channels)
+
+    def expert(self, i: int) -> DiT:
+        """Expert i as a plain DiT of its own, in eval mode. Raises IndexError for i outside 0..N-1."""
+        dit = DiT(**self.backbone.config).to(self.logits)
+        shared = {k: v for k, v in self.backbone.state_dict().items() if k in self._shared_names()}
+        dit.load_state_dict(shared, strict=False)
+        self.fold_(dit, i)
+        return dit.eval()
+
+    def _shared_names(self) -> set[str]:
+        mixed = {name for name, module in self.backbone.named_modules() if isinstance(module, RemixLinear)}
+        return {name for name in self.backbone.state_dict() if name.rpartition(".")[0] not in mixed}
+
+    @torch.no_grad()
+    def fold_(self, dit: DiT, i: int):
+        """Write expert i's mixed weights into `dit`, in place."""
+        if not 0 <= i < self.n_experts:
+            raise IndexError(f"expert {i} of {self.n_experts}")
+        alpha = self.coefficients().view(-1, self.n_experts, self.n_basis)[:, i : i + 1]
+        for name, module in self.backbone.named_modules():
+            if isinstance(module, RemixLinear):
+                linear = dit.get_submodule(name)
+                weight, bias = module.mix(alpha[module.row])
+                linear.weight.copy_(weight[0])
+                linear.bias.copy_(bias[0])
+
+
+class FoldedRemixDiT(nn.Module):
+    """A RemixDiT for sampling: one plain DiT whose weights become the expert's whenever the expert changes.
+
+    Every batch must lie within one expert's timesteps, as a sampler's do; ValueError otherwise.
+    """
+
+    def __init__(self, remix: RemixDiT):
+        super().__init__()
+        self.remix = remix
+        self.dit = remix.expert(0)
+        self.folded = 0
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        first, last = torch.stack(self.remix.expert_of(t).aminmax()).tolist()
+        if first != last:
+            raise ValueError(f"a folded model runs one expert at a time, this batch needs {first} to {last}")
+        if first != self.folded:
+            self.remix.fold_(self.dit, first)
+            self.folded = first
+        return self.dit(x, t, y)
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
+        """See `models.guide`."""
+        return guide(self, x, t, y, cfg_scale, guided_channels)
+
+
+def deal_timesteps(
+    seed: int, step: int, batch: int, n_experts: int = 1, experts_per_batch: int = 1, num_timesteps: int = 1000
+) -> np.ndarray:
+    """The timesteps [batch] (int64) of a global batch: paper, algorithm 2, for several experts at a time.
+
+    The batch is `experts_per_batch` equal contiguous groups, each drawn uniformly within one expert's interval. The
+    experts are dealt from a shuffled deck, laid out again and again until it comes out even and then shuffled anew: none
+    is repeated within a batch while N allows, and all serve equally often. A function of (seed, step) alone. With one
+    expert this is the ordinary uniform draw. Raises ValueError if the groups do not divide the batch.
+    """
+    if batch % experts_per_batch:
+        raise ValueError(f"{experts_per_batch} experts do not divide a batch of {batch}")
+    round_length = n_experts // math.gcd(n_experts, experts_per_batch)  # steps until the deck comes out even
+    deck = np.random.default_rng([seed, step // round_length, 1]).permutation(n_experts)
+    first = (step % round_length) * experts_per_batch
+    experts = deck[np.arange(first, first + experts_per_batch) % n_experts].repeat(batch // experts_per_batch)
+    low, high = experts * num_timesteps // n_experts, (experts + 1) * num_timesteps // n_experts
+    return np.random.default_rng([seed, step, 2]).integers(low, high)
+
+
+def _from_scratch(
+    backbone_name: str,
+    *,
+    n_basis: int = 4,
+    n_experts: int = 20,
+    mixer: str = "softmax",
+    scope: str = "global",
+    num_timesteps: int = 1000,
+    mixed_layers: tuple[str, ...] = MIXED_LAYERS,
+    **backbone,
+) -> RemixDiT:
+    remix = RemixDiT(
+        DiT_models[backbone_name](**backbone), n_basis, n_experts, mixer, scope, num_timesteps, mixed_layers
+    )
+    remix.reset_bases()
+    return remix
+
+
+RemixDiT_models = {f"Remix{name}": partial(_from_scratch, name) for name in DiT_models}

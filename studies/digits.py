@@ -1,0 +1,97 @@
+"""Prepare a small real data set that needs no download: scikit-learn's handwritten digits (1,797 images of 8x8).
+
+    python studies/digits.py --out data/digits
+
+Writes three disjoint ImageFolder trees of PNGs, train/, choice/ (for choosing settings) and heldout/ (for reporting), the
+same three as .npz files for evaluator.py, and classifier.pt2: a small network, trained on the training digits, that
+evaluator.py uses in Inception's place.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+SPLITS = {"train": 1197, "choice": 300, "heldout": 300}
+
+
+class Classifier(nn.Module):
+    """uint8 images [B, 3, 8, 8] -> pooled features [B, 64], spatial features [B, 128], logits [B, 10]."""
+
+    def __init__(self):
+        super().__init__()
+        self.low = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.ReLU()
+        )
+        self.high = nn.Sequential(nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU())
+        self.logits = nn.Linear(64, 10)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        low = self.low(images.float().mean(1, keepdim=True) / 127.5 - 1)
+        pool = self.high(low)
+        return pool, low[:, :8].flatten(1), self.logits(pool)
+
+
+def main(args: argparse.Namespace):
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    splits = split_digits()
+    for split, (images, labels) in splits.items():
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            path = out / split / str(label) / f"{number:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+        np.savez(out / f"{split}.npz", arr_0=np.repeat(images[..., None], 3, axis=-1), arr_1=labels)
+    classifier = train_classifier(*splits["train"])
+    for split, (images, labels) in splits.items():
+        print(f"{split}: {len(images)} images, classifier accuracy {accuracy(classifier, images, labels):.3f}")
+    example = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    program = torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    torch.export.save(program, out / "classifier.pt2")
+    print(f"wrote {out}")
+
+
+def split_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """uint8 images [n, 8, 8] and labels [n] of each split; the digits' 0..16 become 0..255. Always the same split."""
+    digits = load_digits()
+    images, labels = (digits.images * (255 / 16)).round().astype(np.uint8), digits.target
+    rest, heldout = train_test_split(
+        np.arange(len(images)), test_size=SPLITS["heldout"], stratify=labels, random_state=0
+    )
+    train, choice = train_test_split(rest, test_size=SPLITS["choice"], stratify=labels[rest], random_state=0)
+    return {name: (images[i], labels[i]) for name, i in (("train", train), ("choice", choice), ("heldout", heldout))}
+
+
+def train_classifier(images: np.ndarray, labels: np.ndarray, epochs: int = 30) -> Classifier:
+    torch.manual_seed(0)
+    classifier = Classifier()
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
+    x, y = as_input(images), torch.from_numpy(labels)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(classifier(x[rows])[2], y[rows]).backward()
+            optimizer.step()
+    return classifier.eval()
+
+
+def as_input(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).unsqueeze(1).expand(-1, 3, -1, -1)
+
+
+@torch.no_grad()
+def accuracy(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
+    return (classifier(as_input(images))[2].argmax(1) == torch.from_numpy(labels)).double().mean().item()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Write scikit-learn's digits as image folders, with a small classifier."
+    )
+    parser.add_argument("--out", required=True, help="the folder to write")
+    main(parser.parse_args())

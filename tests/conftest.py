@@ -1,0 +1,91 @@
+"""Fixtures: golden vectors, small image trees and features, and a way to run the scripts as users do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes on two cores must not fight
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+torch.set_num_threads(1)
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def golden(name: str):
+    return torch.load(GOLDEN / name, weights_only=True)
+
+
+def run(script: str, *flags, processes: int = 1, expect: int | None = 0) -> subprocess.CompletedProcess:
+    """Run a script of the project; `processes` > 1 means under torchrun. Fails unless it exits with `expect`."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(ROOT / script), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert expect is None or done.returncode == expect, (
+        f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
+    return done
+
+
+def make_images(folder: Path, classes: int = 3, per_class: int = 8, size: int = 8, seed: int = 0) -> Path:
+    """An ImageFolder tree of smooth random RGB images."""
+    generator = np.random.default_rng(seed)
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
+        for i in range(per_class):
+            small = Image.fromarray(generator.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+            small.resize((size + 2, size), Image.Resampling.BICUBIC).save(folder / f"class{label}" / f"{i}.png")
+    return folder
+
+
+PIXELS = ("--vae", "none", "--image-size", "8", "--num-workers", "0")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory, images) -> Path:
+    """24 images of 3 classes, encoded as 8x8 RGB pixels with their mirror images."""
+    path = tmp_path_factory.mktemp("features") / "encoded"
+    run("extract_features.py", "--data-path", images, "--features-path", path, *PIXELS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, features) -> Path:
+    """A RemixDiT-T/2 with K=2 and N=6, trained for four steps: its run's folder."""
+    path = tmp_path_factory.mktemp("outputs")
+    run("train_fast.py", *training(features, path, "trained"), "--max-steps", 4)
+    return path / "trained"
+
+
+def training(features: Path, results: Path, prefix: str, model: str = "RemixDiT-T/2") -> list:
+    flags = [
+        "--data-path",
+        features,
+        "--results-dir",
+        results,
+        "--prefix",
+        prefix,
+        "--model",
+        model,
+        "--num-workers",
+        0,
+    ]
+    remix = ["--n-basis", 2, "--n-experts", 6] if model.startswith("Remix") else []
+    return [*flags, *remix, "--global-batch-size", 12, "--log-every", 1, "--lr", 1e-3, "--ema-decay", 0.9]

@@ -1,0 +1,68 @@
+import pytest
+import torch
+from conftest import golden, relative
+
+from models import DiT, DiT_models
+
+
+@pytest.fixture(scope="module")
+def published():
+    vectors = golden("dit.pt")
+    model = DiT(**vectors["config"])
+    fresh = model.pos_embed.clone()
+    model.load_state_dict(vectors["state_dict"])
+    return model.eval(), vectors, fresh
+
+
+@torch.no_grad()
+def test_forward_is_the_published_one(published):
+    model, g, _ = published
+    assert relative(model(g["x"], g["t"], g["y"]), g["out"]) < 1e-5
+
+
+@torch.no_grad()
+def test_guidance_is_the_published_one(published):
+    model, g, _ = published
+    cfg = g["cfg"]
+    assert relative(model.forward_with_cfg(cfg["x"], cfg["t"], cfg["y"], cfg["scale"]), cfg["out"]) < 1e-5
+    everything = model.forward_with_cfg(cfg["x"], cfg["t"], cfg["y"], cfg["scale"], guided_channels=4)
+    assert relative(everything[:, :3], cfg["out"][:, :3]) < 1e-5
+    assert relative(everything[:, 3], cfg["out"][:, 3]) > 1e-3
+
+
+def test_positions_are_the_published_ones(published):
+    _, g, fresh = published
+    torch.testing.assert_close(fresh, g["state_dict"]["pos_embed"], rtol=0, atol=1e-6)
+
+
+def test_sizes():
+    count = sum(p.numel() for p in DiT_models["DiT-S/2"]().parameters())
+    assert round(count / 1e6, 2) == 32.96
+    assert {f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)} < set(DiT_models)
+
+
+def test_starts_by_predicting_zero():
+    model = DiT_models["DiT-T/2"](input_size=8, num_classes=5)
+    out = model(torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 4]))
+    assert out.shape == (2, 8, 8, 8)
+    assert not out.any()
+
+
+def test_label_dropout(published):
+    model, g, _ = published
+    x, t, y = g["x"][:2], g["t"][:2], g["y"][:2]
+    with torch.no_grad():
+        dropped = model(x, t, y, drop=torch.tensor([True, False]))
+        assert torch.equal(dropped[0], model(x, t, torch.full_like(y, 10))[0])
+        assert torch.equal(dropped[1], model(x, t, y)[1])
+        embedder = model.y_embedder.train()
+        many = embedder(torch.zeros(20_000, dtype=torch.long))
+        model.eval()
+    share = (many == embedder.embedding_table.weight[10]).all(1).double().mean().item()
+    assert abs(share - 0.1) < 0.01
+
+
+@pytest.mark.parametrize("sizes", [{"input_size": 7}, {"num_heads": 5}])
+def test_sizes_that_do_not_fit(sizes):
+    with pytest.raises(ValueError):
+        DiT_models["DiT-T/2"](**{"input_size": 8} | sizes)

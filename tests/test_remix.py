@@ -1,0 +1,200 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, golden, relative
+
+from checkpoint import load_model
+from models import DiT, DiT_models
+from remix import FoldedRemixDiT, RemixDiT, RemixDiT_models, RemixLinear, deal_timesteps
+
+ORIGINAL = GOLDEN / "remix_original_checkpoint.pt"
+
+
+@pytest.fixture(scope="module")
+def pretrained() -> DiT:
+    vectors = golden("dit.pt")
+    model = DiT(**vectors["config"])
+    model.load_state_dict(vectors["state_dict"])
+    return model.eval()
+
+
+@pytest.fixture(params=["softmax-global", "softmax-local", "raw-global", "one-hot-local"])
+def remix(request, pretrained) -> RemixDiT:
+    """Six experts of four bases that differ: neither K divides N nor N divides T."""
+    mixer, _, scope = request.param.rpartition("-")
+    torch.manual_seed(0)
+    model = RemixDiT(pretrained, n_basis=4, n_experts=6, mixer=mixer, scope=scope)
+    for module in model.modules():
+        if isinstance(module, RemixLinear):
+            module.weight.data += 0.05 * torch.randn_like(module.weight)
+            module.bias.data += 0.05 * torch.randn_like(module.bias)
+    return model.eval()
+
+
+def batch(t: list[int]):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(len(t), 4, 8, 8, generator=generator)
+    return x, torch.tensor(t), torch.randint(10, (len(t),), generator=generator)
+
+
+# The published implementation
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+@torch.no_grad()
+def test_experts_are_the_published_ones(weights):
+    g = golden("remix.pt")
+    model, config = load_model(ORIGINAL, ema=weights == "ema", num_heads=4)
+    assert config["model"]["remix"] == {"n_basis": g["n_basis"], "n_experts": g["n_experts"]}
+    folded = FoldedRemixDiT(model)
+    for i, expert in g["experts"].items():
+        for denoise in (model, folded, model.expert(int(i))):
+            assert relative(denoise(g["x"], expert["t"], g["y"]), expert[f"out_{weights}"]) < 1e-5
+    if weights == "ema":
+        torch.testing.assert_close(model.coefficients(), g["alpha_ema"], rtol=1e-6, atol=0)
+    else:
+        assert math.isclose(model.prior_loss().item(), g["prior_loss"].mean().item(), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [None, 1, 2])
+def test_gradients_are_the_published_ones(groups):
+    g, inputs = golden("remix_grads.pt"), golden("remix.pt")
+    model, _ = load_model(ORIGINAL, ema=False, num_heads=4)
+    loss = model(inputs["x"], g["t"], inputs["y"], groups=groups).square().mean()
+    loss.backward()
+    assert math.isclose(loss.item(), g["loss"].item(), rel_tol=1e-5)
+    for name, gradient in g["grads"].items():
+        ours = model.logits if name == "coefficients.weight" else model.backbone.get_parameter(name)
+        assert relative(ours.grad, gradient) < 1e-4, name
+
+
+# Properties
+
+
+def test_every_basis_starts_as_the_pretrained_model(pretrained):
+    model = RemixDiT(pretrained, n_basis=3, n_experts=7)
+    x, t, y = batch([0, 142, 500, 999])
+    with torch.no_grad():
+        assert relative(model(x, t, y), pretrained(x, t, y)) < 1e-5
+    assert pretrained.blocks[0].attn.qkv.weight.shape == (192, 64), "the backbone passed in must stay as it was"
+
+
+@torch.no_grad()
+def test_folded_equals_mixed(remix):
+    folded = FoldedRemixDiT(remix)
+    for i, t in [(0, 0), (0, 165), (1, 166), (3, 500), (5, 999), (2, 333)]:
+        assert remix.expert_of(torch.tensor(t)) == i
+        x, ts, y = batch([t, t])
+        mixed = remix(x, ts, y)
+        assert relative(remix.expert(i)(x, ts, y), mixed) < 1e-5
+        assert relative(folded(x, ts, y), mixed) < 1e-5
+    assert relative(remix.expert(0)(x, ts, y), mixed) > 1e-3, "the experts of this test must differ"
+    with pytest.raises(ValueError, match="one expert at a time"):
+        folded(*batch([0, 999]))
+
+
+@torch.no_grad()
+def test_mixed_batch_equals_its_samples(remix):
+    x, t, y = batch([999, 3, 400, 401, 166, 165, 3])
+    one_by_one = torch.cat([remix(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(len(t))])
+    assert relative(remix(x, t, y), one_by_one) < 1e-5
+
+
+def test_groups_equal_the_general_path(remix):
+    x, t, y = batch([0, 160, 999, 998, 400, 333, 166, 332])
+    results = []
+    for groups in (None, 4, 8):
+        model = copy.deepcopy(remix)
+        out = model(x, t, y, groups=groups)
+        out.square().mean().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append((out, gradients))
+    for out, gradients in results[1:]:
+        assert relative(out, results[0][0]) < 1e-5
+        for a, b in zip(gradients, results[0][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
+    with pytest.raises(ValueError, match="do not divide"):
+        remix(x, t, y, groups=3)
+
+
+def test_groups_compile_to_one_graph(remix):
+    torch._dynamo.reset()
+    compiled = torch.compile(remix, fullgraph=True, backend="aot_eager")
+    for ts in ([1, 2, 900, 901], [500, 501, 3, 4], [340, 341, 700, 701]):
+        x, t, y = batch(ts)
+        assert relative(compiled(x, t, y, groups=2), remix(x, t, y)) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("n_experts", [1, 3, 6, 7, 20, 999, 1000])
+def test_intervals_tile_the_timesteps(pretrained, n_experts):
+    t = torch.arange(1000)
+    owner = RemixDiT(pretrained, 1, n_experts).expert_of(t)
+    for i in range(n_experts):
+        assert torch.equal(t[owner == i], torch.arange(i * 1000 // n_experts, (i + 1) * 1000 // n_experts))
+
+
+def test_prior(pretrained):
+    model = RemixDiT(pretrained, n_basis=4, n_experts=6)
+    assert model.prior().tolist() == [0, 0, 1, 2, 2, 3]
+    many = RemixDiT(pretrained, n_basis=4, n_experts=1000)
+    preferred = many.logits.gather(1, many.prior()[:, None])
+    assert abs(preferred.mean().item() - 3) < 0.15
+    assert abs((many.logits.sum() - preferred.sum()).item() / 3000) < 0.1
+    one_hot = RemixDiT(pretrained, n_basis=4, n_experts=6, mixer="one-hot")
+    assert one_hot.coefficients().argmax(1).tolist() == [0, 0, 1, 2, 2, 3]
+    assert not one_hot.logits.requires_grad
+
+
+def test_bases_from_scratch_are_drawn_separately_at_a_linear_layers_scale():
+    torch.manual_seed(0)
+    model = RemixDiT_models["RemixDiT-T/2"](input_size=8, n_basis=3, n_experts=5)
+    plain = DiT_models["DiT-T/2"](input_size=8)
+    for name in ("attn.qkv", "mlp.fc2"):
+        bases, linear = model.backbone.blocks[0].get_submodule(name).weight, plain.blocks[0].get_submodule(name).weight
+        assert not torch.equal(bases[0], bases[1])
+        for basis in bases:
+            assert abs(basis.std() / linear.std() - 1) < 0.05
+
+
+def test_size():
+    model = RemixDiT_models["RemixDiT-S/2"](n_basis=4, n_experts=20)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 96.79
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"n_basis": 0}, {"n_experts": 0}, {"n_experts": 1001}, {"mixer": "max"}, {"scope": "none"}]
+)
+def test_what_cannot_be(pretrained, wrong):
+    with pytest.raises(ValueError):
+        RemixDiT(pretrained, **{"n_basis": 2, "n_experts": 4} | wrong)
+
+
+# The deal of experts and timesteps
+
+
+@pytest.mark.parametrize(("n_experts", "per_batch"), [(20, 1), (20, 8), (20, 16), (20, 20), (7, 4), (3, 6), (1, 1)])
+def test_deal_is_even(n_experts, per_batch):
+    owner = lambda t: (n_experts * (t + 1) - 1) // 1000  # noqa: E731
+    served = np.zeros(n_experts, dtype=int)
+    rounds = n_experts // math.gcd(n_experts, per_batch)
+    for step in range(3 * rounds):
+        groups = owner(
+            deal_timesteps(0, step, 48 if 48 % per_batch == 0 else 8 * per_batch, n_experts, per_batch)
+        ).reshape(per_batch, -1)
+        assert (groups == groups[:, :1]).all(), "a group must lie within one expert's timesteps"
+        assert len(set(groups[:, 0])) == min(per_batch, n_experts), "no expert is repeated while N allows"
+        np.add.at(served, groups[:, 0], 1)
+    assert (served == served[0]).all()
+
+
+def test_deal_depends_on_seed_and_step_alone():
+    assert np.array_equal(deal_timesteps(1, 5, 16, 20, 8), deal_timesteps(1, 5, 16, 20, 8))
+    assert not np.array_equal(deal_timesteps(1, 5, 16, 20, 8), deal_timesteps(2, 5, 16, 20, 8))
+    assert not np.array_equal(deal_timesteps(1, 5, 16, 20, 8), deal_timesteps(1, 6, 16, 20, 8))
+    with pytest.raises(ValueError, match="do not divide"):
+        deal_timesteps(0, 0, 10, 20, 4)

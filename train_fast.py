@@ -1,0 +1,468 @@
+"""Train a DiT or a RemixDiT on encoded features.
+
+    torchrun --nnodes=1 --nproc_per_node=8 train_fast.py --model RemixDiT-S/2 --load-weight pretrained/DiT_S_2_2M.pt \\
+        --data-path data/imagenet_encoded --epochs 20 --prefix RemixDiT-S-4-20-100K --n-basis 4 --n-experts 20
+
+Everything goes to outputs/<prefix>/: checkpoints/<step>.pt, log.txt, metrics.jsonl, config.json. Which images, timesteps,
+experts and noise a step uses depends on the seed, the step and the place in the global batch alone: not on the number
+of processes, nor on when the run was resumed.
+"""
+
+import argparse
+import copy
+import json
+import math
+import resource
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from checkpoint import load_model, load_weights, model_config, newest_checkpoint, read_checkpoint, save_checkpoint
+from common import ArgumentParser, UserError, atomic_write, folder_name, number, positive_int, run_script, seed_int
+from diffusion import create_diffusion
+from distributed import World, rank0_logger, seed_for, setup, world_size
+from features import FeatureDataset, GlobalBatches
+from models import DiT, DiT_models
+from remix import MIXERS, SCOPES, RemixDiT, RemixDiT_models, deal_timesteps
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PARTS = ("loss", "mse", "vb", "prior")  # of the loss, as they are logged
+
+
+def main(args: argparse.Namespace):
+    # Check the whole plan before any device or process group is touched.
+    dataset = FeatureDataset(args.data_path)
+    resolve_defaults(args, dataset)
+    torch.manual_seed(args.global_seed)
+    model = make_model(args, dataset)
+    config = describe(args, dataset, model)
+    run = Path(args.results_dir) / args.prefix
+    state = find_resume(args, run, config)
+    first_step = state["step"] if state else 0
+
+    # Initialize.
+    world = setup()
+    rows = slice(
+        world.rank * args.global_batch_size // world.size, (world.rank + 1) * args.global_batch_size // world.size
+    )
+    if world.is_main:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with atomic_write(run / "config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=1) + "\n")
+        keep_metrics(run / "metrics.jsonl", first_step)
+    logger = rank0_logger(world, run / "log.txt")
+    remix = isinstance(model, RemixDiT)
+    size = sum(p.numel() for p in model.parameters())
+    logger.info(
+        f"{args.model}: {size / 1e6:,.2f} M parameters; {len(dataset):,} images of {args.num_classes} classes from {args.data_path}"
+    )
+    logger.info(
+        f"steps {first_step:,} to {args.max_steps:,} of batch {args.global_batch_size} on {world.size} x {world.device.type}, "
+        f"{args.precision}{', compiled' if args.compile else ''}"
+        + (f", {args.experts_per_batch} experts a batch" if remix else "")
+    )
+
+    # Setup training state.
+    model = model.to(world.device).train()
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    coefficients = [model.logits] if remix and model.logits.requires_grad else []
+    others = [p for p in model.parameters() if p.requires_grad and not any(p is c for c in coefficients)]
+    groups = [{"params": others, "peak_lr": args.lr}, {"params": coefficients, "peak_lr": args.coeff_lr}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0, fused=True)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=args.precision == "fp16")
+    window = torch.zeros(len(PARTS), device=world.device)  # sums since the last log line
+    if state:
+        load_weights(model, state["model"], args.resume)
+        load_weights(ema, state["ema"], args.resume)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        window.copy_(state["window"])
+        logger.info(f"resumed from {args.resume}")
+    del state
+    if args.compile:
+        model.compile()
+    network = (
+        DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if world.size > 1
+        else model
+    )
+    drop_prob = config["model"]["backbone"]["class_dropout_prob"]
+    update_ema = get_ema_multi_avg_fn(args.ema_decay)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    averaged = [e for p, e in zip(model.parameters(), ema.parameters(), strict=True) if p.requires_grad]
+    diffusion = create_diffusion(**config["diffusion"])
+    batches = iter(make_loader(args, dataset, range(first_step, args.max_steps), rows, world))
+
+    # Train.
+    clock, clock_step = time.perf_counter(), first_step
+    for step in range(first_step, args.max_steps):
+        progress = step / args.max_steps
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * (0.75 + 0.25 * math.cos(math.pi * progress))  # cosine decay to half
+        prior_weight = args.prior_strength * (1 - progress)
+
+        # Evaluate the loss and accumulate gradients.
+        optimizer.zero_grad(set_to_none=True)
+        for i, (x, t, y, drop, noise) in enumerate(
+            microbatches(args, step, next(batches), dataset, rows, world, drop_prob)
+        ):
+            conditions = {"y": y, "drop": drop}
+            if remix:
+                # Groups that a microbatch cuts through are cut finer, until all of its groups are equal.
+                conditions["groups"] = len(x) // math.gcd(len(x), args.global_batch_size // args.experts_per_batch)
+            more_to_come = network.no_sync() if world.size > 1 and i < args.grad_accum - 1 else nullcontext()
+            autocast = torch.autocast(world.device.type, DTYPES[args.precision], enabled=args.precision != "fp32")
+            with more_to_come, autocast:
+                parts = {
+                    name: value.mean()
+                    for name, value in diffusion.training_losses(network, x, t, conditions, noise).items()
+                }
+                loss = parts["loss"]
+                if coefficients:
+                    parts["prior"] = model.prior_loss()
+                    loss = loss + prior_weight * parts["prior"]
+                scaler.scale(loss / args.grad_accum).backward()
+            zero = torch.zeros((), device=world.device)
+            window += torch.stack([parts.get(name, zero).detach() for name in PARTS]) / (args.grad_accum * world.size)
+
+        # Update the weights and their average.
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(trained, args.clip_grad, foreach=True)
+        scaler.step(optimizer)
+        scaler.update()
+        update_ema(averaged, trained, None)
+
+        # Report status, and save.
+        done = step + 1
+        if done % args.log_every == 0 or done == args.max_steps:
+            report(args, world, run, logger, model, optimizer, window, prior_weight, done, clock, clock_step)
+            window.zero_()
+            clock, clock_step = time.perf_counter(), done
+        if done % args.ckpt_every == 0 or done == args.max_steps:
+            window = world.sum(window) / world.size  # the same on every rank, as it will be after a resume
+            if world.is_main:
+                path = run / "checkpoints" / f"{done:07d}.pt"
+                save_checkpoint(
+                    path,
+                    {
+                        "config": config,
+                        "step": done,
+                        "model": model.state_dict(),
+                        "ema": ema.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "scaler": scaler.state_dict(),
+                        "window": window,
+                    },
+                )
+                logger.info(f"saved {path}")
+            world.barrier()
+    logger.info("done")
+
+
+def resolve_defaults(args: argparse.Namespace, dataset: FeatureDataset):
+    """Fill in what depends on the data and on other flags, and refuse what does not fit together."""
+    remix = args.model in RemixDiT_models
+    args.prefix = args.prefix or args.model.replace("/", "-") + (f"-{args.n_basis}-{args.n_experts}" if remix else "")
+    if args.image_size and dataset.image_size and args.image_size != dataset.image_size:
+        raise UserError(
+            f"--image-size {args.image_size}, but {args.data_path} holds features of {dataset.image_size}-pixel images"
+        )
+    classes = len(dataset.classes) if dataset.classes else None
+    args.num_classes = args.num_classes or classes or 1000
+    if classes and classes > args.num_classes:
+        raise UserError(f"--num-classes {args.num_classes}, but {args.data_path} has labels up to {classes - 1}")
+    args.lr = args.lr or (2e-5 if args.load_weight else 1e-4)
+    args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    args.compile = torch.cuda.is_available() if args.compile is None else args.compile
+    batch = args.global_batch_size
+    if batch % (world_size() * args.grad_accum):
+        raise UserError(
+            f"--global-batch-size {batch} cannot be dealt evenly to {world_size()} processes"
+            + (f" in {args.grad_accum} accumulated parts" if args.grad_accum > 1 else "")
+        )
+    if not remix:
+        args.experts_per_batch = 1
+    elif args.experts_per_batch is None:  # never by the number of processes: it must not change a run's character
+        args.experts_per_batch = max(e for e in range(1, min(16, args.n_experts) + 1) if batch % e == 0)
+    elif batch % args.experts_per_batch:
+        raise UserError(
+            f"--experts-per-batch {args.experts_per_batch} does not divide --global-batch-size {batch} into equal groups"
+        )
+    args.max_steps = args.max_steps or max(1, args.epochs * len(dataset) // batch)
+
+
+def make_model(args: argparse.Namespace, dataset: FeatureDataset) -> DiT | RemixDiT:
+    """The model at step 0: drawn from the seed, or started from --load-weight."""
+    channels, height, width = dataset.shape
+    shape = dict(input_size=height, in_channels=channels, num_classes=args.num_classes)
+    options = dict(n_basis=args.n_basis, n_experts=args.n_experts, mixer=args.mixer, scope=args.mixer_scope)
+    remix = args.model in RemixDiT_models
+    try:
+        if height != width:
+            raise ValueError(f"features of {height} x {width} are not square")
+        if not args.load_weight:
+            return RemixDiT_models[args.model](**shape, **options) if remix else DiT_models[args.model](**shape)
+        weights, _ = load_model(args.load_weight)
+        found = weights.backbone_config if isinstance(weights, RemixDiT) else weights.config
+        wanted = DiT_models[args.model.removeprefix("Remix")](**shape).config
+        for key, value in wanted.items():
+            if found[key] != value:
+                raise UserError(f"--load-weight {args.load_weight} has {key}={found[key]}, this run needs {value}")
+        if not isinstance(weights, RemixDiT):
+            return RemixDiT(weights, **options) if remix else weights
+        if not remix:
+            raise UserError(f"--load-weight {args.load_weight} holds a RemixDiT, which cannot start a {args.model}")
+        for key, value in options.items():
+            if weights.config[key] != value:
+                raise UserError(
+                    f"--load-weight {args.load_weight} has {key}={weights.config[key]}, this run asks for {value}"
+                )
+        return weights
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{args.model} on {args.data_path}: {error}") from None
+
+
+def describe(args: argparse.Namespace, dataset: FeatureDataset, model: DiT | RemixDiT) -> dict:
+    """The configuration that, with the data, determines the run; it goes into every checkpoint."""
+    names = [
+        "max_steps",
+        "global_batch_size",
+        "experts_per_batch",
+        "lr",
+        "coeff_lr",
+        "ema_decay",
+        "clip_grad",
+        "prior_strength",
+        "precision",
+        "global_seed",
+        "load_weight",
+    ]
+    vae = {"vae": dataset.vae, "scale": dataset.scale} if dataset.vae else {"vae": "ema", "scale": 0.18215}
+    data = dict(
+        images=len(dataset), image_size=dataset.image_size or args.image_size or 256, classes=dataset.classes, **vae
+    )
+    return {
+        "model": model_config(args.model, model),
+        "diffusion": {},
+        "data": data,
+        "training": {name: getattr(args, name) for name in names},
+    }
+
+
+def find_resume(args: argparse.Namespace, run: Path, config: dict) -> dict | None:
+    """The training state to go on from, if any. Refuses to write over a run, or to go on with another configuration."""
+    newest = newest_checkpoint(run / "checkpoints")
+    if args.resume == "auto":
+        args.resume = newest
+    if args.resume is None:
+        if newest:
+            raise UserError(
+                f"{run} already holds a run, up to {newest.name}: go on with --resume auto or choose another --prefix"
+            )
+        return None
+    if newest and newest.parent.resolve() != Path(args.resume).resolve().parent:
+        raise UserError(f"{run} already holds another run than --resume {args.resume}: choose another --prefix")
+    state = read_checkpoint(args.resume)
+    if not {"config", "step", "model", "ema", "optimizer", "scaler", "window"} <= state.keys():
+        raise UserError(f"--resume {args.resume} holds weights but no training state: use it as --load-weight")
+    before, now = flatten(state["config"]), flatten(config)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and key != "training.load_weight":
+            raise UserError(
+                f"--resume {args.resume} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}"
+            )
+    return state
+
+
+def flatten(config: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat
+
+
+def keep_metrics(path: Path, last_step: int):
+    """Drop the lines of steps that a resumed run will do again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    with atomic_write(path) as temporary:
+        temporary.write_text(
+            "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step)
+        )
+
+
+def as_it_is(batch):
+    return batch
+
+
+def make_loader(
+    args: argparse.Namespace, dataset: FeatureDataset, steps: range, rows: slice, world: World
+) -> DataLoader:
+    """This process's rows of every global batch, prefetched."""
+    batches = GlobalBatches(len(dataset), dataset.views, args.global_batch_size, args.global_seed, steps, rows)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=as_it_is,
+        num_workers=args.num_workers,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def microbatches(
+    args: argparse.Namespace, step: int, batch, dataset: FeatureDataset, rows: slice, world: World, drop_prob: float
+):
+    """Yield (x, t, y, drop, noise) for each accumulated part of this process's rows of the global batch of a step.
+
+    Timesteps, label dropout and noise are drawn for the whole global batch by every process, which keeps its rows.
+    """
+    x, y = batch
+    if int(y.max()) >= args.num_classes or int(y.min()) < 0:
+        raise UserError(f"{args.data_path} has the label {int(y.max())}, beyond --num-classes {args.num_classes}")
+    shape = (args.global_batch_size, *dataset.shape)
+    if x.shape[1:] != shape[1:]:
+        raise UserError(f"{args.data_path} has features of {tuple(x.shape[1:])} among those of {shape[1:]}")
+    seed, remix = args.global_seed, args.model in RemixDiT_models
+    t = deal_timesteps(seed, step, shape[0], args.n_experts if remix else 1, args.experts_per_batch)[rows]
+    drop = np.random.default_rng([seed, step, 3]).random(shape[0])[rows] < drop_prob
+    generator = torch.Generator(world.device).manual_seed(seed_for(seed, step))
+    noise = torch.randn(shape, generator=generator, device=world.device)[rows]
+    t, drop = torch.from_numpy(t), torch.from_numpy(drop)
+    if world.device.type == "cuda":
+        t, drop = t.pin_memory(), drop.pin_memory()
+    x, t, y, drop = (tensor.to(world.device, non_blocking=True) for tensor in (x, t, y, drop))
+    yield from zip(*(tensor.chunk(args.grad_accum) for tensor in (x, t, y, drop, noise)), strict=True)
+
+
+def report(
+    args,
+    world: World,
+    run: Path,
+    logger,
+    model,
+    optimizer,
+    window,
+    prior_weight: float,
+    done: int,
+    clock: float,
+    clock_step: int,
+):
+    """One line for people in log.txt and one for programs in metrics.jsonl: means since the last one."""
+    steps = done % args.log_every or args.log_every
+    losses = (world.sum(window.clone()) / steps).tolist()  # the host waits for the device here, and only here
+    speed = (done - clock_step) / (time.perf_counter() - clock)
+    if not world.is_main:
+        return
+    if world.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    metrics = {"step": done, **dict(zip(PARTS, losses, strict=True))}
+    if isinstance(model, RemixDiT):
+        alpha = model.coefficients().detach()
+        entropy = -(alpha * alpha.clamp(min=1e-12).log()).sum(-1).mean().item()
+        metrics |= {"prior_weight": prior_weight, "entropy": entropy, "coeff_lr": optimizer.param_groups[-1]["lr"]}
+    else:
+        del metrics["prior"]
+    metrics |= {
+        "lr": optimizer.param_groups[0]["lr"],
+        "images_per_s": speed * args.global_batch_size,
+        "memory_gib": memory,
+    }
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    left = timedelta(seconds=round((args.max_steps - done) / speed))
+    logger.info(
+        f"step {done:07d}/{args.max_steps:07d}  loss {metrics['loss']:.4f}  mse {metrics['mse']:.4f}  "
+        + (f"entropy {metrics['entropy']:.3f}  " if "entropy" in metrics else "")
+        + f"lr {metrics['lr']:.2e}  {metrics['images_per_s']:,.0f} images/s  {memory:.1f} GiB  {left} left"
+    )
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description="Train a DiT or a RemixDiT on features from extract_features.py.")
+    group = parser.add_argument_group("the run")
+    group.add_argument("--data-path", required=True, help="features, packed or in the original layout")
+    group.add_argument("--prefix", type=folder_name, help="name of the run's folder (default: from the model)")
+    group.add_argument("--results-dir", default="outputs", help="where the runs' folders are")
+    group.add_argument(
+        "--resume", metavar="PATH|auto", help="go on from a checkpoint, or from the run's newest if it has one (auto)"
+    )
+    group.add_argument("--global-seed", type=seed_int, default=0, help="seed of everything that is drawn")
+    group = parser.add_argument_group("the model")
+    group.add_argument(
+        "--model",
+        choices=[*DiT_models, *RemixDiT_models],
+        default="RemixDiT-S/2",
+        metavar="NAME",
+        help="DiT or RemixDiT, -T -S -B -L -XL, /2 /4 /8",
+    )
+    group.add_argument(
+        "--load-weight", metavar="PATH", help="start from these weights: a DiT's for either model, or a RemixDiT's"
+    )
+    group.add_argument("--n-basis", type=positive_int, default=4, help="basis models K")
+    group.add_argument(
+        "--n-experts", type=number(int, 1, 1000), default=20, help="experts N, one an interval of timesteps"
+    )
+    group.add_argument("--mixer", choices=MIXERS, default="softmax", help="what turns pi into coefficients")
+    group.add_argument("--mixer-scope", choices=SCOPES, default="global", help="one pi for all blocks, or one a block")
+    group.add_argument("--image-size", type=positive_int, help="pixels; checked against the features (default: theirs)")
+    group.add_argument("--num-classes", type=positive_int, help="(default: the features', or 1000)")
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--epochs",
+        type=positive_int,
+        default=20,
+        help="passes over the images (20 on ImageNet: the published 100k steps)",
+    )
+    group.add_argument("--max-steps", type=positive_int, help="steps, instead of --epochs")
+    group.add_argument("--global-batch-size", type=positive_int, default=256, help="images a step, over all processes")
+    group.add_argument(
+        "--grad-accum", type=positive_int, default=1, help="parts that each process's share of a batch is run in"
+    )
+    group.add_argument(
+        "--experts-per-batch",
+        type=positive_int,
+        metavar="E",
+        help="experts a global batch, one an equal part of it (default: 16, or the most that N and the batch allow; 1 is the paper's rule, "
+        "which gives each step one noise level and pi a sparse gradient)",
+    )
+    group.add_argument(
+        "--lr",
+        type=number(float, 0, above=True),
+        help="peak learning rate (default: the published 2e-5 with --load-weight, else DiT's 1e-4)",
+    )
+    group.add_argument("--coeff-lr", type=number(float, 0), default=1e-2, help="peak learning rate of pi")
+    group.add_argument(
+        "--prior-strength",
+        type=number(float, 0),
+        default=1e-4,
+        help="weight of the prior's cross-entropy; falls linearly to 0",
+    )
+    group.add_argument("--ema-decay", type=number(float, 0, 1), default=0.9999, help="of the averaged weights, a step")
+    group.add_argument(
+        "--clip-grad", type=number(float, 0), default=0.0, help="largest gradient norm; 0 for no clipping, as published"
+    )
+    group.add_argument(
+        "--precision", choices=DTYPES, help="of the matrix products (default: bf16 on GPUs, fp32 on CPUs)"
+    )
+    group = parser.add_argument_group("speed and reports")
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on GPUs)"
+    )
+    group.add_argument(
+        "--num-workers", type=number(int, 0), default=4, help="processes that read features, for each process"
+    )
+    group.add_argument("--log-every", type=positive_int, default=100, help="steps")
+    group.add_argument("--ckpt-every", type=positive_int, default=10_000, help="steps")
+    run_script(main, parser)
