@@ -31,9 +31,13 @@ class Latents(Pixels):
 
     def __init__(self, name: str, device: torch.device):
         from diffusers import AutoencoderKL  # seconds to import, and pixel runs never need it
+        from diffusers.utils import logging
 
+        logging.set_verbosity_error()  # what it would warn of is said in one line below
         try:
-            self.vae = AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
+            self.vae = (
+                AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False).to(device).eval().requires_grad_(False)
+            )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError(

@@ -9,6 +9,7 @@ are. The network is ADM's Inception, converted by torch-fidelity, or any exporte
 import argparse
 import json
 import math
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -71,11 +72,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     mu [D], sigma [D, D] (symmetric). Heusel et al., arXiv 1706.08500, eq. 6. The trace of the root needs eigenvalues
     alone: those of sigma1 sigma2 are those of the symmetric sigma1^(1/2) sigma2 sigma1^(1/2).
     """
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(np.asarray(a), dtype=torch.float64) for a in (mu1, sigma1, mu2, sigma2))
-    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != (*mu1.shape, *mu1.shape):
-        raise ValueError(
-            f"means {tuple(mu1.shape)}, {tuple(mu2.shape)} and covariances {tuple(sigma1.shape)}, {tuple(sigma2.shape)} do not match"
-        )
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64) for a in (mu1, sigma1, mu2, sigma2))
+    if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == (*mu1.shape, *mu1.shape):
+        shapes = ", ".join(str(tuple(a.shape)) for a in (mu1, sigma1, mu2, sigma2))
+        raise ValueError(f"means and covariances {shapes} do not match")
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     trace_of_root = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
@@ -177,7 +177,8 @@ def load_network(weights: str | None, device: torch.device):
         raise UserError(f"--weights {weights}: no such file")
     try:
         if weights and weights.endswith(".pt2"):
-            return torch.export.load(weights).module().to(device)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of buffers that it copies at once
+                return torch.export.load(weights).module().to(device)
         if weights:
             torch.load(
                 weights, map_location="cpu", weights_only=True

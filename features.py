@@ -84,7 +84,7 @@ class FeatureDataset(Dataset):
             self._open_original(originals[0], labels)
         else:
             raise UserError(
-                f"{self.path} holds no features: neither {INDEX} (run extract_features.py to the end) nor *_features/ with *_labels/"
+                f"{self.path} holds no features: neither {INDEX} (finish extract_features.py) nor *_features/ and *_labels/"
             )
 
     def _open_packed(self):

@@ -68,9 +68,8 @@ def main(args: argparse.Namespace):
         begin(folder, settings, partial, marks, (args.num_fid_samples, side, side, 3))
     world.barrier()
     images, done = open_memmap(partial, mode="r+"), open_memmap(marks, mode="r+")
-    logger.info(
-        f"{args.num_fid_samples:,} samples, {args.sampler} with {diffusion.num_timesteps} steps, guidance {args.cfg_scale} -> {folder}"
-    )
+    how = f"{args.sampler} with {diffusion.num_timesteps} steps, guidance {args.cfg_scale}"
+    logger.info(f"{args.num_fid_samples:,} samples by {how} -> {folder}")
 
     # Sample this process's batches; those marked as done are on disk.
     n = args.per_proc_batch_size

@@ -434,7 +434,7 @@ if __name__ == "__main__":
         "--experts-per-batch",
         type=positive_int,
         metavar="E",
-        help="experts a global batch, one an equal part of it (default: 16, or the most that N and the batch allow; 1 is the paper's rule, "
+        help="experts a global batch, one an equal part of it (default: 16 or what N and the batch allow; 1 is the paper's rule, "
         "which gives each step one noise level and pi a sparse gradient)",
     )
     group.add_argument(

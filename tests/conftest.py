@@ -1,8 +1,11 @@
 """Fixtures: golden vectors, small image trees and features, and a way to run the scripts as users do."""
 
+import io
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes on two cores must not fight
@@ -26,16 +29,32 @@ def golden(name: str):
     return torch.load(GOLDEN / name, weights_only=True)
 
 
-def run(script: str, *flags, processes: int = 1, expect: int | None = 0) -> subprocess.CompletedProcess:
-    """Run a script of the project; `processes` > 1 means under torchrun. Fails unless it exits with `expect`."""
-    command = [sys.executable]
+def run(script: str, *flags, processes: int = 1, expect: int = 0) -> subprocess.CompletedProcess:
+    """Run a script of the project, failing unless it exits with `expect`.
+
+    Several processes run under torchrun; a single one runs in this process, which spares seconds of imports.
+    """
+    arguments = [str(ROOT / script), *map(str, flags)]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(ROOT / script), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert expect is None or done.returncode == expect, (
-        f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    )
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            *arguments,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    else:
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, "argv", arguments)
+            try:
+                runpy.run_path(arguments[0], run_name="__main__")
+            except SystemExit as end:
+                code = end.code or 0
+        done = subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+    assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
 
 

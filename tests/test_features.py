@@ -1,0 +1,190 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import PIXELS, make_images, run
+from PIL import Image
+
+import features as features_module
+from extract_features import center_crop
+from features import FeatureDataset, GlobalBatches, write_index, write_shard
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_pixels_are_stored_exactly(images, features):
+    dataset = FeatureDataset(features)
+    assert (len(dataset), dataset.shape, dataset.views, dataset.classes) == (
+        24,
+        (3, 8, 8),
+        2,
+        ["class0", "class1", "class2"],
+    )
+    x, label = dataset[9]
+    image = np.array(center_crop(Image.open(images / "class1" / "1.png"), 8))
+    assert label == 1
+    assert torch.equal(((x + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0), torch.from_numpy(image))
+    assert torch.equal(dataset[9, 1][0], x.flip(-1))
+
+
+def test_any_number_of_processes_writes_the_same_bytes(features, images, tmp_path, monkeypatch):
+    run("extract_features.py", "--data-path", images, "--features-path", tmp_path / "two", *PIXELS, processes=2)
+    assert contents(tmp_path / "two") == contents(features)
+
+
+def test_shards_hold_every_image_once(tmp_path):
+    """Several shards, one of them with an image that could not be read."""
+    counts = [4, 3, 2]
+    for shard, count in enumerate(counts):
+        rows = np.arange(count * 2 * 3).reshape(count, 2, 3, 1, 1) + 100 * shard
+        write_shard(tmp_path, shard, rows, np.full(count, shard), ["bad.png (why)"] if shard == 1 else [])
+    index = write_index(tmp_path, 3, vae="none", scale=1.0, image_size=1, classes=["a", "b", "c"])
+    assert (index["images"], index["skipped"]) == (9, 1)
+    dataset = FeatureDataset(tmp_path)
+    assert [dataset[i][1] for i in range(9)] == [0] * 4 + [1] * 3 + [2] * 2
+    assert dataset[5, 1][0].flatten().tolist() == [109, 110, 111]
+    x, y = dataset.__getitems__([(0, 0), (8, 1)])
+    assert x.shape == (2, 3, 1, 1)
+    assert y.tolist() == [0, 2]
+
+
+def test_an_interrupted_extraction_is_finished(features, images, tmp_path):
+    folder = tmp_path / "again"
+    flags = ("--data-path", images, "--features-path", folder, *PIXELS)
+    run("extract_features.py", *flags)
+    settings = {"images": 24, "classes": ["class0", "class1", "class2"], "image_size": 8, "vae": "none"}
+    (folder / "index.json").unlink()
+    (folder / "settings.json").write_text(json.dumps({**settings, "mirror": False, "grayscale": False, "seed": 0}))
+    assert "other settings" in run("extract_features.py", *flags, expect=2).stderr
+    (folder / "settings.json").write_text(json.dumps({**settings, "mirror": True, "grayscale": False, "seed": 0}))
+    before = (folder / "features-00000.npy").stat().st_mtime_ns
+    run("extract_features.py", *flags)
+    assert contents(folder) == contents(features)
+    assert (folder / "features-00000.npy").stat().st_mtime_ns == before, "finished work is not done again"
+    assert "already holds" in run("extract_features.py", *flags, expect=2).stderr
+
+
+def test_unreadable_images(tmp_path):
+    tree = make_images(tmp_path / "images", classes=2, per_class=3)
+    (tree / "class0" / "1.png").write_bytes(b"no image at all")
+    cut = tree / "class1" / "2.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    flags = ("--data-path", tree, *PIXELS)
+    done = run("extract_features.py", *flags, "--features-path", tmp_path / "a", expect=1)
+    assert "class0/1.png" in done.stderr
+    assert "class1/2.png" in done.stderr
+    assert "2 images could not be read" in done.stderr
+    run("extract_features.py", *flags, "--features-path", tmp_path / "b", "--skip-bad", processes=2)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert FeatureDataset(tmp_path / "a").labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    path = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        **kinds, block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, scaling_factor=0.5
+    ).save_pretrained(path)
+    return path
+
+
+def test_latents_of_a_local_vae(vae, tmp_path):
+    tree = make_images(tmp_path / "images", per_class=3, size=16)
+    flags = ("--data-path", tree, "--vae", vae, "--image-size", 16, "--num-workers", 1, "--batch-size", 4)
+    run("extract_features.py", *flags, "--features-path", tmp_path / "one", "--model", "DiT-T/2")
+    run("extract_features.py", *flags, "--features-path", tmp_path / "two", processes=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    dataset = FeatureDataset(tmp_path / "one")
+    assert (dataset.shape, dataset.scale, dataset.vae) == ((4, 8, 8), 0.5, str(vae))
+
+    from autoencoder import load_autoencoder
+
+    autoencoder = load_autoencoder(str(vae), torch.device("cpu"))
+    pixels = (
+        torch.from_numpy(np.array(center_crop(Image.open(tree / "class0" / "0.png"), 16))).permute(2, 0, 1)[None]
+        / 127.5
+        - 1
+    )
+    with torch.no_grad():
+        mean, deviation = autoencoder.moments(pixels)
+        direct = autoencoder.vae.encode(pixels).latent_dist
+        torch.testing.assert_close(mean, direct.mean * 0.5)
+        noise = (dataset[0][0] - mean[0]) / deviation[0]
+        assert autoencoder.decode(mean).shape == (1, 16, 16, 3)
+    assert 0.5 < noise.std() < 1.5, "one draw of the posterior"
+
+
+def test_original_layout(tmp_path):
+    (tmp_path / "imagenet256_features").mkdir()
+    (tmp_path / "imagenet256_labels").mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        np.save(tmp_path / f"imagenet256_features/{i}.npy", generator.normal(size=(2, 4, 8, 8)).astype(np.float32))
+        np.save(tmp_path / f"imagenet256_labels/{i}.npy", np.array([i % 5]))
+    dataset = FeatureDataset(tmp_path)
+    assert (len(dataset), dataset.shape, dataset.views, dataset.image_size) == (12, (4, 8, 8), 2, 256)
+    assert [dataset[i][1] for i in range(12)] == [i % 5 for i in range(12)], "numbered files in numeric order"
+    expected = np.load(tmp_path / "imagenet256_features/11.npy")[1]
+    assert np.array_equal(dataset[11, 1][0].numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "no such folder"),
+        (lambda folder: (folder / "index.json").unlink(), "holds no features"),
+        (lambda folder: (folder / "index.json").write_text("{"), "not an index"),
+        (lambda folder: (folder / "labels-00000.npy").unlink(), "missing or not a whole"),
+        (lambda folder: np.save(folder / "labels-00000.npy", np.zeros(23, np.int64)), "does not match"),
+        (lambda folder: np.save(folder / "labels-00000.npy", np.full(24, 3)), "do not match"),
+    ],
+)
+def test_damaged_features(features, tmp_path, damage, message):
+    folder = tmp_path / "copy"
+    shutil.copytree(features, folder)
+    damage(folder)
+    with pytest.raises(features_module.UserError, match=message):
+        FeatureDataset(folder)
+
+
+def test_center_crop():
+    image = Image.new("RGB", (300, 100))
+    image.paste((255, 0, 0), (100, 0, 200, 100))
+    crop = np.array(center_crop(image, 32))
+    assert crop.shape == (32, 32, 3)
+    assert (crop[:, 2:-2] == [255, 0, 0]).all()
+
+
+# Which images make up a batch
+
+
+def test_epochs_reach_every_image_once():
+    batches = list(GlobalBatches(10, 2, 4, seed=0, steps=range(10), rows=slice(0, 4)))
+    items = [item for batch in batches for item in batch]
+    for epoch in range(4):
+        part = items[10 * epoch : 10 * (epoch + 1)]
+        assert sorted(image for image, _ in part) == list(range(10))
+    assert {view for _, view in items} == {0, 1}
+    assert [image for image, _ in items[:10]] != [image for image, _ in items[10:20]]
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    whole = list(GlobalBatches(10, 2, 4, seed=3, steps=range(8), rows=slice(0, 4)))
+    halves = [
+        list(GlobalBatches(10, 2, 4, seed=3, steps=range(5, 8), rows=rows)) for rows in (slice(0, 2), slice(2, 4))
+    ]
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole[5:]
+    assert whole != list(GlobalBatches(10, 2, 4, seed=4, steps=range(8), rows=slice(0, 4)))
+
+
+def test_a_batch_larger_than_the_data():
+    (batch,) = GlobalBatches(3, 1, 8, seed=0, steps=range(1), rows=slice(0, 8))
+    assert [sorted(image for image, _ in part) for part in (batch[:3], batch[3:6])] == [[0, 1, 2]] * 2

@@ -1,0 +1,144 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, run
+from PIL import Image
+
+from checkpoint import load_model, save_checkpoint
+from diffusion import create_diffusion
+from distributed import seed_for
+from sample_ddp import label_of
+
+FEW = ("--num-fid-samples", 14, "--num-sampling-steps", "8")
+
+
+def images(folder) -> np.ndarray:
+    with np.load(folder / "samples.npz", allow_pickle=False) as file:
+        return file["arr_0"]
+
+
+@pytest.fixture(scope="module")
+def ckpt(trained, tmp_path_factory):
+    """The four-step model with its bases pushed apart, so that the experts differ."""
+    state = torch.load(trained / "checkpoints/0000004.pt", weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    for key, value in state["ema"].items():
+        if value.ndim >= 2 and "pos_embed" not in key:
+            value += 0.1 * torch.randn(value.shape, generator=generator)
+    path = tmp_path_factory.mktemp("sampling") / "run" / "checkpoints" / "0000004.pt"
+    save_checkpoint(path, state)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sampled(ckpt, tmp_path_factory):
+    path = tmp_path_factory.mktemp("samples")
+    run("sample_ddp.py", "--ckpt", ckpt, *FEW, "--sample-dir", path, "--name", "one", "--save-png")
+    return path / "one"
+
+
+def test_results(sampled):
+    x = images(sampled)
+    assert (x.shape, x.dtype) == ((14, 8, 8, 3), np.uint8)
+    assert sorted(path.name for path in sampled.iterdir()) == ["grid.png", "png", "samples.npz", "settings.json"]
+    assert np.array_equal(np.array(Image.open(sampled / "png" / "000009.png")), x[9])
+    labels = np.load(sampled / "samples.npz")["arr_1"]
+    assert labels.tolist() == [label_of(0, i, 3) for i in range(14)]
+    assert Image.open(sampled / "grid.png").width > 10 * 48
+
+
+@pytest.mark.parametrize(("batch", "processes"), [(7, 1), (32, 2), (5, 2)])
+def test_a_sample_is_its_index(ckpt, sampled, tmp_path, batch, processes):
+    flags = ("--ckpt", ckpt, *FEW, "--sample-dir", tmp_path, "--name", "other", "--per-proc-batch-size", batch)
+    run("sample_ddp.py", *flags, processes=processes)
+    difference = np.abs(images(tmp_path / "other").astype(int) - images(sampled).astype(int))
+    assert difference.max() <= 1
+
+
+@torch.no_grad()
+def test_sampling_is_the_plain_loop(ckpt, sampled):
+    """Folding, guidance and batching change nothing: sample 5 again, by hand, with the unfolded model."""
+    model, _ = load_model(ckpt)
+    generator = torch.Generator().manual_seed(seed_for(0, 5))
+    draws = [torch.randn(3, 8, 8, generator=generator) for _ in range(8)]
+    y = torch.tensor([label_of(0, 5, 3), 3])
+    x = create_diffusion("8").p_sample_loop(
+        model.forward_with_cfg,
+        (2, 3, 8, 8),
+        noise=draws[0].expand(2, -1, -1, -1),
+        model_kwargs={"y": y, "cfg_scale": 1.5},
+        step_noise=lambda i: draws[i + 1].expand(2, -1, -1, -1),
+    )
+    by_hand = (127.5 * x[0] + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    assert np.abs(by_hand.astype(int) - images(sampled)[5].astype(int)).max() <= 1
+
+
+def test_an_interrupted_sampling_is_finished(ckpt, sampled, tmp_path):
+    flags = ("--ckpt", ckpt, *FEW, "--sample-dir", tmp_path, "--name", "again", "--per-proc-batch-size", 7)
+    run("sample_ddp.py", *flags)
+    folder = tmp_path / "again"
+    done = images(folder)
+    half = done.copy()
+    half[7:] = 0
+    np.save(folder / "samples.partial.npy", half)
+    np.save(folder / "done.partial.npy", np.arange(14) < 7)
+    (folder / "samples.npz").unlink()
+    run("sample_ddp.py", *flags)
+    assert np.array_equal(images(folder), done)
+    assert "nothing to do" in run("sample_ddp.py", *flags).stdout
+    refused = run("sample_ddp.py", *flags, "--cfg-scale", 4, expect=2)
+    assert "cfg_scale=1.5, not 4.0" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "how", [("--sampler", "ddim"), ("--cfg-scale", 1), ("--cfg-all-channels", "--precision", "bf16"), ("--no-ema",)]
+)
+def test_other_ways(ckpt, sampled, tmp_path, how):
+    run("sample_ddp.py", "--ckpt", ckpt, *FEW, "--sample-dir", tmp_path, *how)
+    (folder,) = tmp_path.iterdir()
+    assert images(folder).shape == (14, 8, 8, 3)
+    if "--cfg-all-channels" not in how:  # three channels are all of a pixel model's
+        assert not np.array_equal(images(folder), images(sampled))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--ckpt", "/nowhere.pt"), "no such file"),
+        (("--model", "RemixDiT-S/2"), "not RemixDiT-S/2"),
+        (("--num-classes", "10"), "was trained with 3"),
+        (("--num-sampling-steps", "2000"), "cannot keep 2000"),
+        (("--cfg-scale", "-1"), "at least 0"),
+        (("--name", "../x"), "plain folder name"),
+        (("--vae", "/no/such/vae"), "cannot load the VAE"),
+        (("--ckpt", str(GOLDEN / "remix_original_checkpoint.pt")), "number of heads"),
+    ],
+)
+def test_wrong_input(ckpt, tmp_path, flags, message):
+    done = run("sample_ddp.py", "--ckpt", ckpt, "--sample-dir", tmp_path / "out", *FEW, *flags, expect=2)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_coefficients_are_drawn(ckpt, tmp_path):
+    run("visualize.py", ckpt, "--out", tmp_path / "alpha.png")
+    rows = [line.split(",") for line in (tmp_path / "alpha.csv").read_text().splitlines()]
+    assert rows[0] == ["block", "expert", "first_timestep", "last_timestep", "basis_0", "basis_1"]
+    alpha = load_model(ckpt)[0].coefficients()
+    assert [[float(v) for v in row[4:]] for row in rows[1:]] == [pytest.approx(row) for row in alpha.tolist()]
+    assert [row[2:4] for row in rows[1:]][:2] == [["0", "165"], ["166", "332"]]
+    assert Image.open(tmp_path / "alpha.png").width > 500
+
+
+def test_coefficients_of_a_plain_model(tmp_path):
+    torch.save(torch.load(GOLDEN / "dit.pt", weights_only=True)["state_dict"], tmp_path / "dit.pt")
+    assert "plain DiT" in run("visualize.py", tmp_path / "dit.pt", "--num-heads", 4, expect=2).stderr
+
+
+def test_settings_say_what_made_the_samples(ckpt, sampled):
+    settings = json.loads((sampled / "settings.json").read_text())
+    assert settings["ckpt"] == str(ckpt)
+    assert settings["num_sampling_steps"] == "8"

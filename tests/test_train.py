@@ -1,0 +1,172 @@
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import GOLDEN, run, training
+
+from checkpoint import load_model, read_checkpoint
+from models import DiT_models
+
+
+def losses(run_folder) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps)), "every step is logged once"
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def assert_same_weights(a, b, exact: bool = True):
+    a, b = read_checkpoint(a), read_checkpoint(b)
+    for part in ("model", "ema"):
+        for key, value in a[part].items():
+            if exact:
+                assert torch.equal(value, b[part][key]), f"{part}.{key}"
+            else:  # Adam turns the sign of a gradient that is all rounding into a whole step
+                torch.testing.assert_close(value, b[part][key], rtol=1e-3, atol=2e-4, msg=f"{part}.{key}")
+
+
+def test_what_a_run_leaves(trained, features):
+    assert sorted(path.name for path in trained.iterdir()) == ["checkpoints", "config.json", "log.txt", "metrics.jsonl"]
+    state = torch.load(trained / "checkpoints" / "0000004.pt", weights_only=True)
+    assert state["config"] == json.loads((trained / "config.json").read_text())
+    assert state["config"]["data"]["classes"] == ["class0", "class1", "class2"]
+    assert set(losses(trained)) == {1, 2, 3, 4}
+    model, _ = load_model(trained / "checkpoints" / "0000004.pt")
+    assert (model.n_basis, model.n_experts, model.num_classes) == (2, 6, 3)
+    metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    weights = [line["prior_weight"] / 1e-4 for line in metrics]
+    assert weights == pytest.approx([1, 0.75, 0.5, 0.25]), "the prior is annealed linearly to zero"
+    assert metrics[0]["lr"] == pytest.approx(1e-3)
+    assert metrics[2]["lr"] == pytest.approx(0.75e-3), "halfway down the cosine from the peak to its half"
+    assert "images/s" in (trained / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_are_one(trained, features, tmp_path, accumulate):
+    """The second case cuts the six groups of two across four microbatches of three."""
+    flags = training(features, tmp_path, "two")
+    run("train_fast.py", *flags, "--max-steps", 4, "--grad-accum", accumulate, processes=2)
+    one, two = losses(trained), losses(tmp_path / "two")
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
+    assert_same_weights(trained / "checkpoints/0000004.pt", tmp_path / "two/checkpoints/0000004.pt", exact=False)
+
+
+@pytest.mark.parametrize("model", ["RemixDiT-T/2", "DiT-T/2"])
+def test_a_resumed_run_is_the_uninterrupted_one(features, tmp_path, model):
+    whole, resumed = training(features, tmp_path, "whole", model), training(features, tmp_path, "resumed", model)
+    run("train_fast.py", *whole, "--max-steps", 6, "--ckpt-every", 4, "--log-every", 3)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    (tmp_path / "resumed/checkpoints/0000006.pt").unlink()
+    done = run("train_fast.py", *resumed, "--max-steps", 6, "--ckpt-every", 4, "--log-every", 3, "--resume", "auto")
+    assert "0000004.pt" in done.stderr
+    assert losses(tmp_path / "whole") == losses(tmp_path / "resumed"), (
+        "bit for bit, the window across the checkpoint too"
+    )
+    assert_same_weights(tmp_path / "whole/checkpoints/0000006.pt", tmp_path / "resumed/checkpoints/0000006.pt")
+
+
+def test_starting_from_a_pretrained_dit(features, tmp_path):
+    torch.manual_seed(0)
+    dit = DiT_models["DiT-T/2"](input_size=8, in_channels=3, num_classes=3)
+    torch.save({"ema": dit.state_dict()}, tmp_path / "dit.pt")
+    for model in ("DiT-T/2", "RemixDiT-T/2"):
+        prefix = model.replace("/", "-")
+        flags = training(features, tmp_path, prefix, model)
+        run(
+            "train_fast.py",
+            *flags,
+            "--load-weight",
+            tmp_path / "dit.pt",
+            "--max-steps",
+            1,
+            "--lr",
+            1e-9,
+            "--coeff-lr",
+            0,
+        )
+        trained, _ = load_model(tmp_path / prefix / "checkpoints/0000001.pt")
+        expert = trained if model == "DiT-T/2" else trained.expert(5)
+        for key, value in dit.state_dict().items():
+            torch.testing.assert_close(expert.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_learns_the_same(trained, features, tmp_path, precision):
+    flags = training(features, tmp_path, precision)
+    run(
+        "train_fast.py", *flags, "--max-steps", 4, "--precision", precision, "--clip-grad", 10, "--mixer-scope", "local"
+    )
+    assert list(losses(tmp_path / precision).values()) == pytest.approx(list(losses(trained).values()), rel=0.05)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same(trained, features, tmp_path):
+    run("train_fast.py", *training(features, tmp_path, "compiled"), "--max-steps", 4, "--compile")
+    assert list(losses(tmp_path / "compiled").values()) == pytest.approx(list(losses(trained).values()), rel=1e-4)
+
+
+def test_training_learns(features, tmp_path):
+    run("train_fast.py", *training(features, tmp_path, "long"), "--max-steps", 150, "--log-every", 50)
+    first, *_, last = losses(tmp_path / "long").values()
+    assert last < 0.75 * first
+
+
+def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
+    return pytest.param(flags, message, processes, model, id=name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "processes", "model"),
+    [
+        wrong("missing data", "no such folder", "--data-path", "/nowhere"),
+        wrong("no features", "holds no features", "--data-path", str(GOLDEN)),
+        wrong("image size", "holds features of 8-pixel images", "--image-size", "16"),
+        wrong("classes", "labels up to 2", "--num-classes", "2"),
+        wrong("K", "at least 1", "--n-basis", "0"),
+        wrong("N", "at least 1 and at most 1000", "--n-experts", "1001"),
+        wrong("groups", "does not divide", "--experts-per-batch", "5"),
+        wrong("prefix", "plain folder name", "--prefix", "../escape"),
+        wrong("learning rate", "above 0", "--lr", "nan"),
+        wrong("missing weights", "no such file", "--load-weight", "/nowhere.pt"),
+        wrong("foreign weights", "number of heads", "--load-weight", str(GOLDEN / "remix_original_checkpoint.pt")),
+        wrong("no weights", "holds no", "--load-weight", str(GOLDEN / "diffusion.pt")),
+        wrong("resume nothing", "no such file", "--resume", "/nowhere.pt"),
+        wrong("resume weights", "no training state", "--resume", str(GOLDEN / "dit.pt")),
+        wrong("model", "invalid choice", model="DiT-Q/2"),
+        wrong("world", "cannot be dealt evenly to 2 processes", "--global-batch-size", "11", processes=2),
+    ],
+)
+def test_wrong_input(features, tmp_path, flags, message, processes, model):
+    everything = [*training(features, tmp_path / "out", "wrong", model), "--max-steps", 2, *flags]
+    done = run("train_fast.py", *everything, processes=processes, expect=2 if processes == 1 else 1)
+    said = [line for line in done.stderr.splitlines() if line.startswith("train_fast.py: error:")]
+    assert len(said) == 1
+    assert message in said[0]
+    if processes == 1:
+        assert done.stderr.strip() == said[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten_or_mixed(trained, features, tmp_path):
+    shutil.copytree(trained, tmp_path / "trained")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "trained").rglob("*")}
+    again = [*training(features, tmp_path, "trained"), "--max-steps", 4]
+    assert "already holds a run" in run("train_fast.py", *again, expect=2).stderr
+    for change, said in (
+        (("--max-steps", 8), "max_steps=4, this run asks for 8"),
+        (("--global-seed", 1), "global_seed=0, this run asks for 1"),
+        (("--n-basis", 3), "n_basis=2, this run asks for 3"),
+        (("--model", "DiT-T/2"), "was trained with"),
+    ):
+        assert said in run("train_fast.py", *again, "--resume", "auto", *change, expect=2).stderr
+    cut = tmp_path / "trained/checkpoints/0000009.pt"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "trained").rglob("*")} == before
+    cut.write_bytes((trained / "checkpoints/0000004.pt").read_bytes()[:5000])
+    assert "not a whole checkpoint" in run("train_fast.py", *again, "--resume", cut, expect=2).stderr
+
+
+def test_help():
+    out = run("train_fast.py", "--help").stdout
+    for flag in ("--experts-per-batch", "--prior-strength", "--resume", "--precision"):
+        assert flag in out
