@@ -10,6 +10,7 @@ import argparse
 import math
 import pickle
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from common import UserError, atomic_write
 from models import SIZES, DiT, DiT_models
-from remix import RemixDiT, RemixDiT_models
+from remix import MIXED_LAYERS, FoldedRemixDiT, IndependentExperts, OneExpertAtATime, RemixDiT, RemixDiT_models
 
 FORMAT, VERSION = "remix-dit", 1
+ORIGINAL_LOGITS = "coefficients.weight"  # pi in the original Remix-DiT's files
 PUBLISHED_VAE = {"vae": "stabilityai/sd-vae-ft-ema", "scale": 0.18215}  # what every published DiT was trained on
 
 
@@ -104,6 +106,29 @@ def load_model(path, ema: bool = True, **overrides) -> tuple[DiT | RemixDiT, dic
     return model.eval(), config
 
 
+def load_denoiser(paths: list, ema: bool = True, **overrides) -> tuple[DiT | OneExpertAtATime, dict]:
+    """Load what a sampler needs: a DiT, a RemixDiT folded, or independent experts; and the (first) file's config.
+
+    Several files are plain DiTs trained on intervals of timesteps (train_fast.py --timesteps), in any order, which must
+    tile all of them. ema and overrides are `load_model`'s. Raises UserError as it does, and for files that do not tile.
+    """
+    loaded = [(path, *load_model(path, ema, **overrides)) for path in paths]
+    if len(loaded) == 1:
+        _, model, config = loaded[0]
+        return (FoldedRemixDiT(model).eval() if isinstance(model, RemixDiT) else model), config
+    for path, model, config in loaded:
+        if isinstance(model, RemixDiT) or not config["training"]:
+            raise UserError(f"{path} is no independent expert (a DiT from train_fast.py --timesteps): give it alone")
+        if model.config != loaded[0][1].config:
+            raise UserError(f"{path} and {loaded[0][0]} hold models of different shapes")
+    loaded.sort(key=lambda item: item[2]["training"]["timesteps"])
+    intervals = [config["training"]["timesteps"] for _, _, config in loaded]
+    bounds = [intervals[0][0], *(high for _, high in intervals)]
+    if intervals != [list(pair) for pair in pairwise(bounds)] or (bounds[0], bounds[-1]) != (0, 1000):
+        raise UserError(f"the experts' timesteps {intervals} do not tile 0 to 1000")
+    return IndependentExperts([model for _, model, _ in loaded], bounds).eval(), loaded[0][2]
+
+
 def load_weights(model: nn.Module, state: dict[str, Tensor], path):
     """load_state_dict, with a one-line UserError for weights of another model."""
     try:
@@ -111,6 +136,18 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path):
     except RuntimeError as error:
         complaint = str(error).splitlines()[1].strip() if "\n" in str(error) else _first_line(error)
         raise UserError(f"{path} does not fit the model: {complaint[:300]}") from None
+
+
+def original_state(model: DiT | RemixDiT) -> dict[str, Tensor]:
+    """The weights under the original Remix-DiT's names. Raises UserError for a model that its code cannot express."""
+    if not isinstance(model, RemixDiT):
+        return model.state_dict()
+    if (model.mixer, model.scope, model.mixed_layers) != ("softmax", "global", MIXED_LAYERS):
+        raise UserError("the original code has softmax mixers of global scope over the four linears only")
+    return {
+        ORIGINAL_LOGITS if key == "logits" else key.removeprefix("backbone."): value
+        for key, value in model.state_dict().items()
+    }
 
 
 def _foreign_state(path, content: dict, ema: bool) -> tuple[dict[str, Tensor], str | None]:
@@ -145,10 +182,10 @@ def _foreign_config(path, state: dict[str, Tensor], overrides: dict) -> tuple[di
         raise UserError(f"{path} holds no DiT: its tensors have other names") from None
 
     remix = None
-    if "coefficients.weight" in state:
-        n_experts, n_basis = state["coefficients.weight"].shape
+    if ORIGINAL_LOGITS in state:
+        n_experts, n_basis = state[ORIGINAL_LOGITS].shape
         remix = dict(n_basis=n_basis, n_experts=n_experts)
-        state = {"logits" if key == "coefficients.weight" else f"backbone.{key}": value for key, value in state.items()}
+        state = {"logits" if key == ORIGINAL_LOGITS else f"backbone.{key}": value for key, value in state.items()}
 
     overrides = dict(overrides)
     size = next(

@@ -78,7 +78,7 @@ def main(args: argparse.Namespace):
         run(1, "evaluator.py", digits / "heldout.npz", samples / prefix / "samples.npz", *flags)
 
     say("6. Draw the mixing coefficients that were learned")
-    run(1, "visualize.py", checkpoints["remix"], "--out", out / "coefficients.png")
+    run(1, "visualize.py", "coefficients", checkpoints["remix"], "--out", out / "coefficients.png")
     shutil.copyfile(samples / "remix" / "grid.png", out / "digits.png")
 
     table = [f"{'':20} {'IS':>7} {'FID':>7} {'sFID':>7} {'Prec.':>7} {'Recall':>7}"]

@@ -18,7 +18,7 @@ from models import DiT, DiT_models, guide
 MIXERS = ("softmax", "raw", "one-hot")
 SCOPES = ("global", "local")
 MIXED_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-PRIOR_BONUS = 3.0  # standard deviations that the preferred basis leads by at the start
+MODULATION = "adaLN_modulation.1"  # a block's conditioning, which may be mixed too
 
 
 class BatchCoefficients:
@@ -74,8 +74,8 @@ class RemixDiT(nn.Module):
 
     Every basis starts as a copy of `backbone` (which is left as it is); everything but the mixed layers is shared.
     mixer: "softmax"; "raw" (pi itself, no constraint); "one-hot" (the prior partition, fixed). scope: "global", one pi
-    [N, K] for all blocks; "local", one a block, [depth, N, K]. pi starts at unit normal noise plus three on the basis
-    that a hand-made partition would choose, floor(i K / N) for expert i. mixed_layers: names within a block.
+    [N, K] for all blocks; "local", one a block, [depth, N, K]. pi starts at unit normal noise plus `prior_bonus` on the
+    basis that a hand-made partition would choose, floor(i K / N) for expert i. mixed_layers: names within a block.
     Raises ValueError for numbers or names that cannot be.
     """
 
@@ -88,6 +88,7 @@ class RemixDiT(nn.Module):
         scope: str = "global",
         num_timesteps: int = 1000,
         mixed_layers: tuple[str, ...] = MIXED_LAYERS,
+        prior_bonus: float = 3.0,
     ):
         super().__init__()
         if n_basis < 1:
@@ -111,7 +112,7 @@ class RemixDiT(nn.Module):
         prior = F.one_hot(self.prior(), n_basis).float()
         logits = prior.expand(len(self.backbone.blocks), -1, -1) if scope == "local" else prior
         if mixer != "one-hot":
-            logits = torch.randn(logits.shape) + PRIOR_BONUS * logits
+            logits = torch.randn(logits.shape) + prior_bonus * logits
         if mixer == "raw":
             logits = logits.softmax(-1)  # the experts start as averages of the bases under every mixer
         self.logits = nn.Parameter(logits.contiguous(), requires_grad=mixer != "one-hot")  # pi
@@ -153,10 +154,32 @@ class RemixDiT(nn.Module):
         return F.cross_entropy(self.logits.flatten(0, -2), target.flatten())
 
     def reset_bases(self):
-        """Draw every basis of every mixed layer anew and separately, for training from scratch."""
-        for module in self.backbone.modules():
-            if isinstance(module, RemixLinear):
+        """Draw every basis of every mixed layer anew and separately, for training from scratch (modulation starts at zero)."""
+        for name, module in self._mixed():
+            if not name.endswith(MODULATION):
                 module.reset_parameters()
+
+    def _mixed(self) -> list[tuple[str, RemixLinear]]:
+        return [(name, module) for name, module in self.backbone.named_modules() if isinstance(module, RemixLinear)]
+
+    @torch.no_grad()
+    def distances(self) -> tuple[Tensor, Tensor]:
+        """How far apart the bases are, [K, K], and how far the experts lie from their mean, a number.
+
+        Root mean squares over the mixed weights, relative to the bases' own. All zero is a collapse.
+        """
+        apart, spread, size = 0, 0, 0
+        alpha = self.coefficients().view(-1, self.n_experts, self.n_basis)
+        alpha = alpha - alpha.mean(1, keepdim=True)
+        for _, module in self._mixed():
+            bases = module.weight.flatten(1)
+            size = size + bases.square().sum() / self.n_basis
+            bases = bases - bases.mean(0)  # the bases are alike: without their mean no digits are lost
+            gram = bases @ bases.T
+            apart = apart + gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
+            row = alpha[module.row]
+            spread = spread + ((row @ gram) * row).sum(1).mean()
+        return (apart.clamp(min=0) / size).sqrt(), (spread / size).sqrt()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, groups: int | None = None, drop: Tensor | None = None) -> Tensor:
         """Denoise every sample by its own expert; arguments and result are `DiT.forward`'s.
@@ -201,7 +224,7 @@ class RemixDiT(nn.Module):
         return dit.eval()
 
     def _shared_names(self) -> set[str]:
-        mixed = {name for name, module in self.backbone.named_modules() if isinstance(module, RemixLinear)}
+        mixed = {name for name, _ in self._mixed()}
         return {name for name in self.backbone.state_dict() if name.rpartition(".")[0] not in mixed}
 
     @torch.no_grad()
@@ -210,19 +233,38 @@ class RemixDiT(nn.Module):
         if not 0 <= i < self.n_experts:
             raise IndexError(f"expert {i} of {self.n_experts}")
         alpha = self.coefficients().view(-1, self.n_experts, self.n_basis)[:, i : i + 1]
-        for name, module in self.backbone.named_modules():
-            if isinstance(module, RemixLinear):
-                linear = dit.get_submodule(name)
-                weight, bias = module.mix(alpha[module.row])
-                linear.weight.copy_(weight[0])
-                linear.bias.copy_(bias[0])
+        for name, module in self._mixed():
+            linear = dit.get_submodule(name)
+            weight, bias = module.mix(alpha[module.row])
+            linear.weight.copy_(weight[0])
+            linear.bias.copy_(bias[0])
 
 
-class FoldedRemixDiT(nn.Module):
-    """A RemixDiT for sampling: one plain DiT whose weights become the expert's whenever the expert changes.
+class OneExpertAtATime(nn.Module):
+    """Plain DiTs for sampling, one an interval of timesteps, with a DiT's interface.
 
     Every batch must lie within one expert's timesteps, as a sampler's do; ValueError otherwise.
     """
+
+    def expert_of(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def select(self, i: int) -> DiT:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        first, last = torch.stack(self.expert_of(t).aminmax()).tolist()
+        if first != last:
+            raise ValueError(f"this model runs one expert at a time, the batch needs {first} to {last}")
+        return self.select(first)(x, t, y)
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
+        """See `models.guide`."""
+        return guide(self, x, t, y, cfg_scale, guided_channels)
+
+
+class FoldedRemixDiT(OneExpertAtATime):
+    """A RemixDiT as one plain DiT, whose weights become the expert's whenever the expert changes."""
 
     def __init__(self, remix: RemixDiT):
         super().__init__()
@@ -230,29 +272,49 @@ class FoldedRemixDiT(nn.Module):
         self.dit = remix.expert(0)
         self.folded = 0
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        first, last = torch.stack(self.remix.expert_of(t).aminmax()).tolist()
-        if first != last:
-            raise ValueError(f"a folded model runs one expert at a time, this batch needs {first} to {last}")
-        if first != self.folded:
-            self.remix.fold_(self.dit, first)
-            self.folded = first
-        return self.dit(x, t, y)
+    def expert_of(self, t: Tensor) -> Tensor:
+        return self.remix.expert_of(t)
 
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
-        """See `models.guide`."""
-        return guide(self, x, t, y, cfg_scale, guided_channels)
+    def select(self, i: int) -> DiT:
+        if i != self.folded:
+            self.remix.fold_(self.dit, i)
+            self.folded = i
+        return self.dit
+
+
+class IndependentExperts(OneExpertAtATime):
+    """Plain DiTs trained apart, the paper's baseline: model i serves the timesteps from bounds[i] to bounds[i + 1].
+
+    bounds: len(models) + 1 ascending timesteps, from 0.
+    """
+
+    def __init__(self, models: list[DiT], bounds: list[int]):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.register_buffer("inner_bounds", torch.tensor(bounds[1:-1], dtype=torch.long), persistent=False)
+
+    def expert_of(self, t: Tensor) -> Tensor:
+        return torch.bucketize(t, self.inner_bounds, right=True)
+
+    def select(self, i: int) -> DiT:
+        return self.models[i]
 
 
 def deal_timesteps(
-    seed: int, step: int, batch: int, n_experts: int = 1, experts_per_batch: int = 1, num_timesteps: int = 1000
+    seed: int,
+    step: int,
+    batch: int,
+    n_experts: int = 1,
+    experts_per_batch: int = 1,
+    timesteps: tuple[int, int] = (0, 1000),
 ) -> np.ndarray:
     """The timesteps [batch] (int64) of a global batch: paper, algorithm 2, for several experts at a time.
 
     The batch is `experts_per_batch` equal contiguous groups, each drawn uniformly within one expert's interval. The
     experts are dealt from a shuffled deck, laid out again and again until it comes out even and then shuffled anew: none
     is repeated within a batch while N allows, and all serve equally often. A function of (seed, step) alone. With one
-    expert this is the ordinary uniform draw. Raises ValueError if the groups do not divide the batch.
+    expert this is the ordinary uniform draw from `timesteps`, low to high - 1. Intervals that cannot be equal differ by
+    one timestep, and their timesteps' frequencies by that much. Raises ValueError if the groups do not divide the batch.
     """
     if batch % experts_per_batch:
         raise ValueError(f"{experts_per_batch} experts do not divide a batch of {batch}")
@@ -260,7 +322,8 @@ def deal_timesteps(
     deck = np.random.default_rng([seed, step // round_length, 1]).permutation(n_experts)
     first = (step % round_length) * experts_per_batch
     experts = deck[np.arange(first, first + experts_per_batch) % n_experts].repeat(batch // experts_per_batch)
-    low, high = experts * num_timesteps // n_experts, (experts + 1) * num_timesteps // n_experts
+    start, length = timesteps[0], timesteps[1] - timesteps[0]
+    low, high = start + experts * length // n_experts, start + (experts + 1) * length // n_experts
     return np.random.default_rng([seed, step, 2]).integers(low, high)
 
 
@@ -273,11 +336,11 @@ def _from_scratch(
     scope: str = "global",
     num_timesteps: int = 1000,
     mixed_layers: tuple[str, ...] = MIXED_LAYERS,
+    prior_bonus: float = 3.0,
     **backbone,
 ) -> RemixDiT:
-    remix = RemixDiT(
-        DiT_models[backbone_name](**backbone), n_basis, n_experts, mixer, scope, num_timesteps, mixed_layers
-    )
+    dit = DiT_models[backbone_name](**backbone)
+    remix = RemixDiT(dit, n_basis, n_experts, mixer, scope, num_timesteps, mixed_layers, prior_bonus)
     remix.reset_bases()
     return remix
 

@@ -22,13 +22,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from autoencoder import load_autoencoder
-from checkpoint import load_model
+from checkpoint import load_denoiser
 from common import ArgumentParser, UserError, atomic_write, folder_name, number, positive_int, run_script, seed_int
 from diffusion import create_diffusion
 from distributed import World, rank0_logger, seed_for, setup
 from figures import save_grid
 from models import DiT_models
-from remix import FoldedRemixDiT, RemixDiT, RemixDiT_models
+from remix import RemixDiT_models
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,14 +36,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is touched.
     overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
-    model, config = load_model(args.ckpt, ema=args.ema, **overrides)
-    data, n_classes = config["data"], model.num_classes
+    model, config = load_denoiser(args.ckpt, ema=args.ema, **overrides)
+    data, backbone = config["data"], config["model"]["backbone"]
+    n_classes = backbone["num_classes"]
     for flag, asked, known in (
         ("image-size", args.image_size, data["image_size"]),
         ("num-classes", args.num_classes, n_classes),
     ):
         if asked not in (None, known):
-            raise UserError(f"--{flag} {asked}, but {args.ckpt} was trained with {known}")
+            raise UserError(f"--{flag} {asked}, but {args.ckpt[0]} was trained with {known}")
     try:
         diffusion = create_diffusion(args.num_sampling_steps, **config["diffusion"])
     except ValueError as error:
@@ -58,9 +59,6 @@ def main(args: argparse.Namespace):
     logger = rank0_logger(world)
     autoencoder = load_autoencoder(args.vae or data["vae"], world.device)
     model = model.to(world.device).requires_grad_(False)
-    if isinstance(model, RemixDiT):
-        model = FoldedRemixDiT(model).eval()
-    backbone = config["model"]["backbone"]
     shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
     side = backbone["input_size"] * autoencoder.factor
     partial, marks = folder / "samples.partial.npy", folder / "done.partial.npy"
@@ -112,15 +110,17 @@ def main(args: argparse.Namespace):
 
 
 def default_name(args: argparse.Namespace) -> str:
-    path = Path(args.ckpt).resolve()
+    path = Path(args.ckpt[0]).resolve()
     run = f"{path.parent.parent.name}-{path.stem}" if path.parent.name == "checkpoints" else path.stem
     return f"{run}{'' if args.ema else '-raw'}-{args.sampler}{args.num_sampling_steps}-cfg{args.cfg_scale}-seed{args.global_seed}"
 
 
 def describe(args: argparse.Namespace, data: dict) -> dict:
     """Everything that the images depend on."""
-    with open(args.ckpt, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digests = []
+    for path in args.ckpt:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     names = [
         "num_fid_samples",
         "sampler",
@@ -133,8 +133,8 @@ def describe(args: argparse.Namespace, data: dict) -> dict:
         "precision",
     ]
     return {
-        "ckpt": str(args.ckpt),
-        "ckpt_sha256": digest,
+        "ckpt": args.ckpt,
+        "ckpt_sha256": digests,
         "vae": args.vae or data["vae"],
         **{name: getattr(args, name) for name in names},
     }
@@ -226,7 +226,9 @@ if __name__ == "__main__":
     group.add_argument(
         "--ckpt",
         required=True,
-        help="a checkpoint of this project, of facebookresearch/DiT or of the original Remix-DiT",
+        nargs="+",
+        help="a checkpoint of this project, of facebookresearch/DiT or of the original Remix-DiT; or several of this project's "
+        "plain DiTs, independent experts whose --timesteps tile all of them",
     )
     group.add_argument(
         "--model", choices=[*DiT_models, *RemixDiT_models], metavar="NAME", help="checked against the checkpoint"

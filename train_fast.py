@@ -30,9 +30,24 @@ from diffusion import create_diffusion
 from distributed import World, rank0_logger, seed_for, setup, world_size
 from features import FeatureDataset, GlobalBatches
 from models import DiT, DiT_models
-from remix import MIXERS, SCOPES, RemixDiT, RemixDiT_models, deal_timesteps
+from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models, deal_timesteps
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RUN_OPTIONS = [
+    "max_steps",
+    "global_batch_size",
+    "experts_per_batch",
+    "timesteps",
+    "lr",
+    "coeff_lr",
+    "ema_decay",
+    "clip_grad",
+    "prior_strength",
+    "prior_bonus",
+    "precision",
+    "global_seed",
+    "load_weight",
+]  # what a run is, beside its model and data
 PARTS = ("loss", "mse", "vb", "prior")  # of the loss, as they are logged
 
 
@@ -188,6 +203,12 @@ def resolve_defaults(args: argparse.Namespace, dataset: FeatureDataset):
             f"--global-batch-size {batch} cannot be dealt evenly to {world_size()} processes"
             + (f" in {args.grad_accum} accumulated parts" if args.grad_accum > 1 else "")
         )
+    low, high = args.timesteps
+    if low >= high or (remix and (low, high) != (0, 1000)):
+        raise UserError(
+            f"--timesteps {low} {high}: "
+            + ("LO must be below HI" if low >= high else "a RemixDiT trains on all of them")
+        )
     if not remix:
         args.experts_per_batch = 1
     elif args.experts_per_batch is None:  # never by the number of processes: it must not change a run's character
@@ -204,12 +225,15 @@ def make_model(args: argparse.Namespace, dataset: FeatureDataset) -> DiT | Remix
     channels, height, width = dataset.shape
     shape = dict(input_size=height, in_channels=channels, num_classes=args.num_classes)
     options = dict(n_basis=args.n_basis, n_experts=args.n_experts, mixer=args.mixer, scope=args.mixer_scope)
+    options["mixed_layers"] = [*MIXED_LAYERS, MODULATION] if args.mix_modulation else [*MIXED_LAYERS]
     remix = args.model in RemixDiT_models
     try:
         if height != width:
             raise ValueError(f"features of {height} x {width} are not square")
         if not args.load_weight:
-            return RemixDiT_models[args.model](**shape, **options) if remix else DiT_models[args.model](**shape)
+            if remix:
+                return RemixDiT_models[args.model](**shape, **options, prior_bonus=args.prior_bonus)
+            return DiT_models[args.model](**shape)
         weights, _ = load_model(args.load_weight)
         found = weights.backbone_config if isinstance(weights, RemixDiT) else weights.config
         wanted = DiT_models[args.model.removeprefix("Remix")](**shape).config
@@ -217,7 +241,7 @@ def make_model(args: argparse.Namespace, dataset: FeatureDataset) -> DiT | Remix
             if found[key] != value:
                 raise UserError(f"--load-weight {args.load_weight} has {key}={found[key]}, this run needs {value}")
         if not isinstance(weights, RemixDiT):
-            return RemixDiT(weights, **options) if remix else weights
+            return RemixDiT(weights, **options, prior_bonus=args.prior_bonus) if remix else weights
         if not remix:
             raise UserError(f"--load-weight {args.load_weight} holds a RemixDiT, which cannot start a {args.model}")
         for key, value in options.items():
@@ -234,19 +258,6 @@ def make_model(args: argparse.Namespace, dataset: FeatureDataset) -> DiT | Remix
 
 def describe(args: argparse.Namespace, dataset: FeatureDataset, model: DiT | RemixDiT) -> dict:
     """The configuration that, with the data, determines the run; it goes into every checkpoint."""
-    names = [
-        "max_steps",
-        "global_batch_size",
-        "experts_per_batch",
-        "lr",
-        "coeff_lr",
-        "ema_decay",
-        "clip_grad",
-        "prior_strength",
-        "precision",
-        "global_seed",
-        "load_weight",
-    ]
     vae = {"vae": dataset.vae, "scale": dataset.scale} if dataset.vae else {"vae": "ema", "scale": 0.18215}
     data = dict(
         images=len(dataset), image_size=dataset.image_size or args.image_size or 256, classes=dataset.classes, **vae
@@ -255,7 +266,7 @@ def describe(args: argparse.Namespace, dataset: FeatureDataset, model: DiT | Rem
         "model": model_config(args.model, model),
         "diffusion": {},
         "data": data,
-        "training": {name: getattr(args, name) for name in names},
+        "training": {name: getattr(args, name) for name in RUN_OPTIONS},
     }
 
 
@@ -333,7 +344,9 @@ def microbatches(
     if x.shape[1:] != shape[1:]:
         raise UserError(f"{args.data_path} has features of {tuple(x.shape[1:])} among those of {shape[1:]}")
     seed, remix = args.global_seed, args.model in RemixDiT_models
-    t = deal_timesteps(seed, step, shape[0], args.n_experts if remix else 1, args.experts_per_batch)[rows]
+    t = deal_timesteps(seed, step, shape[0], args.n_experts if remix else 1, args.experts_per_batch, args.timesteps)[
+        rows
+    ]
     drop = np.random.default_rng([seed, step, 3]).random(shape[0])[rows] < drop_prob
     generator = torch.Generator(world.device).manual_seed(seed_for(seed, step))
     noise = torch.randn(shape, generator=generator, device=world.device)[rows]
@@ -370,8 +383,16 @@ def report(
     metrics = {"step": done, **dict(zip(PARTS, losses, strict=True))}
     if isinstance(model, RemixDiT):
         alpha = model.coefficients().detach()
-        entropy = -(alpha * alpha.clamp(min=1e-12).log()).sum(-1).mean().item()
-        metrics |= {"prior_weight": prior_weight, "entropy": entropy, "coeff_lr": optimizer.param_groups[-1]["lr"]}
+        entropy = -(alpha * alpha.clamp(min=1e-12).log()).sum(-1).view(-1, model.n_experts).mean(0)
+        basis_distances, expert_spread = model.distances()
+        metrics |= {
+            "prior_weight": prior_weight,
+            "coeff_lr": optimizer.param_groups[-1]["lr"],
+            "coefficients": rounded(alpha),
+            "entropy": rounded(entropy),  # nats, an expert: 0 is one-hot
+            "basis_distances": rounded(basis_distances),  # all 0: the bases have collapsed into one
+            "expert_spread": expert_spread.item(),  # 0: the experts have
+        }
     else:
         del metrics["prior"]
     metrics |= {
@@ -384,9 +405,14 @@ def report(
     left = timedelta(seconds=round((args.max_steps - done) / speed))
     logger.info(
         f"step {done:07d}/{args.max_steps:07d}  loss {metrics['loss']:.4f}  mse {metrics['mse']:.4f}  "
-        + (f"entropy {metrics['entropy']:.3f}  " if "entropy" in metrics else "")
+        + (f"entropy {entropy.mean():.3f}  spread {expert_spread:.4f}  " if isinstance(model, RemixDiT) else "")
         + f"lr {metrics['lr']:.2e}  {metrics['images_per_s']:,.0f} images/s  {memory:.1f} GiB  {left} left"
     )
+
+
+def rounded(values: torch.Tensor) -> list:
+    """A tensor as nested lists of numbers of five digits, for metrics.jsonl."""
+    return np.round(values.tolist(), 5).tolist()
 
 
 if __name__ == "__main__":
@@ -416,6 +442,17 @@ if __name__ == "__main__":
     )
     group.add_argument("--mixer", choices=MIXERS, default="softmax", help="what turns pi into coefficients")
     group.add_argument("--mixer-scope", choices=SCOPES, default="global", help="one pi for all blocks, or one a block")
+    group.add_argument(
+        "--mix-modulation", action="store_true", help="mix the blocks' adaLN linears too, not the four others alone"
+    )
+    group.add_argument(
+        "--timesteps",
+        type=number(int, 0, 1000),
+        nargs=2,
+        metavar=("LO", "HI"),
+        default=[0, 1000],
+        help="train a plain DiT on the timesteps LO to HI - 1 alone: one of several independent experts",
+    )
     group.add_argument("--image-size", type=positive_int, help="pixels; checked against the features (default: theirs)")
     group.add_argument("--num-classes", type=positive_int, help="(default: the features', or 1000)")
     group = parser.add_argument_group("training")
@@ -448,6 +485,12 @@ if __name__ == "__main__":
         type=number(float, 0),
         default=1e-4,
         help="weight of the prior's cross-entropy; falls linearly to 0",
+    )
+    group.add_argument(
+        "--prior-bonus",
+        type=number(float, 0),
+        default=3.0,
+        help="lead of the prior's basis in pi at step 0, in standard deviations",
     )
     group.add_argument("--ema-decay", type=number(float, 0, 1), default=0.9999, help="of the averaged weights, a step")
     group.add_argument(

@@ -8,7 +8,16 @@ from conftest import GOLDEN, golden, relative
 
 from checkpoint import load_model
 from models import DiT, DiT_models
-from remix import FoldedRemixDiT, RemixDiT, RemixDiT_models, RemixLinear, deal_timesteps
+from remix import (
+    MIXED_LAYERS,
+    MODULATION,
+    FoldedRemixDiT,
+    IndependentExperts,
+    RemixDiT,
+    RemixDiT_models,
+    RemixLinear,
+    deal_timesteps,
+)
 
 ORIGINAL = GOLDEN / "remix_original_checkpoint.pt"
 
@@ -197,3 +206,75 @@ def test_deal_depends_on_seed_and_step_alone():
     assert not np.array_equal(deal_timesteps(1, 5, 16, 20, 8), deal_timesteps(1, 6, 16, 20, 8))
     with pytest.raises(ValueError, match="do not divide"):
         deal_timesteps(0, 0, 10, 20, 4)
+
+
+@pytest.mark.parametrize("n_experts", [7, 20, 1000])
+@pytest.mark.parametrize("per_batch", [1, 8])
+def test_timesteps_are_uniform_in_the_long_run(n_experts, per_batch):
+    from scipy.stats import chisquare
+
+    batch = 8 * per_batch
+    rounds = 40 if n_experts == 1000 else 2000
+    steps = rounds // math.gcd(n_experts, per_batch) * n_experts // per_batch
+    drawn = [deal_timesteps(3, step, batch, n_experts, per_batch) for step in range(steps)]
+    assert chisquare(np.bincount(np.concatenate(drawn), minlength=1000)).pvalue > 1e-3
+
+
+def test_gradient_of_pi_is_dense_with_all_experts_in_a_batch(pretrained):
+    model = RemixDiT(pretrained, n_basis=4, n_experts=6)
+    for module in model.modules():
+        if isinstance(module, RemixLinear):
+            module.weight.data += 0.05 * torch.randn_like(module.weight)
+    for per_batch, dense in ((6, True), (3, False)):
+        x, t, y = batch(deal_timesteps(0, 0, 12, 6, per_batch).tolist())
+        model.zero_grad()
+        model(x, t, y, groups=per_batch).square().mean().backward()
+        assert model.logits.grad.any(1).all().item() == dense
+
+
+def test_timesteps_of_an_independent_expert():
+    t = deal_timesteps(0, 0, 4000, timesteps=(125, 250))
+    assert (t.min(), t.max()) == (125, 249)
+
+
+@torch.no_grad()
+def test_independent_experts_are_dealt_over_the_timesteps(pretrained):
+    other = copy.deepcopy(pretrained)
+    other.final_layer.linear.bias += 1
+    model = IndependentExperts([pretrained, other], [0, 300, 1000])
+    for t, expert in ((0, pretrained), (299, pretrained), (300, other), (999, other)):
+        x, ts, y = batch([t, t])
+        assert torch.equal(model(x, ts, y), expert(x, ts, y))
+    with pytest.raises(ValueError, match="one expert at a time"):
+        model(*batch([299, 300]))
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "one-hot"])
+def test_modulation_may_be_mixed_too(pretrained, mixer):
+    model = RemixDiT(pretrained, 3, 6, mixer=mixer, mixed_layers=(*MIXED_LAYERS, MODULATION))
+    assert model.backbone.blocks[0].adaLN_modulation[1].weight.shape == (3, 384, 64)
+    x, t, y = batch([0, 160, 999, 998])
+    with torch.no_grad():
+        assert relative(model(x, t, y, groups=2), pretrained(x, t, y)) < 1e-5
+        assert relative(model.expert(0)(x[:2], t[:2], y[:2]), pretrained(x[:2], t[:2], y[:2])) < 1e-5
+    fresh = RemixDiT_models["RemixDiT-T/2"](input_size=8, mixed_layers=(*MIXED_LAYERS, MODULATION))
+    assert not fresh.backbone.blocks[0].adaLN_modulation[1].weight.any(), "adaLN-Zero"
+
+
+def test_distances_by_the_definition(remix):
+    bases, spread = remix.distances()
+    flat = [m.weight.detach().flatten(1) for m in remix.modules() if isinstance(m, RemixLinear)]
+    size = torch.cat(flat, 1).square().sum(1).mean().sqrt()
+    expected = torch.cdist(torch.cat(flat, 1), torch.cat(flat, 1)) / size
+    torch.testing.assert_close(bases, expected, rtol=1e-4, atol=1e-5)
+    experts = [remix.expert(i) for i in range(remix.n_experts)]
+    names = [f"{name}.weight" for name, m in remix.backbone.named_modules() if isinstance(m, RemixLinear)]
+    weights = torch.stack([torch.cat([e.get_parameter(name).detach().flatten() for name in names]) for e in experts])
+    expected = (weights - weights.mean(0)).square().sum(1).mean().sqrt() / size
+    torch.testing.assert_close(spread, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_distances_of_a_collapse(pretrained):
+    bases, spread = RemixDiT(pretrained, 3, 6).distances()
+    assert not bases.any()
+    assert spread < 1e-6

@@ -124,7 +124,7 @@ def test_wrong_input(ckpt, tmp_path, flags, message):
 
 
 def test_coefficients_are_drawn(ckpt, tmp_path):
-    run("visualize.py", ckpt, "--out", tmp_path / "alpha.png")
+    run("visualize.py", "coefficients", ckpt, "--out", tmp_path / "alpha.png")
     rows = [line.split(",") for line in (tmp_path / "alpha.csv").read_text().splitlines()]
     assert rows[0] == ["block", "expert", "first_timestep", "last_timestep", "basis_0", "basis_1"]
     alpha = load_model(ckpt)[0].coefficients()
@@ -135,10 +135,10 @@ def test_coefficients_are_drawn(ckpt, tmp_path):
 
 def test_coefficients_of_a_plain_model(tmp_path):
     torch.save(torch.load(GOLDEN / "dit.pt", weights_only=True)["state_dict"], tmp_path / "dit.pt")
-    assert "plain DiT" in run("visualize.py", tmp_path / "dit.pt", "--num-heads", 4, expect=2).stderr
+    assert "plain DiT" in run("visualize.py", "coefficients", tmp_path / "dit.pt", "--num-heads", 4, expect=2).stderr
 
 
 def test_settings_say_what_made_the_samples(ckpt, sampled):
     settings = json.loads((sampled / "settings.json").read_text())
-    assert settings["ckpt"] == str(ckpt)
+    assert settings["ckpt"] == [str(ckpt)]
     assert settings["num_sampling_steps"] == "8"
