@@ -14,6 +14,10 @@ class Pixels:
     factor = 1  # image pixels a latent pixel, along a side
     scale = 1.0
     bounded = True  # within [-1, 1]
+    channels = (1, 3)  # what a model may have
+
+    def to(self, device: torch.device) -> "Pixels":
+        return self
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return images, torch.zeros_like(images)
@@ -29,15 +33,13 @@ class Latents(Pixels):
 
     bounded = False
 
-    def __init__(self, name: str, device: torch.device):
+    def __init__(self, name: str):
         from diffusers import AutoencoderKL  # seconds to import, and pixel runs never need it
         from diffusers.utils import logging
 
         logging.set_verbosity_error()  # what it would warn of is said in one line below
         try:
-            self.vae = (
-                AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False).to(device).eval().requires_grad_(False)
-            )
+            self.vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError(
@@ -45,6 +47,11 @@ class Latents(Pixels):
             ) from None
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.scale = self.vae.config.scaling_factor
+        self.channels = (self.vae.config.latent_channels,)
+
+    def to(self, device: torch.device) -> "Latents":
+        self.vae.to(device)
+        return self
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [B, C, H / factor, W / factor] of the scaled latents of images in [-1, 1]."""
@@ -56,6 +63,6 @@ class Latents(Pixels):
         return super().decode(self.vae.decode(samples / self.scale).sample)
 
 
-def load_autoencoder(name: str, device: torch.device) -> Pixels:
-    """ "none" for pixels, else "ema" or "mse" (the published VAEs), any hub name, or a local folder. Raises UserError."""
-    return Pixels() if name == "none" else Latents(SHORT_NAMES.get(name, name), device)
+def load_autoencoder(name: str) -> Pixels:
+    """Pixels for "none", else "ema" or "mse" (the published VAEs), any hub name, or a local folder. Raises UserError."""
+    return Pixels() if name == "none" else Latents(SHORT_NAMES.get(name, name))

@@ -7,9 +7,11 @@ reads it: format, version, config, step, model, ema, optimizer, scaler, window (
 """
 
 import argparse
+import hashlib
 import math
 import pickle
 import re
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -53,22 +55,37 @@ def read_checkpoint(path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    zipped = zipfile.is_zipfile(path)  # torch.save's format; before PyTorch 1.6 it was a bare pickle
+    with open(path, "rb") as file:
+        if not zipped and file.read(1) != b"\x80":
+            raise UserError(f"{path} is not a whole checkpoint (truncated, or another kind of file)")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds more than tensors and plain types, it is not loaded: {_first_line(error)}"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path} is not a whole checkpoint (truncated, or another kind of file): {_first_line(error)}"
-        ) from None
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)  # reads what is used
+    except Exception as error:  # a damaged file may provoke anything
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise UserError(
+                f"{path} holds more than tensors and plain types: it could run code, it is not loaded"
+            ) from None
+        raise UserError(f"{path} is not a whole checkpoint (truncated or damaged): {_first_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     if content.get("format") == FORMAT and content.get("version", 0) > VERSION:
         raise UserError(f"{path} was written by a newer version of this code (format {content['version']})")
+    if content.get("format") == FORMAT and not {"config", "model", "ema"} <= content.keys():
+        raise UserError(f"{path} is a checkpoint without its config or weights")
     return content
+
+
+def fingerprint(path) -> str:
+    """What tells a file's content from another's, at little cost: the checksums that a zip file keeps of its parts."""
+    digest = hashlib.sha256()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            digest.update(repr([(part.filename, part.CRC, part.file_size) for part in archive.infolist()]).encode())
+    else:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:
@@ -101,7 +118,10 @@ def load_model(path, ema: bool = True, **overrides) -> tuple[DiT | RemixDiT, dic
     else:
         state, name = _foreign_state(path, content, ema)
         config, state = _foreign_config(path, state, {"model": name} | overrides if name else overrides)
-    model = build_model(config["model"])
+    try:
+        model = build_model(config["model"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} describes a model that cannot be built: {error}") from None
     load_weights(model, state, path)
     return model.eval(), config
 

@@ -14,21 +14,32 @@ class UserError(ValueError):
     """A mistake its user can mend; the message is one line that says what is wrong and what to do."""
 
 
+class LocalError(UserError):
+    """A UserError that this process may be alone to meet."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends the default, where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults in --help and one-line errors (exit code 2), printed by rank 0 only."""
+    """argparse with defaults in --help and one-line errors (exit code 2), printed once a node."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         fail(self.prog, message)
 
 
 def fail(prog: str, message: str, everywhere: bool = False):
-    """Print `message` as one line on rank 0 (or on every rank) and exit with code 2."""
+    """Print `message` as one line on the first rank of every node (or on every rank) and exit with code 2."""
     rank = int(os.environ.get("RANK", 0))
-    if everywhere or rank == 0:
-        where = f" (rank {rank})" if everywhere and rank else ""
+    if everywhere or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        where = f" (rank {rank})" if rank else ""
         print(f"{prog}: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -39,8 +50,15 @@ def run_script(main, parser: ArgumentParser):
     try:
         main(args)
     except UserError as error:
-        # Before the process group exists every rank meets the same error; afterwards it may be one rank's own.
-        fail(parser.prog, str(error), everywhere=dist.is_initialized())
+        # Before the process group exists the ranks of a node meet the same error; afterwards it may be one rank's own.
+        message = str(error)
+        if "Original Traceback" in message:  # one that a DataLoader's worker met, which arrives with its traceback
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        fail(parser.prog, message, everywhere=dist.is_initialized() or isinstance(error, LocalError))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(parser.prog, f"{error.filename}: {error.strerror}", everywhere=True)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     if dist.is_initialized():

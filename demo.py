@@ -28,7 +28,7 @@ MODELS = {  # prefix: (what the table calls it, the model)
 
 def main(args: argparse.Namespace):
     began = time.perf_counter()
-    out = Path(args.out)
+    out = Path(args.out or ("demo-quick" if args.quick else "demo"))
     digits, features, outputs, samples = out / "digits", out / "features", out / "outputs", out / "samples"
     pretraining, finetuning, n_samples, steps = (60, 40, 100, 10) if args.quick else (4000, 2000, 1000, 100)
 
@@ -117,7 +117,7 @@ if __name__ == "__main__":
     parser = ArgumentParser(
         description="Encode, train, sample, score and draw, on handwritten digits, in minutes on a CPU."
     )
-    parser.add_argument("--out", default="demo", help="the folder to write")
+    parser.add_argument("--out", help="the folder to write (default: demo, or demo-quick)")
     parser.add_argument("--processes", type=positive_int, default=min(2, os.cpu_count() or 1), help="for torchrun")
     parser.add_argument("--quick", action="store_true", help="far fewer steps and samples, to see that everything runs")
     run_script(main, parser)

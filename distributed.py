@@ -10,7 +10,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import UserError
+from common import LocalError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def autocast(self, precision: str) -> torch.autocast:
+        """The context in which matrix products are taken in "bf16" or "fp16"; "fp32" changes nothing."""
+        return torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add `values` up over the processes, in place."""
         if self.size > 1:
@@ -41,12 +47,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def setup(timeout_minutes: float = 10) -> World:
-    """Join the process group that torchrun describes, if it does, and take a device: this rank's GPU, or the CPU."""
+def setup() -> World:
+    """Join the process group that torchrun describes, if it does, and take a device: this rank's GPU, or the CPU.
+
+    A process may wait an hour for the others (while one of them writes a large checkpoint, say); when one of them dies,
+    torchrun ends the rest at once.
+    """
     size, rank, local_rank = world_size(), int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
+            raise LocalError(
                 f"process {local_rank} of this node has no GPU: start at most {torch.cuda.device_count()} a node (--nproc_per_node)"
             )
         device = torch.device("cuda", local_rank)
@@ -55,8 +65,13 @@ def setup(timeout_minutes: float = 10) -> World:
     else:
         device = torch.device("cpu")
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
-    return World(rank, size, device)
+        gpu = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if gpu else "gloo", timeout=timedelta(hours=1), device_id=device if gpu else None
+        )
+    world = World(rank, size, device)
+    world.barrier()  # nobody starts to write before everybody has looked at what is there
+    return world
 
 
 def seed_for(*position: int) -> int:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from common import ArgumentParser, UserError, atomic_write, positive_int, run_script
 
+NEIGHBOURS = 3  # of a point, whose farthest bounds its part of the manifold
 STATISTICS = {"mu", "sigma", "mu_s", "sigma_s"}
 
 
@@ -30,6 +31,12 @@ def main(args: argparse.Namespace):
         raise UserError(f"{args.samples} holds no images (arr_0)")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_network(args.weights, device)
+    for path in (args.reference, args.samples):
+        if has_images(path):
+            try:
+                run_network(network, next(read_images(path, 2))[0], device)
+            except Exception as error:  # an exported program's own complaint
+                raise UserError(f"the network does not take the images of {path}: {str(error)[:200]}") from None
     scores = evaluate(args.reference, args.samples, network, args.batch_size, device)
     for name, value in scores.items():
         print(f"{name}: {value}")
@@ -94,7 +101,7 @@ def inception_score(probs, split_size: int = 5000) -> float:
     return float(torch.stack(scores).mean())
 
 
-def precision_recall(ref_features, sample_features, k: int = 3) -> tuple[float, float]:
+def precision_recall(ref_features, sample_features, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991, eq. 1-2) of features [n, D], [m, D].
 
     Precision is the share of samples that lie within some reference's distance to its k-th neighbour; recall the reverse.
@@ -234,16 +241,26 @@ def read_images(path, batch_size: int):
             version = np.lib.format.read_magic(file)
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = header(file)
-        except ValueError as error:
+        except (ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: arr_0 is not an array ({error})") from None
-        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or shape[0] < 2:
-            raise UserError(f"{path}: arr_0 is {dtype} {shape}, not at least two uint8 images [n, H, W, 3]")
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or shape[0] <= NEIGHBOURS:
+            raise UserError(
+                f"{path}: arr_0 is {dtype} {shape}, not at least {NEIGHBOURS + 1} uint8 images [n, H, W, 3]"
+            )
         for first in range(0, shape[0], batch_size):
             count = min(batch_size, shape[0] - first)
-            data = file.read(count * math.prod(shape[1:]))
+            try:
+                data = file.read(count * math.prod(shape[1:]))
+            except zipfile.BadZipFile as error:
+                raise UserError(f"{path} is damaged: {error}") from None
             if len(data) != count * math.prod(shape[1:]):
                 raise UserError(f"{path} is cut short")
             yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:]), shape[0]
+
+
+@torch.no_grad()
+def run_network(network, batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    return network(torch.from_numpy(batch.copy()).permute(0, 3, 1, 2).contiguous().to(device))
 
 
 @torch.no_grad()
@@ -253,7 +270,7 @@ def activations(path, network, batch_size: int, device: torch.device, wants_spat
     bar = tqdm(unit="img", desc=Path(path).name, smoothing=0)
     for batch, total in read_images(path, batch_size):
         bar.total = total
-        pool, space, logits = network(torch.from_numpy(batch.copy()).permute(0, 3, 1, 2).contiguous().to(device))
+        pool, space, logits = run_network(network, batch, device)
         pooled.add(pool)
         if wants_spatial:
             spatial.add(space)

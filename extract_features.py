@@ -21,7 +21,7 @@ from tqdm import tqdm
 from autoencoder import load_autoencoder
 from common import ArgumentParser, UserError, atomic_write, number, positive_int, run_script, seed_int
 from distributed import World, rank0_logger, seed_for, setup
-from features import INDEX, SHARD_SIZE, shard_path, write_index, write_shard
+from features import INDEX, SHARD_SIZE, read_skipped, shard_path, write_index, write_shard
 from models import DiT_models
 from remix import RemixDiT_models
 
@@ -50,26 +50,27 @@ def main(args: argparse.Namespace):
             f"{folder} holds part of an extraction with other settings: remove it or choose another --features-path"
         )
 
+    autoencoder = load_autoencoder(args.vae)
+    side = args.image_size // autoencoder.factor
+    if args.image_size % autoencoder.factor:
+        raise UserError(f"--image-size {args.image_size} is not a multiple of the VAE's {autoencoder.factor}")
+    if args.model and side % int(args.model[-1]):
+        raise UserError(
+            f"--image-size {args.image_size} gives features of side {side}, which {args.model}'s patches do not divide"
+        )
+
     # Initialize.
     world = setup()
     logger = rank0_logger(world)
-    autoencoder = load_autoencoder(args.vae, world.device)
-    side = args.image_size // autoencoder.factor
-    if args.image_size % autoencoder.factor or (args.model and side % int(args.model[-1])):
-        raise UserError(
-            f"--image-size {args.image_size} does not suit the VAE (1/{autoencoder.factor}) and {args.model}'s patches"
-        )
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / SETTINGS) as temporary:
-            temporary.write_text(json.dumps(settings))
+    autoencoder = autoencoder.to(world.device)
     n_shards = -(-len(images.samples) // SHARD_SIZE)
     missing = [k for k in range(n_shards) if not shard_path(folder, "features", k).exists()]  # the last file of a shard
     world.barrier()
+    if world.is_main:
+        with atomic_write(folder / SETTINGS) as temporary:
+            temporary.write_text(json.dumps(settings))
     views = 2 if args.mirror else 1
-    logger.info(
-        f"{len(images.samples):,} images of {len(images.classes):,} classes -> {views * len(images.samples):,} features in {folder}"
-    )
+    logger.info(f"{len(images.samples):,} images of {len(images.classes):,} classes, {views} views each -> {folder}")
 
     # Encode this process's share of the missing shards.
     with tqdm(total=len(images.samples), unit="img", desc="encoding", disable=not world.is_main, smoothing=0) as bar:
@@ -90,13 +91,7 @@ def main(args: argparse.Namespace):
         logger.info(
             f"Encoded {index['images']:,} images as {index['views']} x {index['shape']} each, in {n_shards} shards."
         )
-    world.barrier()
-    skipped = [
-        line
-        for k in range(n_shards)
-        if (path := shard_path(folder, "skipped", k)).exists()
-        for line in path.read_text().splitlines()
-    ]
+    skipped = read_skipped(folder, n_shards)
     for line in skipped:
         logger.info(f"unreadable: {line}")
     if skipped and not args.skip_bad:
@@ -123,13 +118,13 @@ class Crops(Dataset):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | str]:
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
         try:
             with Image.open(self.images.samples[self.numbers[index]][0]) as image:
                 pixels = np.array(center_crop(image.convert(self.mode), self.size))
         except Exception as error:  # a decoder may raise anything on a damaged file
-            return self.numbers[index], f"{type(error).__name__}: {error}"
-        return self.numbers[index], torch.from_numpy(pixels).view(self.size, self.size, -1).permute(2, 0, 1)
+            return self.numbers[index], " ".join(f"{type(error).__name__}: {error}".split())
+        return self.numbers[index], pixels.reshape(self.size, self.size, -1).transpose(2, 0, 1)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -154,7 +149,7 @@ def encode_shard(
         batch = [(i, crop) for i, crop in batch if not isinstance(crop, str)]
         if not batch:
             continue
-        pixels = torch.stack([crop for _, crop in batch]).to(world.device).float() / 127.5 - 1
+        pixels = torch.from_numpy(np.stack([crop for _, crop in batch])).to(world.device).float() / 127.5 - 1
         stacked = torch.stack([pixels, pixels.flip(-1)], dim=1) if args.mirror else pixels.unsqueeze(1)
         mean, deviation = autoencoder.moments(stacked.flatten(0, 1))
         mean, deviation = mean.unflatten(0, stacked.shape[:2]), deviation.unflatten(0, stacked.shape[:2])

@@ -8,6 +8,7 @@ names the VAE, its scale, the image size, the classes and the counts.
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from common import UserError, atomic_write
 
 SHARD_SIZE = 1024
 INDEX = "index.json"
+OPEN_SHARDS = 128
 
 
 def shard_path(folder: Path, kind: str, shard: int) -> Path:
@@ -95,19 +97,27 @@ class FeatureDataset(Dataset):
             self.starts = np.cumsum([0, *index["shards"]])
         except (ValueError, KeyError) as error:
             raise UserError(f"{self.path / INDEX} is not an index of features ({error!r})") from None
-        self.labels = np.concatenate([self._load("labels", shard) for shard in range(len(self.starts) - 1)])
-        self.shards = {}  # opened where they are read: a memory map must not travel to a worker
-        if len(self.labels) != self.starts[-1] or self.labels.min() < 0 or self.labels.max() >= len(self.classes):
+        shards = range(len(self.starts) - 1)
+        self.labels = np.concatenate([np.array(self._load("labels", shard)) for shard in shards])
+        for shard in shards:
+            self._load("features", shard)  # a file cut short is found now, not in the middle of a run
+        if self.labels.min() < 0 or self.labels.max() >= len(self.classes):
             raise UserError(f"{self.path}: the labels do not match {INDEX}")
+        self.files = None
+        self.open_shards = {}  # memory maps, opened where they are read: they must not travel to a worker
         self.size = len(self.labels)
 
     def _open_original(self, features: Path, labels: Path):
         self.files = sorted(features.glob("*.npy"), key=lambda path: (len(path.stem), path.stem))
-        self.label_files = [labels / path.name for path in self.files]
-        if not self.files or not all(path.exists() for path in self.label_files):
+        if not self.files or {path.name for path in self.files} != {path.name for path in labels.glob("*.npy")}:
             raise UserError(f"{features} and {labels} do not hold one .npy file each for the same images")
+        with ThreadPoolExecutor(16) as pool:  # a million small files: a minute, once
+            found = pool.map(lambda path: int(self._load_file(labels / path.name).reshape(-1)[0]), self.files)
+            self.labels = np.array(list(found))
         self.views, *shape = self._load_file(self.files[0]).shape
-        self.shape, self.size, self.labels = tuple(shape), len(self.files), None
+        if len(shape) != 3:
+            raise UserError(f"{self.files[0]} has shape {(self.views, *shape)}, not [views, C, H, W]")
+        self.shape, self.size = tuple(shape), len(self.files)
         size = re.search(r"(\d+)_features$", features.name)
         self.vae, self.scale, self.classes = None, None, None
         self.image_size = int(size[1]) if size else None
@@ -134,16 +144,23 @@ class FeatureDataset(Dataset):
         image, view = item if isinstance(item, tuple) else (item, 0)
         if not 0 <= image < self.size:
             raise IndexError(image)
-        if self.labels is None:
-            features = self._load_file(self.files[image])[view]
-            return torch.from_numpy(features.astype(np.float32)), int(
-                self._load_file(self.label_files[image]).reshape(-1)[0]
-            )
-        shard = int(np.searchsorted(self.starts, image, side="right")) - 1
-        if shard not in self.shards:
-            self.shards[shard] = self._load("features", shard)
-        features = self.shards[shard][image - self.starts[shard], view]
-        return torch.from_numpy(np.array(features)), int(self.labels[image])
+        if self.files:
+            features = self._load_file(self.files[image])
+            if features.shape != (self.views, *self.shape):
+                raise UserError(
+                    f"{self.files[image]} has shape {features.shape}, not {(self.views, *self.shape)} as the first"
+                )
+        else:
+            features = self._shard(int(np.searchsorted(self.starts, image, side="right")) - 1, image)
+        return torch.from_numpy(features[view].astype(np.float32)), int(self.labels[image])
+
+    def _shard(self, shard: int, image: int) -> np.ndarray:
+        """An image's features [views, C, H, W] in its shard; only so many shards are kept open as any system allows."""
+        if shard not in self.open_shards:
+            if len(self.open_shards) == OPEN_SHARDS:
+                del self.open_shards[next(iter(self.open_shards))]
+            self.open_shards[shard] = self._load("features", shard)
+        return self.open_shards[shard][image - self.starts[shard]]
 
     def __getitems__(self, items: list) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch at once: features [B, C, H, W] and labels [B]."""

@@ -46,7 +46,7 @@ class LabelEmbedder(nn.Module):
         if drop is None and self.training and self.dropout_prob > 0:
             drop = torch.rand(y.shape, device=y.device) < self.dropout_prob
         if drop is not None:
-            y = torch.where(drop, self.num_classes, y)
+            y = y.masked_fill(drop, self.num_classes)
         return self.embedding_table(y)
 
 

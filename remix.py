@@ -55,7 +55,7 @@ class RemixLinear(nn.Module):
 
     def mix(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """Theta_G = alpha_G beta for coefficients [G, K]: weight [G, out, in] and bias [G, out]."""
-        with torch.autocast(alpha.device.type, enabled=False):  # the average is taken in full precision
+        with torch.autocast(alpha.device.type, enabled=False):  # bf16 would round the K bases before it averages them
             weight = (alpha @ self.weight.flatten(1)).view(-1, self.out_features, self.in_features)
             return weight, alpha @ self.bias
 
@@ -109,13 +109,16 @@ class RemixDiT(nn.Module):
                 bases.copy_(linear)
                 block.set_submodule(name, bases.to(linear.weight))
 
-        prior = F.one_hot(self.prior(), n_basis).float()
+        self.register_buffer("prior", torch.arange(n_experts) * n_basis // n_experts, persistent=False)
+        prior = F.one_hot(self.prior, n_basis).float()
         logits = prior.expand(len(self.backbone.blocks), -1, -1) if scope == "local" else prior
         if mixer != "one-hot":
             logits = torch.randn(logits.shape) + prior_bonus * logits
         if mixer == "raw":
             logits = logits.softmax(-1)  # the experts start as averages of the bases under every mixer
-        self.logits = nn.Parameter(logits.contiguous(), requires_grad=mixer != "one-hot")  # pi
+        like = self.backbone.final_layer.linear.weight
+        self.logits = nn.Parameter(logits.to(like).contiguous(), requires_grad=mixer != "one-hot")  # pi
+        self.prior = self.prior.to(like.device)
 
     @property
     def config(self) -> dict:
@@ -136,10 +139,6 @@ class RemixDiT(nn.Module):
     def num_classes(self) -> int:
         return self.backbone.num_classes
 
-    def prior(self) -> Tensor:
-        """The basis [N] that each expert would use under a hand-made partition: floor(i K / N)."""
-        return torch.arange(self.n_experts) * self.n_basis // self.n_experts
-
     def expert_of(self, t: Tensor) -> Tensor:
         """The expert that owns each original timestep: the last i with floor(i T / N) <= t."""
         return (self.n_experts * (t + 1) - 1) // self.num_timesteps
@@ -150,7 +149,7 @@ class RemixDiT(nn.Module):
 
     def prior_loss(self) -> Tensor:
         """Cross-entropy between softmax(pi) and the one-hot prior, mean over the experts, unweighted."""
-        target = self.prior().to(self.logits.device).expand(self.logits.shape[:-1])
+        target = self.prior.expand(self.logits.shape[:-1])
         return F.cross_entropy(self.logits.flatten(0, -2), target.flatten())
 
     def reset_bases(self):
@@ -235,9 +234,10 @@ class RemixDiT(nn.Module):
         alpha = self.coefficients().view(-1, self.n_experts, self.n_basis)[:, i : i + 1]
         for name, module in self._mixed():
             linear = dit.get_submodule(name)
-            weight, bias = module.mix(alpha[module.row])
-            linear.weight.copy_(weight[0])
-            linear.bias.copy_(bias[0])
+            for folded, bases in ((linear.weight, module.weight), (linear.bias, module.bias)):
+                folded.zero_()
+                for share, basis in zip(alpha[module.row, 0], bases, strict=True):
+                    folded.addcmul_(share, basis)  # no matrix product, which on GPUs may be TF32
 
 
 class OneExpertAtATime(nn.Module):

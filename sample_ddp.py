@@ -9,28 +9,25 @@ interruption, the same command finishes what is missing.
 """
 
 import argparse
-import hashlib
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from PIL import Image
 from tqdm import tqdm
 
 from autoencoder import load_autoencoder
-from checkpoint import load_denoiser
+from checkpoint import fingerprint, load_denoiser
 from common import ArgumentParser, UserError, atomic_write, folder_name, number, positive_int, run_script, seed_int
 from diffusion import create_diffusion
-from distributed import World, rank0_logger, seed_for, setup
+from distributed import PRECISIONS, World, rank0_logger, seed_for, setup
 from figures import save_grid
 from models import DiT_models
 from remix import RemixDiT_models
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(args: argparse.Namespace):
@@ -38,7 +35,7 @@ def main(args: argparse.Namespace):
     overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
     model, config = load_denoiser(args.ckpt, ema=args.ema, **overrides)
     data, backbone = config["data"], config["model"]["backbone"]
-    n_classes = backbone["num_classes"]
+    n_classes = len(data["classes"] or []) or backbone["num_classes"]  # those that were trained
     for flag, asked, known in (
         ("image-size", args.image_size, data["image_size"]),
         ("num-classes", args.num_classes, n_classes),
@@ -49,6 +46,13 @@ def main(args: argparse.Namespace):
         diffusion = create_diffusion(args.num_sampling_steps, **config["diffusion"])
     except ValueError as error:
         raise UserError(f"--num-sampling-steps {args.num_sampling_steps}: {error}") from None
+    autoencoder = load_autoencoder(args.vae or data["vae"])
+    if backbone["in_channels"] not in autoencoder.channels:
+        channels = " or ".join(map(str, autoencoder.channels))
+        raise UserError(
+            f"{args.ckpt[0]} denoises {backbone['in_channels']} channels, --vae {args.vae or data['vae']} takes {channels}"
+        )
+    autoencoder.scale = data["scale"]  # by which the features were multiplied
     folder = Path(args.sample_dir) / (args.name or default_name(args))
     settings = describe(args, data)
     if finished(folder, settings):
@@ -57,56 +61,47 @@ def main(args: argparse.Namespace):
     # Initialize.
     world = setup()
     logger = rank0_logger(world)
-    autoencoder = load_autoencoder(args.vae or data["vae"], world.device)
-    model = model.to(world.device).requires_grad_(False)
-    shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
-    side = backbone["input_size"] * autoencoder.factor
-    partial, marks = folder / "samples.partial.npy", folder / "done.partial.npy"
-    if world.is_main:
-        begin(folder, settings, partial, marks, (args.num_fid_samples, side, side, 3))
+    autoencoder, model = autoencoder.to(world.device), model.to(world.device).requires_grad_(False)
+    n = args.per_proc_batch_size
+    batches = [range(i, min(i + n, args.num_fid_samples)) for i in range(0, args.num_fid_samples, n)]
+    missing = [numbers for numbers in batches if not part_path(folder, numbers).exists()]
     world.barrier()
-    images, done = open_memmap(partial, mode="r+"), open_memmap(marks, mode="r+")
+    if world.is_main:
+        with atomic_write(folder / "settings.json") as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
     how = f"{args.sampler} with {diffusion.num_timesteps} steps, guidance {args.cfg_scale}"
     logger.info(f"{args.num_fid_samples:,} samples by {how} -> {folder}")
 
-    # Sample this process's batches; those marked as done are on disk.
-    n = args.per_proc_batch_size
-    batches = [range(i, min(i + n, args.num_fid_samples)) for i in range(0, args.num_fid_samples, n)]
+    # Sample this process's share of the missing batches, a file each.
     with tqdm(total=args.num_fid_samples, unit="img", desc="sampling", disable=not world.is_main, smoothing=0) as bar:
-        for numbers in batches[world.rank :: world.size]:
-            rows = slice(numbers.start, numbers.stop)
-            if not done[rows].all():
-                images[rows] = sample(
-                    args,
-                    numbers,
-                    model,
-                    diffusion,
-                    autoencoder,
-                    shape,
-                    world,
-                    n_classes,
-                    show=len(batches) <= world.size,
-                )
-                images.flush()
-                done[rows] = True
-                done.flush()
+        bar.update((len(batches) - len(missing)) * n)
+        for numbers in missing[world.rank :: world.size]:
+            show = len(missing) <= world.size  # a bar for the steps, where there is one batch
+            images = sample(args, numbers, model, diffusion, autoencoder, backbone, n_classes, world, show)
+            if args.save_png:
+                (folder / "png").mkdir(parents=True, exist_ok=True)
+                for i, image in zip(numbers, images, strict=True):
+                    Image.fromarray(image).save(folder / "png" / f"{i:06d}.png")
+            with atomic_write(part_path(folder, numbers)) as temporary, open(temporary, "wb") as file:
+                np.save(file, images)
             bar.update(min(len(numbers) * world.size, bar.total - bar.n))
     world.barrier()
 
     # Pack, draw, and report.
     if world.is_main:
         labels = np.array([label_of(args.global_seed, i, n_classes) for i in range(args.num_fid_samples)])
-        if args.save_png:
-            for i, image in enumerate(tqdm(images, desc="writing PNGs")):
-                with atomic_write(folder / "png" / f"{i:06d}.png") as temporary:
-                    Image.fromarray(image).save(temporary, format="PNG")
-        shown = np.argsort(labels[:100], kind="stable")
-        save_grid(folder / "grid.png", images[shown], [caption(data["classes"], label) for label in labels[shown]])
-        pack(folder / "samples.npz", partial, labels)
-        marks.unlink()
-        partial.unlink()
+        parts = [part_path(folder, numbers) for numbers in batches]
+        first = np.concatenate([np.load(part) for part in parts[: -(-100 // n)]])[:100]
+        shown = np.argsort(labels[: len(first)], kind="stable")
+        save_grid(folder / "grid.png", first[shown], [caption(data["classes"], label) for label in labels[shown]])
+        pack(folder / "samples.npz", parts, labels)
+        shutil.rmtree(folder / "parts")
         logger.info(f"wrote {folder / 'samples.npz'} and {folder / 'grid.png'}")
-    world.barrier()
+
+
+def part_path(folder: Path, numbers: range) -> Path:
+    """The file of a batch of samples, until all are packed."""
+    return folder / "parts" / f"{numbers.start:06d}.npy"
 
 
 def default_name(args: argparse.Namespace) -> str:
@@ -117,10 +112,6 @@ def default_name(args: argparse.Namespace) -> str:
 
 def describe(args: argparse.Namespace, data: dict) -> dict:
     """Everything that the images depend on."""
-    digests = []
-    for path in args.ckpt:
-        with open(path, "rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     names = [
         "num_fid_samples",
         "sampler",
@@ -134,7 +125,7 @@ def describe(args: argparse.Namespace, data: dict) -> dict:
     ]
     return {
         "ckpt": args.ckpt,
-        "ckpt_sha256": digests,
+        "ckpt_fingerprint": [fingerprint(path) for path in args.ckpt],
         "vae": args.vae or data["vae"],
         **{name: getattr(args, name) for name in names},
     }
@@ -154,20 +145,10 @@ def finished(folder: Path, settings: dict) -> bool:
                 f"{folder} holds samples with {key}={before.get(key)}, not {value}: choose another --name or remove it"
             )
     if (folder / "samples.npz").exists():
-        print(f"{folder / 'samples.npz'} is already there, nothing to do")
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{folder / 'samples.npz'} is already there, nothing to do")
         return True
     return False
-
-
-def begin(folder: Path, settings: dict, partial: Path, marks: Path, shape: tuple[int, ...]):
-    """Make the files that the processes fill in together, unless an interrupted run left them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "settings.json") as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
-    for path, dtype, size in ((partial, np.uint8, shape), (marks, np.bool_, shape[:1])):
-        if not path.exists():
-            with atomic_write(path) as temporary:
-                open_memmap(temporary, mode="w+", dtype=dtype, shape=size).flush()
 
 
 def label_of(seed: int, i: int, n_classes: int) -> int:
@@ -180,18 +161,19 @@ def caption(classes: list[str] | None, label: int) -> str:
 
 @torch.no_grad()
 def sample(
-    args, numbers: range, model, diffusion, autoencoder, shape, world: World, n_classes: int, show: bool
+    args, numbers: range, model, diffusion, autoencoder, backbone: dict, n_classes: int, world: World, show: bool
 ) -> np.ndarray:
     """The numbered samples as uint8 [n, H, W, 3]."""
+    shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
     generators = [torch.Generator(world.device).manual_seed(seed_for(args.global_seed, i)) for i in numbers]
     labels = torch.tensor([label_of(args.global_seed, i, n_classes) for i in numbers], device=world.device)
-    null = torch.full_like(labels, n_classes)
+    null = torch.full_like(labels, backbone["num_classes"])
 
     def draw(_step: int | None = None) -> torch.Tensor:
         return torch.stack([torch.randn(shape, generator=g, device=world.device) for g in generators])
 
     def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(world.device.type, DTYPES[args.precision], enabled=args.precision != "fp32"):
+        with world.autocast(args.precision):
             if args.cfg_scale == 1:
                 return model(x, t, labels)
             channels = shape[0] if args.cfg_all_channels else 3
@@ -211,13 +193,17 @@ def sample(
     return autoencoder.decode(latents).cpu().numpy()
 
 
-def pack(path: Path, images: Path, labels: np.ndarray):
-    """Write the .npz that ADM's evaluator reads, streaming the images from their .npy file."""
+def pack(path: Path, parts: list[Path], labels: np.ndarray):
+    """Write the .npz that ADM's evaluator reads, streaming the images from the parts."""
+    shape = (len(labels), *np.load(parts[0], mmap_mode="r").shape[1:])
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        with open(images, "rb") as source, archive.open("arr_0.npy", "w", force_zip64=True) as target:
-            shutil.copyfileobj(source, target, 1 << 24)
-        with archive.open("arr_1.npy", "w") as target:
-            np.save(target, labels)
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(np.load(part).tobytes())
+        with archive.open("arr_1.npy", "w") as file:
+            np.save(file, labels)
 
 
 if __name__ == "__main__":
@@ -255,7 +241,7 @@ if __name__ == "__main__":
     group.add_argument("--global-seed", type=seed_int, default=0, help="sample i is drawn from (seed, i)")
     group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at a time, a process")
     group.add_argument(
-        "--precision", choices=DTYPES, default="fp32", help="of the matrix products (fp32 is TF32 on GPUs)"
+        "--precision", choices=PRECISIONS, default="fp32", help="of the matrix products (fp32 is TF32 on GPUs)"
     )
     group = parser.add_argument_group("results")
     group.add_argument("--sample-dir", default="samples", help="where the folders of samples are")

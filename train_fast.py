@@ -13,6 +13,7 @@ import copy
 import json
 import math
 import resource
+import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -24,15 +25,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from checkpoint import load_model, load_weights, model_config, newest_checkpoint, read_checkpoint, save_checkpoint
+from checkpoint import (
+    PUBLISHED_VAE,
+    load_model,
+    load_weights,
+    model_config,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from common import ArgumentParser, UserError, atomic_write, folder_name, number, positive_int, run_script, seed_int
 from diffusion import create_diffusion
-from distributed import World, rank0_logger, seed_for, setup, world_size
+from distributed import PRECISIONS, World, rank0_logger, seed_for, setup, world_size
 from features import FeatureDataset, GlobalBatches
 from models import DiT, DiT_models
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models, deal_timesteps
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RUN_OPTIONS = [
     "max_steps",
     "global_batch_size",
@@ -98,7 +106,7 @@ def main(args: argparse.Namespace):
         load_weights(ema, state["ema"], args.resume)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        window.copy_(state["window"])
+        window = state["window"].to(world.device) / world.size
         logger.info(f"resumed from {args.resume}")
     del state
     if args.compile:
@@ -133,12 +141,10 @@ def main(args: argparse.Namespace):
                 # Groups that a microbatch cuts through are cut finer, until all of its groups are equal.
                 conditions["groups"] = len(x) // math.gcd(len(x), args.global_batch_size // args.experts_per_batch)
             more_to_come = network.no_sync() if world.size > 1 and i < args.grad_accum - 1 else nullcontext()
-            autocast = torch.autocast(world.device.type, DTYPES[args.precision], enabled=args.precision != "fp32")
-            with more_to_come, autocast:
-                parts = {
-                    name: value.mean()
-                    for name, value in diffusion.training_losses(network, x, t, conditions, noise).items()
-                }
+            with more_to_come:
+                with world.autocast(args.precision):
+                    losses = diffusion.training_losses(network, x, t, conditions, noise)
+                parts = {name: value.mean() for name, value in losses.items()}
                 loss = parts["loss"]
                 if coefficients:
                     parts["prior"] = model.prior_loss()
@@ -162,7 +168,8 @@ def main(args: argparse.Namespace):
             window.zero_()
             clock, clock_step = time.perf_counter(), done
         if done % args.ckpt_every == 0 or done == args.max_steps:
-            window = world.sum(window) / world.size  # the same on every rank, as it will be after a resume
+            total = world.sum(window)
+            window = total / world.size  # the same on every rank, as it will be after a resume
             if world.is_main:
                 path = run / "checkpoints" / f"{done:07d}.pt"
                 save_checkpoint(
@@ -174,7 +181,7 @@ def main(args: argparse.Namespace):
                         "ema": ema.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "scaler": scaler.state_dict(),
-                        "window": window,
+                        "window": total,
                     },
                 )
                 logger.info(f"saved {path}")
@@ -190,10 +197,11 @@ def resolve_defaults(args: argparse.Namespace, dataset: FeatureDataset):
         raise UserError(
             f"--image-size {args.image_size}, but {args.data_path} holds features of {dataset.image_size}-pixel images"
         )
-    classes = len(dataset.classes) if dataset.classes else None
-    args.num_classes = args.num_classes or classes or 1000
-    if classes and classes > args.num_classes:
-        raise UserError(f"--num-classes {args.num_classes}, but {args.data_path} has labels up to {classes - 1}")
+    args.num_classes = args.num_classes or (len(dataset.classes) if dataset.classes else 1000)
+    if dataset.labels.min() < 0 or dataset.labels.max() >= args.num_classes:
+        raise UserError(
+            f"{args.data_path} has labels up to {dataset.labels.max()}, beyond --num-classes {args.num_classes}"
+        )
     args.lr = args.lr or (2e-5 if args.load_weight else 1e-4)
     args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     args.compile = torch.cuda.is_available() if args.compile is None else args.compile
@@ -258,10 +266,9 @@ def make_model(args: argparse.Namespace, dataset: FeatureDataset) -> DiT | Remix
 
 def describe(args: argparse.Namespace, dataset: FeatureDataset, model: DiT | RemixDiT) -> dict:
     """The configuration that, with the data, determines the run; it goes into every checkpoint."""
-    vae = {"vae": dataset.vae, "scale": dataset.scale} if dataset.vae else {"vae": "ema", "scale": 0.18215}
-    data = dict(
-        images=len(dataset), image_size=dataset.image_size or args.image_size or 256, classes=dataset.classes, **vae
-    )
+    vae = {"vae": dataset.vae, "scale": dataset.scale} if dataset.vae else PUBLISHED_VAE
+    size = dataset.image_size or args.image_size or 256
+    data = dict(images=len(dataset), image_size=size, classes=dataset.classes, **vae)
     return {
         "model": model_config(args.model, model),
         "diffusion": {},
@@ -338,11 +345,7 @@ def microbatches(
     Timesteps, label dropout and noise are drawn for the whole global batch by every process, which keeps its rows.
     """
     x, y = batch
-    if int(y.max()) >= args.num_classes or int(y.min()) < 0:
-        raise UserError(f"{args.data_path} has the label {int(y.max())}, beyond --num-classes {args.num_classes}")
     shape = (args.global_batch_size, *dataset.shape)
-    if x.shape[1:] != shape[1:]:
-        raise UserError(f"{args.data_path} has features of {tuple(x.shape[1:])} among those of {shape[1:]}")
     seed, remix = args.global_seed, args.model in RemixDiT_models
     t = deal_timesteps(seed, step, shape[0], args.n_experts if remix else 1, args.experts_per_batch, args.timesteps)[
         rows
@@ -379,7 +382,7 @@ def report(
     if world.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30
     else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
     metrics = {"step": done, **dict(zip(PARTS, losses, strict=True))}
     if isinstance(model, RemixDiT):
         alpha = model.coefficients().detach()
@@ -497,7 +500,7 @@ if __name__ == "__main__":
         "--clip-grad", type=number(float, 0), default=0.0, help="largest gradient norm; 0 for no clipping, as published"
     )
     group.add_argument(
-        "--precision", choices=DTYPES, help="of the matrix products (default: bf16 on GPUs, fp32 on CPUs)"
+        "--precision", choices=PRECISIONS, help="of the matrix products (default: bf16 on GPUs, fp32 on CPUs)"
     )
     group = parser.add_argument_group("speed and reports")
     group.add_argument(

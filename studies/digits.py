@@ -52,7 +52,8 @@ def main(args: argparse.Namespace):
         print(f"{split}: {len(images)} images, classifier accuracy {accuracy(classifier, images, labels):.3f}")
     example = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     program = torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    torch.export.save(program, out / "classifier.pt2")
+    torch.export.save(program, out / "unfinished.pt2")
+    (out / "unfinished.pt2").rename(out / "classifier.pt2")  # written last: where it is, the rest is
     print(f"wrote {out}")
 
 

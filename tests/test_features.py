@@ -1,13 +1,16 @@
 import json
+import os
+import resource
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import PIXELS, make_images, run
+from conftest import PIXELS, make_images, run, training
 from PIL import Image
 
-import features as features_module
+from checkpoint import load_model
+from common import UserError
 from extract_features import center_crop
 from features import FeatureDataset, GlobalBatches, write_index, write_shard
 
@@ -50,6 +53,19 @@ def test_shards_hold_every_image_once(tmp_path):
     x, y = dataset.__getitems__([(0, 0), (8, 1)])
     assert x.shape == (2, 3, 1, 1)
     assert y.tolist() == [0, 2]
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    for shard in range(300):
+        write_shard(tmp_path, shard, np.full((1, 1, 1, 1, 1), shard), np.zeros(1), [])
+    write_index(tmp_path, 300, vae="none", scale=1.0, image_size=1, classes=["a"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        dataset = FeatureDataset(tmp_path)
+        assert [int(dataset[i][0]) for i in range(300)] == list(range(300))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_interrupted_extraction_is_finished(features, images, tmp_path):
@@ -107,7 +123,7 @@ def test_latents_of_a_local_vae(vae, tmp_path):
 
     from autoencoder import load_autoencoder
 
-    autoencoder = load_autoencoder(str(vae), torch.device("cpu"))
+    autoencoder = load_autoencoder(str(vae))
     pixels = (
         torch.from_numpy(np.array(center_crop(Image.open(tree / "class0" / "0.png"), 16))).permute(2, 0, 1)[None]
         / 127.5
@@ -132,6 +148,11 @@ def test_original_layout(tmp_path):
     dataset = FeatureDataset(tmp_path)
     assert (len(dataset), dataset.shape, dataset.views, dataset.image_size) == (12, (4, 8, 8), 2, 256)
     assert [dataset[i][1] for i in range(12)] == [i % 5 for i in range(12)], "numbered files in numeric order"
+    flags = training(tmp_path, tmp_path / "outputs", "run", "DiT-T/2")
+    assert "labels up to 4" in run("train_fast.py", *flags, "--num-classes", 4, expect=2).stderr
+    assert not (tmp_path / "outputs").exists()
+    run("train_fast.py", *flags, "--max-steps", 1)
+    assert load_model(tmp_path / "outputs/run/checkpoints/0000001.pt")[1]["data"]["scale"] == 0.18215
     expected = np.load(tmp_path / "imagenet256_features/11.npy")[1]
     assert np.array_equal(dataset[11, 1][0].numpy(), expected)
 
@@ -145,13 +166,15 @@ def test_original_layout(tmp_path):
         (lambda folder: (folder / "labels-00000.npy").unlink(), "missing or not a whole"),
         (lambda folder: np.save(folder / "labels-00000.npy", np.zeros(23, np.int64)), "does not match"),
         (lambda folder: np.save(folder / "labels-00000.npy", np.full(24, 3)), "do not match"),
+        (lambda folder: np.save(folder / "features-00000.npy", np.zeros((24, 2, 3, 4, 4))), "does not match"),
+        (lambda folder: os.truncate(folder / "features-00000.npy", 5000), "not a whole"),
     ],
 )
 def test_damaged_features(features, tmp_path, damage, message):
     folder = tmp_path / "copy"
     shutil.copytree(features, folder)
     damage(folder)
-    with pytest.raises(features_module.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         FeatureDataset(folder)
 
 

@@ -7,6 +7,7 @@ import torch
 from conftest import GOLDEN, golden, relative
 
 from checkpoint import load_model
+from diffusion import create_diffusion
 from models import DiT, DiT_models
 from remix import (
     MIXED_LAYERS,
@@ -150,9 +151,9 @@ def test_intervals_tile_the_timesteps(pretrained, n_experts):
 
 def test_prior(pretrained):
     model = RemixDiT(pretrained, n_basis=4, n_experts=6)
-    assert model.prior().tolist() == [0, 0, 1, 2, 2, 3]
+    assert model.prior.tolist() == [0, 0, 1, 2, 2, 3]
     many = RemixDiT(pretrained, n_basis=4, n_experts=1000)
-    preferred = many.logits.gather(1, many.prior()[:, None])
+    preferred = many.logits.gather(1, many.prior[:, None])
     assert abs(preferred.mean().item() - 3) < 0.15
     assert abs((many.logits.sum() - preferred.sum()).item() / 3000) < 0.1
     one_hot = RemixDiT(pretrained, n_basis=4, n_experts=6, mixer="one-hot")
@@ -278,3 +279,37 @@ def test_distances_of_a_collapse(pretrained):
     bases, spread = RemixDiT(pretrained, 3, 6).distances()
     assert not bases.any()
     assert spread < 1e-6
+
+
+def test_one_hot_bases_with_shared_parts_frozen_are_independent_models(pretrained):
+    """K = N, one-hot: training all experts at once equals training each DiT's mixed layers on its interval alone."""
+    n, diffusion = 4, create_diffusion()
+    together = RemixDiT(pretrained, n, n, mixer="one-hot")
+    apart = [copy.deepcopy(pretrained) for _ in range(n)]
+    mixed = {f"{name}.{part}" for name, _ in together._mixed() for part in ("weight", "bias")}
+    optimizers = []
+    for backbone in (together.backbone, *apart):
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad_(name in mixed)
+        optimizers.append(
+            torch.optim.AdamW([p for p in backbone.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
+        )
+    generator = torch.Generator().manual_seed(0)
+    for step in range(5):
+        t = torch.from_numpy(deal_timesteps(0, step, 16, n, n))
+        x, noise = (torch.randn(16, 4, 8, 8, generator=generator) for _ in range(2))
+        y = torch.randint(10, (16,), generator=generator)
+        losses = diffusion.training_losses(together, x, t, {"y": y, "groups": n}, noise)["loss"]
+        losses.view(n, -1).mean(1).sum().backward()
+        for rows in torch.arange(16).view(n, -1):
+            model = apart[together.expert_of(t[rows[0]])]
+            diffusion.training_losses(model, x[rows], t[rows], {"y": y[rows]}, noise[rows])["loss"].mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for i, model in enumerate(apart):
+        assert relative(model.blocks[0].mlp.fc1.weight, pretrained.blocks[0].mlp.fc1.weight) > 1e-2, (
+            "something was learned"
+        )
+        for name, value in together.expert(i).state_dict().items():
+            assert relative(value, model.state_dict()[name]) < 1e-5 or not value.any(), name

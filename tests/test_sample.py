@@ -3,12 +3,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, run
+from conftest import GOLDEN, run, training
 from PIL import Image
 
-from checkpoint import load_model, save_checkpoint
+from checkpoint import build_model, load_model, save_checkpoint
 from diffusion import create_diffusion
 from distributed import seed_for
+from features import FeatureDataset
+from measure import noise_errors
 from sample_ddp import label_of
 
 FEW = ("--num-fid-samples", 14, "--num-sampling-steps", "8")
@@ -80,13 +82,11 @@ def test_an_interrupted_sampling_is_finished(ckpt, sampled, tmp_path):
     run("sample_ddp.py", *flags)
     folder = tmp_path / "again"
     done = images(folder)
-    half = done.copy()
-    half[7:] = 0
-    np.save(folder / "samples.partial.npy", half)
-    np.save(folder / "done.partial.npy", np.arange(14) < 7)
     (folder / "samples.npz").unlink()
+    (folder / "parts").mkdir()
+    np.save(folder / "parts" / "000000.npy", 255 - done[:7])  # a mark: what is there is not sampled again
     run("sample_ddp.py", *flags)
-    assert np.array_equal(images(folder), done)
+    assert np.array_equal(images(folder), np.concatenate([255 - done[:7], done[7:]]))
     assert "nothing to do" in run("sample_ddp.py", *flags).stdout
     refused = run("sample_ddp.py", *flags, "--cfg-scale", 4, expect=2)
     assert "cfg_scale=1.5, not 4.0" in refused.stderr
@@ -142,3 +142,89 @@ def test_settings_say_what_made_the_samples(ckpt, sampled):
     settings = json.loads((sampled / "settings.json").read_text())
     assert settings["ckpt"] == [str(ckpt)]
     assert settings["num_sampling_steps"] == "8"
+
+
+def test_independent_experts(features, tmp_path):
+    files = []
+    for low, high in ((400, 1000), (0, 400)):
+        flags = training(features, tmp_path, f"expert-{low}", "DiT-T/2")
+        run("train_fast.py", *flags, "--max-steps", 2, "--timesteps", low, high)
+        files.append(tmp_path / f"expert-{low}/checkpoints/0000002.pt")
+    run("sample_ddp.py", "--ckpt", *files, *FEW, "--sample-dir", tmp_path, "--name", "dealt")
+    run("sample_ddp.py", "--ckpt", files[0], *FEW, "--sample-dir", tmp_path, "--name", "alone")
+    assert not np.array_equal(images(tmp_path / "dealt"), images(tmp_path / "alone"))
+    for wrong, message in (
+        ((files[0], files[0]), "do not tile"),
+        ((files[0], GOLDEN / "dit.pt"), "holds no state dict"),
+    ):
+        assert message in run("sample_ddp.py", "--ckpt", *wrong, *FEW, "--sample-dir", tmp_path / "no", expect=2).stderr
+
+
+def test_experts_losses_are_drawn(ckpt, features, tmp_path):
+    """A row an expert, a column an interval: the ratio of its error to the pretrained model's, less one."""
+    state = torch.load(ckpt, weights_only=True)
+    config = {**state["config"]["model"], "name": "DiT-T/2", "remix": None}
+    torch.save(build_model(config).state_dict(), tmp_path / "dit.pt")
+    how = ("--data-path", features, "--pretrained", tmp_path / "dit.pt", "--images", 8, "--per-interval", 3)
+    run("visualize.py", "losses", ckpt, *how, "--out", tmp_path / "losses.png")
+    rows = [line.split(",") for line in (tmp_path / "losses.csv").read_text().splitlines()]
+    assert rows[0][:3] == ["expert", "t_0_165", "t_166_332"]
+    assert len(rows) == 2 + 6
+    model, _ = load_model(ckpt)
+    x, y = FeatureDataset(features).__getitems__(np.random.default_rng(0).permutation(24)[:8].tolist())
+    diffusion = create_diffusion()
+    mine = noise_errors(model.expert(3), diffusion, x, y, [500, 582, 665], per_timestep=8).mean()
+    base, _ = load_model(tmp_path / "dit.pt")
+    theirs = noise_errors(base, diffusion, x, y, [500, 582, 665], per_timestep=8).mean()
+    assert float(rows[2 + 3][1 + 3]) == pytest.approx(float(mine / theirs - 1), abs=1e-4)
+    assert "not the plain DiT" in run("visualize.py", "losses", ckpt, *how[:2], "--pretrained", ckpt, expect=2).stderr
+
+
+def test_coefficients_over_training_are_drawn(trained, tmp_path):
+    run("visualize.py", "training", trained, "--out", tmp_path / "training.png")
+    rows = [line.split(",") for line in (tmp_path / "training.csv").read_text().splitlines()]
+    assert [row[0] for row in rows] == ["step", "1", "2", "3", "4"]
+    raw, _ = load_model(trained / "checkpoints/0000004.pt", ema=False)
+    assert [float(v) for v in rows[-1][1:]] == pytest.approx(raw.coefficients().flatten().tolist(), abs=1e-5)
+
+
+def test_grids_side_by_side(sampled, tmp_path):
+    run(
+        "visualize.py",
+        "grids",
+        sampled / "samples.npz",
+        sampled / "samples.npz",
+        "--images",
+        5,
+        "--out",
+        tmp_path / "two.png",
+    )
+    picture = np.array(Image.open(tmp_path / "two.png"))
+    half = picture.shape[0] // 2
+    assert np.array_equal(picture[20:half], picture[half + 18 : 2 * half - 2])
+
+
+def test_conversion_to_the_original_format_and_back(ckpt, tmp_path):
+    run("convert.py", ckpt, tmp_path / "original.pt", "--to", "original")
+    state = torch.load(tmp_path / "original.pt", weights_only=True)
+    assert state["ema"]["coefficients.weight"].shape == (6, 2)
+    assert state["ema"]["blocks.0.attn.qkv.weight"].shape == (2, 144, 48)
+    for ema in (True, False):
+        ours, back = load_model(ckpt, ema=ema)[0], load_model(tmp_path / "original.pt", ema=ema)[0]
+        for key, value in ours.state_dict().items():
+            assert torch.equal(value, back.state_dict()[key])
+    run("convert.py", ckpt, tmp_path / "expert.pt", "--to", "dit", "--expert", 4)
+    expert, _ = load_model(tmp_path / "expert.pt")
+    assert torch.equal(expert.blocks[1].mlp.fc1.weight, load_model(ckpt)[0].expert(4).blocks[1].mlp.fc1.weight)
+    assert "exists" in run("convert.py", ckpt, tmp_path / "expert.pt", "--to", "original", expect=2).stderr
+    assert "0 to 5" in run("convert.py", ckpt, tmp_path / "no.pt", "--to", "dit", "--expert", 6, expect=2).stderr
+
+
+def test_an_original_checkpoint_is_a_warm_start(ckpt, features, tmp_path):
+    run("convert.py", ckpt, tmp_path / "original.pt", "--to", "original")
+    flags = [*training(features, tmp_path, "warm"), "--load-weight", tmp_path / "original.pt"]
+    run("train_fast.py", *flags, "--max-steps", 1, "--lr", 1e-9, "--coeff-lr", 0)
+    before, after = load_model(ckpt)[0], load_model(tmp_path / "warm/checkpoints/0000001.pt")[0]
+    for key, value in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+    assert "asks for 3" in run("train_fast.py", *flags, "--n-basis", 3, "--prefix", "no", expect=2).stderr

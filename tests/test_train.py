@@ -100,6 +100,27 @@ def test_low_precision_learns_the_same(trained, features, tmp_path, precision):
     assert list(losses(tmp_path / precision).values()) == pytest.approx(list(losses(trained).values()), rel=0.05)
 
 
+@pytest.mark.parametrize("mixer", ["softmax", "raw", "one-hot"])
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_every_mixer_and_scope_trains_and_resumes(features, tmp_path, mixer, scope):
+    flags = [*training(features, tmp_path, "run"), "--mixer", mixer, "--mixer-scope", scope, "--mix-modulation"]
+    run("train_fast.py", *flags, "--max-steps", 2, "--ckpt-every", 1)
+    model, _ = load_model(tmp_path / "run/checkpoints/0000002.pt")
+    assert (model.mixer, model.scope, len(model.mixed_layers)) == (mixer, scope, 5)
+    (tmp_path / "run/checkpoints/0000002.pt").rename(tmp_path / "whole.pt")
+    run("train_fast.py", *flags, "--max-steps", 2, "--resume", "auto")
+    assert_same_weights(tmp_path / "whole.pt", tmp_path / "run/checkpoints/0000002.pt")
+
+
+def test_collapse_would_be_seen(trained):
+    for line in map(json.loads, (trained / "metrics.jsonl").read_text().splitlines()):
+        assert len(line["entropy"]) == 6
+        assert all(0 < entropy < 0.694 for entropy in line["entropy"])
+        assert [len(row) for row in line["coefficients"]] == [2] * 6
+        assert line["basis_distances"][0][1] == line["basis_distances"][1][0] > 0.1, "drawn separately"
+        assert line["expert_spread"] > 0
+
+
 @pytest.mark.slow
 def test_compiled_training_is_the_same(trained, features, tmp_path):
     run("train_fast.py", *training(features, tmp_path, "compiled"), "--max-steps", 4, "--compile")
@@ -128,6 +149,8 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("groups", "does not divide", "--experts-per-batch", "5"),
         wrong("prefix", "plain folder name", "--prefix", "../escape"),
         wrong("learning rate", "above 0", "--lr", "nan"),
+        wrong("timesteps", "LO must be below HI", "--timesteps", "500", "500", model="DiT-T/2"),
+        wrong("timesteps of a RemixDiT", "trains on all of them", "--timesteps", "0", "500"),
         wrong("missing weights", "no such file", "--load-weight", "/nowhere.pt"),
         wrong("foreign weights", "number of heads", "--load-weight", str(GOLDEN / "remix_original_checkpoint.pt")),
         wrong("no weights", "holds no", "--load-weight", str(GOLDEN / "diffusion.pt")),
