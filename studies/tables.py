@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import csv
 import json
+import multiprocessing
 import os
 import platform
 import runpy
@@ -33,10 +34,11 @@ from diffusion import create_diffusion  # noqa: E402
 from features import FeatureDataset  # noqa: E402
 from measure import noise_errors  # noqa: E402
 
+TOKENS = 4  # an image of 8x8 in patches of 4
 BATCH = 80  # divisible by every number of experts a batch that is tried
-PRETRAIN = ["--model", "DiT-T/2", "--lr", "2e-3"]
+PRETRAIN = ["--model", "DiT-T/4", "--lr", "2e-3"]
 FINETUNE = ["--lr", "1e-3"]
-REMIX = ["--model", "RemixDiT-T/2"]
+REMIX = ["--model", "RemixDiT-T/4"]
 
 
 def remix(k: int, n: int, *flags) -> list[str]:
@@ -45,8 +47,8 @@ def remix(k: int, n: int, *flags) -> list[str]:
 
 MAIN = remix(4, 20)
 VARIANTS = {  # name: (flags, how many seeds of those asked for: all of them, or three)
-    "continued": (["--model", "DiT-T/2"], "all"),
-    "independent-8": (["--model", "DiT-T/2"], "all"),
+    "continued": (["--model", "DiT-T/4"], "all"),
+    "independent-8": (["--model", "DiT-T/4"], "all"),
     "remix-4-8": (remix(4, 8), "all"),
     "remix-4-20": (MAIN, "all"),
     "remix-4-8-equal-flops": (remix(4, 8), "all"),
@@ -77,28 +79,19 @@ def main(args: argparse.Namespace):
     work.mkdir(parents=True, exist_ok=True)
     with quiet(work / "data.log"):
         prepare(work)
-    jobs = [("pretrained", seed) for seed in range(args.seeds)]
-    jobs += [
+    pretrained = [("pretrained", seed) for seed in range(args.seeds)]
+    finetuned = [
         (name, seed)
         for name, (_, seeds) in VARIANTS.items()
         for seed in range(args.seeds if seeds == "all" else min(3, args.seeds))
     ]
-    # A worker takes the pretraining of its seed first; the fine-tunings wait for theirs.
-    with ProcessPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), unit="model", smoothing=0) as bar:
-        waiting, running = [job for job in jobs if job[0] != "pretrained"], {}
-        for job in jobs:
-            if job[0] == "pretrained":
-                running[pool.submit(do, args, *job)] = job
-        while running:
-            done = next(as_completed(running))
-            name, seed = running.pop(done)
-            done.result()
-            bar.update()
-            if name == "pretrained":
-                for job in [job for job in waiting if job[1] == seed]:
-                    waiting.remove(job)
-                    running[pool.submit(do, args, *job)] = job
-    rows = [json.loads((work / "scores" / f"{name}-{seed}.json").read_text()) for name, seed in jobs]
+    workers = ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"))
+    with workers, tqdm(total=len(pretrained) + len(finetuned), unit="model", smoothing=0) as bar:
+        for jobs in (pretrained, finetuned):
+            for job in as_completed([workers.submit(do, args, *job) for job in jobs]):
+                job.result()
+                bar.update()
+    rows = [json.loads((work / "scores" / f"{name}-{seed}.json").read_text()) for name, seed in pretrained + finetuned]
     write_results(rows, args)
 
 
@@ -139,10 +132,10 @@ def do(args: argparse.Namespace, name: str, seed: int):
         run("evaluator.py", work / "digits" / "heldout.npz", samples / "samples.npz", *how)
         found = {key.lower().replace(" ", "_"): value for key, value in json.loads(evaluated.read_text()).items()}
         model, config = load_denoiser(checkpoints)
-        for split in ("heldout", "choice"):
+        for split, timesteps in (("heldout", range(1000)), ("choice", range(0, 1000, 4))):
             dataset = FeatureDataset(work / split)
             x, y = dataset.__getitems__(list(range(len(dataset))))
-            errors = noise_errors(model, create_diffusion(**config["diffusion"]), x, y, range(1000), per_timestep=60)
+            errors = noise_errors(model, create_diffusion(**config["diffusion"]), x, y, timesteps, per_timestep=60)
             found[f"{split}_error"] = errors.mean().item()
         row = {"variant": name, "seed": seed, "steps": steps, **found}
         scores.parent.mkdir(exist_ok=True)
@@ -187,7 +180,7 @@ def mixing_cost(flags: list[str]) -> float:
     """
     k, n = (int(flags[flags.index(flag) + 1]) for flag in ("--n-basis", "--n-experts"))
     groups = max(e for e in range(1, min(16, n) + 1) if BATCH % e == 0)
-    return 1 + groups * k / (BATCH * 16)  # 16 tokens an image
+    return 1 + groups * k / (BATCH * TOKENS)
 
 
 def run(script: str, *flags):
@@ -225,7 +218,7 @@ TABLES = {
     "Table 2: scopes": ["remix-4-20", "local"],
     "Table 2: what is mixed": ["remix-4-20", "modulation-too"],
     "Table 2: K and N": ["remix-4-4", "remix-4-8", "remix-4-20", "remix-4-100", "remix-2-20", "remix-8-20"],
-    "Beyond the paper: experts in a batch of 160 (remix-4-20 has 16)": (
+    "Beyond the paper: experts in a batch of 80 (remix-4-20 has 16)": (
         [*(f"experts-per-batch-{e}" for e in (1, 2, 4, 8)), "remix-4-20", "experts-per-batch-20"]
     ),
 }
@@ -279,8 +272,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--seeds", type=int, default=5, help="seeds for table 1 and for experts a batch; three at most for table 2"
     )
-    parser.add_argument("--pretrain", type=int, default=8000, help="steps of pretraining")
-    parser.add_argument("--finetune", type=int, default=1000, help="steps of fine-tuning")
+    parser.add_argument("--pretrain", type=int, default=16000, help="steps of pretraining")
+    parser.add_argument("--finetune", type=int, default=2000, help="steps of fine-tuning")
     parser.add_argument("--samples", type=int, default=5000, help="samples for the evaluator's FID")
     parser.add_argument("--sampling-steps", default="20", help="DDIM steps")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="models at a time, one core each")

@@ -86,6 +86,20 @@ def features(tmp_path_factory, images) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vae(tmp_path_factory) -> Path:
+    """A tiny AutoencoderKL with random weights: 4 latent channels, half the side."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    path = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        **kinds, block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, scaling_factor=0.5
+    ).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory, features) -> Path:
     """A RemixDiT-T/2 with K=2 and N=6, trained for four steps: its run's folder."""
     path = tmp_path_factory.mktemp("outputs")

@@ -73,6 +73,8 @@ def test_original_remix_files():
     model, _ = load_model(GOLDEN / "remix_original_checkpoint.pt", num_heads=4)
     assert isinstance(model, RemixDiT)
     assert (model.n_basis, model.n_experts) == (2, 4)
+    with pytest.raises(UserError, match="cannot be built"):
+        load_model(GOLDEN / "remix_original_checkpoint.pt", num_heads=5)
     with pytest.raises(UserError, match="number of heads"):
         load_model(GOLDEN / "remix_original_checkpoint.pt")
 
@@ -96,11 +98,12 @@ def test_files_that_are_no_checkpoints(tmp_path):
     (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "empty.pt").touch()
+    save_checkpoint(tmp_path / "bare.pt", {"step": 3})
     torch.save({"model": Harmful()}, tmp_path / "harmful.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
     save_checkpoint(tmp_path / "newer.pt", {"version": 99})
-    for name in ("missing", "cut", "text", "empty", "harmful", "list", "other", "newer"):
+    for name in ("missing", "bare", "cut", "text", "empty", "harmful", "list", "other", "newer"):
         with pytest.raises(UserError) as caught:
             load_model(tmp_path / f"{name}.pt")
         assert "\n" not in str(caught.value)

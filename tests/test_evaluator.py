@@ -133,6 +133,8 @@ def test_reference_statistics_are_used_as_they_are(files):
         (lambda path: None, "no such file"),
         (lambda path: path.write_bytes(b"not a zip"), "not a whole .npz"),
         (lambda path: np.savez(path, arr_0=np.zeros((4, 8, 8))), "uint8 images"),
+        (lambda path: np.savez(path, arr_0=np.zeros((3, 8, 8, 3), np.uint8)), "at least 4"),
+        (lambda path: np.savez(path, arr_0=np.zeros((9, 12, 12, 3), np.uint8)), "does not take the images"),
         (lambda path: np.savez(path, other=np.zeros(3)), "neither images"),
     ],
 )

@@ -99,19 +99,6 @@ def test_unreadable_images(tmp_path):
     assert FeatureDataset(tmp_path / "a").labels.tolist() == [0, 0, 1, 1]
 
 
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    path = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(
-        **kinds, block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, scaling_factor=0.5
-    ).save_pretrained(path)
-    return path
-
-
 def test_latents_of_a_local_vae(vae, tmp_path):
     tree = make_images(tmp_path / "images", per_class=3, size=16)
     flags = ("--data-path", tree, "--vae", vae, "--image-size", 16, "--num-workers", 1, "--batch-size", 4)

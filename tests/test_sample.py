@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, run, training
+from conftest import GOLDEN, make_images, run, training
 from PIL import Image
 
 from checkpoint import build_model, load_model, save_checkpoint
@@ -228,3 +228,38 @@ def test_an_original_checkpoint_is_a_warm_start(ckpt, features, tmp_path):
     for key, value in before.state_dict().items():
         torch.testing.assert_close(after.state_dict()[key], value, rtol=1e-5, atol=1e-6)
     assert "asks for 3" in run("train_fast.py", *flags, "--n-basis", 3, "--prefix", "no", expect=2).stderr
+
+
+def test_latent_models_from_images_to_images(vae, tmp_path):
+    tree = make_images(tmp_path / "images", size=16)
+    run(
+        "extract_features.py",
+        "--data-path",
+        tree,
+        "--features-path",
+        tmp_path / "f",
+        "--vae",
+        vae,
+        "--image-size",
+        16,
+        "--num-workers",
+        0,
+    )
+    run("train_fast.py", *training(tmp_path / "f", tmp_path, "latent"), "--max-steps", 3, "--num-classes", 9)
+    ckpt = tmp_path / "latent/checkpoints/0000003.pt"
+    state = torch.load(ckpt, weights_only=True)
+    state["ema"]["backbone.final_layer.linear.weight"] += 0.3 * torch.randn(
+        32, 48, generator=torch.Generator().manual_seed(0)
+    )
+    save_checkpoint(ckpt, state)
+    flags = ("--ckpt", ckpt, *FEW, "--sample-dir", tmp_path / "samples")
+    run("sample_ddp.py", *flags, "--name", "three")
+    run("sample_ddp.py", *flags, "--name", "four", "--cfg-all-channels")
+    three, four = images(tmp_path / "samples/three"), images(tmp_path / "samples/four")
+    assert three.shape == (14, 16, 16, 3)
+    assert not np.array_equal(three, four), "DiT guides three of the four latent channels"
+    labels = np.load(tmp_path / "samples/three/samples.npz")["arr_1"]
+    assert set(labels) <= {0, 1, 2}, "only classes that there were images of"
+    refused = run("sample_ddp.py", *flags, "--name", "pixels", "--vae", "none", expect=2).stderr
+    assert "denoises 4 channels" in refused
+    assert not (tmp_path / "samples/pixels").exists()

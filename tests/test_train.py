@@ -66,6 +66,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(features, tmp_path, model):
     assert_same_weights(tmp_path / "whole/checkpoints/0000006.pt", tmp_path / "resumed/checkpoints/0000006.pt")
 
 
+def test_resuming_with_another_number_of_processes(features, tmp_path):
+    """The checkpoint lies between two lines of the log: what it keeps of the window must not count twice."""
+    how = ("--max-steps", 6, "--ckpt-every", 4, "--log-every", 6)
+    run("train_fast.py", *training(features, tmp_path, "one"), *how)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "two/checkpoints/0000006.pt").unlink()
+    run("train_fast.py", *training(features, tmp_path, "two"), *how, "--resume", "auto", processes=2)
+    assert losses(tmp_path / "two")[6] == pytest.approx(losses(tmp_path / "one")[6], rel=1e-4)
+
+
 def test_starting_from_a_pretrained_dit(features, tmp_path):
     torch.manual_seed(0)
     dit = DiT_models["DiT-T/2"](input_size=8, in_channels=3, num_classes=3)
@@ -153,6 +163,7 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("timesteps of a RemixDiT", "trains on all of them", "--timesteps", "0", "500"),
         wrong("missing weights", "no such file", "--load-weight", "/nowhere.pt"),
         wrong("foreign weights", "number of heads", "--load-weight", str(GOLDEN / "remix_original_checkpoint.pt")),
+        wrong("results", "Not a directory", "--results-dir", str(GOLDEN / "dit.pt")),
         wrong("no weights", "holds no", "--load-weight", str(GOLDEN / "diffusion.pt")),
         wrong("resume nothing", "no such file", "--resume", "/nowhere.pt"),
         wrong("resume weights", "no training state", "--resume", str(GOLDEN / "dit.pt")),
