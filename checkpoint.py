@@ -8,14 +8,17 @@ reads it: format, version, config, step, model, ema, optimizer, scaler, window (
 
 import argparse
 import hashlib
+import json
 import math
 import pickle
 import re
+import threading
 import zipfile
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from common import UserError, atomic_write
@@ -46,26 +49,29 @@ def save_checkpoint(path, state: dict):
         torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
 
 
-def read_checkpoint(path) -> dict:
-    """Read a file of tensors and plain types onto the CPU; nothing in it is ever executed.
+def read_checkpoint(path, trust: bool = False) -> dict:
+    """Read a file of tensors and plain types onto the CPU; nothing in it is executed, unless you `trust` it.
 
     argparse.Namespace, which facebookresearch/DiT and the original Remix-DiT store, is the one class let in.
+    A .safetensors file is a bare state dict, or one with the config that convert.py wrote beside it.
     Raises UserError for a missing, truncated or foreign file.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     zipped = zipfile.is_zipfile(path)  # torch.save's format; before PyTorch 1.6 it was a bare pickle
     with open(path, "rb") as file:
         if not zipped and file.read(1) != b"\x80":
             raise UserError(f"{path} is not a whole checkpoint (truncated, or another kind of file)")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)  # reads what is used
+            content = torch.load(path, map_location="cpu", weights_only=not trust, mmap=zipped)  # reads what is used
     except Exception as error:  # a damaged file may provoke anything
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise UserError(
-                f"{path} holds more than tensors and plain types: it could run code, it is not loaded"
+                f"{path} holds more than tensors and plain types: it could run code, and is loaded with --trust-pickle only"
             ) from None
         raise UserError(f"{path} is not a whole checkpoint (truncated or damaged): {_first_line(error)}") from None
     if not isinstance(content, dict):
@@ -75,6 +81,17 @@ def read_checkpoint(path) -> dict:
     if content.get("format") == FORMAT and not {"config", "model", "ema"} <= content.keys():
         raise UserError(f"{path} is a checkpoint without its config or weights")
     return content
+
+
+def _read_safetensors(path: Path) -> dict:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+        config = json.loads(metadata["config"]) if "config" in metadata else None
+    except Exception as error:  # a damaged file may provoke anything
+        raise UserError(f"{path} is not a whole .safetensors file: {_first_line(error)}") from None
+    return {"format": FORMAT, "config": config, "model": state, "ema": state} if config else state
 
 
 def fingerprint(path) -> str:
@@ -92,22 +109,79 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def newest_checkpoint(folder) -> Path | None:
-    """The checkpoint of the latest step in a run's checkpoints/ folder, or None."""
+def checkpoints(folder) -> list[Path]:
+    """The checkpoints in a run's checkpoints/ folder, the latest step first."""
     files = [path for path in Path(folder).glob("*.pt") if path.stem.isdigit()]
-    return max(files, key=lambda path: int(path.stem), default=None)
+    return sorted(files, key=lambda path: int(path.stem), reverse=True)
 
 
-def load_model(path, ema: bool = True, **overrides) -> tuple[DiT | RemixDiT, dict]:
+def damage(path) -> str | None:
+    """What is wrong with a checkpoint, by the checksums it carries of all its parts; None if it is whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+        return f"its part {part} does not match its checksum" if part else None
+    except Exception as error:  # a damaged file may provoke anything
+        return _first_line(error)
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints from a thread, one at a time, while training goes on; then deletes those not kept.
+
+    keep: the most recent ones to keep, or None for all of them; keep_every: steps whose multiples are kept as well.
+    A checkpoint that cannot be written (a full disk, say) is reported and given up: training does not end for it, and
+    the last good one stays.
+    """
+
+    def __init__(self, folder: Path, logger, keep: int | None = None, keep_every: int | None = None):
+        self.folder, self.logger, self.keep, self.keep_every = Path(folder), logger, keep, keep_every
+        self.thread = None
+
+    def save(self, step: int, state: dict):
+        """Copy the state to host memory and start to write it; waits for the one before to be written."""
+        self.wait()
+        self.thread = threading.Thread(target=self._write, args=(self.folder / f"{step:07d}.pt", _host_copy(state)))
+        self.thread.start()
+
+    def wait(self):
+        """Return when nothing is being written."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _write(self, path: Path, state: dict):
+        try:
+            save_checkpoint(path, state)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            self.logger.error(
+                f"COULD NOT SAVE {path}: {_first_line(error)}; training goes on, the last good checkpoint stays"
+            )
+            return
+        self.logger.info(f"saved {path}")
+        if self.keep:
+            for old in checkpoints(self.folder)[self.keep :]:
+                if not (self.keep_every and int(old.stem) % self.keep_every == 0):
+                    old.unlink(missing_ok=True)
+
+
+def _host_copy(state):
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _host_copy(value) for key, value in state.items()}
+    return [_host_copy(value) for value in state] if isinstance(state, list) else state
+
+
+def load_model(path, ema: bool = True, trust: bool = False, **overrides) -> tuple[DiT | RemixDiT, dict]:
     """Load a model for inference: (model in eval mode on the CPU, config).
 
     Reads this project's checkpoints, facebookresearch/DiT's (a bare state dict, or one under "ema" or "model") and the
     original Remix-DiT's. ema: the averaged weights where the file has them, else the raw ones. In a foreign file the
     sizes are read off the tensors; overrides: model="RemixDiT-S/2" names the architecture, num_heads=6 gives what no
     tensor shows where no registry entry fits, any other keyword argument of DiT is taken as it is. Overrides that
-    contradict the file raise UserError, as does a file that is no checkpoint.
+    contradict the file raise UserError, as does a file that is no checkpoint. trust: let the file run code.
     """
-    content = read_checkpoint(path)
+    content = read_checkpoint(path, trust)
     if content.get("format") == FORMAT:
         config = content["config"]
         known = {"model": config["model"]["name"], **config["model"]["backbone"], **(config["model"]["remix"] or {})}
@@ -126,13 +200,15 @@ def load_model(path, ema: bool = True, **overrides) -> tuple[DiT | RemixDiT, dic
     return model.eval(), config
 
 
-def load_denoiser(paths: list, ema: bool = True, **overrides) -> tuple[DiT | OneExpertAtATime, dict]:
+def load_denoiser(
+    paths: list, ema: bool = True, trust: bool = False, **overrides
+) -> tuple[DiT | OneExpertAtATime, dict]:
     """Load what a sampler needs: a DiT, a RemixDiT folded, or independent experts; and the (first) file's config.
 
     Several files are plain DiTs trained on intervals of timesteps (train_fast.py --timesteps), in any order, which must
-    tile all of them. ema and overrides are `load_model`'s. Raises UserError as it does, and for files that do not tile.
+    tile all of them. The other arguments are `load_model`'s. Raises UserError as it does, and for files that do not tile.
     """
-    loaded = [(path, *load_model(path, ema, **overrides)) for path in paths]
+    loaded = [(path, *load_model(path, ema, trust, **overrides)) for path in paths]
     if len(loaded) == 1:
         _, model, config = loaded[0]
         return (FoldedRemixDiT(model).eval() if isinstance(model, RemixDiT) else model), config

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,18 @@ def folder_name(text: str) -> str:
     if text in ("", ".", "..") or "/" in text or "\\" in text or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected a plain folder name, got {text!r}")
     return text
+
+
+def check_disk(folder, needed: int, what: str) -> str:
+    """Say how much of the free space below `folder` it takes to write `what`, in bytes. Raises UserError if that is too much."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    estimate = f"{what}: {needed / 2**30:,.2f} GiB of the {free / 2**30:,.2f} free in {folder}"
+    if needed > free:
+        raise UserError(f"not enough disk space for {estimate}")
+    return estimate
 
 
 @contextmanager

@@ -2,14 +2,17 @@
 
     python convert.py outputs/RUN/checkpoints/0100000.pt original.pt --to original    the original Remix-DiT repository
     python convert.py outputs/RUN/checkpoints/0100000.pt expert3.pt --to dit --expert 3    facebookresearch/DiT, one expert
+    python convert.py outputs/RUN/checkpoints/0100000.pt remix.safetensors --to safetensors    the averaged weights and the config
 
-Both weights, averaged and raw, are converted; what is written are state dicts under "ema" and "model".
+The first two hold state dicts under "ema" and "model". A .safetensors file cannot run code, whoever wrote it.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from checkpoint import load_model, original_state
 from common import ArgumentParser, UserError, atomic_write, number, positive_int, run_script
@@ -22,10 +25,10 @@ def main(args: argparse.Namespace):
     overrides = {"num_heads": args.num_heads} if args.num_heads else {}
     states = {}
     for name, ema in (("ema", True), ("model", False)):
-        model, _ = load_model(args.ckpt, ema=ema, **overrides)
+        model, config = load_model(args.ckpt, ema=ema, trust=args.trust_pickle, **overrides)
         if args.to == "original":
             states[name] = original_state(model)
-        elif not isinstance(model, RemixDiT):
+        elif args.to == "safetensors" or not isinstance(model, RemixDiT):
             states[name] = model.state_dict()
         elif args.expert is None:
             raise UserError(f"{args.ckpt} holds {model.n_experts} experts: say which with --expert")
@@ -34,7 +37,10 @@ def main(args: argparse.Namespace):
         else:
             states[name] = model.expert(args.expert).state_dict()
     with atomic_write(args.out) as temporary:
-        torch.save(states, temporary)
+        if args.to == "safetensors":
+            save_file(states["ema"], temporary, metadata={"config": json.dumps(config)})
+        else:
+            torch.save(states, temporary)
     print(f"wrote {args.out}")
 
 
@@ -44,10 +50,11 @@ if __name__ == "__main__":
     parser.add_argument("out", help="the file to write")
     parser.add_argument(
         "--to",
-        choices=["original", "dit"],
+        choices=["original", "dit", "safetensors"],
         required=True,
-        help="the original Remix-DiT's format, or facebookresearch/DiT's",
+        help="the original Remix-DiT's format, facebookresearch/DiT's, or safetensors",
     )
+    parser.add_argument("--trust-pickle", action="store_true", help="let the checkpoint run code: for your own alone")
     parser.add_argument("--expert", type=number(int, 0), help="the expert to fold, with --to dit")
     parser.add_argument(
         "--num-heads", type=positive_int, help="attention heads, for a foreign file that fits no registered model"

@@ -22,6 +22,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    hosts: dist.ProcessGroup | None = None  # a gloo group beside NCCL's, for what needs no device
 
     @property
     def is_main(self) -> bool:
@@ -34,6 +35,14 @@ class World:
     def autocast(self, precision: str) -> torch.autocast:
         """The context in which matrix products are taken in "bf16" or "fp16"; "fp32" changes nothing."""
         return torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any process; the hosts meet for it, the devices do not."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.hosts)
+        return bool(flags.item())
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add `values` up over the processes, in place."""
@@ -69,7 +78,8 @@ def setup() -> World:
         dist.init_process_group(
             "nccl" if gpu else "gloo", timeout=timedelta(hours=1), device_id=device if gpu else None
         )
-    world = World(rank, size, device)
+    hosts = dist.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
+    world = World(rank, size, device, hosts)
     world.barrier()  # nobody starts to write before everybody has looked at what is there
     return world
 

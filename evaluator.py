@@ -230,19 +230,34 @@ def read_statistics(path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarr
     """The (mu, sigma) of the pooled and of the spatial features that a reference file holds, or None."""
     if not members(path) >= STATISTICS:
         return None
+    with zipfile.ZipFile(path) as archive:
+        for name in STATISTICS:
+            with archive.open(f"{name}.npy") as file:
+                read_header(path, file, archive.getinfo(f"{name}.npy").file_size)
     with np.load(path, allow_pickle=False) as file:
         return (file["mu"], file["sigma"]), (file["mu_s"], file["sigma_s"])
+
+
+def read_header(path, file, length: int) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and type of the array that an open .npy of `length` bytes holds.
+
+    Raises UserError where they are not those of `length` bytes: before any memory is taken for what the header claims.
+    """
+    try:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(file)
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} holds an array that cannot be read ({error})") from None
+    if dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize != length:
+        raise UserError(f"{path} holds an array that is not as long as its header says, {dtype} {shape}")
+    return shape, fortran, dtype
 
 
 def read_images(path, batch_size: int):
     """Yield (batch [b, H, W, 3] uint8, number of images in all) from an .npz file without reading all of arr_0."""
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = header(file)
-        except (ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: arr_0 is not an array ({error})") from None
+        shape, fortran, dtype = read_header(path, file, archive.getinfo("arr_0.npy").file_size)
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or shape[0] <= NEIGHBOURS:
             raise UserError(
                 f"{path}: arr_0 is {dtype} {shape}, not at least {NEIGHBOURS + 1} uint8 images [n, H, W, 3]"

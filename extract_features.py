@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from autoencoder import load_autoencoder
-from common import ArgumentParser, UserError, atomic_write, number, positive_int, run_script, seed_int
+from common import ArgumentParser, UserError, atomic_write, check_disk, number, positive_int, run_script, seed_int
 from distributed import World, rank0_logger, seed_for, setup
 from features import INDEX, SHARD_SIZE, read_skipped, shard_path, write_index, write_shard
 from models import DiT_models
@@ -59,6 +59,9 @@ def main(args: argparse.Namespace):
             f"--image-size {args.image_size} gives features of side {side}, which {args.model}'s patches do not divide"
         )
 
+    views, channels = 2 if args.mirror else 1, 1 if args.grayscale else autoencoder.channels[-1]
+    space = check_disk(folder, 4 * channels * side**2 * views * len(images.samples), "features")
+
     # Initialize.
     world = setup()
     logger = rank0_logger(world)
@@ -69,8 +72,8 @@ def main(args: argparse.Namespace):
     if world.is_main:
         with atomic_write(folder / SETTINGS) as temporary:
             temporary.write_text(json.dumps(settings))
-    views = 2 if args.mirror else 1
     logger.info(f"{len(images.samples):,} images of {len(images.classes):,} classes, {views} views each -> {folder}")
+    logger.info(space)
 
     # Encode this process's share of the missing shards.
     with tqdm(total=len(images.samples), unit="img", desc="encoding", disable=not world.is_main, smoothing=0) as bar:

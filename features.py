@@ -45,7 +45,7 @@ def read_skipped(folder: Path, n_shards: int) -> list[str]:
 
 def write_index(folder: Path, n_shards: int, **described) -> dict:
     """Count the images of the shards on disk and write the index; `described` is vae, scale, image_size, classes."""
-    counts = [len(np.load(shard_path(folder, "labels", shard), mmap_mode="r")) for shard in range(n_shards)]
+    counts = [len(np.load(shard_path(folder, "labels", shard))) for shard in range(n_shards)]
     first = next((shard for shard, count in enumerate(counts) if count), None)
     if first is None:
         raise UserError("none of the images could be read")
@@ -123,16 +123,20 @@ class FeatureDataset(Dataset):
         self.image_size = int(size[1]) if size else None
 
     def _load(self, kind: str, shard: int) -> np.ndarray:
-        array = self._load_file(shard_path(self.path, kind, shard), mmap_mode="r")
         count = self.starts[shard + 1] - self.starts[shard]
-        if array.shape != ((count, self.views, *self.shape) if kind == "features" else (count,)):
+        expected = (count, self.views, *self.shape) if kind == "features" else (count,)
+        if count == 0:  # none of its images could be read
+            return np.zeros(expected, np.int64)
+        array = self._load_file(shard_path(self.path, kind, shard))
+        if array.shape != expected:
             raise UserError(f"{shard_path(self.path, kind, shard)} does not match {INDEX}")
         return array
 
     @staticmethod
-    def _load_file(path: Path, **how) -> np.ndarray:
+    def _load_file(path: Path) -> np.ndarray:
+        """Map a .npy file: what its header claims is checked against its length before any memory is taken."""
         try:
-            return np.load(path, **how)
+            return np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path} is missing or not a whole .npy file: {error}") from None
 

@@ -22,7 +22,17 @@ from tqdm import tqdm
 
 from autoencoder import load_autoencoder
 from checkpoint import fingerprint, load_denoiser
-from common import ArgumentParser, UserError, atomic_write, folder_name, number, positive_int, run_script, seed_int
+from common import (
+    ArgumentParser,
+    UserError,
+    atomic_write,
+    check_disk,
+    folder_name,
+    number,
+    positive_int,
+    run_script,
+    seed_int,
+)
 from diffusion import create_diffusion
 from distributed import PRECISIONS, World, rank0_logger, seed_for, setup
 from figures import save_grid
@@ -33,7 +43,7 @@ from remix import RemixDiT_models
 def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is touched.
     overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
-    model, config = load_denoiser(args.ckpt, ema=args.ema, **overrides)
+    model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
     data, backbone = config["data"], config["model"]["backbone"]
     n_classes = len(data["classes"] or []) or backbone["num_classes"]  # those that were trained
     for flag, asked, known in (
@@ -58,6 +68,9 @@ def main(args: argparse.Namespace):
     if finished(folder, settings):
         return
 
+    side = backbone["input_size"] * autoencoder.factor
+    space = check_disk(folder, 2 * 3 * side**2 * args.num_fid_samples, "samples, and their parts until all are packed")
+
     # Initialize.
     world = setup()
     logger = rank0_logger(world)
@@ -71,6 +84,7 @@ def main(args: argparse.Namespace):
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
     how = f"{args.sampler} with {diffusion.num_timesteps} steps, guidance {args.cfg_scale}"
     logger.info(f"{args.num_fid_samples:,} samples by {how} -> {folder}")
+    logger.info(space)
 
     # Sample this process's share of the missing batches, a file each.
     with tqdm(total=args.num_fid_samples, unit="img", desc="sampling", disable=not world.is_main, smoothing=0) as bar:
@@ -225,6 +239,7 @@ if __name__ == "__main__":
     group.add_argument(
         "--ema", action=argparse.BooleanOptionalAction, default=True, help="the averaged weights, or the raw ones"
     )
+    group.add_argument("--trust-pickle", action="store_true", help="let --ckpt run code: for files of your own alone")
     group.add_argument(
         "--vae", help="ema, mse, a hub name, a local folder, or none (default: what the checkpoint says)"
     )

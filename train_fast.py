@@ -13,6 +13,7 @@ import copy
 import json
 import math
 import resource
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -27,14 +28,25 @@ from torch.utils.data import DataLoader
 
 from checkpoint import (
     PUBLISHED_VAE,
+    CheckpointWriter,
+    checkpoints,
+    damage,
     load_model,
     load_weights,
     model_config,
-    newest_checkpoint,
     read_checkpoint,
-    save_checkpoint,
 )
-from common import ArgumentParser, UserError, atomic_write, folder_name, number, positive_int, run_script, seed_int
+from common import (
+    ArgumentParser,
+    UserError,
+    atomic_write,
+    check_disk,
+    folder_name,
+    number,
+    positive_int,
+    run_script,
+    seed_int,
+)
 from diffusion import create_diffusion
 from distributed import PRECISIONS, World, rank0_logger, seed_for, setup, world_size
 from features import FeatureDataset, GlobalBatches
@@ -57,6 +69,8 @@ RUN_OPTIONS = [
     "load_weight",
 ]  # what a run is, beside its model and data
 PARTS = ("loss", "mse", "vb", "prior")  # of the loss, as they are logged
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what SLURM can send in advance
+STOP_CHECK = 4  # steps between the processes' agreements on whether to stop
 
 
 def main(args: argparse.Namespace):
@@ -67,61 +81,57 @@ def main(args: argparse.Namespace):
     model = make_model(args, dataset)
     config = describe(args, dataset, model)
     run = Path(args.results_dir) / args.prefix
-    state = find_resume(args, run, config)
+    state, skipped = find_resume(args, run, config)
     first_step = state["step"] if state else 0
+    space = disk_plan(args, run, model, first_step)
 
     # Initialize.
     world = setup()
-    rows = slice(
-        world.rank * args.global_batch_size // world.size, (world.rank + 1) * args.global_batch_size // world.size
-    )
+    stop = StopSignal()
     if world.is_main:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         with atomic_write(run / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=1) + "\n")
         keep_metrics(run / "metrics.jsonl", first_step)
     logger = rank0_logger(world, run / "log.txt")
-    remix = isinstance(model, RemixDiT)
-    size = sum(p.numel() for p in model.parameters())
-    logger.info(
-        f"{args.model}: {size / 1e6:,.2f} M parameters; {len(dataset):,} images of {args.num_classes} classes from {args.data_path}"
-    )
-    logger.info(
-        f"steps {first_step:,} to {args.max_steps:,} of batch {args.global_batch_size} on {world.size} x {world.device.type}, "
-        f"{args.precision}{', compiled' if args.compile else ''}"
-        + (f", {args.experts_per_batch} experts a batch" if remix else "")
-    )
+    introduce(args, logger, world, dataset, model, first_step, [*skipped, space])
 
     # Setup training state.
     model = model.to(world.device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    remix = isinstance(model, RemixDiT)
     coefficients = [model.logits] if remix and model.logits.requires_grad else []
     others = [p for p in model.parameters() if p.requires_grad and not any(p is c for c in coefficients)]
     groups = [{"params": others, "peak_lr": args.lr}, {"params": coefficients, "peak_lr": args.coeff_lr}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.precision == "fp16")
-    window = torch.zeros(len(PARTS), device=world.device)  # sums since the last log line
+    window = Window(world)
     if state:
         load_weights(model, state["model"], args.resume)
         load_weights(ema, state["ema"], args.resume)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        window = state["window"].to(world.device) / world.size
+        window.load(state["window"])
         logger.info(f"resumed from {args.resume}")
     del state
     if args.compile:
         model.compile()
-    network = (
-        DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-        if world.size > 1
-        else model
-    )
-    drop_prob = config["model"]["backbone"]["class_dropout_prob"]
+    network = model
+    if world.size > 1:
+        network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     update_ema = get_ema_multi_avg_fn(args.ema_decay)
     trained = [p for p in model.parameters() if p.requires_grad]
     averaged = [e for p, e in zip(model.parameters(), ema.parameters(), strict=True) if p.requires_grad]
     diffusion = create_diffusion(**config["diffusion"])
+    rows = slice(*(rank * args.global_batch_size // world.size for rank in (world.rank, world.rank + 1)))
     batches = iter(make_loader(args, dataset, range(first_step, args.max_steps), rows, world))
+    writer = CheckpointWriter(run / "checkpoints", logger, args.keep, args.keep_every)
+
+    def save(done: int):
+        state = {"config": config, "step": done, "window": window.state()}
+        if world.is_main:
+            parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+            writer.save(done, state | {name: part.state_dict() for name, part in parts.items()})
 
     # Train.
     clock, clock_step = time.perf_counter(), first_step
@@ -133,13 +143,8 @@ def main(args: argparse.Namespace):
 
         # Evaluate the loss and accumulate gradients.
         optimizer.zero_grad(set_to_none=True)
-        for i, (x, t, y, drop, noise) in enumerate(
-            microbatches(args, step, next(batches), dataset, rows, world, drop_prob)
-        ):
-            conditions = {"y": y, "drop": drop}
-            if remix:
-                # Groups that a microbatch cuts through are cut finer, until all of its groups are equal.
-                conditions["groups"] = len(x) // math.gcd(len(x), args.global_batch_size // args.experts_per_batch)
+        sums = torch.zeros(len(PARTS), device=world.device)
+        for i, (x, t, conditions, noise) in enumerate(microbatches(args, step, next(batches), model, rows, world)):
             more_to_come = network.no_sync() if world.size > 1 and i < args.grad_accum - 1 else nullcontext()
             with more_to_come:
                 with world.autocast(args.precision):
@@ -150,43 +155,130 @@ def main(args: argparse.Namespace):
                     parts["prior"] = model.prior_loss()
                     loss = loss + prior_weight * parts["prior"]
                 scaler.scale(loss / args.grad_accum).backward()
-            zero = torch.zeros((), device=world.device)
-            window += torch.stack([parts.get(name, zero).detach() for name in PARTS]) / (args.grad_accum * world.size)
+            for name, value in parts.items():
+                sums[PARTS.index(name)] += value.detach() / args.grad_accum
 
-        # Update the weights and their average.
+        # Update the weights and their average, unless a number is not finite.
+        scaler.unscale_(optimizer)
+        gradients = [p.grad for p in trained]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)  # of the whole batch: alike on every process
+        bad = ~norm.isfinite()
         if args.clip_grad:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(trained, args.clip_grad, foreach=True)
+            torch.nn.utils.clip_grads_with_norm_(trained, args.clip_grad, norm, foreach=True)
+        if not scaler.is_enabled():
+            optimizer.found_inf = bad.float()  # the fused step leaves the weights alone where this is 1: no host sync
         scaler.step(optimizer)
         scaler.update()
         update_ema(averaged, trained, None)
+        window.add(step, sums, norm, bad)
 
-        # Report status, and save.
+        # Report status, save, and stop if asked to.
         done = step + 1
-        if done % args.log_every == 0 or done == args.max_steps:
-            report(args, world, run, logger, model, optimizer, window, prior_weight, done, clock, clock_step)
-            window.zero_()
+        last = done == args.max_steps
+        if done % args.log_every == 0 or last:
+            speed = (done - clock_step) / (time.perf_counter() - clock)
+            report(args, world, run, logger, model, optimizer, window, prior_weight, done, speed)
             clock, clock_step = time.perf_counter(), done
-        if done % args.ckpt_every == 0 or done == args.max_steps:
-            total = world.sum(window)
-            window = total / world.size  # the same on every rank, as it will be after a resume
-            if world.is_main:
-                path = run / "checkpoints" / f"{done:07d}.pt"
-                save_checkpoint(
-                    path,
-                    {
-                        "config": config,
-                        "step": done,
-                        "model": model.state_dict(),
-                        "ema": ema.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "scaler": scaler.state_dict(),
-                        "window": total,
-                    },
-                )
-                logger.info(f"saved {path}")
-            world.barrier()
+        if done % args.ckpt_every == 0 or last:
+            save(done)
+        if not last and (world.size == 1 or done % STOP_CHECK == 0) and world.any(stop.requested is not None):
+            if done % args.ckpt_every:
+                save(done)
+            writer.wait()
+            restore_signals()
+            logger.info(
+                f"stopped by {stop.requested or 'another process'} after step {done:,}; go on with --resume auto"
+            )
+            return
+    writer.wait()
+    restore_signals()
     logger.info("done")
+
+
+class StopSignal:
+    """Notes the first signal that asks the run to stop; a second one has its usual effect."""
+
+    def __init__(self):
+        self.requested = None
+        for which in STOP_SIGNALS:
+            signal.signal(which, self._note)
+
+    def _note(self, which: int, frame):
+        self.requested = signal.Signals(which).name
+        restore_signals()
+
+
+def restore_signals(*_):
+    """Give the signals their usual effect again; also for the loader's processes, which inherit ours."""
+    for which in STOP_SIGNALS:
+        signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)
+
+
+class Window:
+    """Sums over the steps since the last log line, and what is known of bad ones: on the device until they are read."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.sums = torch.zeros(len(PARTS) + 1, device=world.device)  # the parts of the loss, and the steps that count
+        self.bad = torch.zeros(5, device=world.device)  # bad steps in all, in a row; the last one, its loss and norm
+
+    def add(self, step: int, parts: torch.Tensor, norm: torch.Tensor, bad: torch.Tensor):
+        """Count a step's losses (of this process's rows), or, if it is bad, the step alone."""
+        values = torch.cat([parts.nan_to_num(0, 0, 0), torch.ones_like(parts[:1])])
+        self.sums += values * ~bad / self.world.size
+        total, row, *last = self.bad.unbind()
+        known = torch.stack([torch.full_like(norm, step), parts[0] / self.world.size, norm])
+        self.bad = torch.cat([torch.stack([total + bad, (row + 1) * bad]), known.where(bad, torch.stack(last))])
+
+    def state(self) -> dict:
+        """For a checkpoint; every process takes part, and goes on from what it would load."""
+        state = {"sums": self.world.sum(self.sums), "bad": self.bad}
+        self.load(state)
+        return state
+
+    def load(self, state: dict):
+        self.sums = state["sums"].to(self.world.device) / self.world.size
+        self.bad = state["bad"].to(self.world.device)
+
+    def read(self) -> tuple[dict, list[float]]:
+        """The mean of each part since the last reading, and what is known of bad steps. The host waits for the device."""
+        *sums, steps = self.world.sum(self.sums.clone()).tolist()
+        self.sums.zero_()
+        means = {name: value / steps if steps else None for name, value in zip(PARTS, sums, strict=True)}
+        bad = self.bad.clone()
+        bad[3] = self.world.sum(bad[3].clone())
+        return means, bad.tolist()
+
+
+def introduce(
+    args, logger, world: World, dataset: FeatureDataset, model: DiT | RemixDiT, first_step: int, remarks: list[str]
+):
+    """Say at the start what is about to happen."""
+    size = sum(p.numel() for p in model.parameters())
+    logger.info(f"{args.model}: {size / 1e6:,.2f} M parameters")
+    logger.info(f"{len(dataset):,} images of {args.num_classes} classes from {args.data_path}")
+    how = f"{args.precision}{', compiled' if args.compile else ''}"
+    if isinstance(model, RemixDiT):
+        how += f", {args.experts_per_batch} experts a batch"
+        if args.experts_per_batch < min(4, args.n_experts):
+            remarks.append("few experts a batch: more of them learn better (--experts-per-batch)")
+    where = f"{world.size} x {world.device.type}"
+    logger.info(f"steps {first_step:,} to {args.max_steps:,} of batch {args.global_batch_size} on {where}, {how}")
+    for remark in remarks:
+        logger.info(remark)
+
+
+def disk_plan(args: argparse.Namespace, run: Path, model: DiT | RemixDiT, first_step: int) -> str:
+    """A line on the space that the run's checkpoints will take. Raises UserError where they do not fit."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = 4 * (
+        2 * sum(p.numel() for p in model.parameters()) + 2 * trained
+    )  # the weights, their average, AdamW's moments
+    count = -(-args.max_steps // args.ckpt_every) - first_step // args.ckpt_every
+    if args.keep:
+        kept = args.max_steps // args.keep_every if args.keep_every else 0
+        count = min(count, args.keep + kept + 1)  # the next one is written before the oldest is deleted
+    return check_disk(run, max(1, count) * size, f"{max(1, count)} checkpoints of {size / 2**20:,.1f} MiB")
 
 
 def resolve_defaults(args: argparse.Namespace, dataset: FeatureDataset):
@@ -242,7 +334,7 @@ def make_model(args: argparse.Namespace, dataset: FeatureDataset) -> DiT | Remix
             if remix:
                 return RemixDiT_models[args.model](**shape, **options, prior_bonus=args.prior_bonus)
             return DiT_models[args.model](**shape)
-        weights, _ = load_model(args.load_weight)
+        weights, _ = load_model(args.load_weight, trust=args.trust_pickle)
         found = weights.backbone_config if isinstance(weights, RemixDiT) else weights.config
         wanted = DiT_models[args.model.removeprefix("Remix")](**shape).config
         for key, value in wanted.items():
@@ -277,18 +369,31 @@ def describe(args: argparse.Namespace, dataset: FeatureDataset, model: DiT | Rem
     }
 
 
-def find_resume(args: argparse.Namespace, run: Path, config: dict) -> dict | None:
-    """The training state to go on from, if any. Refuses to write over a run, or to go on with another configuration."""
-    newest = newest_checkpoint(run / "checkpoints")
+def find_resume(args: argparse.Namespace, run: Path, config: dict) -> tuple[dict | None, list[str]]:
+    """The training state to go on from, if any, and a line on each checkpoint that was passed over as damaged.
+
+    Refuses to write over a run, or to go on with another configuration.
+    """
+    present, skipped = checkpoints(run / "checkpoints"), []
     if args.resume == "auto":
-        args.resume = newest
-    if args.resume is None:
-        if newest:
+        args.resume = None
+        for path in present:
+            if reason := damage(path):
+                skipped.append(f"SKIPPED {path}: {reason}")
+            else:
+                args.resume = path
+                break
+        if present and args.resume is None:
             raise UserError(
-                f"{run} already holds a run, up to {newest.name}: go on with --resume auto or choose another --prefix"
+                f"none of the checkpoints in {run / 'checkpoints'} is whole: remove them to start anew. {skipped[0]}"
             )
-        return None
-    if newest and newest.parent.resolve() != Path(args.resume).resolve().parent:
+    if args.resume is None:
+        if present:
+            raise UserError(
+                f"{run} already holds a run, up to {present[0].name}: go on with --resume auto or choose another --prefix"
+            )
+        return None, []
+    if present and present[0].parent.resolve() != Path(args.resume).resolve().parent:
         raise UserError(f"{run} already holds another run than --resume {args.resume}: choose another --prefix")
     state = read_checkpoint(args.resume)
     if not {"config", "step", "model", "ema", "optimizer", "scaler", "window"} <= state.keys():
@@ -299,7 +404,7 @@ def find_resume(args: argparse.Namespace, run: Path, config: dict) -> dict | Non
             raise UserError(
                 f"--resume {args.resume} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}"
             )
-    return state
+    return state, skipped
 
 
 def flatten(config: dict, prefix: str = "") -> dict:
@@ -311,12 +416,16 @@ def flatten(config: dict, prefix: str = "") -> dict:
 
 
 def keep_metrics(path: Path, last_step: int):
-    """Drop the lines of steps that a resumed run will do again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    """Drop the lines of steps that a resumed run will do again, and what a full disk or a kill cut short."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
     with atomic_write(path) as temporary:
-        temporary.write_text(
-            "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step)
-        )
+        temporary.write_text("".join(kept))
 
 
 def as_it_is(batch):
@@ -334,30 +443,32 @@ def make_loader(
         collate_fn=as_it_is,
         num_workers=args.num_workers,
         pin_memory=world.device.type == "cuda",
+        worker_init_fn=restore_signals,
     )
 
 
-def microbatches(
-    args: argparse.Namespace, step: int, batch, dataset: FeatureDataset, rows: slice, world: World, drop_prob: float
-):
-    """Yield (x, t, y, drop, noise) for each accumulated part of this process's rows of the global batch of a step.
+def microbatches(args: argparse.Namespace, step: int, batch, model: DiT | RemixDiT, rows: slice, world: World):
+    """Yield (x, t, conditions, noise) for each accumulated part of this process's rows of a step's global batch.
 
     Timesteps, label dropout and noise are drawn for the whole global batch by every process, which keeps its rows.
     """
     x, y = batch
-    shape = (args.global_batch_size, *dataset.shape)
-    seed, remix = args.global_seed, args.model in RemixDiT_models
-    t = deal_timesteps(seed, step, shape[0], args.n_experts if remix else 1, args.experts_per_batch, args.timesteps)[
-        rows
-    ]
-    drop = np.random.default_rng([seed, step, 3]).random(shape[0])[rows] < drop_prob
+    seed, size, remix = args.global_seed, args.global_batch_size, isinstance(model, RemixDiT)
+    config = model.backbone_config if remix else model.config
+    t = deal_timesteps(seed, step, size, args.n_experts if remix else 1, args.experts_per_batch, args.timesteps)[rows]
+    drop = np.random.default_rng([seed, step, 3]).random(size)[rows] < config["class_dropout_prob"]
     generator = torch.Generator(world.device).manual_seed(seed_for(seed, step))
-    noise = torch.randn(shape, generator=generator, device=world.device)[rows]
+    noise = torch.randn((size, *x.shape[1:]), generator=generator, device=world.device)[rows]
     t, drop = torch.from_numpy(t), torch.from_numpy(drop)
     if world.device.type == "cuda":
         t, drop = t.pin_memory(), drop.pin_memory()
-    x, t, y, drop = (tensor.to(world.device, non_blocking=True) for tensor in (x, t, y, drop))
-    yield from zip(*(tensor.chunk(args.grad_accum) for tensor in (x, t, y, drop, noise)), strict=True)
+    on_device = [tensor.to(world.device, non_blocking=True) for tensor in (x, t, y, drop)]
+    for part in zip(*(tensor.chunk(args.grad_accum) for tensor in (*on_device, noise)), strict=True):
+        x, t, y, drop, noise = part
+        conditions = {"y": y, "drop": drop}
+        if remix:  # groups that a microbatch cuts through are cut finer, until all of its groups are equal
+            conditions["groups"] = len(x) // math.gcd(len(x), size // args.experts_per_batch)
+        yield x, t, conditions, noise
 
 
 def report(
@@ -367,23 +478,35 @@ def report(
     logger,
     model,
     optimizer,
-    window,
+    window: Window,
     prior_weight: float,
     done: int,
-    clock: float,
-    clock_step: int,
+    speed: float,
 ):
-    """One line for people in log.txt and one for programs in metrics.jsonl: means since the last one."""
-    steps = done % args.log_every or args.log_every
-    losses = (world.sum(window.clone()) / steps).tolist()  # the host waits for the device here, and only here
-    speed = (done - clock_step) / (time.perf_counter() - clock)
+    """One line for people in log.txt and one for programs in metrics.jsonl: means since the last one.
+
+    Ends the run where too many steps in a row had a gradient that is not finite.
+    """
+    means, (bad, in_a_row, bad_step, bad_loss, bad_norm) = window.read()
+    if in_a_row >= args.max_bad_steps:
+        remix = isinstance(model, RemixDiT)
+        dealt = args.n_experts if remix else 1
+        t = deal_timesteps(
+            args.global_seed, int(bad_step), args.global_batch_size, dealt, args.experts_per_batch, args.timesteps
+        )
+        experts = f"experts {sorted(set(model.expert_of(torch.from_numpy(t)).tolist()))}, " if remix else ""
+        logger.error(
+            f"{in_a_row:.0f} steps in a row with numbers that are not finite; the last, step {bad_step:.0f}: {experts}"
+            f"timesteps {t.min()} to {t.max()}, loss {bad_loss}, gradient norm {bad_norm}. Stopped; the weights are as before them"
+        )
+        raise SystemExit(1)
     if not world.is_main:
         return
     if world.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
-    metrics = {"step": done, **dict(zip(PARTS, losses, strict=True))}
+    metrics = {"step": done, **means, "bad_steps": int(bad)}
     if isinstance(model, RemixDiT):
         alpha = model.coefficients().detach()
         entropy = -(alpha * alpha.clamp(min=1e-12).log()).sum(-1).view(-1, model.n_experts).mean(0)
@@ -403,12 +526,19 @@ def report(
         "images_per_s": speed * args.global_batch_size,
         "memory_gib": memory,
     }
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
+    try:
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+    except OSError as error:
+        logger.error(f"COULD NOT WRITE {run / 'metrics.jsonl'}: {error.strerror}; training goes on")
     left = timedelta(seconds=round((args.max_steps - done) / speed))
+    losses = "  ".join(
+        f"{name} {value:.4f}" for name, value in means.items() if name in ("loss", "mse") and value is not None
+    )
     logger.info(
-        f"step {done:07d}/{args.max_steps:07d}  loss {metrics['loss']:.4f}  mse {metrics['mse']:.4f}  "
+        f"step {done:07d}/{args.max_steps:07d}  {losses or 'no finite loss'}  "
         + (f"entropy {entropy.mean():.3f}  spread {expert_spread:.4f}  " if isinstance(model, RemixDiT) else "")
+        + (f"{bad:.0f} bad steps  " if bad else "")
         + f"lr {metrics['lr']:.2e}  {metrics['images_per_s']:,.0f} images/s  {memory:.1f} GiB  {left} left"
     )
 
@@ -508,6 +638,16 @@ if __name__ == "__main__":
     )
     group.add_argument(
         "--num-workers", type=number(int, 0), default=4, help="processes that read features, for each process"
+    )
+    group.add_argument(
+        "--max-bad-steps", type=positive_int, default=10, help="not finite in a row, at which the run ends"
+    )
+    group.add_argument("--keep", type=positive_int, metavar="N", help="recent checkpoints to keep (default: all)")
+    group.add_argument(
+        "--keep-every", type=positive_int, metavar="STEPS", help="keep every checkpoint of a multiple of these too"
+    )
+    group.add_argument(
+        "--trust-pickle", action="store_true", help="let --load-weight run code: for files of your own alone"
     )
     group.add_argument("--log-every", type=positive_int, default=100, help="steps")
     group.add_argument("--ckpt-every", type=positive_int, default=10_000, help="steps")

@@ -76,7 +76,7 @@ def losses(args: argparse.Namespace, out: Path):
     """Each expert's error over all timesteps, relative to the pretrained model's there: lowest inside its own interval."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     remix, config = load_remix(args)
-    pretrained, _ = load_model(args.pretrained, **heads(args))
+    pretrained, _ = load_model(args.pretrained, trust=args.trust_pickle, **heads(args))
     if not isinstance(pretrained, DiT) or pretrained.config != remix.backbone_config:
         raise UserError(f"{args.pretrained} is not the plain DiT that {args.ckpt} could have started from")
     dataset = FeatureDataset(args.data_path)
@@ -162,7 +162,7 @@ def grids(args: argparse.Namespace, out: Path):
 
 
 def load_remix(args: argparse.Namespace) -> tuple[RemixDiT, dict]:
-    model, config = load_model(args.ckpt, ema=args.ema, **heads(args))
+    model, config = load_model(args.ckpt, ema=args.ema, trust=args.trust_pickle, **heads(args))
     if not isinstance(model, RemixDiT):
         raise UserError(f"{args.ckpt} holds a plain DiT, which has no mixing coefficients")
     return model, config
@@ -216,6 +216,7 @@ if __name__ == "__main__":
         figure.add_argument(
             "--num-heads", type=positive_int, help="attention heads, for a foreign file that fits no registered model"
         )
+        figure.add_argument("--trust-pickle", action="store_true", help="let the files run code: for your own alone")
     drawn = figures.add_parser("training", help="the coefficients over a run, from its metrics.jsonl")
     drawn.set_defaults(draw=training, default_out=lambda args: Path(args.run) / "coefficients-over-training.png")
     drawn.add_argument("run", help="a run's folder, outputs/<prefix>")

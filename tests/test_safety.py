@@ -1,0 +1,265 @@
+"""Nobody is let in: files from strangers, images from anywhere, flags from anyone. And numbers that are not finite."""
+
+import itertools
+import json
+import os
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import PIXELS, make_images, run, training
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoint import CheckpointWriter, checkpoints, damage, load_model, save_checkpoint
+from common import ArgumentParser, number
+from diffusion import space_timesteps
+from features import FeatureDataset, write_index, write_shard
+from models import DiT_models
+
+# Strangers' files
+
+
+class Harmful:
+    def __reduce__(self):
+        return (os.mkdir, ("/tmp/remix-dit-test-was-here",))
+
+
+def test_a_pickle_that_would_run_a_command_does_not(features, tmp_path):
+    torch.save({"ema": Harmful()}, tmp_path / "harmful.pt")
+    flags = [*training(features, tmp_path, "run"), "--load-weight", tmp_path / "harmful.pt"]
+    for command in (
+        ("train_fast.py", *flags),
+        ("sample_ddp.py", "--ckpt", tmp_path / "harmful.pt"),
+        ("visualize.py", "coefficients", tmp_path / "harmful.pt"),
+        ("convert.py", tmp_path / "harmful.pt", tmp_path / "out.pt", "--to", "original"),
+    ):
+        assert "--trust-pickle" in run(*command, expect=2).stderr
+    assert not os.path.exists("/tmp/remix-dit-test-was-here")
+
+
+class Note:
+    """A class of the user's own, in a file of the user's own."""
+
+
+def test_a_file_of_ones_own_may_be_trusted(tmp_path):
+    state = DiT_models["DiT-T/2"](input_size=8).state_dict()
+    torch.save({"ema": state, "note": Note()}, tmp_path / "mine.pt")
+    load_model(tmp_path / "mine.pt", trust=True)
+
+
+def test_safetensors_out_and_in(trained, tmp_path):
+    ckpt = trained / "checkpoints/0000004.pt"
+    run("convert.py", ckpt, tmp_path / "a.safetensors", "--to", "safetensors")
+    (ours, config), (back, config_back) = load_model(ckpt), load_model(tmp_path / "a.safetensors")
+    assert config == config_back
+    assert all(torch.equal(value, back.state_dict()[key]) for key, value in ours.state_dict().items())
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:999])
+    assert "not a whole" in run("sample_ddp.py", "--ckpt", tmp_path / "cut.safetensors", expect=2).stderr
+
+
+def write_npz_header(path, shape):
+    """An .npz whose arr_0 claims a shape and holds nothing."""
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
+def test_headers_that_lie(tmp_path):
+    write_npz_header(tmp_path / "lie.npz", (10, 10**6, 10**6, 3))
+    np.savez(tmp_path / "objects.npz", arr_0=np.array([{"a": 1}] * 9, dtype=object))
+    for name in ("lie", "objects"):
+        assert "not as long" in run("evaluator.py", tmp_path / f"{name}.npz", tmp_path / f"{name}.npz", expect=2).stderr
+
+
+def bomb(side: int) -> bytes:
+    """A PNG that claims side x side pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+def test_images_that_are_bombs_cut_short_or_no_images(tmp_path):
+    tree = make_images(tmp_path / "images", classes=1, per_class=3)
+    (tree / "class0/bomb.png").write_bytes(bomb(60_000))
+    (tree / "class0/text.png").write_text("hello")
+    (tree / "class0/cut.png").write_bytes((tree / "class0/0.png").read_bytes()[:70])
+    done = run("extract_features.py", "--data-path", tree, "--features-path", tmp_path / "f", *PIXELS, expect=1)
+    for name in ("bomb.png (DecompressionBombError", "text.png (UnidentifiedImageError", "cut.png (OSError"):
+        assert name in done.stderr
+    assert len(FeatureDataset(tmp_path / "f")) == 3
+
+
+# Numbers that are not finite
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+    """48 images in batches of 12, one of them all NaN: it spoils one step of four."""
+    path = tmp_path_factory.mktemp("poisoned")
+    rows = np.random.default_rng(0).normal(size=(48, 1, 3, 8, 8))
+    rows[5] = np.nan
+    write_shard(path, 0, rows, np.arange(48) % 3, [])
+    write_index(path, 1, vae="none", scale=1.0, image_size=8, classes=["a", "b", "c"])
+    return path
+
+
+def test_a_nan_on_one_process_of_two_is_skipped_on_both(poisoned, tmp_path):
+    for name, processes in (("one", 1), ("two", 2)):
+        run("train_fast.py", *training(poisoned, tmp_path, name), "--max-steps", 8, processes=processes)
+    one, two = (load_model(tmp_path / name / "checkpoints/0000008.pt")[0].state_dict() for name in ("one", "two"))
+    for key, value in one.items():
+        assert value.isfinite().all()
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=2e-4)
+    for name in ("one", "two"):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        counts = [line["bad_steps"] for line in lines]
+        assert counts[-1] == 2
+        went_bad = [now > before for before, now in itertools.pairwise([0, *counts])]
+        assert went_bad == [line["loss"] is None for line in lines]
+    state = torch.load(tmp_path / "one/checkpoints/0000008.pt", weights_only=True)
+    assert {moments["step"].item() for moments in state["optimizer"]["state"].values()} == {6}, (
+        "AdamW counts good steps alone"
+    )
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(poisoned, tmp_path):
+    np.save(tmp_path / "x.npy", 0)
+    rows = np.full((48, 1, 3, 8, 8), np.nan)
+    write_shard(tmp_path / "f", 0, rows, np.arange(48) % 3, [])
+    write_index(tmp_path / "f", 1, vae="none", scale=1.0, image_size=8, classes=["a", "b", "c"])
+    flags = [*training(tmp_path / "f", tmp_path, "nan"), "--max-steps", 50, "--max-bad-steps", 5, "--ckpt-every", 2]
+    said = run("train_fast.py", *flags, expect=1).stderr
+    assert "5 steps in a row" in said
+    assert "the last, step 4: experts [0, 1, 2, 3, 4, 5], timesteps" in said
+    assert "gradient norm nan" in said
+    assert all(damage(path) is None for path in checkpoints(tmp_path / "nan/checkpoints"))
+
+
+# Checkpoints
+
+
+def test_every_cut_and_flipped_byte_is_noticed(tmp_path):
+    state = {"config": {}, "model": {"w": torch.randn(5000)}, "ema": {"w": torch.randn(5000)}}
+    save_checkpoint(tmp_path / "whole.pt", state)
+    assert damage(tmp_path / "whole.pt") is None
+    data = (tmp_path / "whole.pt").read_bytes()
+    for tenth in range(10):
+        (tmp_path / "cut.pt").write_bytes(data[: len(data) * tenth // 10])
+        assert damage(tmp_path / "cut.pt"), f"cut at {tenth}0%"
+    generator = np.random.default_rng(0)
+    for position in generator.integers(len(data), size=60):
+        flipped = bytearray(data)
+        flipped[position] ^= 0xFF
+        (tmp_path / "flipped.pt").write_bytes(flipped)
+        if damage(tmp_path / "flipped.pt") is None:  # then it lay in the padding, which nobody reads
+            back = torch.load(tmp_path / "flipped.pt", weights_only=True)
+            assert torch.equal(back["model"]["w"], state["model"]["w"])
+            assert torch.equal(back["ema"]["w"], state["ema"]["w"])
+
+
+def test_resume_takes_the_newest_that_is_whole_and_says_which_it_passed_over(features, tmp_path):
+    flags = [*training(features, tmp_path, "run"), "--max-steps", 6, "--ckpt-every", 2]
+    run("train_fast.py", *flags)
+    whole = (tmp_path / "run/checkpoints/0000006.pt").read_bytes()
+    (tmp_path / "run/checkpoints/0000006.pt").write_bytes(whole[:3000])
+    four = bytearray((tmp_path / "run/checkpoints/0000004.pt").read_bytes())
+    four[len(four) // 2] ^= 0xFF
+    (tmp_path / "run/checkpoints/0000004.pt").write_bytes(four)
+    said = run("train_fast.py", *flags, "--resume", "auto").stderr
+    assert "SKIPPED" in said
+    assert said.index("0000006.pt") < said.index("0000004.pt") < said.index("resumed from")
+    assert "0000002.pt" in said[said.index("resumed from") :]
+    back, first = torch.load(tmp_path / "run/checkpoints/0000006.pt", weights_only=True), tmp_path / "first.pt"
+    first.write_bytes(whole)
+    for key, value in torch.load(first, weights_only=True)["model"].items():
+        assert torch.equal(back["model"][key], value)
+
+
+def test_which_checkpoints_are_kept(features, tmp_path):
+    flags = [*training(features, tmp_path, "run"), "--max-steps", 9, "--ckpt-every", 1, "--keep", 2, "--keep-every", 4]
+    run("train_fast.py", *flags)
+    assert [int(path.stem) for path in checkpoints(tmp_path / "run/checkpoints")] == [9, 8, 4]
+
+
+def test_saving_copies_the_state_before_it_returns(tmp_path):
+    weight = torch.zeros(1000)
+
+    class Silent:
+        info = error = staticmethod(print)
+
+    writer = CheckpointWriter(tmp_path, Silent)
+    writer.save(1, {"model": {"w": weight}})
+    weight += 1
+    writer.wait()
+    assert not torch.load(tmp_path / "0000001.pt", weights_only=True)["model"]["w"].any()
+
+
+# Properties
+
+
+@given(st.text(max_size=12))
+def test_number_flags_take_a_number_within_bounds_or_nothing(text):
+    for kind, low, high in ((int, 1, 1000), (float, 0, 1)):
+        try:
+            value = number(kind, low, high)(text)
+        except Exception as error:
+            assert type(error).__name__ == "ArgumentTypeError"
+        else:
+            assert isinstance(value, kind)
+            assert low <= value <= high
+
+
+@given(st.lists(st.sampled_from(["--a", "--b", "1", "-1", "nan", "1e9", "--", "x"]), max_size=6))
+@settings(deadline=None)
+def test_the_parser_ends_with_values_or_one_line_and_2(flags):
+    parser = ArgumentParser(prog="p")
+    parser.add_argument("--a", type=number(int, 1, 9), default=1)
+    parser.add_argument("--b", type=number(float, 0, above=True))
+    try:
+        args = parser.parse_args(flags)
+    except SystemExit as end:
+        assert end.code == 2
+    else:
+        assert 1 <= args.a <= 9
+        assert args.b is None or args.b > 0
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 2000))
+def test_spaced_timesteps_are_ascending_distinct_and_as_many_as_asked(counts, steps):
+    try:
+        chosen = space_timesteps(steps, counts)
+    except ValueError:
+        assert any(count > steps // len(counts) for count in counts)
+    else:
+        assert len(chosen) == sum(counts)
+        assert chosen == sorted(set(chosen))
+        assert chosen[0] >= 0
+        assert chosen[-1] < steps
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(1, 2), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=25)
+def test_features_written_are_features_read(tmp_path_factory, counts, views, seed):
+    if not sum(counts):
+        counts = [*counts, 1]
+    folder, generator = tmp_path_factory.mktemp("shards"), np.random.default_rng(seed)
+    everything, labels = [], []
+    for shard, count in enumerate(counts):
+        rows = generator.normal(size=(count, views, 2, 3, 3)).astype(np.float32)
+        everything += [*rows] if count else []
+        labels.append(generator.integers(0, 4, count))
+        write_shard(folder, shard, rows if count else np.zeros((0, views, 0, 0, 0)), labels[-1], [])
+    write_index(folder, len(counts), vae="none", scale=1.0, image_size=3, classes=list("abcd"))
+    dataset = FeatureDataset(folder)
+    assert dataset.labels.tolist() == np.concatenate(labels).tolist()
+    for i, image in enumerate(everything):
+        for view in range(views):
+            assert np.array_equal(dataset[i, view][0].numpy(), image[view])
