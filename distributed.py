@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from common import LocalError
 
@@ -74,10 +75,16 @@ def setup() -> World:
     else:
         device = torch.device("cpu")
     if size > 1:
-        gpu = device.type == "cuda"
-        dist.init_process_group(
-            "nccl" if gpu else "gloo", timeout=timedelta(hours=1), device_id=device if gpu else None
-        )
+        # torchrun keeps one store for all the times it restarts the processes: without a name of its own, a new group
+        # would read the addresses of the one before and wait for the dead. The agents of several nodes do not count
+        # restarts alike; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment gives each its own store.
+        alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+        patience = timedelta(hours=1)
+        store, rank, size = next(rendezvous("env://", timeout=patience))
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=bound)
     hosts = dist.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
     world = World(rank, size, device, hosts)
     world.barrier()  # nobody starts to write before everybody has looked at what is there
@@ -91,6 +98,7 @@ def seed_for(*position: int) -> int:
 
 def rank0_logger(world: World, path: Path | None = None) -> logging.Logger:
     """A logger to the terminal and, if given, to the end of `path`; silent on the other ranks."""
+    logging.raiseExceptions = False  # where a disk is full, the terminal still gets the line
     logger = logging.getLogger("remix-dit")
     logger.setLevel(logging.INFO if world.is_main else logging.ERROR)
     logger.handlers.clear()

@@ -9,6 +9,7 @@ written does not depend on how many there are. Started again after an interrupti
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from features import INDEX, SHARD_SIZE, read_skipped, shard_path, write_index, w
 from models import DiT_models
 from remix import RemixDiT_models
 
-SETTINGS = "settings.json"  # of an extraction under way; a different one must not be mixed into it
+SETTINGS = "settings.json"  # what made the features; those of other settings must not be mixed in
 
 
 def main(args: argparse.Namespace):
@@ -43,13 +44,17 @@ def main(args: argparse.Namespace):
     )
     if args.grayscale and args.vae != "none":
         raise UserError("--grayscale is for pixels: use it with --vae none")
-    if (folder / INDEX).exists():
-        raise UserError(f"{folder} already holds a whole set of features: remove it or choose another --features-path")
-    if (folder / SETTINGS).exists() and json.loads((folder / SETTINGS).read_text()) != settings:
+    record = folder / SETTINGS
+    if record.exists() and json.loads(record.read_text()) != settings:
         raise UserError(
-            f"{folder} holds part of an extraction with other settings: remove it or choose another --features-path"
+            f"{folder} holds an extraction with other settings: remove it or choose another --features-path"
         )
-
+    if (folder / INDEX).exists():
+        if not record.exists():
+            raise UserError(f"{folder} already holds features: remove them or choose another --features-path")
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{folder} already holds these features, nothing to do")
+        return
     autoencoder = load_autoencoder(args.vae)
     side = args.image_size // autoencoder.factor
     if args.image_size % autoencoder.factor:
@@ -70,7 +75,7 @@ def main(args: argparse.Namespace):
     missing = [k for k in range(n_shards) if not shard_path(folder, "features", k).exists()]  # the last file of a shard
     world.barrier()
     if world.is_main:
-        with atomic_write(folder / SETTINGS) as temporary:
+        with atomic_write(record) as temporary:
             temporary.write_text(json.dumps(settings))
     logger.info(f"{len(images.samples):,} images of {len(images.classes):,} classes, {views} views each -> {folder}")
     logger.info(space)
@@ -84,13 +89,10 @@ def main(args: argparse.Namespace):
             bar.update(min(len(numbers) * world.size, bar.total - bar.n))
     world.barrier()
 
-    # Report. The settings give way to the index, which marks the set as whole.
+    # Report. The index marks the set as whole.
     if world.is_main:
-        scale = autoencoder.scale
-        index = write_index(
-            folder, n_shards, vae=args.vae, scale=scale, image_size=args.image_size, classes=images.classes
-        )
-        (folder / SETTINGS).unlink()
+        described = dict(vae=args.vae, scale=autoencoder.scale, image_size=args.image_size, classes=images.classes)
+        index = write_index(folder, n_shards, **described)
         logger.info(
             f"Encoded {index['images']:,} images as {index['views']} x {index['shape']} each, in {n_shards} shards."
         )

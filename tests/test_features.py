@@ -1,4 +1,3 @@
-import json
 import os
 import resource
 import shutil
@@ -72,16 +71,16 @@ def test_an_interrupted_extraction_is_finished(features, images, tmp_path):
     folder = tmp_path / "again"
     flags = ("--data-path", images, "--features-path", folder, *PIXELS)
     run("extract_features.py", *flags)
-    settings = {"images": 24, "classes": ["class0", "class1", "class2"], "image_size": 8, "vae": "none"}
     (folder / "index.json").unlink()
-    (folder / "settings.json").write_text(json.dumps({**settings, "mirror": False, "grayscale": False, "seed": 0}))
-    assert "other settings" in run("extract_features.py", *flags, expect=2).stderr
-    (folder / "settings.json").write_text(json.dumps({**settings, "mirror": True, "grayscale": False, "seed": 0}))
+    assert "other settings" in run("extract_features.py", *flags, "--no-mirror", expect=2).stderr
     before = (folder / "features-00000.npy").stat().st_mtime_ns
     run("extract_features.py", *flags)
+    assert "nothing to do" in run("extract_features.py", *flags).stdout
     assert contents(folder) == contents(features)
     assert (folder / "features-00000.npy").stat().st_mtime_ns == before, "finished work is not done again"
-    assert "already holds" in run("extract_features.py", *flags, expect=2).stderr
+    assert "other settings" in run("extract_features.py", *flags, "--global-seed", 1, expect=2).stderr
+    (folder / "settings.json").unlink()
+    assert "already holds features" in run("extract_features.py", *flags, expect=2).stderr
 
 
 def test_unreadable_images(tmp_path):

@@ -66,13 +66,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(features, tmp_path, model):
     assert_same_weights(tmp_path / "whole/checkpoints/0000006.pt", tmp_path / "resumed/checkpoints/0000006.pt")
 
 
-def test_resuming_with_another_number_of_processes(features, tmp_path):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_resuming_with_another_number_of_processes(features, tmp_path, processes):
     """The checkpoint lies between two lines of the log: what it keeps of the window must not count twice."""
     how = ("--max-steps", 6, "--ckpt-every", 4, "--log-every", 6)
     run("train_fast.py", *training(features, tmp_path, "one"), *how)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "two/checkpoints/0000006.pt").unlink()
-    run("train_fast.py", *training(features, tmp_path, "two"), *how, "--resume", "auto", processes=2)
+    run("train_fast.py", *training(features, tmp_path, "two"), *how, "--resume", "auto", processes=processes)
     assert losses(tmp_path / "two")[6] == pytest.approx(losses(tmp_path / "one")[6], rel=1e-4)
 
 
