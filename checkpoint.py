@@ -49,12 +49,12 @@ def save_checkpoint(path, state: dict):
         torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
 
 
-def read_checkpoint(path, trust: bool = False) -> dict:
+def read_checkpoint(path, trust: bool = False, mapped: bool = True) -> dict:
     """Read a file of tensors and plain types onto the CPU; nothing in it is executed, unless you `trust` it.
 
     argparse.Namespace, which facebookresearch/DiT and the original Remix-DiT store, is the one class let in.
     A .safetensors file is a bare state dict, or one with the config that convert.py wrote beside it.
-    Raises UserError for a missing, truncated or foreign file.
+    mapped: read the tensors that are used, when they are. Raises UserError for a missing, truncated or foreign file.
     """
     path = Path(path)
     if not path.is_file():
@@ -67,7 +67,7 @@ def read_checkpoint(path, trust: bool = False) -> dict:
             raise UserError(f"{path} is not a whole checkpoint (truncated, or another kind of file)")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=not trust, mmap=zipped)  # reads what is used
+            content = torch.load(path, map_location="cpu", weights_only=not trust, mmap=zipped and mapped)
     except Exception as error:  # a damaged file may provoke anything
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise UserError(
@@ -152,16 +152,23 @@ class CheckpointWriter:
     def _write(self, path: Path, state: dict):
         try:
             save_checkpoint(path, state)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        except Exception as error:  # whatever a file system can think of
             self.logger.error(
                 f"COULD NOT SAVE {path}: {_first_line(error)}; training goes on, the last good checkpoint stays"
             )
             return
         self.logger.info(f"saved {path}")
-        if self.keep:
-            for old in checkpoints(self.folder)[self.keep :]:
-                if not (self.keep_every and int(old.stem) % self.keep_every == 0):
-                    old.unlink(missing_ok=True)
+        try:
+            self._prune(path)
+        except OSError as error:
+            self.logger.error(f"could not delete an old checkpoint: {error}")
+
+    def _prune(self, saved: Path):
+        """Delete what is older than the most recent ones; what is newer (a run resumed from the middle) is not ours."""
+        older = [path for path in checkpoints(self.folder) if int(path.stem) <= int(saved.stem)]
+        for path in older[self.keep :] if self.keep else []:
+            if not (self.keep_every and int(path.stem) % self.keep_every == 0):
+                path.unlink(missing_ok=True)
 
 
 def _host_copy(state):
@@ -193,11 +200,23 @@ def load_model(path, ema: bool = True, trust: bool = False, **overrides) -> tupl
         state, name = _foreign_state(path, content, ema)
         config, state = _foreign_config(path, state, {"model": name} | overrides if name else overrides)
     try:
+        check_claims(config["model"], state)
         model = build_model(config["model"])
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} describes a model that cannot be built: {error}") from None
     load_weights(model, state, path)
     return model.eval(), config
+
+
+def check_claims(config: dict, state: dict[str, Tensor]):
+    """Raise ValueError unless the model that a file describes has the shapes of its tensors, before it takes any memory."""
+    if config["backbone"]["depth"] > len(state):
+        raise ValueError(f"{config['backbone']['depth']} blocks out of {len(state)} tensors")
+    with torch.device("meta"):
+        expected = build_model(config).state_dict()
+    for key, value in expected.items():
+        if key in state and state[key].shape != value.shape:
+            raise ValueError(f"{key} has the shape {list(state[key].shape)}, not {list(value.shape)}")
 
 
 def load_denoiser(

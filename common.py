@@ -107,6 +107,13 @@ def check_disk(folder, needed: int, what: str) -> str:
     return estimate
 
 
+def remove_leftovers(*folders: Path):
+    """Delete what writers that were killed left beside their files. For one process, before any other writes."""
+    for folder in folders:
+        for path in Path(folder).glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_write(path):
     """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`, else remove it.

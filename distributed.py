@@ -45,6 +45,14 @@ class World:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.hosts)
         return bool(flags.item())
 
+    def same(self, value: int) -> bool:
+        """Whether all processes have the same value."""
+        if self.size == 1:
+            return True
+        bounds = torch.tensor([value, -value])
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.hosts)
+        return int(bounds.sum()) == 0
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add `values` up over the processes, in place."""
         if self.size > 1:
@@ -60,8 +68,8 @@ def world_size() -> int:
 def setup() -> World:
     """Join the process group that torchrun describes, if it does, and take a device: this rank's GPU, or the CPU.
 
-    A process may wait an hour for the others (while one of them writes a large checkpoint, say); when one of them dies,
-    torchrun ends the rest at once.
+    A process waits half an hour for the others (while one of them works through a larger share, say). When one of them
+    dies, torchrun ends the others of its node at once.
     """
     size, rank, local_rank = world_size(), int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
@@ -74,18 +82,18 @@ def setup() -> World:
         torch.set_float32_matmul_precision("high")  # TF32
     else:
         device = torch.device("cpu")
+    patience = timedelta(minutes=30)
     if size > 1:
         # torchrun keeps one store for all the times it restarts the processes: without a name of its own, a new group
         # would read the addresses of the one before and wait for the dead. The agents of several nodes do not count
         # restarts alike; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment gives each its own store.
         alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
-        patience = timedelta(hours=1)
         store, rank, size = next(rendezvous("env://", timeout=patience))
         store = dist.PrefixStore(f"attempt-{attempt}", store)
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=bound)
-    hosts = dist.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
+    hosts = dist.new_group(backend="gloo", timeout=patience) if size > 1 and device.type == "cuda" else None
     world = World(rank, size, device, hosts)
     world.barrier()  # nobody starts to write before everybody has looked at what is there
     return world

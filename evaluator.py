@@ -7,6 +7,7 @@ are. The network is ADM's Inception, converted by torch-fidelity, or any exporte
 """
 
 import argparse
+import io
 import json
 import math
 import warnings
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from common import ArgumentParser, UserError, atomic_write, positive_int, run_script
 
 NEIGHBOURS = 3  # of a point, whose farthest bounds its part of the manifold
+MOST_FEATURES = 20_000  # whose covariance still fits into memory
 STATISTICS = {"mu", "sigma", "mu_s", "sigma_s"}
 
 
@@ -184,6 +186,10 @@ def load_network(weights: str | None, device: torch.device):
         raise UserError(f"--weights {weights}: no such file")
     try:
         if weights and weights.endswith(".pt2"):
+            with zipfile.ZipFile(weights) as archive:  # torch.export.load itself would run what its pickles say
+                for name in archive.namelist():
+                    if name.endswith(".pt"):
+                        torch.load(io.BytesIO(archive.read(name)), weights_only=True)
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # of buffers that it copies at once
                 return torch.export.load(weights).module().to(device)
         if weights:
@@ -211,9 +217,15 @@ def check_file(path):
         raise UserError(f"{path}: no such file")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is not a whole .npz file")
-    if has_images(path):
-        next(read_images(path, 1))
-    elif not members(path) >= STATISTICS:
+    try:
+        if has_images(path):
+            next(read_images(path, 1))
+        read_statistics(path)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged archive provokes
+        raise UserError(f"{path} cannot be read: {type(error).__name__}: {str(error)[:200]}") from None
+    if not has_images(path) and not members(path) >= STATISTICS:
         raise UserError(f"{path} holds neither images (arr_0) nor statistics ({', '.join(sorted(STATISTICS))})")
 
 
@@ -233,7 +245,9 @@ def read_statistics(path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarr
     with zipfile.ZipFile(path) as archive:
         for name in STATISTICS:
             with archive.open(f"{name}.npy") as file:
-                read_header(path, file, archive.getinfo(f"{name}.npy").file_size)
+                shape, _, _ = read_header(path, file, archive.getinfo(f"{name}.npy").file_size)
+                if len(shape) != (2 if name.startswith("sigma") else 1) or max(shape) > MOST_FEATURES:
+                    raise UserError(f"{path}: {name} of shape {shape} is no statistic of features")
     with np.load(path, allow_pickle=False) as file:
         return (file["mu"], file["sigma"]), (file["mu_s"], file["sigma_s"])
 
@@ -249,7 +263,7 @@ def read_header(path, file, length: int) -> tuple[tuple[int, ...], bool, np.dtyp
         shape, fortran, dtype = header(file)
     except (ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} holds an array that cannot be read ({error})") from None
-    if dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize != length:
+    if dtype.hasobject or min(shape, default=0) < 0 or file.tell() + math.prod(shape) * dtype.itemsize != length:
         raise UserError(f"{path} holds an array that is not as long as its header says, {dtype} {shape}")
     return shape, fortran, dtype
 

@@ -8,8 +8,10 @@ written does not depend on how many there are. Started again after an interrupti
 """
 
 import argparse
+import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,17 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from autoencoder import load_autoencoder
-from common import ArgumentParser, UserError, atomic_write, check_disk, number, positive_int, run_script, seed_int
+from common import (
+    ArgumentParser,
+    UserError,
+    atomic_write,
+    check_disk,
+    number,
+    positive_int,
+    remove_leftovers,
+    run_script,
+    seed_int,
+)
 from distributed import World, rank0_logger, seed_for, setup
 from features import INDEX, SHARD_SIZE, read_skipped, shard_path, write_index, write_shard
 from models import DiT_models
@@ -33,6 +45,7 @@ def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is touched.
     folder = Path(args.features_path)
     images = list_images(args.data_path)
+    names = [os.path.relpath(path, args.data_path) for path, _ in images.samples]
     settings = dict(
         images=len(images.samples),
         classes=images.classes,
@@ -41,6 +54,7 @@ def main(args: argparse.Namespace):
         mirror=args.mirror,
         grayscale=args.grayscale,
         seed=args.global_seed,
+        names=hashlib.sha256(repr(names).encode()).hexdigest(),
     )
     if args.grayscale and args.vae != "none":
         raise UserError("--grayscale is for pixels: use it with --vae none")
@@ -54,7 +68,7 @@ def main(args: argparse.Namespace):
             raise UserError(f"{folder} already holds features: remove them or choose another --features-path")
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{folder} already holds these features, nothing to do")
-        return
+        return finish(folder, args, print)
     autoencoder = load_autoencoder(args.vae)
     side = args.image_size // autoencoder.factor
     if args.image_size % autoencoder.factor:
@@ -65,18 +79,24 @@ def main(args: argparse.Namespace):
         )
 
     views, channels = 2 if args.mirror else 1, 1 if args.grayscale else autoencoder.channels[-1]
-    space = check_disk(folder, 4 * channels * side**2 * views * len(images.samples), "features")
+    n_shards = -(-len(images.samples) // SHARD_SIZE)
+    missing = [k for k in range(n_shards) if not shard_path(folder, "features", k).exists()]  # the last file of a shard
+    n_missing = min(len(missing) * SHARD_SIZE, len(images.samples))
+    space = check_disk(folder, 4 * channels * side**2 * views * n_missing, "features to encode")
 
     # Initialize.
     world = setup()
     logger = rank0_logger(world)
     autoencoder = autoencoder.to(world.device)
-    n_shards = -(-len(images.samples) // SHARD_SIZE)
-    missing = [k for k in range(n_shards) if not shard_path(folder, "features", k).exists()]  # the last file of a shard
-    world.barrier()
+    if not world.same(len(missing)):
+        raise UserError(
+            "the processes see different files: all nodes need the same --features-path, on a shared file system"
+        )
     if world.is_main:
+        remove_leftovers(folder)
         with atomic_write(record) as temporary:
             temporary.write_text(json.dumps(settings))
+    world.barrier()
     logger.info(f"{len(images.samples):,} images of {len(images.classes):,} classes, {views} views each -> {folder}")
     logger.info(space)
 
@@ -96,11 +116,16 @@ def main(args: argparse.Namespace):
         logger.info(
             f"Encoded {index['images']:,} images as {index['views']} x {index['shape']} each, in {n_shards} shards."
         )
-    skipped = read_skipped(folder, n_shards)
+    finish(folder, args, logger.info)
+
+
+def finish(folder: Path, args: argparse.Namespace, say):
+    """Name the images that could not be read; exit with 1 if there were any, unless --skip-bad."""
+    skipped = read_skipped(folder)
     for line in skipped:
-        logger.info(f"unreadable: {line}")
+        say(f"unreadable: {line}")
     if skipped and not args.skip_bad:
-        logger.info(f"{len(skipped)} images could not be read and were left out (--skip-bad accepts that).")
+        say(f"{len(skipped)} images could not be read and were left out (--skip-bad accepts that).")
         raise SystemExit(1)
 
 
@@ -125,8 +150,10 @@ class Crops(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
         try:
-            with Image.open(self.images.samples[self.numbers[index]][0]) as image:
-                pixels = np.array(center_crop(image.convert(self.mode), self.size))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(self.images.samples[self.numbers[index]][0]) as image:
+                    pixels = np.array(center_crop(image.convert(self.mode), self.size))
         except Exception as error:  # a decoder may raise anything on a damaged file
             return self.numbers[index], " ".join(f"{type(error).__name__}: {error}".split())
         return self.numbers[index], pixels.reshape(self.size, self.size, -1).transpose(2, 0, 1)
@@ -137,6 +164,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
+    if scale**2 * image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, too long to be made {size} wide")
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))

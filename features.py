@@ -37,10 +37,9 @@ def write_shard(folder: Path, shard: int, features: np.ndarray, labels: np.ndarr
             np.save(file, array)
 
 
-def read_skipped(folder: Path, n_shards: int) -> list[str]:
-    """A line for each unreadable image of the shards."""
-    paths = [shard_path(folder, "skipped", shard) for shard in range(n_shards)]
-    return [line for path in paths if path.exists() for line in path.read_text().splitlines()]
+def read_skipped(folder: Path) -> list[str]:
+    """A line for each unreadable image."""
+    return [line for path in sorted(Path(folder).glob("skipped-*.txt")) for line in path.read_text().splitlines()]
 
 
 def write_index(folder: Path, n_shards: int, **described) -> dict:
@@ -57,7 +56,7 @@ def write_index(folder: Path, n_shards: int, **described) -> dict:
         "shape": shape,
         "views": views,
         "images": sum(counts),
-        "skipped": len(read_skipped(folder, n_shards)),
+        "skipped": len(read_skipped(folder)),
         "shards": counts,
     }
     with atomic_write(Path(folder) / INDEX) as temporary:
@@ -136,8 +135,11 @@ class FeatureDataset(Dataset):
     def _load_file(path: Path) -> np.ndarray:
         """Map a .npy file: what its header claims is checked against its length before any memory is taken."""
         try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise ValueError("an archive")
+            return array
+        except Exception as error:  # a damaged header may provoke anything
             raise UserError(f"{path} is missing or not a whole .npy file: {error}") from None
 
     def __len__(self) -> int:

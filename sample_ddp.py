@@ -30,6 +30,7 @@ from common import (
     folder_name,
     number,
     positive_int,
+    remove_leftovers,
     run_script,
     seed_int,
 )
@@ -68,20 +69,26 @@ def main(args: argparse.Namespace):
     if finished(folder, settings):
         return
 
-    side = backbone["input_size"] * autoencoder.factor
-    space = check_disk(folder, 2 * 3 * side**2 * args.num_fid_samples, "samples, and their parts until all are packed")
+    n = args.per_proc_batch_size
+    batches = [range(i, min(i + n, args.num_fid_samples)) for i in range(0, args.num_fid_samples, n)]
+    missing = [numbers for numbers in batches if not part_path(folder, numbers).exists()]
+    image = 3 * (backbone["input_size"] * autoencoder.factor) ** 2
+    needed = image * (args.num_fid_samples + sum(map(len, missing)) * (2 if args.save_png else 1))
+    space = check_disk(folder, needed, "samples, and their parts until all are packed")
 
     # Initialize.
     world = setup()
     logger = rank0_logger(world)
     autoencoder, model = autoencoder.to(world.device), model.to(world.device).requires_grad_(False)
-    n = args.per_proc_batch_size
-    batches = [range(i, min(i + n, args.num_fid_samples)) for i in range(0, args.num_fid_samples, n)]
-    missing = [numbers for numbers in batches if not part_path(folder, numbers).exists()]
-    world.barrier()
+    if not world.same(len(missing)):
+        raise UserError(
+            "the processes see different files: all nodes need the same --sample-dir, on a shared file system"
+        )
     if world.is_main:
+        remove_leftovers(folder, folder / "parts")
         with atomic_write(folder / "settings.json") as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    world.barrier()
     how = f"{args.sampler} with {diffusion.num_timesteps} steps, guidance {args.cfg_scale}"
     logger.info(f"{args.num_fid_samples:,} samples by {how} -> {folder}")
     logger.info(space)
@@ -135,6 +142,7 @@ def describe(args: argparse.Namespace, data: dict) -> dict:
         "ema",
         "global_seed",
         "per_proc_batch_size",
+        "save_png",
         "precision",
     ]
     return {
@@ -159,6 +167,7 @@ def finished(folder: Path, settings: dict) -> bool:
                 f"{folder} holds samples with {key}={before.get(key)}, not {value}: choose another --name or remove it"
             )
     if (folder / "samples.npz").exists():
+        shutil.rmtree(folder / "parts", ignore_errors=True)  # which a run killed at the very end leaves
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{folder / 'samples.npz'} is already there, nothing to do")
         return True

@@ -16,7 +16,8 @@ import resource
 import signal
 import sys
 import time
-from contextlib import nullcontext
+import zipfile
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from common import (
     folder_name,
     number,
     positive_int,
+    remove_leftovers,
     run_script,
     seed_int,
 )
@@ -81,20 +83,35 @@ def main(args: argparse.Namespace):
     model = make_model(args, dataset)
     config = describe(args, dataset, model)
     run = Path(args.results_dir) / args.prefix
-    state, skipped = find_resume(args, run, config)
+    state, damaged = find_resume(args, run, config)
     first_step = state["step"] if state else 0
     space = disk_plan(args, run, model, first_step)
 
     # Initialize.
     world = setup()
     stop = StopSignal()
+    if not world.same(first_step):
+        raise UserError(
+            "the processes found different checkpoints: all nodes need the same --results-dir, on a shared file system"
+        )
     if world.is_main:
+        for path in damaged:
+            path.rename(path.with_suffix(".pt.damaged"))
+        remove_leftovers(run, run / "checkpoints")
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         with atomic_write(run / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=1) + "\n")
         keep_metrics(run / "metrics.jsonl", first_step)
     logger = rank0_logger(world, run / "log.txt")
-    introduce(args, logger, world, dataset, model, first_step, [*skipped, space])
+    introduce(
+        args,
+        logger,
+        world,
+        dataset,
+        model,
+        first_step,
+        [*(f"SKIPPED {path}: {reason}" for path, reason in damaged.items()), space],
+    )
 
     # Setup training state.
     model = model.to(world.device).train()
@@ -124,7 +141,6 @@ def main(args: argparse.Namespace):
     averaged = [e for p, e in zip(model.parameters(), ema.parameters(), strict=True) if p.requires_grad]
     diffusion = create_diffusion(**config["diffusion"])
     rows = slice(*(rank * args.global_batch_size // world.size for rank in (world.rank, world.rank + 1)))
-    batches = iter(make_loader(args, dataset, range(first_step, args.max_steps), rows, world))
     writer = CheckpointWriter(run / "checkpoints", logger, args.keep, args.keep_every)
 
     def save(done: int):
@@ -135,83 +151,100 @@ def main(args: argparse.Namespace):
 
     # Train.
     clock, clock_step = time.perf_counter(), first_step
-    for step in range(first_step, args.max_steps):
-        progress = step / args.max_steps
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * (0.75 + 0.25 * math.cos(math.pi * progress))  # cosine decay to half
-        prior_weight = args.prior_strength * (1 - progress)
+    with prefetched(args, dataset, range(first_step, args.max_steps), rows, world) as batches:
+        for step in range(first_step, args.max_steps):
+            progress = step / args.max_steps
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * (0.75 + 0.25 * math.cos(math.pi * progress))  # cosine decay to half
+            prior_weight = args.prior_strength * (1 - progress)
 
-        # Evaluate the loss and accumulate gradients.
-        optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(len(PARTS), device=world.device)
-        for i, (x, t, conditions, noise) in enumerate(microbatches(args, step, next(batches), model, rows, world)):
-            more_to_come = network.no_sync() if world.size > 1 and i < args.grad_accum - 1 else nullcontext()
-            with more_to_come:
-                with world.autocast(args.precision):
-                    losses = diffusion.training_losses(network, x, t, conditions, noise)
-                parts = {name: value.mean() for name, value in losses.items()}
-                loss = parts["loss"]
-                if coefficients:
-                    parts["prior"] = model.prior_loss()
-                    loss = loss + prior_weight * parts["prior"]
-                scaler.scale(loss / args.grad_accum).backward()
-            for name, value in parts.items():
-                sums[PARTS.index(name)] += value.detach() / args.grad_accum
+            # Evaluate the loss and accumulate gradients.
+            optimizer.zero_grad(set_to_none=True)
+            sums = torch.zeros(len(PARTS), device=world.device)
+            for i, (x, t, conditions, noise) in enumerate(microbatches(args, step, next(batches), model, rows, world)):
+                more_to_come = network.no_sync() if world.size > 1 and i < args.grad_accum - 1 else nullcontext()
+                with more_to_come:
+                    with world.autocast(args.precision):
+                        losses = diffusion.training_losses(network, x, t, conditions, noise)
+                    parts = {name: value.mean() for name, value in losses.items()}
+                    loss = parts["loss"]
+                    if coefficients:
+                        parts["prior"] = model.prior_loss()
+                        loss = loss + prior_weight * parts["prior"]
+                    scaler.scale(loss / args.grad_accum).backward()
+                for name, value in parts.items():
+                    sums[PARTS.index(name)] += value.detach() / args.grad_accum
 
-        # Update the weights and their average, unless a number is not finite.
-        scaler.unscale_(optimizer)
-        gradients = [p.grad for p in trained]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)  # of the whole batch: alike on every process
-        bad = ~norm.isfinite()
-        if args.clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(trained, args.clip_grad, norm, foreach=True)
-        if not scaler.is_enabled():
-            optimizer.found_inf = bad.float()  # the fused step leaves the weights alone where this is 1: no host sync
-        scaler.step(optimizer)
-        scaler.update()
-        update_ema(averaged, trained, None)
-        window.add(step, sums, norm, bad)
+            # Update the weights and their average, unless a number is not finite. The host does not wait to know: a loss
+            # that is not finite on any process spoils a gradient on all, and where the gradients' norm is not finite the
+            # fused step leaves the weights alone (their average then moves towards weights that it has seen before).
+            flaws = world.sum((~sums.isfinite()).any().float())
+            trained[0].grad.masked_fill_(flaws > 0, math.inf)
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained], foreach=True)
+            bad = ~norm.isfinite()
+            if args.clip_grad:
+                torch.nn.utils.clip_grads_with_norm_(trained, args.clip_grad, norm, foreach=True)
+            if not scaler.is_enabled():  # the scaler sets it itself
+                optimizer.found_inf = bad.float()
+            scaler.step(optimizer)
+            scaler.update()
+            update_ema(averaged, trained, None)
+            window.add(step, sums, norm, bad)
 
-        # Report status, save, and stop if asked to.
-        done = step + 1
-        last = done == args.max_steps
-        if done % args.log_every == 0 or last:
-            speed = (done - clock_step) / (time.perf_counter() - clock)
-            report(args, world, run, logger, model, optimizer, window, prior_weight, done, speed)
-            clock, clock_step = time.perf_counter(), done
-        if done % args.ckpt_every == 0 or last:
-            save(done)
-        if not last and (world.size == 1 or done % STOP_CHECK == 0) and world.any(stop.requested is not None):
-            if done % args.ckpt_every:
+            # Report status, save, and stop if there is reason to.
+            done = step + 1
+            last = done == args.max_steps
+            if done % args.log_every == 0 or last:
+                speed = (done - clock_step) / (time.perf_counter() - clock)
+                report(args, world, run, logger, model, optimizer, window, prior_weight, done, speed)
+                clock, clock_step = time.perf_counter(), done
+            if done % args.ckpt_every == 0 or last:
                 save(done)
-            writer.wait()
-            restore_signals()
-            logger.info(
-                f"stopped by {stop.requested or 'another process'} after step {done:,}; go on with --resume auto"
-            )
-            return
+            if world.size > 1 and done % STOP_CHECK and not last:
+                continue
+            hopeless = window.longest_streak() >= args.max_bad_steps
+            if world.any(hopeless):
+                writer.wait()
+                explain_bad_steps(args, logger, model, window)
+                raise SystemExit(1)
+            if world.any(stop.requested is not None) and not last:
+                if done % args.ckpt_every:
+                    save(done)
+                writer.wait()
+                restore_signals()
+                who = stop.requested or "another process"
+                logger.info(f"stopped by {who} after step {done:,}; go on with --resume auto")
+                return
     writer.wait()
     restore_signals()
     logger.info("done")
 
 
 class StopSignal:
-    """Notes the first signal that asks the run to stop; a second one has its usual effect."""
+    """Notes a signal that asks the run to stop. Schedulers and torchrun may send it twice; a Ctrl-C after seconds ends the run."""
 
     def __init__(self):
-        self.requested = None
+        self.requested, self.since = None, 0.0
         for which in STOP_SIGNALS:
             signal.signal(which, self._note)
 
     def _note(self, which: int, frame):
-        self.requested = signal.Signals(which).name
-        restore_signals()
+        if self.requested is None:
+            self.requested, self.since = signal.Signals(which).name, time.monotonic()
+        elif which == signal.SIGINT and time.monotonic() - self.since > 2:
+            raise KeyboardInterrupt
 
 
-def restore_signals(*_):
-    """Give the signals their usual effect again; also for the loader's processes, which inherit ours."""
+def restore_signals():
     for which in STOP_SIGNALS:
         signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)
+
+
+def ignore_signals(worker: int):
+    """For the loader's processes: a signal to the whole group stops the run in its own time, with their help."""
+    for which in STOP_SIGNALS:
+        signal.signal(which, signal.SIG_IGN)
 
 
 class Window:
@@ -220,25 +253,45 @@ class Window:
     def __init__(self, world: World):
         self.world = world
         self.sums = torch.zeros(len(PARTS) + 1, device=world.device)  # the parts of the loss, and the steps that count
-        self.bad = torch.zeros(5, device=world.device)  # bad steps in all, in a row; the last one, its loss and norm
+        # Bad steps in all, in a row, in the longest row; and of the last one of that: step, loss, gradient norm.
+        self.bad = torch.zeros(6, device=world.device)
+        self.copy, self.copied = None, None
 
     def add(self, step: int, parts: torch.Tensor, norm: torch.Tensor, bad: torch.Tensor):
         """Count a step's losses (of this process's rows), or, if it is bad, the step alone."""
         values = torch.cat([parts.nan_to_num(0, 0, 0), torch.ones_like(parts[:1])])
         self.sums += values * ~bad / self.world.size
-        total, row, *last = self.bad.unbind()
+        total, row, longest, *last = self.bad.unbind()
+        row = (row + 1) * bad
         known = torch.stack([torch.full_like(norm, step), parts[0] / self.world.size, norm])
-        self.bad = torch.cat([torch.stack([total + bad, (row + 1) * bad]), known.where(bad, torch.stack(last))])
+        last = known.where(bad & (row >= longest), torch.stack(last))
+        self.bad = torch.cat([torch.stack([total + bad, row, longest.maximum(row)]), last])
+
+    def longest_streak(self) -> int:
+        """The most bad steps in a row, as far as the host can know without waiting for the device."""
+        if self.world.device.type == "cpu":
+            return int(self.bad[2])
+        known = 0
+        if self.copied is not None and self.copied.query():
+            known, self.copied = int(self.copy[2]), None
+        if self.copied is None:
+            self.copy = torch.empty(self.bad.shape, pin_memory=True).copy_(self.bad, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+        return known
 
     def state(self) -> dict:
         """For a checkpoint; every process takes part, and goes on from what it would load."""
-        state = {"sums": self.world.sum(self.sums), "bad": self.bad}
+        bad = self.bad.clone()
+        bad[4] = self.world.sum(bad[4].clone())
+        state = {"sums": self.world.sum(self.sums), "bad": bad}
         self.load(state)
         return state
 
     def load(self, state: dict):
         self.sums = state["sums"].to(self.world.device) / self.world.size
         self.bad = state["bad"].to(self.world.device)
+        self.bad[4] /= self.world.size
 
     def read(self) -> tuple[dict, list[float]]:
         """The mean of each part since the last reading, and what is known of bad steps. The host waits for the device."""
@@ -246,7 +299,7 @@ class Window:
         self.sums.zero_()
         means = {name: value / steps if steps else None for name, value in zip(PARTS, sums, strict=True)}
         bad = self.bad.clone()
-        bad[3] = self.world.sum(bad[3].clone())
+        bad[4] = self.world.sum(bad[4].clone())
         return means, bad.tolist()
 
 
@@ -276,9 +329,11 @@ def disk_plan(args: argparse.Namespace, run: Path, model: DiT | RemixDiT, first_
     )  # the weights, their average, AdamW's moments
     count = -(-args.max_steps // args.ckpt_every) - first_step // args.ckpt_every
     if args.keep:
-        kept = args.max_steps // args.keep_every if args.keep_every else 0
-        count = min(count, args.keep + kept + 1)  # the next one is written before the oldest is deleted
-    return check_disk(run, max(1, count) * size, f"{max(1, count)} checkpoints of {size / 2**20:,.1f} MiB")
+        for_good = (lambda step: step % args.keep_every == 0) if args.keep_every else (lambda step: False)
+        goes = sum(not for_good(int(path.stem)) for path in checkpoints(run / "checkpoints"))
+        stays = sum(for_good(step) for step in range(first_step + 1, args.max_steps + 1))
+        count = min(count, stays + args.keep + 1 - goes)  # the next one is written before the oldest is deleted
+    return check_disk(run, max(1, count) * size, f"{max(1, count)} more checkpoints of {size / 2**20:,.1f} MiB")
 
 
 def resolve_defaults(args: argparse.Namespace, dataset: FeatureDataset):
@@ -303,6 +358,8 @@ def resolve_defaults(args: argparse.Namespace, dataset: FeatureDataset):
             f"--global-batch-size {batch} cannot be dealt evenly to {world_size()} processes"
             + (f" in {args.grad_accum} accumulated parts" if args.grad_accum > 1 else "")
         )
+    if args.keep_every and (not args.keep or args.keep_every % args.ckpt_every):
+        raise UserError("--keep-every goes with --keep, and is a multiple of --ckpt-every")
     low, high = args.timesteps
     if low >= high or (remix and (low, high) != (0, 1000)):
         raise UserError(
@@ -334,6 +391,8 @@ def make_model(args: argparse.Namespace, dataset: FeatureDataset) -> DiT | Remix
             if remix:
                 return RemixDiT_models[args.model](**shape, **options, prior_bonus=args.prior_bonus)
             return DiT_models[args.model](**shape)
+        if zipfile.is_zipfile(args.load_weight) and (reason := damage(args.load_weight)):
+            raise UserError(f"--load-weight {args.load_weight} is damaged: {reason}")
         weights, _ = load_model(args.load_weight, trust=args.trust_pickle)
         found = weights.backbone_config if isinstance(weights, RemixDiT) else weights.config
         wanted = DiT_models[args.model.removeprefix("Remix")](**shape).config
@@ -369,33 +428,34 @@ def describe(args: argparse.Namespace, dataset: FeatureDataset, model: DiT | Rem
     }
 
 
-def find_resume(args: argparse.Namespace, run: Path, config: dict) -> tuple[dict | None, list[str]]:
-    """The training state to go on from, if any, and a line on each checkpoint that was passed over as damaged.
+def find_resume(args: argparse.Namespace, run: Path, config: dict) -> tuple[dict | None, dict[Path, str]]:
+    """The training state to go on from, if any, and the checkpoints that were passed over, with what is wrong with them.
 
     Refuses to write over a run, or to go on with another configuration.
     """
-    present, skipped = checkpoints(run / "checkpoints"), []
+    present, damaged = checkpoints(run / "checkpoints"), {}
     if args.resume == "auto":
-        args.resume = None
         for path in present:
-            if reason := damage(path):
-                skipped.append(f"SKIPPED {path}: {reason}")
-            else:
-                args.resume = path
+            if (reason := damage(path)) is None:
                 break
-        if present and args.resume is None:
+            damaged[path] = reason
+        if present and len(damaged) == len(present):
+            reason = damaged[present[0]]
             raise UserError(
-                f"none of the checkpoints in {run / 'checkpoints'} is whole: remove them to start anew. {skipped[0]}"
+                f"none of the checkpoints in {run / 'checkpoints'} is whole: remove them to start anew ({reason})"
             )
+        args.resume = present[len(damaged)] if present else None
+    elif args.resume and zipfile.is_zipfile(args.resume) and (reason := damage(args.resume)):
+        raise UserError(f"--resume {args.resume} is damaged: {reason}")
     if args.resume is None:
         if present:
             raise UserError(
-                f"{run} already holds a run, up to {present[0].name}: go on with --resume auto or choose another --prefix"
+                f"{run} already holds a run, up to {present[0].name}: --resume auto goes on, another --prefix starts anew"
             )
-        return None, []
+        return None, {}
     if present and present[0].parent.resolve() != Path(args.resume).resolve().parent:
         raise UserError(f"{run} already holds another run than --resume {args.resume}: choose another --prefix")
-    state = read_checkpoint(args.resume)
+    state = read_checkpoint(args.resume, mapped=False)
     if not {"config", "step", "model", "ema", "optimizer", "scaler", "window"} <= state.keys():
         raise UserError(f"--resume {args.resume} holds weights but no training state: use it as --load-weight")
     before, now = flatten(state["config"]), flatten(config)
@@ -404,7 +464,7 @@ def find_resume(args: argparse.Namespace, run: Path, config: dict) -> tuple[dict
             raise UserError(
                 f"--resume {args.resume} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}"
             )
-    return state, skipped
+    return state, damaged
 
 
 def flatten(config: dict, prefix: str = "") -> dict:
@@ -432,19 +492,25 @@ def as_it_is(batch):
     return batch
 
 
-def make_loader(
-    args: argparse.Namespace, dataset: FeatureDataset, steps: range, rows: slice, world: World
-) -> DataLoader:
-    """This process's rows of every global batch, prefetched."""
-    batches = GlobalBatches(len(dataset), dataset.views, args.global_batch_size, args.global_seed, steps, rows)
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=as_it_is,
-        num_workers=args.num_workers,
-        pin_memory=world.device.type == "cuda",
-        worker_init_fn=restore_signals,
+@contextmanager
+def prefetched(args: argparse.Namespace, dataset: FeatureDataset, steps: range, rows: slice, world: World):
+    """This process's rows of every global batch, read ahead; the readers end with the block."""
+    chosen = GlobalBatches(len(dataset), dataset.views, args.global_batch_size, args.global_seed, steps, rows)
+    batches = iter(
+        DataLoader(
+            dataset,
+            batch_sampler=chosen,
+            collate_fn=as_it_is,
+            num_workers=args.num_workers,
+            pin_memory=world.device.type == "cuda",
+            worker_init_fn=ignore_signals,
+        )
     )
+    try:
+        yield batches
+    finally:
+        if args.num_workers:
+            batches._shutdown_workers()  # they would outlive an error, ignoring signals
 
 
 def microbatches(args: argparse.Namespace, step: int, batch, model: DiT | RemixDiT, rows: slice, world: World):
@@ -483,23 +549,8 @@ def report(
     done: int,
     speed: float,
 ):
-    """One line for people in log.txt and one for programs in metrics.jsonl: means since the last one.
-
-    Ends the run where too many steps in a row had a gradient that is not finite.
-    """
-    means, (bad, in_a_row, bad_step, bad_loss, bad_norm) = window.read()
-    if in_a_row >= args.max_bad_steps:
-        remix = isinstance(model, RemixDiT)
-        dealt = args.n_experts if remix else 1
-        t = deal_timesteps(
-            args.global_seed, int(bad_step), args.global_batch_size, dealt, args.experts_per_batch, args.timesteps
-        )
-        experts = f"experts {sorted(set(model.expert_of(torch.from_numpy(t)).tolist()))}, " if remix else ""
-        logger.error(
-            f"{in_a_row:.0f} steps in a row with numbers that are not finite; the last, step {bad_step:.0f}: {experts}"
-            f"timesteps {t.min()} to {t.max()}, loss {bad_loss}, gradient norm {bad_norm}. Stopped; the weights are as before them"
-        )
-        raise SystemExit(1)
+    """One line for people in log.txt and one for programs in metrics.jsonl: means since the last one."""
+    means, (bad, *_) = window.read()
     if not world.is_main:
         return
     if world.device.type == "cuda":
@@ -541,6 +592,21 @@ def report(
         + (f"{bad:.0f} bad steps  " if bad else "")
         + f"lr {metrics['lr']:.2e}  {metrics['images_per_s']:,.0f} images/s  {memory:.1f} GiB  {left} left"
     )
+
+
+def explain_bad_steps(args: argparse.Namespace, logger, model: DiT | RemixDiT, window: Window):
+    """Say what is known of the bad steps that end the run."""
+    _, (_, _, longest, step, loss, norm) = window.read()
+    remix, timesteps = isinstance(model, RemixDiT), args.timesteps
+    dealt = args.n_experts if remix else 1
+    t = deal_timesteps(args.global_seed, int(step), args.global_batch_size, dealt, args.experts_per_batch, timesteps)
+    experts = f"experts {sorted(set(model.expert_of(torch.from_numpy(t)).tolist()))}, " if remix else ""
+    if window.world.is_main:
+        logger.error(
+            f"{longest:.0f} steps in a row with numbers that are not finite; the last, step {step:.0f}: {experts}"
+            f"timesteps {t.min()} to {t.max()}, loss {loss}, gradient norm {norm}. Stopped, the weights as they were before; "
+            f"to resume repeats it, unless something is changed"
+        )
 
 
 def rounded(values: torch.Tensor) -> list:

@@ -113,19 +113,35 @@ def test_sampling_killed_at_random_moments(trained, tmp_path):
 
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(features, tmp_path, which):
-    flags = ["--max-steps", 300, "--ckpt-every", 1000]
+    """The signal goes to the whole process group, twice, as schedulers send it: the loader's processes live through it."""
+    flags = ["--max-steps", 300, "--ckpt-every", 1000, "--num-workers", 2]
     finish(tmp_path / "log", "train_fast.py", *training(features, tmp_path, "whole"), *flags)
     stopped = [*training(features, tmp_path, "stopped"), *flags, "--resume", "auto"]
     process = start(tmp_path / "log", "train_fast.py", *stopped)
     metrics = tmp_path / "stopped/metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
-    os.kill(process.pid, which)
+    os.killpg(process.pid, which)
+    time.sleep(0.02)
+    os.killpg(process.pid, which)
     process.join(60)
-    assert process.exitcode == 0
+    assert process.exitcode == 0, (tmp_path / "log").read_text()[-3000:]
     assert f"stopped by {which.name}" in (tmp_path / "stopped/log.txt").read_text()
     assert len(checkpoints(tmp_path / "stopped/checkpoints")) == 1
     finish(tmp_path / "log", "train_fast.py", *stopped)
     same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_signal_to_one_process_of_two_stops_both(features, tmp_path):
+    agent = torchrun(features, tmp_path, "signalled")
+    wait_for(lambda: checkpoints(tmp_path / "signalled/checkpoints"))
+    os.kill(workers("signalled")[1], signal.SIGUSR1)
+    _, said = agent.communicate(timeout=90)
+    assert agent.returncode == 0, said[-3000:]
+    assert "stopped by another process" in said
+    before = checkpoints(tmp_path / "signalled/checkpoints")[0]
+    agent = torchrun(features, tmp_path, "signalled")
+    _, said = agent.communicate(timeout=90)
+    assert f"resumed from {before}" in said
 
 
 def wait_for(condition, seconds: float = 60):

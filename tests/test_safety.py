@@ -13,6 +13,7 @@ import torch
 from conftest import PIXELS, make_images, run, training
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from checkpoint import CheckpointWriter, checkpoints, damage, load_model, save_checkpoint
 from common import ArgumentParser, number
@@ -61,6 +62,26 @@ def test_safetensors_out_and_in(trained, tmp_path):
     assert "not a whole" in run("sample_ddp.py", "--ckpt", tmp_path / "cut.safetensors", expect=2).stderr
 
 
+def test_an_exported_program_whose_pickles_would_run_a_command(tmp_path):
+    with (
+        zipfile.ZipFile(tmp_path / "p.pt2", "w") as archive,
+        archive.open("p/data/sample_inputs/model.pt", "w") as file,
+    ):
+        torch.save(Harmful(), file)
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((5, 8, 8, 3), np.uint8))
+    files = (tmp_path / "a.npz", tmp_path / "a.npz", "--weights", tmp_path / "p.pt2")
+    assert "cannot be loaded" in run("evaluator.py", *files, expect=2).stderr
+    assert not os.path.exists("/tmp/remix-dit-test-was-here")
+
+
+def test_a_config_that_claims_more_than_its_tensors(trained, tmp_path):
+    for claim in ({"hidden_size": 10**6, "num_heads": 10}, {"depth": 10**7}):
+        state = torch.load(trained / "checkpoints/0000004.pt", weights_only=True)
+        state["config"]["model"]["backbone"] |= claim
+        torch.save(state, tmp_path / "claims.pt")
+        assert "cannot be built" in run("sample_ddp.py", "--ckpt", tmp_path / "claims.pt", expect=2).stderr
+
+
 def write_npz_header(path, shape):
     """An .npz whose arr_0 claims a shape and holds nothing."""
     with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as file:
@@ -88,11 +109,17 @@ def bomb(side: int) -> bytes:
 
 def test_images_that_are_bombs_cut_short_or_no_images(tmp_path):
     tree = make_images(tmp_path / "images", classes=1, per_class=3)
+    Image.new("L", (1, 20_000_000)).save(tree / "class0/needle.png")
     (tree / "class0/bomb.png").write_bytes(bomb(60_000))
     (tree / "class0/text.png").write_text("hello")
     (tree / "class0/cut.png").write_bytes((tree / "class0/0.png").read_bytes()[:70])
     done = run("extract_features.py", "--data-path", tree, "--features-path", tmp_path / "f", *PIXELS, expect=1)
-    for name in ("bomb.png (DecompressionBombError", "text.png (UnidentifiedImageError", "cut.png (OSError"):
+    for name in (
+        "bomb.png (DecompressionBombError",
+        "needle.png (DecompressionBombError",
+        "text.png (UnidentifiedImageError",
+        "cut.png (OSError",
+    ):
         assert name in done.stderr
     assert len(FeatureDataset(tmp_path / "f")) == 3
 
@@ -187,6 +214,26 @@ def test_which_checkpoints_are_kept(features, tmp_path):
     flags = [*training(features, tmp_path, "run"), "--max-steps", 9, "--ckpt-every", 1, "--keep", 2, "--keep-every", 4]
     run("train_fast.py", *flags)
     assert [int(path.stem) for path in checkpoints(tmp_path / "run/checkpoints")] == [9, 8, 4]
+    assert (
+        "--keep-every goes with"
+        in run("train_fast.py", *flags[:-4], "--keep-every", 4, "--prefix", "no", expect=2).stderr
+    )
+
+
+def test_a_checkpoint_just_written_is_never_the_one_deleted(features, tmp_path):
+    flags = [*training(features, tmp_path, "run"), "--max-steps", 6, "--ckpt-every", 2]
+    run("train_fast.py", *flags)
+    folder = tmp_path / "run/checkpoints"
+    (folder / "0000006.pt").write_bytes(b"damaged")
+    run("train_fast.py", *flags, "--keep", 1, "--resume", folder / "0000002.pt")
+    assert [path.name for path in checkpoints(folder)] == ["0000006.pt"]
+    assert damage(folder / "0000006.pt") is None
+    (folder / "0000006.pt").write_bytes(b"damaged")
+    (folder / "0000004.pt").write_bytes(b"damaged")
+    assert "none of the checkpoints" in run("train_fast.py", *flags, "--resume", "auto", expect=2).stderr
+    assert (
+        "is not a whole checkpoint" in run("train_fast.py", *flags, "--resume", folder / "0000004.pt", expect=2).stderr
+    )
 
 
 def test_saving_copies_the_state_before_it_returns(tmp_path):
