@@ -200,23 +200,26 @@ def load_model(path, ema: bool = True, trust: bool = False, **overrides) -> tupl
         state, name = _foreign_state(path, content, ema)
         config, state = _foreign_config(path, state, {"model": name} | overrides if name else overrides)
     try:
-        check_claims(config["model"], state)
+        check_claims(path, config["model"], state)
         model = build_model(config["model"])
+    except UserError:
+        raise
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} describes a model that cannot be built: {error}") from None
     load_weights(model, state, path)
     return model.eval(), config
 
 
-def check_claims(config: dict, state: dict[str, Tensor]):
-    """Raise ValueError unless the model that a file describes has the shapes of its tensors, before it takes any memory."""
+def check_claims(path, config: dict, state: dict[str, Tensor]):
+    """Raise UserError unless the model that a file describes has the shapes of its tensors, before it takes any memory."""
     if config["backbone"]["depth"] > len(state):
-        raise ValueError(f"{config['backbone']['depth']} blocks out of {len(state)} tensors")
+        raise UserError(f"{path} does not fit the model: {config['backbone']['depth']} blocks, {len(state)} tensors")
     with torch.device("meta"):
         expected = build_model(config).state_dict()
     for key, value in expected.items():
         if key in state and state[key].shape != value.shape:
-            raise ValueError(f"{key} has the shape {list(state[key].shape)}, not {list(value.shape)}")
+            shapes = f"{list(state[key].shape)}, not {list(value.shape)}"
+            raise UserError(f"{path} does not fit the model: {key} has the shape {shapes}")
 
 
 def load_denoiser(

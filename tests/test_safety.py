@@ -79,7 +79,7 @@ def test_a_config_that_claims_more_than_its_tensors(trained, tmp_path):
         state = torch.load(trained / "checkpoints/0000004.pt", weights_only=True)
         state["config"]["model"]["backbone"] |= claim
         torch.save(state, tmp_path / "claims.pt")
-        assert "cannot be built" in run("sample_ddp.py", "--ckpt", tmp_path / "claims.pt", expect=2).stderr
+        assert "does not fit the model" in run("sample_ddp.py", "--ckpt", tmp_path / "claims.pt", expect=2).stderr
 
 
 def write_npz_header(path, shape):
