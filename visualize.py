@@ -99,11 +99,15 @@ def losses(args: argparse.Namespace, out: Path):
     reference = errors(pretrained)
     table = np.stack([errors(remix.expert(i)) for i in tqdm(range(remix.n_experts), desc="experts")]) / reference - 1
     figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
-    limit = np.quantile(np.abs(table), 0.9)  # an expert far outside its interval may be very bad, which is no news
-    image = axis.imshow(100 * table, cmap="RdBu_r", vmin=-100 * limit, vmax=100 * limit)
+    # Differences of tenths of a percent are the news; an expert far outside its interval may be ten times worse.
+    scale = matplotlib.colors.SymLogNorm(linthresh=0.5, vmin=-100, vmax=100)
+    image = axis.imshow(100 * table, cmap="RdBu_r", norm=scale)
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axis.set_xlabel("interval of timesteps (0 is the least noise)")
     axis.set_ylabel("expert")
-    figure.colorbar(image, label="error relative to the pretrained model, %")
+    ticks = [-100, -10, -1, 0, 1, 10, 100]
+    figure.colorbar(image, label="error relative to the pretrained model, %", ticks=ticks, format="%d")
     own = float((table.argmin(0) == np.arange(len(bounds))).mean())
     axis.set_title(
         f"{config['model']['name']}: {own:.0%} of the intervals are served best by their own expert", fontsize=10

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -159,9 +160,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(features, tmp_path):
         flags = [*training(features, disk, "run"), "--max-steps", 150, "--ckpt-every", 10, "--keep", 1]
         process = start(tmp_path / "log", "train_fast.py", *flags)
         wait_for(lambda: checkpoints(disk / "run/checkpoints"))
-        with open(disk / "filler", "wb", buffering=0) as filler, pytest.raises(OSError):
-            while True:
-                filler.write(bytes(1 << 16))
+        wait_for(lambda: fill(disk / "filler") or "COULD NOT SAVE" in (tmp_path / "log").read_text())
         process.join(120)
         said = (tmp_path / "log").read_text()
         assert process.exitcode == 0, said[-3000:]
@@ -173,6 +172,12 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(features, tmp_path):
         assert "not enough disk space" in run_again(tmp_path, *training(features, disk, "other"), "--max-steps", 2)
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def fill(path: Path):
+    with open(path, "ab", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
 
 
 def run_again(tmp_path: Path, *flags) -> str:
