@@ -203,7 +203,7 @@ def quiet(log: Path):
 
 
 TABLES = {
-    "Table 1: the same images for everyone, and (the paper's comparison turned round) the same FLOPs": (
+    "Table 1: for the same images and, where it says so, for the same FLOPs": (
         [
             "pretrained",
             "continued",
