@@ -1,10 +1,14 @@
-"""How well a model denoises, by itself and apart from sampling."""
+"""How well a model denoises, by itself and apart from sampling; and how fast a machine can be at best."""
+
+import time
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import GaussianDiffusion
-from distributed import seed_for
+from distributed import PRECISIONS, seed_for
+from models import DiT
 
 
 @torch.no_grad()
@@ -25,3 +29,29 @@ def noise_errors(
         noisy = diffusion.q_sample(x[rows], ts, noise)
         errors.append((model(noisy, ts, y[rows])[:, : x.shape[1]] - noise).square().mean())
     return torch.stack(errors)
+
+
+def training_flops(config: dict) -> int:
+    """FLOPs of a training step of a DiT(**config), per image: those of the matrix products, forward and twice that backward.
+
+    A RemixDiT's are counted as its backbone's: mixing is not what it is for.
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        dit = DiT(**config).eval()
+        x = torch.empty(1, dit.in_channels, config["input_size"], config["input_size"])
+        dit(x, torch.empty(1), torch.empty(1, dtype=torch.long))
+    return 3 * counter.get_total_flops()
+
+
+def matmul_rate(device: torch.device, precision: str) -> float:
+    """FLOP/s of a large matrix product on `device` in "fp32" (TF32 where that is on), "bf16" or "fp16": the best of a few."""
+    side = 8192 if device.type == "cuda" else 1536
+    a = torch.randn(side, side, device=device).to(PRECISIONS[precision])
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds)

@@ -53,16 +53,24 @@ class RemixLinear(nn.Module):
         self.weight.copy_(linear.weight.expand_as(self.weight))
         self.bias.copy_(linear.bias.expand_as(self.bias))
 
-    def mix(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Theta_G = alpha_G beta for coefficients [G, K]: weight [G, out, in] and bias [G, out]."""
-        with torch.autocast(alpha.device.type, enabled=False):  # bf16 would round the K bases before it averages them
-            weight = (alpha @ self.weight.flatten(1)).view(-1, self.out_features, self.in_features)
-            return weight, alpha @ self.bias
+    def mix(self, alpha: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Theta_G = alpha_G beta for coefficients [G, K]: weight [G, out, in] and bias [G, out], rounded to `dtype` once."""
+        with torch.autocast(alpha.device.type, enabled=False):  # it would round the K bases before it averages them
+            if torch.compiler.is_compiling():  # one pass from the bases to the result, without anything between
+                weight = (alpha[:, :, None, None] * self.weight).sum(1)
+            else:
+                weight = (alpha @ self.weight.flatten(1)).view(-1, self.out_features, self.in_features)
+            return weight.to(dtype), (alpha @ self.bias).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ..., in] -> [B, ..., out]; the g-th of the G equal parts of the batch meets the g-th mixture."""
-        weight, bias = self.mix(self.shared.alpha[self.row])
-        out = torch.baddbmm(bias.unsqueeze(1), x.reshape(len(weight), -1, self.in_features), weight.transpose(1, 2))
+        device = x.device.type
+        mixed = torch.is_autocast_enabled(device)
+        weight, bias = self.mix(self.shared.alpha[self.row], torch.get_autocast_dtype(device) if mixed else x.dtype)
+        if device == "cpu":  # whose libraries know linear layers better than batches of products
+            parts = x.chunk(len(weight))
+            return torch.cat([F.linear(*part) for part in zip(parts, weight.unbind(), bias.unbind(), strict=True)])
+        out = torch.bmm(x.reshape(len(weight), -1, self.in_features), weight.transpose(1, 2)) + bias.unsqueeze(1)
         return out.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,6 @@ of processes, nor on when the run was resumed.
 """
 
 import argparse
-import copy
 import json
 import math
 import resource
@@ -17,14 +16,12 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from checkpoint import (
@@ -33,7 +30,6 @@ from checkpoint import (
     checkpoints,
     damage,
     load_model,
-    load_weights,
     model_config,
     read_checkpoint,
 )
@@ -52,8 +48,10 @@ from common import (
 from diffusion import create_diffusion
 from distributed import PRECISIONS, World, rank0_logger, seed_for, setup, world_size
 from features import FeatureDataset, GlobalBatches
+from measure import matmul_rate, training_flops
 from models import DiT, DiT_models
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models, deal_timesteps
+from training import Trainer, Window
 
 RUN_OPTIONS = [
     "max_steps",
@@ -70,7 +68,6 @@ RUN_OPTIONS = [
     "global_seed",
     "load_weight",
 ]  # what a run is, beside its model and data
-PARTS = ("loss", "mse", "vb", "prior")  # of the loss, as they are logged
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what SLURM can send in advance
 STOP_CHECK = 4  # steps between the processes' agreements on whether to stop
 
@@ -114,90 +111,39 @@ def main(args: argparse.Namespace):
     )
 
     # Setup training state.
-    model = model.to(world.device).train()
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    remix = isinstance(model, RemixDiT)
-    coefficients = [model.logits] if remix and model.logits.requires_grad else []
-    others = [p for p in model.parameters() if p.requires_grad and not any(p is c for c in coefficients)]
-    groups = [{"params": others, "peak_lr": args.lr}, {"params": coefficients, "peak_lr": args.coeff_lr}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0, fused=True)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=args.precision == "fp16")
-    window = Window(world)
+    diffusion = create_diffusion(**config["diffusion"])
+    names = ("lr", "coeff_lr", "ema_decay", "clip_grad", "precision", "compile")
+    trainer = Trainer(model, diffusion, world, **{name: getattr(args, name) for name in names})
     if state:
-        load_weights(model, state["model"], args.resume)
-        load_weights(ema, state["ema"], args.resume)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        window.load(state["window"])
+        trainer.load_state_dict(state, args.resume)
         logger.info(f"resumed from {args.resume}")
     del state
-    if args.compile:
-        model.compile()
-    network = model
-    if world.size > 1:
-        network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    update_ema = get_ema_multi_avg_fn(args.ema_decay)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    averaged = [e for p, e in zip(model.parameters(), ema.parameters(), strict=True) if p.requires_grad]
-    diffusion = create_diffusion(**config["diffusion"])
+    window = trainer.window
+    flops = training_flops(config["model"]["backbone"])
+    peak = matmul_rate(world.device, args.precision) * world.size
     rows = slice(*(rank * args.global_batch_size // world.size for rank in (world.rank, world.rank + 1)))
     writer = CheckpointWriter(run / "checkpoints", logger, args.keep, args.keep_every)
 
     def save(done: int):
         state = {"config": config, "step": done, "window": window.state()}
         if world.is_main:
-            parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-            writer.save(done, state | {name: part.state_dict() for name, part in parts.items()})
+            writer.save(done, state | trainer.state_dict())
 
     # Train.
     clock, clock_step = time.perf_counter(), first_step
     with prefetched(args, dataset, range(first_step, args.max_steps), rows, world) as batches:
         for step in range(first_step, args.max_steps):
             progress = step / args.max_steps
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * (0.75 + 0.25 * math.cos(math.pi * progress))  # cosine decay to half
             prior_weight = args.prior_strength * (1 - progress)
-
-            # Evaluate the loss and accumulate gradients.
-            optimizer.zero_grad(set_to_none=True)
-            sums = torch.zeros(len(PARTS), device=world.device)
-            for i, (x, t, conditions, noise) in enumerate(microbatches(args, step, next(batches), model, rows, world)):
-                more_to_come = network.no_sync() if world.size > 1 and i < args.grad_accum - 1 else nullcontext()
-                with more_to_come:
-                    with world.autocast(args.precision):
-                        losses = diffusion.training_losses(network, x, t, conditions, noise)
-                    parts = {name: value.mean() for name, value in losses.items()}
-                    loss = parts["loss"]
-                    if coefficients:
-                        parts["prior"] = model.prior_loss()
-                        loss = loss + prior_weight * parts["prior"]
-                    scaler.scale(loss / args.grad_accum).backward()
-                for name, value in parts.items():
-                    sums[PARTS.index(name)] += value.detach() / args.grad_accum
-
-            # Update the weights and their average, unless a number is not finite. The host does not wait to know: a loss
-            # that is not finite on any process spoils a gradient on all, and where the gradients' norm is not finite the
-            # fused step leaves the weights alone (their average then moves towards weights that it has seen before).
-            flaws = world.sum((~sums.isfinite()).any().float())
-            trained[0].grad.masked_fill_(flaws > 0, math.inf)
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in trained], foreach=True)
-            bad = ~norm.isfinite()
-            if args.clip_grad:
-                torch.nn.utils.clip_grads_with_norm_(trained, args.clip_grad, norm, foreach=True)
-            if not scaler.is_enabled():  # the scaler sets it itself
-                optimizer.found_inf = bad.float()
-            scaler.step(optimizer)
-            scaler.update()
-            update_ema(averaged, trained, None)
-            window.add(step, sums, norm, bad)
+            trainer.set_progress(progress)
+            trainer.step(step, microbatches(args, step, next(batches), model, rows, world), prior_weight)
 
             # Report status, save, and stop if there is reason to.
             done = step + 1
             last = done == args.max_steps
             if done % args.log_every == 0 or last:
-                speed = (done - clock_step) / (time.perf_counter() - clock)
-                report(args, world, run, logger, model, optimizer, window, prior_weight, done, speed)
+                speed = (done - clock_step) * args.global_batch_size / (time.perf_counter() - clock)
+                report(args, run, logger, trainer, prior_weight, done, speed, speed * flops / peak)
                 clock, clock_step = time.perf_counter(), done
             if done % args.ckpt_every == 0 or last:
                 save(done)
@@ -245,62 +191,6 @@ def ignore_signals(worker: int):
     """For the loader's processes: a signal to the whole group stops the run in its own time, with their help."""
     for which in STOP_SIGNALS:
         signal.signal(which, signal.SIG_IGN)
-
-
-class Window:
-    """Sums over the steps since the last log line, and what is known of bad ones: on the device until they are read."""
-
-    def __init__(self, world: World):
-        self.world = world
-        self.sums = torch.zeros(len(PARTS) + 1, device=world.device)  # the parts of the loss, and the steps that count
-        # Bad steps in all, in a row, in the longest row; and of the last one of that: step, loss, gradient norm.
-        self.bad = torch.zeros(6, device=world.device)
-        self.copy, self.copied = None, None
-
-    def add(self, step: int, parts: torch.Tensor, norm: torch.Tensor, bad: torch.Tensor):
-        """Count a step's losses (of this process's rows), or, if it is bad, the step alone."""
-        values = torch.cat([parts.nan_to_num(0, 0, 0), torch.ones_like(parts[:1])])
-        self.sums += values * ~bad / self.world.size
-        total, row, longest, *last = self.bad.unbind()
-        row = (row + 1) * bad
-        known = torch.stack([torch.full_like(norm, step), parts[0] / self.world.size, norm])
-        last = known.where(bad & (row >= longest), torch.stack(last))
-        self.bad = torch.cat([torch.stack([total + bad, row, longest.maximum(row)]), last])
-
-    def longest_streak(self) -> int:
-        """The most bad steps in a row, as far as the host can know without waiting for the device."""
-        if self.world.device.type == "cpu":
-            return int(self.bad[2])
-        known = 0
-        if self.copied is not None and self.copied.query():
-            known, self.copied = int(self.copy[2]), None
-        if self.copied is None:
-            self.copy = torch.empty(self.bad.shape, pin_memory=True).copy_(self.bad, non_blocking=True)
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-        return known
-
-    def state(self) -> dict:
-        """For a checkpoint; every process takes part, and goes on from what it would load."""
-        bad = self.bad.clone()
-        bad[4] = self.world.sum(bad[4].clone())
-        state = {"sums": self.world.sum(self.sums), "bad": bad}
-        self.load(state)
-        return state
-
-    def load(self, state: dict):
-        self.sums = state["sums"].to(self.world.device) / self.world.size
-        self.bad = state["bad"].to(self.world.device)
-        self.bad[4] /= self.world.size
-
-    def read(self) -> tuple[dict, list[float]]:
-        """The mean of each part since the last reading, and what is known of bad steps. The host waits for the device."""
-        *sums, steps = self.world.sum(self.sums.clone()).tolist()
-        self.sums.zero_()
-        means = {name: value / steps if steps else None for name, value in zip(PARTS, sums, strict=True)}
-        bad = self.bad.clone()
-        bad[4] = self.world.sum(bad[4].clone())
-        return means, bad.tolist()
 
 
 def introduce(
@@ -537,20 +427,10 @@ def microbatches(args: argparse.Namespace, step: int, batch, model: DiT | RemixD
         yield x, t, conditions, noise
 
 
-def report(
-    args,
-    world: World,
-    run: Path,
-    logger,
-    model,
-    optimizer,
-    window: Window,
-    prior_weight: float,
-    done: int,
-    speed: float,
-):
+def report(args, run: Path, logger, trainer: Trainer, prior_weight: float, done: int, images_per_s: float, mfu: float):
     """One line for people in log.txt and one for programs in metrics.jsonl: means since the last one."""
-    means, (bad, *_) = window.read()
+    model, world, rates = trainer.model, trainer.world, trainer.optimizer.param_groups
+    means, (bad, *_) = trainer.window.read()
     if not world.is_main:
         return
     if world.device.type == "cuda":
@@ -564,7 +444,7 @@ def report(
         basis_distances, expert_spread = model.distances()
         metrics |= {
             "prior_weight": prior_weight,
-            "coeff_lr": optimizer.param_groups[-1]["lr"],
+            "coeff_lr": rates[-1]["lr"],
             "coefficients": rounded(alpha),
             "entropy": rounded(entropy),  # nats, an expert: 0 is one-hot
             "basis_distances": rounded(basis_distances),  # all 0: the bases have collapsed into one
@@ -573,8 +453,9 @@ def report(
     else:
         del metrics["prior"]
     metrics |= {
-        "lr": optimizer.param_groups[0]["lr"],
-        "images_per_s": speed * args.global_batch_size,
+        "lr": rates[0]["lr"],
+        "images_per_s": images_per_s,
+        "mfu": mfu,  # model FLOPs utilisation: a plain DiT's FLOPs over what a large matrix product reaches here
         "memory_gib": memory,
     }
     try:
@@ -582,7 +463,7 @@ def report(
             file.write(json.dumps(metrics) + "\n")
     except OSError as error:
         logger.error(f"COULD NOT WRITE {run / 'metrics.jsonl'}: {error.strerror}; training goes on")
-    left = timedelta(seconds=round((args.max_steps - done) / speed))
+    left = timedelta(seconds=round((args.max_steps - done) * args.global_batch_size / images_per_s))
     losses = "  ".join(
         f"{name} {value:.4f}" for name, value in means.items() if name in ("loss", "mse") and value is not None
     )
@@ -590,7 +471,7 @@ def report(
         f"step {done:07d}/{args.max_steps:07d}  {losses or 'no finite loss'}  "
         + (f"entropy {entropy.mean():.3f}  spread {expert_spread:.4f}  " if isinstance(model, RemixDiT) else "")
         + (f"{bad:.0f} bad steps  " if bad else "")
-        + f"lr {metrics['lr']:.2e}  {metrics['images_per_s']:,.0f} images/s  {memory:.1f} GiB  {left} left"
+        + f"lr {metrics['lr']:.2e}  {images_per_s:,.0f} images/s  MFU {mfu:.2f}  {memory:.1f} GiB  {left} left"
     )
 
 
