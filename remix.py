@@ -4,6 +4,7 @@ Theta = alpha beta: expert i, which owns the timesteps t with floor(i T / N) <= 
 of the K bases weighted by row i of the coefficients alpha = softmax(pi), and has a plain DiT's shape.
 """
 
+import bisect
 import copy
 import math
 from functools import partial
@@ -147,7 +148,7 @@ class RemixDiT(nn.Module):
     def num_classes(self) -> int:
         return self.backbone.num_classes
 
-    def expert_of(self, t: Tensor) -> Tensor:
+    def expert_of(self, t: Tensor | int) -> Tensor | int:
         """The expert that owns each original timestep: the last i with floor(i T / N) <= t."""
         return (self.n_experts * (t + 1) - 1) // self.num_timesteps
 
@@ -251,17 +252,22 @@ class RemixDiT(nn.Module):
 class OneExpertAtATime(nn.Module):
     """Plain DiTs for sampling, one an interval of timesteps, with a DiT's interface.
 
-    Every batch must lie within one expert's timesteps, as a sampler's do; ValueError otherwise.
+    Every batch must lie within one expert's timesteps, as a sampler's do; ValueError otherwise. Who knows the timestep
+    without asking the device for it takes `at(timestep)` and runs that: then the host never waits.
     """
 
-    def expert_of(self, t: Tensor) -> Tensor:
+    def expert_of(self, t: int) -> int:
         raise NotImplementedError
 
     def select(self, i: int) -> DiT:
         raise NotImplementedError
 
+    def at(self, timestep: int) -> DiT:
+        """The plain DiT that serves an original timestep, until the next call."""
+        return self.select(self.expert_of(timestep))
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        first, last = torch.stack(self.expert_of(t).aminmax()).tolist()
+        first, last = map(self.expert_of, torch.stack(t.aminmax()).tolist())
         if first != last:
             raise ValueError(f"this model runs one expert at a time, the batch needs {first} to {last}")
         return self.select(first)(x, t, y)
@@ -272,7 +278,7 @@ class OneExpertAtATime(nn.Module):
 
 
 class FoldedRemixDiT(OneExpertAtATime):
-    """A RemixDiT as one plain DiT, whose weights become the expert's whenever the expert changes."""
+    """A RemixDiT as one plain DiT, whose weights become the expert's, in place, whenever the expert changes."""
 
     def __init__(self, remix: RemixDiT):
         super().__init__()
@@ -280,7 +286,7 @@ class FoldedRemixDiT(OneExpertAtATime):
         self.dit = remix.expert(0)
         self.folded = 0
 
-    def expert_of(self, t: Tensor) -> Tensor:
+    def expert_of(self, t: int) -> int:
         return self.remix.expert_of(t)
 
     def select(self, i: int) -> DiT:
@@ -299,10 +305,10 @@ class IndependentExperts(OneExpertAtATime):
     def __init__(self, models: list[DiT], bounds: list[int]):
         super().__init__()
         self.models = nn.ModuleList(models)
-        self.register_buffer("inner_bounds", torch.tensor(bounds[1:-1], dtype=torch.long), persistent=False)
+        self.bounds = list(bounds)
 
-    def expert_of(self, t: Tensor) -> Tensor:
-        return torch.bucketize(t, self.inner_bounds, right=True)
+    def expert_of(self, t: int) -> int:
+        return bisect.bisect_right(self.bounds, t, 1, len(self.bounds) - 1) - 1
 
     def select(self, i: int) -> DiT:
         return self.models[i]
