@@ -1,9 +1,34 @@
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, run
+from conftest import GOLDEN, ROOT, run
+from PIL import Image
 
-from evaluator import AdmInception, GaussianStatistics, frechet_distance, inception_score, precision_recall
+from evaluator import (
+    AdmInception,
+    GaussianStatistics,
+    fid_bias,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of activations for each test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "remix-dit"
+
+
+def test_the_scores_need_no_network_library():
+    script = "import sys, evaluator; sys.exit('torch_fidelity' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +63,10 @@ def test_frechet_distance_by_scipy():
     import scipy.linalg
 
     generator = np.random.default_rng(0)
-    a, b = generator.normal(size=(200, 30)) @ generator.normal(size=(30, 30)), generator.normal(size=(300, 30)) + 0.3
+    a, b = (
+        generator.normal(size=(700, 300)) @ generator.normal(size=(300, 300)),
+        generator.normal(size=(900, 300)) + 0.3,
+    )
     (mu1, s1), (mu2, s2) = statistics(a), statistics(b)
     expected = ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
     assert frechet_distance(mu1, s1, mu2, s2) == pytest.approx(expected, rel=1e-8)
@@ -47,10 +75,53 @@ def test_frechet_distance_by_scipy():
         frechet_distance(mu1, s1, mu2[:5], s2[:5, :5])
 
 
+@pytest.mark.parametrize(("n", "m"), [(40, 400), (400, 40), (40, 50)])
+@pytest.mark.parametrize("decay", [0, 3])
+def test_frechet_distance_of_singular_covariances(n, m, decay):
+    """From fewer images than features; the trace of the root is the sum of singular values of the rows' own product."""
+    generator = np.random.default_rng(0)
+    scale = np.arange(1, 101.0) ** -decay
+    a, b = generator.normal(size=(n, 100)) * scale, generator.normal(size=(m, 100)) * scale * 1.1
+    centred = [(rows - rows.mean(0)) / np.sqrt(len(rows) - 1) for rows in (a, b)]
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + sum((rows**2).sum() for rows in centred)
+    expected -= 2 * np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    assert frechet_distance(*statistics(a), *statistics(b)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("n", "tails"), [(1200, "light"), (1200, "heavy"), (600, "light")])
+def test_fid_bias_of_known_gaussians(n, tails):
+    """The FID of n draws less that of the distribution they are drawn from, over 10 draws."""
+    generator = np.random.default_rng(0)
+    d = 200
+    ref = np.zeros(d), np.diag(np.linspace(1, 0.01, d))
+    mu, deviation = np.full(d, 0.05), np.sqrt(np.linspace(0.8, 0.02, d))
+    limit = frechet_distance(*ref, mu, np.diag(deviation**2))
+    found, estimated = [], []
+    for _ in range(10):
+        rows = generator.normal(size=(n, d))
+        if tails == "heavy":
+            rows *= np.sqrt(generator.gamma(1.5, 1 / 1.5, size=(n, 1)))  # the covariance stays as it is
+        rows = mu + rows * deviation
+        fid = frechet_distance(*ref, *statistics(rows))
+        found.append(fid - limit)
+        estimated.append(fid_bias(*ref, torch.from_numpy(rows), fid))
+    assert np.mean(estimated) == pytest.approx(np.mean(found), rel=0.1 if n > 1000 else 0.25)
+    assert np.std(estimated) < 0.1 * np.mean(found)
+
+
 @pytest.mark.parametrize(("score", "split"), [("isc", 5000), ("isc_split200", 200)])
 def test_inception_score(g, score, split):
     probs = torch.softmax(torch.from_numpy(g["sample_pool"] @ g["logit_weight"]), dim=1)
     assert inception_score(probs, split) == pytest.approx(float(g[score]), rel=1e-4)
+
+
+def test_inception_score_by_the_definition():
+    probs = np.random.default_rng(0).dirichlet(np.full(1008, 0.05), size=12) + 1e-30
+    scores = []
+    for part in (probs[:5], probs[5:10], probs[10:]):  # consecutive, the last one shorter
+        mean = part.mean(0)
+        scores.append(np.exp(np.mean([sum(p * (np.log(p) - np.log(mean))) for p in part])))
+    assert inception_score(probs, 5) == pytest.approx(np.mean(scores), rel=1e-6)
 
 
 def test_inception_score_with_zero_probabilities():
@@ -63,17 +134,52 @@ def test_precision_recall(g):
     assert recall == pytest.approx(float(g["recall"]), abs=0.01)
 
 
-def test_precision_recall_by_the_definition():
+@pytest.mark.parametrize("block", [7, 32, 1024])
+def test_precision_recall_by_the_definition(block):
     generator = np.random.default_rng(1)
-    ref, sample = generator.normal(size=(60, 3)), generator.normal(size=(50, 3)) * 1.7
+    ref, sample = generator.normal(size=(60, 3)) + 50, generator.normal(size=(50, 3)) * 1.7 + 50
 
     def share(points, centres):
         radii = np.sort(np.linalg.norm(centres[:, None] - centres, axis=-1), axis=1)[:, 3]
         return (np.linalg.norm(points[:, None] - centres, axis=-1) <= radii).any(1).mean()
 
-    assert precision_recall(ref, sample) == pytest.approx((share(sample, ref), share(ref, sample)))
+    found = precision_recall(ref, sample, block=block)
+    assert found == pytest.approx((share(sample, ref), share(ref, sample)))
+    assert 0.2 < found[0] < found[1] < 1
     with pytest.raises(ValueError, match="more than 3"):
         precision_recall(ref[:3], sample)
+
+
+def test_precision_recall_of_many_features():
+    """3,000 x 256 in float32 decide as float64 does, but for one point in 10,000."""
+    generator = np.random.default_rng(2)
+    common = generator.normal(size=(32, 256))
+    ref, sample = (np.maximum(generator.normal(size=(3000, 32)) @ common / 6 + 0.5, 0).astype("f") for _ in range(2))
+    sample = sample * 0.8 + 0.2 * np.roll(sample, 1, axis=0)
+
+    def squared(a, b):
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        return (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
+
+    def share(points, centres):
+        return (squared(points, centres) <= np.sort(squared(centres, centres), axis=1)[:, 3]).any(1).mean()
+
+    found = precision_recall(ref, sample)
+    assert found == pytest.approx((share(sample, ref), share(ref, sample)), abs=1e-4)
+    assert min(found) < 0.98
+
+
+def test_kernel_distance_by_the_definition():
+    """Subsets as large as the set are the set: the unbiased estimate of MMD^2 with the kernel (x y / D + 1)^3."""
+    generator = np.random.default_rng(3)
+    x, y = generator.normal(size=(40, 6)), generator.normal(size=(40, 6)) + 0.5
+
+    def kernel(a, b):
+        return [[(np.dot(u, v) / 6 + 1) ** 3 for v in b] for u in a]
+
+    same = [np.sum(kernel(a, a)) - np.trace(kernel(a, a)) for a in (x, y)]
+    expected = sum(same) / (40 * 39) - 2 * np.mean(kernel(x, y))
+    assert kernel_distance(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected, rel=1e-6)
 
 
 class Toy(torch.nn.Module):
