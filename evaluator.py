@@ -46,43 +46,38 @@ def main(args: argparse.Namespace):
     if args.weights and not Path(args.weights).is_file():
         raise UserError(f"--weights {args.weights}: no such file")
 
-    # Load the networks, and try them on every file that they have not seen.
+    # Say what the networks are, and try them on every file that they have not seen.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # whose rounding would show in the scores
     how = dict(device=device, batch_size=args.batch_size, cache=None if args.cache == "none" else Path(args.cache))
     name = content_hash(args.weights) if args.weights else "inception-2015-12-05"
-    inception = Activations(lambda: load_network(args.weights), name, **how)
-    dinov2 = Activations(load_dinov2, "dinov2-vit-l-14", **how) if "fd-dinov2" in args.also else None
+    networks = {"": Activations(lambda: load_network(args.weights), name, **how)}
+    if "fd-dinov2" in args.also and has_images(args.reference):
+        networks["_dinov2"] = Activations(load_dinov2, "dinov2-vit-l-14", **how)
     for path in filter(has_images, paths):
-        inception.check(path)
-        if dinov2 and all(map(has_images, paths)):
-            dinov2.check(path)
+        for network in networks.values():
+            network.check(path)
 
     # Score one file of samples after another.
-    ref = describe(args.reference, inception, dinov2)
+    ref = describe(args.reference, networks)
     if args.save_stats:
         with atomic_write(args.save_stats) as temporary, open(temporary, "wb") as file:
             np.savez(file, **{key: ref[key] for key in STATISTICS})
     table = []
     for path in args.samples:
-        sample = describe(path, inception, dinov2)
+        sample = describe(path, networks)
         check_match(args.reference, ref, path, sample)
-        scores = evaluate(ref, sample, args.also, device)
-        missing = [key for key, value in scores.items() if math.isnan(value)]
-        if missing:
-            without = " and ".join(str(file) for file in (args.reference, path) if not has_images(file))
-            print(f"note: {without} holds statistics alone, so there is no {', '.join(missing)}", file=sys.stderr)
-        if has_images(path) and not has_statistics(path) and len(sample["pools"]) != USUAL_COUNT:
-            warn_of_bias(path, ref, sample, scores["FID"])
-        table.append(scores)
+        table.append(evaluate(ref, sample, args.also, device))
+        remark(args.reference, ref, path, sample, table[-1])
         if len(args.samples) == 1:
-            for key, value in scores.items():
+            for key, value in table[0].items():
                 print(f"{key}: {value}")
-            print(" & ".join(map(shortened, scores, scores.values())) + r" \\")
+            print(" & ".join(map(shortened, table[0], table[0].values())) + r" \\")
         else:
-            width = max(len(path) for path in args.samples)
+            width = max(map(len, args.samples))
             if len(table) == 1:
-                print(" " * width, *scores, sep="  ")
-            row = [shortened(key, value).rjust(len(key)) for key, value in scores.items()]
+                print(" " * width, *(f"{key:>8}" for key in table[0]), sep="  ")
+            row = (shortened(key, value).rjust(max(8, len(key))) for key, value in table[-1].items())
             print(path.ljust(width), *row, sep="  ", flush=True)
     if args.json and table:
         table = [{key: None if math.isnan(value) else value for key, value in row.items()} for row in table]
@@ -91,13 +86,13 @@ def main(args: argparse.Namespace):
             temporary.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def describe(path, inception: "Activations", dinov2: "Activations | None") -> dict[str, np.ndarray]:
-    """What the scores need of a file: statistics (its own, if it holds any) and, if it holds images, activations."""
-    found = inception(path) if has_images(path) else {}
-    found |= read_statistics(path) if has_statistics(path) else {}
-    if dinov2 and has_images(path):
-        found |= {f"{key}_dinov2": value for key, value in dinov2(path).items()}
-    return found
+def describe(path, networks: dict[str, "Activations"]) -> dict[str, np.ndarray]:
+    """What the scores need of a file: what the networks make of its images, and statistics (its own, if it holds any)."""
+    found = {}
+    if has_images(path):
+        for suffix, network in networks.items():
+            found |= {f"{key}{suffix}": value for key, value in network(path).items()}
+    return found | (read_statistics(path) if has_statistics(path) else {})
 
 
 def check_match(reference, ref: dict, path, sample: dict):
@@ -136,10 +131,16 @@ def shortened(name: str, value: float) -> str:
     return f"{value:.{5 if name == 'KID' else 2}f}"
 
 
-def warn_of_bias(path, ref: dict, sample: dict, fid: float):
-    """Say how much the number of samples adds to their FID."""
+def remark(reference, ref: dict, path, sample: dict, scores: dict[str, float]):
+    """Say which scores there cannot be, and how much an unusual number of samples adds to their FID."""
+    without = [str(file) for file in (reference, path) if not has_images(file)]
+    if without:
+        missing = ", ".join(key for key, value in scores.items() if math.isnan(value))
+        print(f"note: {' and '.join(without)} without images: no {missing}", file=sys.stderr)
+    if not has_images(path) or has_statistics(path) or len(sample["pools"]) == USUAL_COUNT:
+        return
     count, width = sample["pools"].shape
-    bias = fid_bias(ref["mu"], ref["sigma"], torch.from_numpy(sample["pools"]), fid)
+    bias = fid_bias(ref["mu"], ref["sigma"], torch.from_numpy(sample["pools"]), scores["FID"])
     about = "about" if count > 2 * width else "very roughly"  # the law needs more samples than features
     print(
         f"warning: {path} has {count:,} images, not the usual {USUAL_COUNT:,}: this alone makes its FID {about} "
