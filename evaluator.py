@@ -40,7 +40,7 @@ EXTRA = {"kid": "KID", "fd-dinov2": "FD-DINOv2"}
 def main(args: argparse.Namespace):
     if not args.samples and not args.save_stats:
         raise UserError("no samples to score: name them after the reference (or give --save-stats)")
-    paths = [args.reference, *args.samples]
+    paths, also = [args.reference, *args.samples], args.also or []
     for path in paths:
         check_file(path)
     if args.weights and not Path(args.weights).is_file():
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace):
     how = dict(device=device, batch_size=args.batch_size, cache=None if args.cache == "none" else Path(args.cache))
     name = content_hash(args.weights) if args.weights else "inception-2015-12-05"
     networks = {"": Activations(lambda: load_network(args.weights), name, **how)}
-    if "fd-dinov2" in args.also and has_images(args.reference):
+    if "fd-dinov2" in also and has_images(args.reference):
         networks["_dinov2"] = Activations(load_dinov2, "dinov2-vit-l-14", **how)
     for path in filter(has_images, paths):
         for network in networks.values():
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace):
     for path in args.samples:
         sample = describe(path, networks)
         check_match(args.reference, ref, path, sample)
-        table.append(evaluate(ref, sample, args.also, device))
+        table.append(evaluate(ref, sample, also, device))
         remark(args.reference, ref, path, sample, table[-1])
         if len(args.samples) == 1:
             for key, value in table[0].items():
@@ -144,7 +144,7 @@ def remark(reference, ref: dict, path, sample: dict, scores: dict[str, float]):
     about = "about" if count > 2 * width else "very roughly"  # the law needs more samples than features
     print(
         f"warning: {path} has {count:,} images, not the usual {USUAL_COUNT:,}: this alone makes its FID {about} "
-        f"{bias * (1 - count / USUAL_COUNT):+.2f} ({bias:+.2f} beside infinitely many; arXiv 1911.07023)",
+        f"{bias * (1 - count / USUAL_COUNT):+.3g} ({bias:+.3g} beside infinitely many; arXiv 1911.07023)",
         file=sys.stderr,
     )
 
@@ -599,7 +599,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images at a time")
     parser.add_argument(
-        "--also", type=extra_scores, default=[], metavar="NAMES", help=f"further scores: {', '.join(EXTRA)}, or both"
+        "--also", type=extra_scores, metavar="NAMES", help=f"further scores: {', '.join(EXTRA)}, or both"
     )
     parser.add_argument("--json", metavar="PATH", help="write the scores there too")
     parser.add_argument("--save-stats", metavar="PATH", help="write the reference's statistics there (.npz)")
@@ -607,6 +607,6 @@ if __name__ == "__main__":
         "--cache",
         metavar="FOLDER",
         default=os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "remix-dit"),
-        help="where activations are kept, some 10 KB an image; or none",
+        help="where activations are kept, 8 KB an image and 70 MB a file; or none",
     )
     run_script(main, parser)

@@ -305,9 +305,7 @@ def test_few_samples_are_warned_of(files):
     ref = statistics(pools[0].numpy())
     bias = fid_bias(*ref, pools[1], frechet_distance(*ref, *statistics(pools[1].numpy())))
     assert bias > 0
-    expected = (
-        f"90 images, not the usual 50,000: this alone makes its FID about {bias * (1 - 90 / 50_000):+.2f} ({bias:+.2f}"
-    )
+    expected = f"90 images, not the usual 50,000: this alone makes its FID about {bias * (1 - 90 / 50_000):+.3g} ({bias:+.3g} beside"
     assert expected in done.stderr
 
 
