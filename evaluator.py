@@ -51,9 +51,9 @@ def main(args: argparse.Namespace):
     torch.backends.cudnn.allow_tf32 = False  # whose rounding would show in the scores
     how = dict(device=device, batch_size=args.batch_size, cache=None if args.cache == "none" else Path(args.cache))
     name = content_hash(args.weights) if args.weights else "inception-2015-12-05"
-    networks = {"": Activations(lambda: load_network(args.weights), name, **how)}
+    networks = {"": Activations(lambda: load_network(args.weights), name, 3, **how)}
     if "fd-dinov2" in also and has_images(args.reference):
-        networks["_dinov2"] = Activations(load_dinov2, "dinov2-vit-l-14", **how)
+        networks["_dinov2"] = Activations(load_dinov2, "dinov2-vit-l-14", 1, **how)
     for path in filter(has_images, paths):
         for network in networks.values():
             network.check(path)
@@ -265,7 +265,7 @@ class GaussianStatistics:
         self.count, self.shift = 0, None
 
     def add(self, rows: Tensor, block: int = 256):
-        rows = rows.double()
+        rows = torch.as_tensor(rows).double()
         if self.shift is None:
             self.shift = rows.mean(0)
             self.sum, self.outer = torch.zeros_like(self.shift), rows.new_zeros(rows.shape[1], rows.shape[1])
@@ -368,11 +368,13 @@ def load_network(weights: str | None):
 class Activations:
     """What one network makes of files, kept in the folder `cache` under the hashes of the file and of the network.
 
-    The network is loaded for the first file that is not there. `name` tells it from others.
+    The network is loaded for the first file that is not there. `name` tells it from others; `outputs` are 3 (pooled and
+    spatial features, logits) or 1 (pooled features).
     """
 
-    def __init__(self, load, name: str, cache: Path | None, batch_size: int, device: torch.device):
-        self.load, self.name, self.cache, self.batch_size, self.device = load, name, cache, batch_size, device
+    def __init__(self, load, name: str, outputs: int, cache: Path | None, batch_size: int, device: torch.device):
+        self.load, self.name, self.outputs = load, name, outputs
+        self.cache, self.batch_size, self.device = cache, batch_size, device
         self.entries: dict[str, Path] = {}
 
     @cached_property
@@ -387,9 +389,12 @@ class Activations:
             return
         network = self.network
         try:
-            self.run(network, next(read_images(path, 2))[0])
+            outputs = self.run(network, next(read_images(path, 2))[0])
+            shapes = [tuple(output.shape) for output in outputs]
         except Exception as error:  # an exported program's own complaint
             raise UserError(f"the network does not take the images of {path}: {str(error)[:200]}") from None
+        if len(outputs) != self.outputs or any(len(shape) != 2 or shape[0] != 2 for shape in shapes):
+            raise UserError(f"the network makes {shapes} of 2 images, not {self.outputs} rows of numbers for each")
 
     def __call__(self, path) -> dict[str, np.ndarray]:
         """Statistics of the pooled and spatial features, all pooled features, and the Inception Score of a checked file."""
@@ -599,7 +604,10 @@ if __name__ == "__main__":
     )
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images at a time")
     parser.add_argument(
-        "--also", type=extra_scores, metavar="NAMES", help=f"further scores: {', '.join(EXTRA)}, or both"
+        "--also",
+        type=extra_scores,
+        metavar="NAMES",
+        help="further scores: kid, fd-dinov2 (for which torch.hub fetches and runs facebookresearch/dinov2), or both",
     )
     parser.add_argument("--json", metavar="PATH", help="write the scores there too")
     parser.add_argument("--save-stats", metavar="PATH", help="write the reference's statistics there (.npz)")
