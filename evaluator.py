@@ -96,12 +96,12 @@ def describe(path, networks: dict[str, "Activations"]) -> dict[str, np.ndarray]:
 
 
 def check_match(reference, ref: dict, path, sample: dict):
-    """Raise UserError where the statistics of two files are not of the same features, or are not finite."""
+    """Raise UserError where two files are not described by the same features, or by any that are not finite."""
     for name, key in (("pooled", "mu"), ("spatial", "mu_s")):
         if len(ref[key]) != len(sample[key]):
             raise UserError(f"{reference} has {len(ref[key])} {name} features, {path} has {len(sample[key])}")
     for where, found in ((reference, ref), (path, sample)):
-        if not all(np.isfinite(found[key]).all() for key in STATISTICS):
+        if not all(np.isfinite(values).all() for values in found.values()):
             raise UserError(f"the features of {where} are not finite")
 
 
@@ -234,7 +234,8 @@ def _slices(points: Tensor, block: int) -> list[slice]:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    return torch.addmm(b.square().sum(1), a, b.T, alpha=-2).add_(a.square().sum(1, keepdim=True)).clamp_(min=0)
+    squares = torch.linalg.vecdot(b, b), torch.linalg.vecdot(a, a)[:, None]
+    return torch.addmm(squares[0], a, b.T, alpha=-2).add_(squares[1]).clamp_(min=0)
 
 
 def _radii(points: Tensor, k: int, block: int, bar: tqdm) -> Tensor:
