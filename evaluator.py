@@ -497,10 +497,8 @@ def read_statistics(path) -> dict[str, np.ndarray]:
         for name in STATISTICS:
             with archive.open(f"{name}.npy") as file:
                 shape, _, dtype = read_header(path, file, archive.getinfo(f"{name}.npy").file_size)
-                dimensions = 2 if name.startswith("sigma") else 1
-                if (len(shape), len(set(shape)), dtype.kind) != (dimensions, 1, "f") or not 0 < shape[
-                    0
-                ] <= MOST_FEATURES:
+                fits = shape == ((shape or (0,))[0],) * (2 if name.startswith("sigma") else 1)
+                if not fits or not 0 < shape[0] <= MOST_FEATURES or dtype.kind != "f":
                     raise UserError(f"{path}: {name}, {dtype} {shape}, is no statistic of features")
     with np.load(path, allow_pickle=False) as file:
         found = {name: file[name] for name in STATISTICS}
@@ -550,7 +548,7 @@ def read_images(path, batch_size: int):
 
 def list_images(folder) -> list[Path]:
     """The PNG and JPEG files at any depth below a folder, sorted."""
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
 def read_folder(folder, batch_size: int):

@@ -433,6 +433,8 @@ def test_dinov2_that_cannot_be_had(files, hub):
         (lambda path: save_statistics(path, mu=np.zeros(11)), "mu (11,) and sigma (12, 12) do not match"),
         (lambda path: save_statistics(path, mu=np.zeros(11), sigma=np.eye(11)), "has 12 pooled features"),
         (lambda path: save_statistics(path, sigma_s=np.eye(16)[:5]), "is no statistic"),
+        (lambda path: save_statistics(path, mu=np.array(0.0)), "is no statistic"),
+        (lambda path: save_statistics(path, mu=np.zeros(12, int)), "is no statistic"),
         (lambda path: save_statistics(path, mu=np.full(12, np.nan)), "are not finite"),
         (lambda path: save_images(path, (8, 8), (8, 8), (8, 8)), "holds 3 images"),
         (lambda path: save_images(path, *[(8, 8)] * 70, (8, 9)), "0070.png is 8x9, "),
