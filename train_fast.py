@@ -53,6 +53,7 @@ from diffusion import create_diffusion
 from distributed import PRECISIONS, World, rank0_logger, seed_for, setup, world_size
 from features import FeatureDataset, GlobalBatches
 from models import DiT, DiT_models
+from plan import PEAK, USED, AssumedFeatures, static_memory, step_costs
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models, deal_timesteps
 
 RUN_OPTIONS = [
@@ -76,6 +77,9 @@ STOP_CHECK = 4  # steps between the processes' agreements on whether to stop
 
 
 def main(args: argparse.Namespace):
+    if args.dry_run:
+        return dry_run(args)
+
     # Check the whole plan before any device or process group is touched.
     dataset = FeatureDataset(args.data_path)
     resolve_defaults(args, dataset)
@@ -219,6 +223,39 @@ def main(args: argparse.Namespace):
     writer.wait()
     restore_signals()
     logger.info("done")
+
+
+def dry_run(args: argparse.Namespace):
+    """Print what the run would be and what it would take. Touches no device, reads no weights and needs no features."""
+    assumed = not Path(args.data_path).exists()
+    dataset = AssumedFeatures(args.image_size or 256) if assumed else FeatureDataset(args.data_path)
+    args.precision = args.precision or "bf16"
+    resolve_defaults(args, dataset)
+    start, args.load_weight = args.load_weight or "scratch", None  # the weights' shapes are the model's
+    with torch.device("meta"):
+        model = make_model(args, dataset)
+    images, groups, experts = args.global_batch_size // world_size() // args.grad_accum, None, ""
+    if isinstance(model, RemixDiT):
+        groups = images // math.gcd(images, args.global_batch_size // args.experts_per_batch)
+        experts = f", {args.experts_per_batch} experts a batch"
+    where = f"ImageNet, assumed: there is no {args.data_path}" if assumed else f"from {args.data_path}"
+    print(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:,.2f} M parameters, from {start}")
+    print(f"{len(dataset):,} images of {args.num_classes:,} classes as {' x '.join(map(str, dataset.shape))} ({where})")
+    print(
+        f"{args.max_steps:,} steps of batch {args.global_batch_size} on {world_size()} GPUs, {args.precision}{experts}"
+    )
+    flops, activations = step_costs(model, create_diffusion(), images, groups, PRECISIONS[args.precision])
+    memory = static_memory(model) | {f"activations of {images} images (estimate, not compiled)": activations}
+    parts = ", ".join(f"{size / 2**30:.2f} {name}" for name, size in memory.items())
+    print(f"memory a GPU: {sum(memory.values()) / 2**30:.1f} GiB: {parts}")
+    try:
+        print(disk_plan(args, Path(args.results_dir) / args.prefix, model, 0))
+    except UserError as error:
+        print(f"on this machine: {error}")
+    print(
+        f"time: {args.max_steps * args.grad_accum * flops / (USED * PEAK) / 3600:,.2f} hours "
+        f"(estimate: {args.grad_accum * flops / 1e12:.2f} TFLOP a step and GPU, at {USED:.0%} of {PEAK / 1e12:.0f} TFLOP/s, A100)"
+    )
 
 
 class StopSignal:
@@ -624,6 +661,11 @@ if __name__ == "__main__":
         "--resume", metavar="PATH|auto", help="go on from a checkpoint, or from the run's newest if it has one (auto)"
     )
     group.add_argument("--global-seed", type=seed_int, default=0, help="seed of everything that is drawn")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print sizes, memory and time, and end; needs no GPU and no data (WORLD_SIZE=8 in front: for 8 GPUs)",
+    )
     group = parser.add_argument_group("the model")
     group.add_argument(
         "--model",
