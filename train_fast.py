@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from autoencoder import Pixels, load_autoencoder
 from checkpoint import (
     PUBLISHED_VAE,
     CheckpointWriter,
@@ -52,6 +53,7 @@ from common import (
 from diffusion import create_diffusion
 from distributed import PRECISIONS, World, rank0_logger, seed_for, setup, world_size
 from features import FeatureDataset, GlobalBatches
+from loggers import Board, Gallery, logger_names
 from models import DiT, DiT_models
 from plan import PEAK, USED, AssumedFeatures, static_memory, step_costs
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models, deal_timesteps
@@ -89,6 +91,7 @@ def main(args: argparse.Namespace):
     run = Path(args.results_dir) / args.prefix
     state, damaged = find_resume(args, run, config)
     first_step = state["step"] if state else 0
+    autoencoder, showing = choose_decoder(args, dataset)
     space = disk_plan(args, run, model, first_step)
 
     # Initialize.
@@ -114,7 +117,7 @@ def main(args: argparse.Namespace):
         dataset,
         model,
         first_step,
-        [*(f"SKIPPED {path}: {reason}" for path, reason in damaged.items()), space],
+        [*(f"SKIPPED {path}: {reason}" for path, reason in damaged.items()), space, showing],
     )
 
     # Setup training state.
@@ -146,6 +149,8 @@ def main(args: argparse.Namespace):
     diffusion = create_diffusion(**config["diffusion"])
     rows = slice(*(rank * args.global_batch_size // world.size for rank in (world.rank, world.rank + 1)))
     writer = CheckpointWriter(run / "checkpoints", logger, args.keep, args.keep_every)
+    board = Board(args.log_to if world.is_main else [], run, config, first_step, logger)
+    gallery = Gallery(run, config, autoencoder, world, board, logger) if world.is_main and args.sample_every else None
 
     def save(done: int):
         state = {"config": config, "step": done, "window": window.state()}
@@ -155,7 +160,7 @@ def main(args: argparse.Namespace):
 
     # Train.
     clock, clock_step = time.perf_counter(), first_step
-    with prefetched(args, dataset, range(first_step, args.max_steps), rows, world) as batches:
+    with closing(board), prefetched(args, dataset, range(first_step, args.max_steps), rows, world) as batches:
         for step in range(first_step, args.max_steps):
             progress = step / args.max_steps
             for group in optimizer.param_groups:
@@ -201,10 +206,12 @@ def main(args: argparse.Namespace):
             last = done == args.max_steps
             if done % args.log_every == 0 or last:
                 speed = (done - clock_step) / (time.perf_counter() - clock)
-                report(args, world, run, logger, model, optimizer, window, prior_weight, done, speed)
+                report(args, world, run, logger, board, model, optimizer, window, prior_weight, done, speed)
                 clock, clock_step = time.perf_counter(), done
             if done % args.ckpt_every == 0 or last:
                 save(done)
+            if gallery and done % args.sample_every == 0:
+                gallery.draw(done, ema)  # the other processes wait in the next step
             if world.size > 1 and done % STOP_CHECK and not last:
                 continue
             hopeless = window.longest_streak() >= args.max_bad_steps
@@ -504,6 +511,23 @@ def find_resume(args: argparse.Namespace, run: Path, config: dict) -> tuple[dict
     return state, damaged
 
 
+def choose_decoder(args: argparse.Namespace, dataset: FeatureDataset) -> tuple[Pixels | None, str]:
+    """What turns samples into images (None: nothing does, they are shown as they are), and a line that says what will be drawn."""
+    if not args.sample_every:
+        return None, "no pictures (--sample-every 0)"
+    when = f"pictures every {args.sample_every:,} steps"
+    if list(args.timesteps) != [0, 1000]:
+        return None, f"{when}, without samples: an expert for some of the timesteps cannot sample alone"
+    name = args.vae or ("none" if dataset.vae == "none" else None)
+    if name is None:
+        return None, f"{when}; of samples three latent channels, as colours (--vae decodes them)"
+    autoencoder = load_autoencoder(name)
+    if dataset.shape[0] not in autoencoder.channels:
+        raise UserError(f"--vae {name} does not decode features of {dataset.shape[0]} channels, as in {args.data_path}")
+    autoencoder.scale = dataset.scale or PUBLISHED_VAE["scale"]
+    return autoencoder, when
+
+
 def flatten(config: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat = {}
@@ -579,6 +603,7 @@ def report(
     world: World,
     run: Path,
     logger,
+    board: Board,
     model,
     optimizer,
     window: Window,
@@ -586,7 +611,7 @@ def report(
     done: int,
     speed: float,
 ):
-    """One line for people in log.txt and one for programs in metrics.jsonl: means since the last one."""
+    """One line for people in log.txt and one for programs in metrics.jsonl, and the loggers: means since the last one."""
     means, (bad, *_) = window.read()
     if not world.is_main:
         return
@@ -619,6 +644,8 @@ def report(
             file.write(json.dumps(metrics) + "\n")
     except OSError as error:
         logger.error(f"COULD NOT WRITE {run / 'metrics.jsonl'}: {error.strerror}; training goes on")
+    numbers = {name: np.mean(value) if name == "entropy" else value for name, value in metrics.items()}
+    board.numbers(done, {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)})
     left = timedelta(seconds=round((args.max_steps - done) / speed))
     losses = "  ".join(
         f"{name} {value:.4f}" for name, value in means.items() if name in ("loss", "mse") and value is not None
@@ -759,4 +786,17 @@ if __name__ == "__main__":
     )
     group.add_argument("--log-every", type=positive_int, default=100, help="steps")
     group.add_argument("--ckpt-every", type=positive_int, default=10_000, help="steps")
+    group.add_argument(
+        "--sample-every",
+        type=number(int, 0),
+        default=10_000,
+        help="steps between pictures of samples and coefficients in the run's folder; 0 for none (one costs a few steps' time)",
+    )
+    group.add_argument(
+        "--vae",
+        help="decodes the samples: ema, mse, a hub name or a local folder (default: latents are shown as colours)",
+    )
+    group.add_argument(
+        "--log-to", type=logger_names, default=[], metavar="NAMES", help="tensorboard, wandb, or both with a comma"
+    )
     run_script(main, parser)
