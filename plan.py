@@ -21,7 +21,7 @@ class AssumedFeatures:
             raise UserError(f"--image-size {image_size} is not a multiple of the VAE's 8")
         self.image_size, self.shape, self.views = image_size, (4, image_size // 8, image_size // 8), 2
         self.labels, self.classes = torch.tensor([0, 999]), None
-        self.vae, self.scale = None, None
+        self.vae, self.scale, self.store = None, None, "draw"
 
     def __len__(self) -> int:
         return 1_281_167

@@ -464,6 +464,9 @@ def describe(args: argparse.Namespace, dataset: FeatureDataset, model: DiT | Rem
     vae = {"vae": dataset.vae, "scale": dataset.scale} if dataset.vae else PUBLISHED_VAE
     size = dataset.image_size or args.image_size or 256
     data = dict(images=len(dataset), image_size=size, classes=dataset.classes, **vae)
+    data |= (
+        {"store": dataset.store} if dataset.store != "draw" else {}
+    )  # unsaid in the checkpoints from before the choice
     return {
         "model": model_config(args.model, model),
         "diffusion": {},
