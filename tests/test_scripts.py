@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run, training
-from test_faults import wait_for
+from test_faults import wait_for, workers
 from test_train import assert_same_weights, losses
 
 SCRIPTS = sorted([*(ROOT / "scripts").iterdir(), *(ROOT / "recipes").iterdir()])
@@ -34,9 +34,10 @@ def test_shellcheck_has_nothing_to_say(script):
     assert done.returncode == 0, done.stdout
 
 
-def test_a_job_on_two_nodes_is_stopped_requeued_and_finished(features, tmp_path):
-    """What is left is the run of a single process, within rounding."""
-    flags = [*training(features, tmp_path, "one"), "--max-steps", 60, "--lr", 1e-4]
+@pytest.mark.faults
+def test_a_job_on_two_nodes_is_stopped_requeued_killed_and_finished(features, tmp_path):
+    """A signal to the job, then a SIGKILL to one of its processes; what is left is the run of one process, within rounding."""
+    flags = [*training(features, tmp_path, "one"), "--max-steps", 200, "--lr", 1e-4]
     run("train_fast.py", *flags)
 
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -48,13 +49,13 @@ def test_a_job_on_two_nodes_is_stopped_requeued_and_finished(features, tmp_path)
     environment = os.environ | {f"SLURM_{name}": str(value) for name, value in slurm.items()}
     environment["PATH"] = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment["SCONTROL_LOG"] = str(tmp_path / "scontrol.log")
-    flags = [*training(features, tmp_path, "two"), "--max-steps", 60, "--lr", 1e-4]
+    flags = [*training(features, tmp_path, "two-nodes"), "--max-steps", 200, "--lr", 1e-4]
     command = ["bash", "scripts/train.sbatch", *map(str, flags)]
 
     def start() -> subprocess.Popen:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
-    batch, metrics = start(), tmp_path / "two/metrics.jsonl"
+    batch, metrics = start(), tmp_path / "two-nodes/metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3)
     batch.send_signal(signal.SIGUSR1)
     _, said = batch.communicate(timeout=90)
@@ -64,13 +65,17 @@ def test_a_job_on_two_nodes_is_stopped_requeued_and_finished(features, tmp_path)
     assert (tmp_path / "scontrol.log").read_text() == f"requeue {job}\n"
 
     environment["SLURM_RESTART_COUNT"] = "1"
-    batch = start()
+    batch, done = start(), len(losses(tmp_path / "two-nodes"))
+    wait_for(lambda: len(metrics.read_text().splitlines()) > done + 3)
+    os.kill(workers("two-nodes")[1], signal.SIGKILL)
     _, said = batch.communicate(timeout=90)
     assert batch.returncode == 0, said[-3000:]
-    assert "resumed from" in said
+    assert said.count("resumed from") == 2, "by the job and, on both nodes, by torchrun"
     assert (tmp_path / "scontrol.log").read_text() == f"requeue {job}\n", "a run that is done does not come back"
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
-    assert_same_weights(tmp_path / "one/checkpoints/0000060.pt", tmp_path / "two/checkpoints/0000060.pt", exact=False)
+    assert losses(tmp_path / "two-nodes") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    assert_same_weights(
+        tmp_path / "one/checkpoints/0000200.pt", tmp_path / "two-nodes/checkpoints/0000200.pt", exact=False
+    )
 
 
 def free(port: int) -> bool:
