@@ -95,6 +95,11 @@ def folder_name(text: str) -> str:
     return text
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def check_disk(folder, needed: int, what: str) -> str:
     """Say how much of the free space below `folder` it takes to write `what`, in bytes. Raises UserError if that is too much."""
     folder = Path(folder).absolute()

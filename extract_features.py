@@ -3,8 +3,9 @@
     torchrun --nnodes=1 --nproc_per_node=8 extract_features.py --data-path data/imagenet/train --features-path data/imagenet_encoded
 
 Every image is decoded, cropped to a square, encoded together with its mirror image, and stored as one draw of the
-VAE's posterior (the draw depends on the seed and the image's number alone). Shards are dealt to the processes; what is
-written does not depend on how many there are. Started again after an interruption, it goes on with what is missing.
+VAE's posterior (the draw depends on the seed and the image's number alone), or, with --store moments, as the mean and
+deviation from which training draws anew each epoch. Shards are dealt to the processes; what is written does not depend
+on how many there are. Started again after an interruption, it goes on with what is missing.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from common import (
     seed_int,
 )
 from distributed import World, rank0_logger, seed_for, setup
-from features import INDEX, SHARD_SIZE, read_skipped, shard_path, write_index, write_shard
+from features import INDEX, SHARD_SIZE, STORES, read_skipped, shard_path, write_index, write_shard
 from models import DiT_models
 from remix import RemixDiT_models
 
@@ -56,6 +57,10 @@ def main(args: argparse.Namespace):
         seed=args.global_seed,
         names=hashlib.sha256(repr(names).encode()).hexdigest(),
     )
+    if args.store == "moments":  # unsaid otherwise, as it was before there was a choice
+        settings["store"] = args.store
+        if args.vae == "none":
+            raise UserError("--store moments is for a VAE's latents: with --vae none there is nothing to draw")
     if args.grayscale and args.vae != "none":
         raise UserError("--grayscale is for pixels: use it with --vae none")
     record = folder / SETTINGS
@@ -79,6 +84,7 @@ def main(args: argparse.Namespace):
         )
 
     views, channels = 2 if args.mirror else 1, 1 if args.grayscale else autoencoder.channels[-1]
+    channels *= 2 if args.store == "moments" else 1
     n_shards = -(-len(images.samples) // SHARD_SIZE)
     missing = [k for k in range(n_shards) if not shard_path(folder, "features", k).exists()]  # the last file of a shard
     n_missing = min(len(missing) * SHARD_SIZE, len(images.samples))
@@ -112,7 +118,7 @@ def main(args: argparse.Namespace):
     # Report. The index marks the set as whole.
     if world.is_main:
         described = dict(vae=args.vae, scale=autoencoder.scale, image_size=args.image_size, classes=images.classes)
-        index = write_index(folder, n_shards, **described)
+        index = write_index(folder, n_shards, **described, store=args.store)
         logger.info(
             f"Encoded {index['images']:,} images as {index['views']} x {index['shape']} each, in {n_shards} shards."
         )
@@ -187,7 +193,9 @@ def encode_shard(
         stacked = torch.stack([pixels, pixels.flip(-1)], dim=1) if args.mirror else pixels.unsqueeze(1)
         mean, deviation = autoencoder.moments(stacked.flatten(0, 1))
         mean, deviation = mean.unflatten(0, stacked.shape[:2]), deviation.unflatten(0, stacked.shape[:2])
-        if args.vae != "none":
+        if args.store == "moments":
+            mean = torch.cat([mean, deviation], dim=2)
+        elif args.vae != "none":
             draws = [
                 torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed_for(args.global_seed, i)))
                 for i, _ in batch
@@ -211,6 +219,12 @@ if __name__ == "__main__":
         "--vae",
         default="ema",
         help="ema or mse (the published ones), a hub name, a local folder, or none: pixels in [-1, 1]",
+    )
+    parser.add_argument(
+        "--store",
+        choices=STORES,
+        default="draw",
+        help="one draw of the VAE's posterior, as published, or its moments, twice the space: training draws anew each epoch",
     )
     parser.add_argument(
         "--mirror", action=argparse.BooleanOptionalAction, default=True, help="store each image's mirror image too"

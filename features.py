@@ -3,7 +3,8 @@
 A folder of features holds, for shard k of the image list (SHARD_SIZE images each, in ImageFolder order):
 features-<k>.npy [images, views, C, H, W] float32, where view 0 is the image and view 1, if stored, its mirror image;
 labels-<k>.npy [images] int64; skipped-<k>.txt, the unreadable images, if there were any. index.json, written last,
-names the VAE, its scale, the image size, the classes and the counts.
+names the VAE, its scale, the image size, the classes, the counts, and what is stored: "draw", one draw of the VAE's
+posterior, or "moments", its mean and then its standard deviation, [images, views, 2C, H, W].
 """
 
 import json
@@ -16,7 +17,9 @@ import torch
 from torch.utils.data import Dataset
 
 from common import UserError, atomic_write
+from distributed import seed_for
 
+STORES = ("draw", "moments")
 SHARD_SIZE = 1024
 INDEX = "index.json"
 OPEN_SHARDS = 128
@@ -43,12 +46,13 @@ def read_skipped(folder: Path) -> list[str]:
 
 
 def write_index(folder: Path, n_shards: int, **described) -> dict:
-    """Count the images of the shards on disk and write the index; `described` is vae, scale, image_size, classes."""
+    """Count the images of the shards on disk and write the index; `described` is vae, scale, image_size, classes, store."""
     counts = [len(np.load(shard_path(folder, "labels", shard))) for shard in range(n_shards)]
     first = next((shard for shard, count in enumerate(counts) if count), None)
     if first is None:
         raise UserError("none of the images could be read")
-    _, views, *shape = np.load(shard_path(folder, "features", first), mmap_mode="r").shape
+    _, views, channels, *sides = np.load(shard_path(folder, "features", first), mmap_mode="r").shape
+    shape = [channels // 2 if described.get("store") == "moments" else channels, *sides]
     index = {
         "format": "remix-dit-features",
         "version": 1,
@@ -67,8 +71,10 @@ def write_index(folder: Path, n_shards: int, **described) -> dict:
 class FeatureDataset(Dataset):
     """Encoded images: this project's packed shards, or the original layout of one .npy file an image.
 
-    Items are addressed as (image, view). `shape` is (C, H, W); `views` the number of stored views of each image;
-    `classes` the class names, `vae`, `scale` and `image_size` as extracted (None where the original layout does not say).
+    Items are addressed as (image, view), or as (image, view, draw): where the VAE's posterior is stored (`store` is
+    "moments"), an item is the draw of that number, a function of (draw, image, view) alone; otherwise there is but one.
+    `shape` is (C, H, W); `views` the number of stored views of each image; `classes` the class names, `vae`, `scale` and
+    `image_size` as extracted (None where the original layout does not say).
     Raises UserError for a folder that holds neither.
     """
 
@@ -93,6 +99,9 @@ class FeatureDataset(Dataset):
             index = json.loads((self.path / INDEX).read_text())
             self.vae, self.scale, self.image_size = index["vae"], index["scale"], index["image_size"]
             self.classes, self.shape, self.views = index["classes"], tuple(index["shape"]), index["views"]
+            self.store = index.get("store", "draw")
+            if self.store not in STORES:
+                raise ValueError(f"store {self.store!r}")
             self.starts = np.cumsum([0, *index["shards"]])
         except (ValueError, KeyError) as error:
             raise UserError(f"{self.path / INDEX} is not an index of features ({error!r})") from None
@@ -118,12 +127,13 @@ class FeatureDataset(Dataset):
             raise UserError(f"{self.files[0]} has shape {(self.views, *shape)}, not [views, C, H, W]")
         self.shape, self.size = tuple(shape), len(self.files)
         size = re.search(r"(\d+)_features$", features.name)
-        self.vae, self.scale, self.classes = None, None, None
+        self.vae, self.scale, self.classes, self.store = None, None, None, "draw"
         self.image_size = int(size[1]) if size else None
 
     def _load(self, kind: str, shard: int) -> np.ndarray:
         count = self.starts[shard + 1] - self.starts[shard]
-        expected = (count, self.views, *self.shape) if kind == "features" else (count,)
+        channels = self.shape[0] * (2 if self.store == "moments" else 1)
+        expected = (count, self.views, channels, *self.shape[1:]) if kind == "features" else (count,)
         if count == 0:  # none of its images could be read
             return np.zeros(expected, np.int64)
         array = self._load_file(shard_path(self.path, kind, shard))
@@ -145,9 +155,9 @@ class FeatureDataset(Dataset):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, item: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
-        """Features [C, H, W] (float32) and label of (image, view), or of an image's view 0."""
-        image, view = item if isinstance(item, tuple) else (item, 0)
+    def __getitem__(self, item: int | tuple[int, int] | tuple[int, int, int]) -> tuple[torch.Tensor, int]:
+        """Features [C, H, W] (float32) and label of (image, view, draw); view and draw are 0 where they are left out."""
+        image, view, draw = (*item, 0)[:3] if isinstance(item, tuple) else (item, 0, 0)
         if not 0 <= image < self.size:
             raise IndexError(image)
         if self.files:
@@ -158,7 +168,12 @@ class FeatureDataset(Dataset):
                 )
         else:
             features = self._shard(int(np.searchsorted(self.starts, image, side="right")) - 1, image)
-        return torch.from_numpy(features[view].astype(np.float32)), int(self.labels[image])
+        features = torch.from_numpy(features[view].astype(np.float32))
+        if self.store == "moments":
+            mean, deviation = features.chunk(2)
+            generator = torch.Generator().manual_seed(seed_for(draw, image, view))
+            features = mean + deviation * torch.randn(mean.shape, generator=generator)
+        return features, int(self.labels[image])
 
     def _shard(self, shard: int, image: int) -> np.ndarray:
         """An image's features [views, C, H, W] in its shard; only so many shards are kept open as any system allows."""
@@ -175,10 +190,11 @@ class FeatureDataset(Dataset):
 
 
 class GlobalBatches:
-    """Which images make up each global batch: (image, view) for the rows of this process, step after step.
+    """Which images make up each global batch: (image, view, draw) for the rows of this process, step after step.
 
     Images are shuffled anew every epoch, the epochs laid end to end and cut into batches, so that nothing is dropped or
-    repeated; each time an image is met, one of its views is drawn. A function of (seed, step) alone.
+    repeated; each time an image is met, one of its views is drawn, and the number of the epoch's draws from the VAE's
+    posterior comes with it. A function of (seed, step) alone.
     """
 
     def __init__(self, n_images: int, n_views: int, batch: int, seed: int, steps: range, rows: slice):
@@ -189,14 +205,14 @@ class GlobalBatches:
         return len(self.steps)
 
     def __iter__(self):
-        epoch, order = -1, None
+        epoch, order, draw = -1, None, 0
         for step in self.steps:
             items = []
             for place in range(step * self.batch, (step + 1) * self.batch)[self.rows]:
                 if place // self.n_images != epoch:
                     epoch = place // self.n_images
-                    order = self._epoch(epoch)
-                items.append(tuple(order[place % self.n_images].tolist()))
+                    order, draw = self._epoch(epoch), seed_for(self.seed, epoch)
+                items.append((*order[place % self.n_images].tolist(), draw))
             yield items
 
     def _epoch(self, epoch: int) -> np.ndarray:

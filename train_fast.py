@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from autoencoder import Pixels, load_autoencoder
 from checkpoint import (
     PUBLISHED_VAE,
     CheckpointWriter,
@@ -48,8 +49,10 @@ from common import (
 from diffusion import create_diffusion
 from distributed import PRECISIONS, World, rank0_logger, seed_for, setup, world_size
 from features import FeatureDataset, GlobalBatches
+from loggers import Board, Gallery, logger_names
 from measure import matmul_rate, training_flops
 from models import DiT, DiT_models
+from plan import PEAK, USED, AssumedFeatures, activation_bytes, static_memory
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models, deal_timesteps
 from training import Trainer, Window
 
@@ -73,6 +76,9 @@ STOP_CHECK = 4  # steps between the processes' agreements on whether to stop
 
 
 def main(args: argparse.Namespace):
+    if args.dry_run:
+        return dry_run(args)
+
     # Check the whole plan before any device or process group is touched.
     dataset = FeatureDataset(args.data_path)
     resolve_defaults(args, dataset)
@@ -82,6 +88,7 @@ def main(args: argparse.Namespace):
     run = Path(args.results_dir) / args.prefix
     state, damaged = find_resume(args, run, config)
     first_step = state["step"] if state else 0
+    autoencoder, showing = choose_decoder(args, dataset)
     space = disk_plan(args, run, model, first_step)
 
     # Initialize.
@@ -107,7 +114,7 @@ def main(args: argparse.Namespace):
         dataset,
         model,
         first_step,
-        [*(f"SKIPPED {path}: {reason}" for path, reason in damaged.items()), space],
+        [*(f"SKIPPED {path}: {reason}" for path, reason in damaged.items()), space, showing],
     )
 
     # Setup training state.
@@ -123,6 +130,8 @@ def main(args: argparse.Namespace):
     peak = matmul_rate(world.device, args.precision) * world.size
     rows = slice(*(rank * args.global_batch_size // world.size for rank in (world.rank, world.rank + 1)))
     writer = CheckpointWriter(run / "checkpoints", logger, args.keep, args.keep_every)
+    board = Board(args.log_to if world.is_main else [], run, config, first_step, logger)
+    gallery = Gallery(run, config, autoencoder, world, board, logger) if world.is_main and args.sample_every else None
 
     def save(done: int):
         state = {"config": config, "step": done, "window": window.state()}
@@ -131,7 +140,7 @@ def main(args: argparse.Namespace):
 
     # Train.
     clock, clock_step = time.perf_counter(), first_step
-    with prefetched(args, dataset, range(first_step, args.max_steps), rows, world) as batches:
+    with closing(board), prefetched(args, dataset, range(first_step, args.max_steps), rows, world) as batches:
         for step in range(first_step, args.max_steps):
             progress = step / args.max_steps
             prior_weight = args.prior_strength * (1 - progress)
@@ -143,10 +152,12 @@ def main(args: argparse.Namespace):
             last = done == args.max_steps
             if done % args.log_every == 0 or last:
                 speed = (done - clock_step) * args.global_batch_size / (time.perf_counter() - clock)
-                report(args, run, logger, trainer, prior_weight, done, speed, speed * flops / peak)
+                report(args, run, logger, board, trainer, prior_weight, done, speed, speed * flops / peak)
                 clock, clock_step = time.perf_counter(), done
             if done % args.ckpt_every == 0 or last:
                 save(done)
+            if gallery and done % args.sample_every == 0:
+                gallery.draw(done, trainer.ema)  # the other processes wait in the next step
             if world.size > 1 and done % STOP_CHECK and not last:
                 continue
             hopeless = window.longest_streak() >= args.max_bad_steps
@@ -165,6 +176,40 @@ def main(args: argparse.Namespace):
     writer.wait()
     restore_signals()
     logger.info("done")
+
+
+def dry_run(args: argparse.Namespace):
+    """Print what the run would be and what it would take. Touches no device, reads no weights and needs no features."""
+    assumed = not Path(args.data_path).exists()
+    dataset = AssumedFeatures(args.image_size or 256) if assumed else FeatureDataset(args.data_path)
+    args.precision = args.precision or "bf16"
+    resolve_defaults(args, dataset)
+    start, args.load_weight = args.load_weight or "scratch", None  # the weights' shapes are the model's
+    with torch.device("meta"):
+        model = make_model(args, dataset)
+    images, groups, experts = args.global_batch_size // world_size() // args.grad_accum, None, ""
+    if isinstance(model, RemixDiT):
+        groups = images // math.gcd(images, args.global_batch_size // args.experts_per_batch)
+        experts = f", {args.experts_per_batch} experts a batch"
+    where = f"ImageNet, assumed: there is no {args.data_path}" if assumed else f"from {args.data_path}"
+    print(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:,.2f} M parameters, from {start}")
+    print(f"{len(dataset):,} images of {args.num_classes:,} classes as {' x '.join(map(str, dataset.shape))} ({where})")
+    print(
+        f"{args.max_steps:,} steps of batch {args.global_batch_size} on {world_size()} GPUs, {args.precision}{experts}"
+    )
+    flops = training_flops(model_config(args.model, model)["backbone"]) * images
+    activations = activation_bytes(model, create_diffusion(), images, groups, PRECISIONS[args.precision])
+    memory = static_memory(model) | {f"activations of {images} images (estimate, not compiled)": activations}
+    parts = ", ".join(f"{size / 2**30:.2f} {name}" for name, size in memory.items())
+    print(f"memory a GPU: {sum(memory.values()) / 2**30:.1f} GiB: {parts}")
+    try:
+        print(disk_plan(args, Path(args.results_dir) / args.prefix, model, 0))
+    except UserError as error:
+        print(f"on this machine: {error}")
+    print(
+        f"time: {args.max_steps * args.grad_accum * flops / (USED * PEAK) / 3600:,.2f} hours "
+        f"(estimate: {args.grad_accum * flops / 1e12:.2f} TFLOP a step and GPU, at {USED:.0%} of {PEAK / 1e12:.0f} TFLOP/s, A100)"
+    )
 
 
 class StopSignal:
@@ -310,6 +355,8 @@ def describe(args: argparse.Namespace, dataset: FeatureDataset, model: DiT | Rem
     vae = {"vae": dataset.vae, "scale": dataset.scale} if dataset.vae else PUBLISHED_VAE
     size = dataset.image_size or args.image_size or 256
     data = dict(images=len(dataset), image_size=size, classes=dataset.classes, **vae)
+    if dataset.store != "draw":  # unsaid in the checkpoints from before the choice
+        data["store"] = dataset.store
     return {
         "model": model_config(args.model, model),
         "diffusion": {},
@@ -355,6 +402,23 @@ def find_resume(args: argparse.Namespace, run: Path, config: dict) -> tuple[dict
                 f"--resume {args.resume} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}"
             )
     return state, damaged
+
+
+def choose_decoder(args: argparse.Namespace, dataset: FeatureDataset) -> tuple[Pixels | None, str]:
+    """What turns samples into images (None: nothing does, they are shown as they are), and a line that says what will be drawn."""
+    if not args.sample_every:
+        return None, "no pictures (--sample-every 0)"
+    when = f"pictures every {args.sample_every:,} steps"
+    if list(args.timesteps) != [0, 1000]:
+        return None, f"{when}, without samples: an expert for some of the timesteps cannot sample alone"
+    name = args.vae or ("none" if dataset.vae == "none" else None)
+    if name is None:
+        return None, f"{when}; of samples three latent channels, as colours (--vae decodes them)"
+    autoencoder = load_autoencoder(name)
+    if dataset.shape[0] not in autoencoder.channels:
+        raise UserError(f"--vae {name} does not decode features of {dataset.shape[0]} channels, as in {args.data_path}")
+    autoencoder.scale = dataset.scale or PUBLISHED_VAE["scale"]
+    return autoencoder, when
 
 
 def flatten(config: dict, prefix: str = "") -> dict:
@@ -427,8 +491,18 @@ def microbatches(args: argparse.Namespace, step: int, batch, model: DiT | RemixD
         yield x, t, conditions, noise
 
 
-def report(args, run: Path, logger, trainer: Trainer, prior_weight: float, done: int, images_per_s: float, mfu: float):
-    """One line for people in log.txt and one for programs in metrics.jsonl: means since the last one."""
+def report(
+    args,
+    run: Path,
+    logger,
+    board: Board,
+    trainer: Trainer,
+    prior_weight: float,
+    done: int,
+    images_per_s: float,
+    mfu: float,
+):
+    """One line for people in log.txt and one for programs in metrics.jsonl, and the loggers: means since the last one."""
     model, world, rates = trainer.model, trainer.world, trainer.optimizer.param_groups
     means, (bad, *_) = trainer.window.read()
     if not world.is_main:
@@ -463,6 +537,8 @@ def report(args, run: Path, logger, trainer: Trainer, prior_weight: float, done:
             file.write(json.dumps(metrics) + "\n")
     except OSError as error:
         logger.error(f"COULD NOT WRITE {run / 'metrics.jsonl'}: {error.strerror}; training goes on")
+    numbers = {name: np.mean(value) if name == "entropy" else value for name, value in metrics.items()}
+    board.numbers(done, {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)})
     left = timedelta(seconds=round((args.max_steps - done) * args.global_batch_size / images_per_s))
     losses = "  ".join(
         f"{name} {value:.4f}" for name, value in means.items() if name in ("loss", "mse") and value is not None
@@ -505,6 +581,11 @@ if __name__ == "__main__":
         "--resume", metavar="PATH|auto", help="go on from a checkpoint, or from the run's newest if it has one (auto)"
     )
     group.add_argument("--global-seed", type=seed_int, default=0, help="seed of everything that is drawn")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print sizes, memory and time, and end; needs no GPU and no data (WORLD_SIZE=8 in front: for 8 GPUs)",
+    )
     group = parser.add_argument_group("the model")
     group.add_argument(
         "--model",
@@ -598,4 +679,17 @@ if __name__ == "__main__":
     )
     group.add_argument("--log-every", type=positive_int, default=100, help="steps")
     group.add_argument("--ckpt-every", type=positive_int, default=10_000, help="steps")
+    group.add_argument(
+        "--sample-every",
+        type=number(int, 0),
+        default=10_000,
+        help="steps between pictures of samples and coefficients in the run's folder; 0 for none (one costs a few steps' time)",
+    )
+    group.add_argument(
+        "--vae",
+        help="decodes the samples: ema, mse, a hub name or a local folder (default: latents are shown as colours)",
+    )
+    group.add_argument(
+        "--log-to", type=logger_names, default=[], metavar="NAMES", help="tensorboard, wandb, or both with a comma"
+    )
     run_script(main, parser)

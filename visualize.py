@@ -10,7 +10,6 @@
 import argparse
 import csv
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -25,7 +24,7 @@ from checkpoint import load_model
 from common import ArgumentParser, UserError, atomic_write, positive_int, run_script, seed_int
 from diffusion import create_diffusion
 from features import FeatureDataset
-from figures import save_grid
+from figures import intervals, save_coefficients, save_grid
 from measure import noise_errors
 from models import DiT
 from remix import RemixDiT
@@ -42,28 +41,9 @@ def main(args: argparse.Namespace):
 def coefficients(args: argparse.Namespace, out: Path):
     """Heat map of alpha: experts along x with their timesteps, bases along y, values in the cells."""
     model, config = load_remix(args)
+    save_coefficients(out, model, f"{config['model']['name']}: mixing coefficients")
     alpha = model.coefficients().detach().view(-1, model.n_experts, model.n_basis)
-    blocks, n_experts, n_basis = alpha.shape
-    small = n_experts <= 40
-    size = (max(4, (0.55 if small else 0.12) * n_experts + 2), max(2, 0.45 * n_basis) * blocks + 1.4)
-    figure, axes = plt.subplots(blocks, 1, squeeze=False, layout="constrained", figsize=size)
-    for block, axis in enumerate(axes[:, 0]):
-        values = alpha[block].T
-        image = axis.imshow(values, cmap="viridis", vmin=min(0, alpha.min()), vmax=max(1, alpha.max()), aspect="auto")
-        axis.set_yticks(range(n_basis), [f"basis {k}" for k in range(n_basis)])
-        if small:
-            ticks = [f"{i}\n{low}-{high - 1}" for i, (low, high) in enumerate(intervals(model))]
-            axis.set_xticks(range(n_experts), ticks, fontsize=6)
-            middle = (image.norm.vmin + image.norm.vmax) / 2
-            for (k, i), value in np.ndenumerate(values.numpy()):
-                color = "black" if value > middle else "white"
-                axis.text(i, k, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
-        if blocks > 1:
-            axis.set_title(f"block {block}", fontsize=8)
-    axes[-1, 0].set_xlabel("expert and its timesteps (0 is the least noise)")
-    figure.suptitle(f"{config['model']['name']}: mixing coefficients", fontsize=10)
-    figure.colorbar(image, ax=axes[:, 0].tolist(), label="coefficient")
-    save(figure, out)
+    blocks, _, n_basis = alpha.shape
     header = ["block", "expert", "first_timestep", "last_timestep", *(f"basis_{k}" for k in range(n_basis))]
     rows = []
     for block, experts in enumerate(alpha.tolist()):
@@ -174,10 +154,6 @@ def load_remix(args: argparse.Namespace) -> tuple[RemixDiT, dict]:
 
 def heads(args: argparse.Namespace) -> dict:
     return {"num_heads": args.num_heads} if args.num_heads else {}
-
-
-def intervals(model: RemixDiT) -> list[tuple[int, int]]:
-    return list(pairwise(i * model.num_timesteps // model.n_experts for i in range(model.n_experts + 1)))
 
 
 def save(figure, path: Path):

@@ -1,3 +1,4 @@
+import json
 import os
 import resource
 import shutil
@@ -124,6 +125,85 @@ def test_latents_of_a_local_vae(vae, tmp_path):
     assert 0.5 < noise.std() < 1.5, "one draw of the posterior"
 
 
+@pytest.fixture(scope="module")
+def moments(vae, tmp_path_factory):
+    """9 images' posteriors under the tiny VAE."""
+    folder = tmp_path_factory.mktemp("moments")
+    tree = make_images(folder / "images", per_class=3, size=16)
+    flags = ["--data-path", tree, "--features-path", folder / "encoded", "--vae", vae, "--image-size", 16]
+    run("extract_features.py", *flags, "--num-workers", 0, "--store", "moments", "--model", "DiT-T/2")
+    assert "other settings" in run("extract_features.py", *flags, expect=2).stderr
+    return folder / "encoded"
+
+
+def test_draws_from_stored_moments(moments, vae):
+    from autoencoder import load_autoencoder
+
+    dataset = FeatureDataset(moments)
+    assert (dataset.store, dataset.shape, dataset.views, len(dataset)) == ("moments", (4, 8, 8), 2, 9)
+    image = Image.open(moments.parent / "images/class1/1.png")
+    pixels = torch.from_numpy(np.array(center_crop(image, 16))).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        mean, deviation = load_autoencoder(str(vae)).moments(torch.cat([pixels, pixels.flip(-1)]))
+    for view in (0, 1):
+        draws = torch.stack([dataset[4, view, draw][0] for draw in range(2000)])
+        standard = (draws - mean[view]) / deviation[view]
+        assert standard.mean(0).abs().max() < 5 / 2000**0.5
+        assert (standard.std(0) - 1).abs().max() < 5 / (2 * 2000) ** 0.5
+        assert abs(standard.mean()) < 5 / standard.numel() ** 0.5
+    assert torch.equal(dataset[4][0], dataset[4, 0, 0][0]), "whoever asks for no draw always gets the same"
+    others = [dataset[4, 0, 1], dataset[3, 0, 0], dataset[4, 1, 0]]
+    noises = [(x - mean[0]) / deviation[0] for x, _ in [dataset[4, 0, 0], *others]]
+    assert len({noise[0, 0, 0].item() for noise in noises}) == 4
+
+
+def test_every_epoch_draws_anew_whatever_the_processes(moments):
+    dataset = FeatureDataset(moments)
+
+    def batches(steps, rows=slice(0, 3)):
+        return [dataset.__getitems__(items) for items in GlobalBatches(9, 1, 3, 0, steps, rows)]
+
+    epochs = [dict(), dict()]
+    for step, items in enumerate(GlobalBatches(9, 1, 3, 0, range(6), slice(0, 3))):
+        epochs[step // 3] |= {item[0]: dataset[item][0] for item in items}
+    assert all((epochs[0][image] != epochs[1][image]).all() for image in range(9))
+    whole = batches(range(6))
+    for step, (x, _) in enumerate(batches(range(4, 6)), 4):
+        assert torch.equal(x, whole[step][0]), "a resumed run draws what the uninterrupted one drew"
+    for (a, _), (b, _), (both, _) in zip(
+        batches(range(6), slice(0, 1)), batches(range(6), slice(1, 3)), whole, strict=True
+    ):
+        assert torch.equal(torch.cat([a, b]), both)
+
+
+def test_training_on_moments(moments, tmp_path):
+    flags = [*training(moments, tmp_path, "run", "DiT-T/2"), "--global-batch-size", 6, "--ckpt-every", 2]
+    run("train_fast.py", *flags, "--max-steps", 4)
+    whole = tmp_path / "run/checkpoints/0000004.pt"
+    whole.rename(tmp_path / "whole.pt")
+    run("train_fast.py", *flags, "--max-steps", 4, "--resume", "auto")
+    for key, value in torch.load(tmp_path / "whole.pt", weights_only=True)["model"].items():
+        assert torch.equal(value, torch.load(whole, weights_only=True)["model"][key])
+    index = json.loads((moments / "index.json").read_text())
+    shutil.copytree(moments, tmp_path / "drawn")
+    (tmp_path / "drawn/index.json").write_text(json.dumps(index | {"store": "draw", "shape": [8, 8, 8]}))
+    said = run(
+        "train_fast.py", *flags, "--data-path", tmp_path / "drawn", "--max-steps", 4, "--resume", "auto", expect=2
+    )
+    assert "data.store=moments, this run asks for None" in said.stderr
+    (tmp_path / "drawn/index.json").write_text(json.dumps(index | {"store": "dice"}))
+    with pytest.raises(UserError, match="not an index"):
+        FeatureDataset(tmp_path / "drawn")
+
+
+def test_pixels_have_no_moments(images, tmp_path):
+    flags = ["--data-path", images, "--features-path", tmp_path / "out", *PIXELS]
+    said = run("extract_features.py", *flags, "--store", "moments", expect=2).stderr
+    assert "nothing to draw" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_original_layout(tmp_path):
     (tmp_path / "imagenet256_features").mkdir()
     (tmp_path / "imagenet256_labels").mkdir()
@@ -180,9 +260,11 @@ def test_epochs_reach_every_image_once():
     items = [item for batch in batches for item in batch]
     for epoch in range(4):
         part = items[10 * epoch : 10 * (epoch + 1)]
-        assert sorted(image for image, _ in part) == list(range(10))
-    assert {view for _, view in items} == {0, 1}
-    assert [image for image, _ in items[:10]] != [image for image, _ in items[10:20]]
+        assert sorted(image for image, *_ in part) == list(range(10))
+        assert len({draw for *_, draw in part}) == 1
+    assert {view for _, view, _ in items} == {0, 1}
+    assert [image for image, *_ in items[:10]] != [image for image, *_ in items[10:20]]
+    assert len({draw for *_, draw in items}) == 4, "an epoch's draws are its own"
 
 
 def test_batches_depend_on_seed_and_step_alone():
@@ -196,4 +278,4 @@ def test_batches_depend_on_seed_and_step_alone():
 
 def test_a_batch_larger_than_the_data():
     (batch,) = GlobalBatches(3, 1, 8, seed=0, steps=range(1), rows=slice(0, 8))
-    assert [sorted(image for image, _ in part) for part in (batch[:3], batch[3:6])] == [[0, 1, 2]] * 2
+    assert [sorted(image for image, *_ in part) for part in (batch[:3], batch[3:6])] == [[0, 1, 2]] * 2

@@ -1,0 +1,138 @@
+"""Pictures and loggers show a run, and change nothing about it."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, make_images, run, training
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_train import assert_same_weights, losses
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory, features):
+    """The run `trained`, but with everything that can be shown, stopped after two steps and resumed."""
+    path = tmp_path_factory.mktemp("shown")
+    flags = [*training(features, path, "run"), "--max-steps", 4, "--ckpt-every", 2, "--sample-every", 2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        run("train_fast.py", *flags, "--log-to", "tensorboard,wandb")
+        (path / "run/checkpoints/0000004.pt").unlink()
+        run("train_fast.py", *flags, "--log-to", "tensorboard,wandb", "--resume", "auto")
+    return path / "run"
+
+
+def test_pictures_and_loggers_leave_the_run_as_it_was(shown, trained):
+    assert losses(shown) == losses(trained)
+    assert_same_weights(shown / "checkpoints/0000004.pt", trained / "checkpoints/0000004.pt")
+    assert {path.name for path in (shown / "samples").iterdir()} == {"0000002.png", "0000004.png"}
+
+
+def test_the_heat_map_is_visualize_s(shown, tmp_path):
+    run("visualize.py", "coefficients", shown / "checkpoints/0000004.pt", "--out", tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes() == (shown / "coefficients/0000004.png").read_bytes()
+
+
+def test_tensorboard_has_every_step_once(shown):
+    events = EventAccumulator(str(shown / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    values = {event.step: event.value for event in events.Scalars("loss")}
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert values == pytest.approx(losses(shown))
+    for name in ("mse", "vb", "prior", "lr", "coeff_lr", "images_per_s", "entropy", "expert_spread"):
+        assert len(events.Scalars(name)) == 4
+    for name in ("samples", "coefficients"):
+        assert [event.step for event in events.Images(name)] == [2, 4]
+        with Image.open(shown / name / "0000004.png") as image:
+            assert (events.Images(name)[1].width, events.Images(name)[1].height) == image.size
+
+
+def test_wandb_goes_on_with_the_same_run(shown):
+    runs = list((shown / "wandb").glob("offline-run-*"))
+    assert {path.name.rpartition("-")[2] for path in runs} == {(shown / "wandb-id.txt").read_text()}
+    records = b"".join(path.read_bytes() for path in (shown / "wandb").glob("offline-run-*/run-*.wandb"))
+    for step, loss in losses(shown).items():
+        assert str(loss).encode() in records, f"the loss of step {step}"
+    assert b"images_per_s" in records
+    pictures = [path.name for path in (shown / "wandb").glob("offline-run-*/files/media/images/*.png")]
+    assert {name.rpartition("_")[0] for name in pictures} >= {f"{kind}_4" for kind in ("samples", "coefficients")}
+
+
+def test_two_processes_wait_for_the_pictures(trained, features, tmp_path):
+    flags = [*training(features, tmp_path, "two"), "--max-steps", 4, "--sample-every", 1]
+    run("train_fast.py", *flags, processes=2)
+    assert_same_weights(trained / "checkpoints/0000004.pt", tmp_path / "two/checkpoints/0000004.pt", exact=False)
+    assert len(list((tmp_path / "two/samples").iterdir())) == 4
+
+
+def test_samples_of_latents(vae, features, tmp_path):
+    tree = make_images(tmp_path / "images", size=16)
+    flags = ["--data-path", tree, "--vae", vae, "--image-size", 16, "--num-workers", 0]
+    run("extract_features.py", *flags, "--features-path", tmp_path / "features")
+    flags = [*training(tmp_path / "features", tmp_path, "raw", "DiT-T/2"), "--max-steps", 1, "--sample-every", 1]
+    assert "does not decode" in run("train_fast.py", *training(features, tmp_path, "x"), "--vae", vae, expect=2).stderr
+    assert "three latent channels" in run("train_fast.py", *flags).stderr
+    run("train_fast.py", *flags, "--prefix", "decoded", "--vae", vae)
+    grids = [np.array(Image.open(tmp_path / name / "samples/0000001.png")) for name in ("raw", "decoded")]
+    assert grids[0].shape == grids[1].shape, "either is enlarged to tiles of 48 pixels"
+    assert not np.array_equal(*grids)
+    assert not (tmp_path / "raw/coefficients").exists(), "a plain DiT has none"
+
+
+def test_samples_are_what_the_checkpoint_gives(shown, features):
+    """Pixel for pixel the sample of the averaged weights for that label and noise."""
+    from checkpoint import load_model
+    from diffusion import create_diffusion
+    from distributed import seed_for
+    from loggers import GUIDANCE, STEPS
+
+    model, _ = load_model(shown / "checkpoints/0000004.pt")
+    noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed_for(0, 15)))
+    labels = torch.tensor([2, 3])
+
+    def denoise(x, t):
+        return model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), labels, GUIDANCE)[:1]
+
+    with torch.no_grad():
+        sample = create_diffusion(str(STEPS)).ddim_sample_loop(denoise, noise.shape, noise=noise, device="cpu")
+    pixels = (127.5 * sample[0] + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    tile = Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC)
+    grid = Image.open(shown / "samples/0000004.png")
+    corner = (grid.width - 4 - 48, grid.height - 4 - 48)
+    assert np.abs(np.array(grid.crop((*corner, corner[0] + 48, corner[1] + 48)), int) - np.array(tile, int)).max() <= 1
+
+
+def test_a_picture_that_cannot_be_written_costs_a_picture(features, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/samples").write_text("in the way")
+    said = run("train_fast.py", *training(features, tmp_path, "run"), "--max-steps", 2, "--sample-every", 1).stderr
+    assert said.count("COULD NOT DRAW") == 2
+    assert (tmp_path / "run/coefficients/0000002.png").exists()
+    assert (tmp_path / "run/checkpoints/0000002.pt").exists()
+
+
+def test_an_independent_expert_has_no_samples(features, tmp_path):
+    flags = [*training(features, tmp_path, "expert", "DiT-T/2"), "--timesteps", 0, 500, "--max-steps", 1]
+    assert "cannot sample alone" in run("train_fast.py", *flags, "--sample-every", 1).stderr
+    assert not (tmp_path / "expert/samples").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--log-to", "tensorboard,paper"], "unknown logger 'paper'"),
+        (["--log-to", "wandb"], "pip install wandb"),
+        (["--vae", str(GOLDEN)], "cannot load the VAE"),
+        (["--sample-every", "-1"], "at least 0"),
+    ],
+)
+def test_wrong_input(features, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    said = run(
+        "train_fast.py", *training(features, tmp_path / "out", "wrong"), "--max-steps", 1, *flags, expect=2
+    ).stderr
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()

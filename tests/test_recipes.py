@@ -1,0 +1,81 @@
+"""Every recipe's commands are understood by the scripts, its models can be built, and the hours that it expects are --dry-run's."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run
+
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.sh") if path.name != "common.sh")
+
+
+def dry_run(recipe: Path, **environment) -> str:
+    done = subprocess.run(
+        ["bash", recipe, "--dry-run"], capture_output=True, text=True, env=os.environ | environment, check=True
+    )
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def no_python(tmp_path_factory) -> str:
+    """A PATH whose python does nothing: the tests run the commands themselves, in this process."""
+    folder = tmp_path_factory.mktemp("bin")
+    (folder / "python").symlink_to("/bin/true")
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_there_is_a_recipe_for_every_published_run():
+    kinds = ("pretraining", "4-8", "4-20", "continued", "independent")
+    assert {path.stem for path in RECIPES} == {f"{size}-{kind}" for size in "SBL" for kind in kinds}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_commands_are_understood_and_the_hours_are_right(recipe, no_python, monkeypatch, tmp_path):
+    commands = re.findall(r"^\$ (?:torchrun|python) (?:--\S+ )*(\w+\.py) (.*)$", dry_run(recipe, PATH=no_python), re.M)
+    order = ["extract_features.py", "train_fast.py", "sample_ddp.py", "evaluator.py"]
+    assert list(dict.fromkeys(script for script, _ in commands)) == order
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    hours, costs = 0.0, {}
+    for script, flags in commands:
+        flags = shlex.split(flags)
+        if script != "train_fast.py":
+            assert "no such f" in run(script, *flags, expect=2).stderr, "all that is missing is a file or a folder"
+            continue
+        model = " ".join(flags).partition(" --prefix")[0]  # independent experts differ in what follows
+        if model not in costs:
+            costs[model] = run(script, *flags, "--dry-run").stdout
+            assert re.search(
+                r"memory a GPU: [\d.]+ GiB: [\d.]+ weights, .* AdamW's moments, [\d.]+ activ", costs[model]
+            )
+        else:
+            assert "no such f" in run(script, *flags, expect=2).stderr
+        hours += float(re.search(r"time: ([\d.]+) hours", costs[model])[1])
+    expected = float(re.search(r"about ([\d.]+) hours of training", recipe.read_text())[1])
+    assert hours == pytest.approx(expected, rel=0.03, abs=0.06)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_as_users_run_it():
+    said = dry_run(ROOT / "recipes" / "S-4-20.sh")
+    assert said.count("\n$ ") == 3
+    assert "RemixDiT-S/2: 96.79 M parameters" in said
+    assert "100,091 steps of batch 256 on 8 GPUs, bf16, 16 experts a batch" in said
+
+
+def test_a_wrong_flag_of_a_recipe():
+    done = subprocess.run(["bash", ROOT / "recipes" / "S-4-20.sh", "--quick"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "usage" in done.stderr
+
+
+def test_a_dry_run_with_features_that_exist(features, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = run("train_fast.py", "--model", "DiT-T/2", "--data-path", features, "--max-steps", 3, "--dry-run").stdout
+    assert f"24 images of 3 classes as 3 x 8 x 8 (from {features})" in said
+    wrong = run("train_fast.py", "--data-path", "nowhere", "--image-size", 20, "--dry-run", expect=2)
+    assert wrong.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
