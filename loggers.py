@@ -44,7 +44,8 @@ class Board:
     Raises UserError for a logger that cannot be started. A resumed run goes on in the same place.
     """
 
-    def __init__(self, names: list[str], run: Path, config: dict, first_step: int, logger):
+    def __init__(self, names: list[str] | None, run: Path, config: dict, first_step: int, logger):
+        names = names or []
         self.logger, self.tensorboard, self.wandb = logger, None, None
         if "tensorboard" in names:
             from torch.utils.tensorboard import SummaryWriter

@@ -130,7 +130,7 @@ def main(args: argparse.Namespace):
     peak = matmul_rate(world.device, args.precision) * world.size
     rows = slice(*(rank * args.global_batch_size // world.size for rank in (world.rank, world.rank + 1)))
     writer = CheckpointWriter(run / "checkpoints", logger, args.keep, args.keep_every)
-    board = Board(args.log_to if world.is_main else [], run, config, first_step, logger)
+    board = Board(args.log_to if world.is_main else None, run, config, first_step, logger)
     gallery = Gallery(run, config, autoencoder, world, board, logger) if world.is_main and args.sample_every else None
 
     def save(done: int):
@@ -355,7 +355,7 @@ def describe(args: argparse.Namespace, dataset: FeatureDataset, model: DiT | Rem
     vae = {"vae": dataset.vae, "scale": dataset.scale} if dataset.vae else PUBLISHED_VAE
     size = dataset.image_size or args.image_size or 256
     data = dict(images=len(dataset), image_size=size, classes=dataset.classes, **vae)
-    if dataset.store != "draw":  # unsaid in the checkpoints from before the choice
+    if dataset.store != "draw":  # unsaid, as in the checkpoints from before there was a choice
         data["store"] = dataset.store
     return {
         "model": model_config(args.model, model),
@@ -537,8 +537,8 @@ def report(
             file.write(json.dumps(metrics) + "\n")
     except OSError as error:
         logger.error(f"COULD NOT WRITE {run / 'metrics.jsonl'}: {error.strerror}; training goes on")
-    numbers = {name: np.mean(value) if name == "entropy" else value for name, value in metrics.items()}
-    board.numbers(done, {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)})
+    numbers = metrics | {"entropy": entropy.mean().item()} if isinstance(model, RemixDiT) else metrics
+    board.numbers(done, {name: value for name, value in numbers.items() if isinstance(value, int | float)})
     left = timedelta(seconds=round((args.max_steps - done) * args.global_batch_size / images_per_s))
     losses = "  ".join(
         f"{name} {value:.4f}" for name, value in means.items() if name in ("loss", "mse") and value is not None
@@ -689,7 +689,5 @@ if __name__ == "__main__":
         "--vae",
         help="decodes the samples: ema, mse, a hub name or a local folder (default: latents are shown as colours)",
     )
-    group.add_argument(
-        "--log-to", type=logger_names, default=[], metavar="NAMES", help="tensorboard, wandb, or both with a comma"
-    )
+    group.add_argument("--log-to", type=logger_names, metavar="NAMES", help="tensorboard, wandb, or both with a comma")
     run_script(main, parser)

@@ -4,10 +4,16 @@ import os
 import re
 import shlex
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, run
+
+from diffusion import create_diffusion
+from plan import step_costs
+from remix import RemixDiT_models
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.sh") if path.name != "common.sh")
 
@@ -79,3 +85,35 @@ def test_a_dry_run_with_features_that_exist(features, tmp_path, monkeypatch):
     wrong = run("train_fast.py", "--data-path", "nowhere", "--image-size", 20, "--dry-run", expect=2)
     assert wrong.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("size", "parameters", "gmacs"), [("S", 33, 6.06), ("B", 130, 23.01), ("L", 458, 80.71)])
+def test_sizes_and_costs_are_the_dit_paper_s(tmp_path, monkeypatch, size, parameters, gmacs):
+    """Peebles & Xie, arXiv 2212.09748, tables 1 and 4 (their Gflops are multiply-adds)."""
+    monkeypatch.chdir(tmp_path)
+    said = run("train_fast.py", "--model", f"DiT-{size}/2", "--data-path", "x", "--dry-run").stdout
+    assert float(re.search(r"([\d.]+) M parameters", said)[1]) == pytest.approx(parameters, abs=0.6)
+    assert float(re.search(r"([\d.]+) TFLOP a step", said)[1]) == pytest.approx(3 * 2 * gmacs * 256 / 1000, rel=0.01)
+
+
+def test_activations_are_what_autograd_keeps():
+    """Counted without computing as with real tensors."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    build = partial(RemixDiT_models["RemixDiT-T/2"], input_size=8, n_basis=2, n_experts=4)
+    model, diffusion = build(), create_diffusion()
+    x, t = torch.randn(8, 4, 8, 8), torch.arange(4).repeat_interleave(2) * 250
+    conditions = {"y": torch.zeros_like(t), "drop": t > 0, "groups": 4}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        graph = diffusion.training_losses(model, x, t, conditions, torch.randn_like(x))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    real = sum(size for address, size in kept.items() if address not in weights)
+    del graph
+    with torch.device("meta"):
+        shapes = build()
+    _, counted = step_costs(shapes, diffusion, 8, 4, torch.bfloat16)
+    assert counted == pytest.approx(real, rel=0.02)
