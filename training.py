@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
+from timm.layers.attention import Attention
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -52,6 +53,11 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         self.window = Window(world)
         if compile:
+            for module in model.modules() if world.device.type == "cpu" else ():
+                if isinstance(
+                    module, Attention
+                ):  # its two products and a compiled softmax beat torch's kernel for CPUs
+                    module.fused_attn = False
             model.compile()
         self.network = model
         if world.size > 1:
