@@ -1,11 +1,13 @@
 """Pictures and loggers show a run, and change nothing about it."""
 
+import os
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, make_images, run, training
+from conftest import GOLDEN, ROOT, make_images, run, training
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import assert_same_weights, losses
@@ -136,3 +138,20 @@ def test_wrong_input(features, tmp_path, monkeypatch, flags, message):
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_wandb_without_a_key(features, tmp_path):
+    """In a process of its own: wandb reads its environment once."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    flags = [*training(features, tmp_path, "run", "DiT-T/2"), "--max-steps", 1, "--log-to", "wandb"]
+    done = subprocess.run(
+        [sys.executable, "train_fast.py", *map(str, flags)],
+        cwd=ROOT,
+        env=environment | {"HOME": str(tmp_path)},
+        stdin=subprocess.DEVNULL,  # nobody there to ask
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert done.stderr.splitlines()[-1].startswith("train_fast.py: error: --log-to wandb:")
+    assert "WANDB_MODE=offline" in done.stderr
