@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import warnings
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,9 @@ def main(args: argparse.Namespace):
             f"--image-size {args.image_size} gives features of side {side}, which {args.model}'s patches do not divide"
         )
 
+    def borders(shard: int) -> tuple[int, int]:
+        return shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, len(images.samples))
+
     views, channels = 2 if args.mirror else 1, 1 if args.grayscale else autoencoder.channels[-1]
     channels *= 2 if args.store == "moments" else 1
     n_shards = -(-len(images.samples) // SHARD_SIZE)
@@ -106,13 +110,24 @@ def main(args: argparse.Namespace):
     logger.info(f"{len(images.samples):,} images of {len(images.classes):,} classes, {views} views each -> {folder}")
     logger.info(space)
 
-    # Encode this process's share of the missing shards.
+    # Encode this process's share of the missing shards. One set of readers works ahead, over their borders too.
+    mine = missing[world.rank :: world.size]
+    batches = [
+        range(i, min(i + args.batch_size, last))
+        for first, last in map(borders, mine)
+        for i in range(first, last, args.batch_size)
+    ]
+    crops = Crops(images, args.image_size, args.grayscale)
+    on_gpu = world.device.type == "cuda"
+    read = DataLoader(crops, batch_sampler=batches, num_workers=args.num_workers, collate_fn=join, pin_memory=on_gpu)
+    read = iter(read)
     with tqdm(total=len(images.samples), unit="img", desc="encoding", disable=not world.is_main, smoothing=0) as bar:
         bar.update((n_shards - len(missing)) * SHARD_SIZE)
-        for shard in missing[world.rank :: world.size]:
-            numbers = range(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, len(images.samples)))
-            write_shard(folder, shard, *encode_shard(images, numbers, autoencoder, world, args))
-            bar.update(min(len(numbers) * world.size, bar.total - bar.n))
+        for shard in mine:
+            first, last = borders(shard)
+            count = -(-(last - first) // args.batch_size)
+            write_shard(folder, shard, *encode(images, islice(read, count), autoencoder, world, args))
+            bar.update(min((last - first) * world.size, bar.total - bar.n))
     world.barrier()
 
     # Report. The index marks the set as whole.
@@ -146,23 +161,31 @@ def list_images(path) -> ImageFolder:
 
 
 class Crops(Dataset):
-    """The images as uint8 [C, size, size] with their numbers, or, where one cannot be read, the reason."""
+    """Each image as its number and uint8 [C, size, size], or, where it cannot be read, the reason."""
 
-    def __init__(self, images: ImageFolder, numbers: range, size: int, grayscale: bool):
-        self.images, self.numbers, self.size, self.mode = images, numbers, size, "L" if grayscale else "RGB"
+    def __init__(self, images: ImageFolder, size: int, grayscale: bool):
+        self.images, self.size, self.mode = images, size, "L" if grayscale else "RGB"
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.images.samples)
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
+    def __getitem__(self, number: int) -> tuple[int, np.ndarray | str]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(self.images.samples[self.numbers[index]][0]) as image:
+                with Image.open(self.images.samples[number][0]) as image:
                     pixels = np.array(center_crop(image.convert(self.mode), self.size))
         except Exception as error:  # a decoder may raise anything on a damaged file
-            return self.numbers[index], " ".join(f"{type(error).__name__}: {error}".split())
-        return self.numbers[index], pixels.reshape(self.size, self.size, -1).transpose(2, 0, 1)
+            return number, " ".join(f"{type(error).__name__}: {error}".split())
+        return number, pixels.reshape(self.size, self.size, -1).transpose(2, 0, 1)
+
+
+def join(items: list[tuple[int, np.ndarray | str]]) -> tuple[list[int], torch.Tensor | None, dict[int, str]]:
+    """A batch of Crops: the numbers of the readable, their pixels [n, C, size, size], and why the others are not."""
+    skipped = {number: crop for number, crop in items if isinstance(crop, str)}
+    items = [(number, crop) for number, crop in items if number not in skipped]
+    pixels = torch.from_numpy(np.stack([crop for _, crop in items])) if items else None
+    return [number for number, _ in items], pixels, skipped
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -178,33 +201,31 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 @torch.no_grad()
-def encode_shard(
-    images: ImageFolder, numbers: range, autoencoder, world: World, args
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Encode the numbered images: features [n, views, C, H, W], labels [n], and a line for each unreadable one."""
+def encode(images: ImageFolder, batches, autoencoder, world: World, args) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Encode batches from `join`: features [n, views, C, H, W], labels [n], and a line for each unreadable image.
+
+    The features wait on the device until all are there: so does the host, once.
+    """
     features, labels, skipped = [], [], []
-    crops = Crops(images, numbers, args.image_size, args.grayscale)
-    for batch in DataLoader(crops, args.batch_size, num_workers=args.num_workers, collate_fn=list):
-        skipped += [f"{images.samples[i][0]} ({reason})" for i, reason in batch if isinstance(reason, str)]
-        batch = [(i, crop) for i, crop in batch if not isinstance(crop, str)]
-        if not batch:
+    for numbers, pixels, reasons in batches:
+        skipped += [f"{images.samples[number][0]} ({reason})" for number, reason in reasons.items()]
+        if pixels is None:
             continue
-        pixels = torch.from_numpy(np.stack([crop for _, crop in batch])).to(world.device).float() / 127.5 - 1
+        pixels = pixels.to(world.device, non_blocking=True).float() / 127.5 - 1
         stacked = torch.stack([pixels, pixels.flip(-1)], dim=1) if args.mirror else pixels.unsqueeze(1)
         mean, deviation = autoencoder.moments(stacked.flatten(0, 1))
         mean, deviation = mean.unflatten(0, stacked.shape[:2]), deviation.unflatten(0, stacked.shape[:2])
         if args.store == "moments":
             mean = torch.cat([mean, deviation], dim=2)
         elif args.vae != "none":
-            draws = [
-                torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed_for(args.global_seed, i)))
-                for i, _ in batch
-            ]
-            mean = mean + deviation * torch.stack(draws).to(world.device)
-        features.append(mean.cpu().numpy())
-        labels += [images.samples[i][1] for i, _ in batch]
+            generators = [torch.Generator().manual_seed(seed_for(args.global_seed, number)) for number in numbers]
+            draws = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
+            draws = draws.pin_memory() if world.device.type == "cuda" else draws
+            mean = mean + deviation * draws.to(world.device, non_blocking=True)
+        features.append(mean)
+        labels += [images.samples[number][1] for number in numbers]
     empty = np.zeros((0, 2 if args.mirror else 1, 0, 0, 0))
-    return np.concatenate(features) if features else empty, np.array(labels, dtype=np.int64), skipped
+    return torch.cat(features).cpu().numpy() if features else empty, np.array(labels, dtype=np.int64), skipped
 
 
 if __name__ == "__main__":

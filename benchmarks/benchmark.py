@@ -368,20 +368,78 @@ def data(args, world: World, floors: dict) -> list[dict]:
     return [{"loader": "2 processes, packed features", "images/s": rate, "GB/s": read, "needed images/s": 2000}]
 
 
+def extraction(args, world: World, floors: dict) -> list[dict]:
+    """Images decoded, cropped and encoded: by both ends together, and by each alone. The VAE is of the published shape, drawn at random."""
+    from diffusers import AutoencoderKL
+    from PIL import Image
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+
+    from autoencoder import load_autoencoder
+    from extract_features import Crops, encode, join
+
+    small = args.toy or world.device.type == "cpu"
+    n, size, batch = (8, 32, 4) if args.toy else (64, 64, 8) if small else (4096, 256, 64)
+    widths = (32, 32, 32, 32) if small else (128, 256, 512, 512)
+    shape = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    with tempfile.TemporaryDirectory() as folder:
+        AutoencoderKL(block_out_channels=widths, layers_per_block=2, **shape).save_pretrained(f"{folder}/vae")
+        (Path(folder) / "images" / "one").mkdir(parents=True)
+        picture = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        picture = Image.fromarray(picture).resize((500, 375), Image.Resampling.BICUBIC)
+        for i in range(n):
+            picture.save(f"{folder}/images/one/{i:05d}.jpg", quality=90)
+        images = ImageFolder(f"{folder}/images")
+        autoencoder = load_autoencoder(f"{folder}/vae").to(world.device)
+        options = Namespace(mirror=True, store="draw", vae="ema", global_seed=0)
+        reader = DataLoader(
+            Crops(images, size, False),
+            batch,
+            num_workers=min(12, torch.multiprocessing.cpu_count()),
+            collate_fn=join,
+            pin_memory=world.device.type == "cuda",
+        )
+        ready = list(reader)
+        encode(images, ready[:2], autoencoder, world, options)
+        seconds = {
+            "VAE alone": timed(lambda: encode(images, ready, autoencoder, world, options))[1],
+            "readers alone": timed(lambda: list(reader))[1],
+            "both": timed(lambda: encode(images, reader, autoencoder, world, options))[1],
+        }
+    what = f"VAE of widths {widths}, {size} pixels, {reader.num_workers} readers"
+    return [
+        {
+            "extraction": f"{name} ({what})",
+            "images/s": n / s,
+            "VAE busy": seconds["VAE alone"] / s if name == "both" else None,
+        }
+        for name, s in seconds.items()
+    ]
+
+
 # Evaluation
 
 
 def evaluator(args, world: World, floors: dict) -> list[dict]:
-    """FID, sFID, precision and recall from ready activations: ours, and by their definitions with scipy and numpy."""
+    """FID, sFID, precision and recall from activations: ours, and by their definitions with scipy and numpy."""
     import scipy.linalg
 
-    from evaluator import frechet_distance, precision_recall
+    from evaluator import GaussianStatistics, frechet_distance, precision_recall
 
-    n, dim = (400, 64) if args.toy else (10_000, 2048)
+    n, dim, spatial = (400, 64, 60) if args.toy else (10_000, 2048, 2023)
     random = np.random.default_rng(0)
     real = random.standard_normal((n, dim), np.float32) @ random.standard_normal((dim, dim), np.float32) / dim**0.5
     fake = real[random.permutation(n)] + 0.3 * random.standard_normal((n, dim), np.float32)
-    moments = [(a.mean(0, np.float64), np.cov(a, rowvar=False)) for a in (real, fake)]
+    on_device = [torch.from_numpy(a).to(world.device) for a in (real, fake)]
+
+    def moments(activations: torch.Tensor):
+        statistics = GaussianStatistics()
+        for rows in activations.split(256):
+            statistics.add(rows)
+        return statistics.result()
+
+    def slow_moments(activations: np.ndarray):
+        return activations.mean(0, np.float64), np.cov(activations, rowvar=False, dtype=np.float64)
 
     def slow_distance(mu1, sigma1, mu2, sigma2) -> float:
         root = scipy.linalg.sqrtm(sigma1 @ sigma2)
@@ -393,7 +451,7 @@ def evaluator(args, world: World, floors: dict) -> list[dict]:
     def slow_precision_recall(real, fake, k: int = 3, block: int = 1000):
         def radii(points):
             blocks = (points[i : i + block] for i in range(0, len(points), block))
-            return np.concatenate([np.sort(slow_squares(rows, points), axis=1)[:, k] for rows in blocks])
+            return np.concatenate([np.partition(slow_squares(rows, points), k, axis=1)[:, k] for rows in blocks])
 
         def covered(points, centres, within):
             blocks = (points[i : i + block] for i in range(0, len(points), block))
@@ -401,25 +459,18 @@ def evaluator(args, world: World, floors: dict) -> list[dict]:
 
         return covered(fake, real, radii(real)), covered(real, fake, radii(fake))
 
-    rows = []
-    for name, fast, slow in (
-        ("FID", partial(frechet_distance, *moments[0], *moments[1]), partial(slow_distance, *moments[0], *moments[1])),
-        (
-            "sFID",
-            partial(frechet_distance, *moments[1], *moments[0]),
-            partial(slow_distance, *moments[1], *moments[0]),
-        ),
-        (
-            "precision and recall",
-            partial(precision_recall, torch.from_numpy(real).to(world.device), torch.from_numpy(fake).to(world.device)),
-            partial(slow_precision_recall, real, fake),
-        ),
-    ):
+    rows, jobs = [], {}
+    for name, width in (("FID", dim), ("sFID", spatial)):
+        jobs[name] = (
+            lambda width=width: frechet_distance(*moments(on_device[0][:, :width]), *moments(on_device[1][:, :width])),
+            lambda width=width: slow_distance(*slow_moments(real[:, :width]), *slow_moments(fake[:, :width])),
+        )
+    jobs["precision and recall"] = lambda: precision_recall(*on_device), lambda: slow_precision_recall(real, fake)
+    for name, (fast, slow) in tqdm(jobs.items(), desc="evaluator", disable=None):
         (ours, seconds), (theirs, slow_seconds) = timed(fast), timed(slow)
-        apart = float(np.max(np.abs(np.subtract(ours, theirs)) / np.maximum(np.abs(theirs), 1e-12)))
-        rows.append({"part": name, "s": seconds, "scipy and numpy s": slow_seconds, "apart (relative)": apart})
-    total = {key: sum(row[key] for row in rows) for key in ("s", "scipy and numpy s")}
-    rows.append({"part": "all", **total})
+        apart = float(np.max(np.abs(np.subtract(ours, theirs)) / np.abs(theirs)))
+        rows.append({"scores": name, "s": seconds, "scipy and numpy s": slow_seconds, "apart (relative)": apart})
+    rows.append({"scores": "all", **{key: sum(row[key] for row in rows) for key in ("s", "scipy and numpy s")}})
     for row in rows:
         row["speed / slow"] = row["scipy and numpy s"] / row["s"]
     return rows
@@ -433,7 +484,7 @@ def timed(function):
     return result, time.perf_counter() - start
 
 
-PARTS = {"training": training, "sampling": sampling, "data": data, "evaluator": evaluator}
+PARTS = {"training": training, "sampling": sampling, "data": data, "extraction": extraction, "evaluator": evaluator}
 
 
 if __name__ == "__main__":
