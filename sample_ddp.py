@@ -34,11 +34,11 @@ from common import (
     run_script,
     seed_int,
 )
-from diffusion import create_diffusion
 from distributed import PRECISIONS, World, rank0_logger, seed_for, setup
 from figures import save_grid
 from models import DiT_models
 from remix import RemixDiT_models
+from solvers import SAMPLERS, make_sampler
 
 
 def main(args: argparse.Namespace):
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace):
         if asked not in (None, known):
             raise UserError(f"--{flag} {asked}, but {args.ckpt[0]} was trained with {known}")
     try:
-        diffusion = create_diffusion(args.num_sampling_steps, **config["diffusion"])
+        loop, n_steps = make_sampler(args.sampler, args.num_sampling_steps, **config["diffusion"])
     except ValueError as error:
         raise UserError(f"--num-sampling-steps {args.num_sampling_steps}: {error}") from None
     autoencoder = load_autoencoder(args.vae or data["vae"])
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace):
         with atomic_write(folder / "settings.json") as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
     world.barrier()
-    how = f"{args.sampler} with {diffusion.num_timesteps} steps, guidance {args.cfg_scale}"
+    how = f"{args.sampler} with {n_steps} steps, guidance {args.cfg_scale}"
     logger.info(f"{args.num_fid_samples:,} samples by {how} -> {folder}")
     logger.info(space)
 
@@ -98,7 +98,7 @@ def main(args: argparse.Namespace):
         bar.update((len(batches) - len(missing)) * n)
         for numbers in missing[world.rank :: world.size]:
             show = len(missing) <= world.size  # a bar for the steps, where there is one batch
-            images = sample(args, numbers, model, diffusion, autoencoder, backbone, n_classes, world, show)
+            images = sample(args, numbers, model, loop, autoencoder, backbone, n_classes, world, show)
             if args.save_png:
                 (folder / "png").mkdir(parents=True, exist_ok=True)
                 for i, image in zip(numbers, images, strict=True):
@@ -184,7 +184,7 @@ def caption(classes: list[str] | None, label: int) -> str:
 
 @torch.no_grad()
 def sample(
-    args, numbers: range, model, diffusion, autoencoder, backbone: dict, n_classes: int, world: World, show: bool
+    args, numbers: range, model, loop, autoencoder, backbone: dict, n_classes: int, world: World, show: bool
 ) -> np.ndarray:
     """The numbered samples as uint8 [n, H, W, 3]."""
     shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
@@ -203,7 +203,6 @@ def sample(
             both = [torch.cat([a, b]) for a, b in ((x, x), (t, t), (labels, null))]
             return model.forward_with_cfg(*both, args.cfg_scale, channels)[: len(x)]
 
-    loop = diffusion.ddim_sample_loop if args.sampler == "ddim" else diffusion.p_sample_loop
     latents = loop(
         denoise,
         (len(numbers), *shape),
@@ -256,8 +255,15 @@ if __name__ == "__main__":
     group.add_argument("--num-classes", type=positive_int, help="checked against the checkpoint")
     group = parser.add_argument_group("sampling")
     group.add_argument("--num-fid-samples", type=positive_int, default=50_000, help="images")
-    group.add_argument("--num-sampling-steps", default="250", help="such as 250, ddim50 or 10,15,20")
-    group.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="DDIM is run without noise (eta 0)")
+    group.add_argument(
+        "--num-sampling-steps", default="250", help="such as 250; for ddpm and ddim also ddim50 or 10,15,20"
+    )
+    group.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        default="ddpm",
+        help="DDIM is run without noise (eta 0); diffusers' solvers are DPM-Solver++ (dpmpp), UniPC and Euler",
+    )
     group.add_argument("--cfg-scale", type=number(float, 0), default=1.5, help="classifier-free guidance; 1 for none")
     group.add_argument(
         "--cfg-all-channels", action="store_true", help="guide all channels, not the first three as DiT does"
