@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common import UserError, atomic_write
+from hub import find_transformer, read_transformer, stored_vae
 from models import SIZES, DiT, DiT_models
 from remix import MIXED_LAYERS, FoldedRemixDiT, IndependentExperts, OneExpertAtATime, RemixDiT, RemixDiT_models
 
@@ -96,13 +97,14 @@ def _read_safetensors(path: Path) -> dict:
 
 def fingerprint(path) -> str:
     """What tells a file's content from another's, at little cost: the checksums that a zip file keeps of its parts."""
-    digest = hashlib.sha256()
+    if found := find_transformer(path):
+        return " ".join(map(fingerprint, found))
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            digest.update(repr([(part.filename, part.CRC, part.file_size) for part in archive.infolist()]).encode())
-    else:
-        digest.update(Path(path).read_bytes())
-    return digest.hexdigest()
+            parts = [(part.filename, part.CRC, part.file_size) for part in archive.infolist()]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _first_line(error: Exception) -> str:
@@ -182,14 +184,22 @@ def _host_copy(state):
 def load_model(path, ema: bool = True, trust: bool = False, **overrides) -> tuple[DiT | RemixDiT, dict]:
     """Load a model for inference: (model in eval mode on the CPU, config).
 
-    Reads this project's checkpoints, facebookresearch/DiT's (a bare state dict, or one under "ema" or "model") and the
-    original Remix-DiT's. ema: the averaged weights where the file has them, else the raw ones. In a foreign file the
-    sizes are read off the tensors; overrides: model="RemixDiT-S/2" names the architecture, num_heads=6 gives what no
-    tensor shows where no registry entry fits, any other keyword argument of DiT is taken as it is. Overrides that
-    contradict the file raise UserError, as does a file that is no checkpoint. trust: let the file run code.
+    Reads this project's checkpoints, facebookresearch/DiT's (a bare state dict, or one under "ema" or "model"), the
+    original Remix-DiT's, and DiTs in diffusers' layout (a folder, or a name on the hub). ema: the averaged weights where
+    the file has them, else the raw ones. In a foreign file the sizes are read off the tensors; overrides:
+    model="RemixDiT-S/2" names the architecture, num_heads=6 gives what no tensor shows where no registry entry fits, any
+    other keyword argument of DiT is taken as it is. Overrides that contradict the file raise UserError, as does a file
+    that is no checkpoint. trust: let the file run code.
     """
-    content = read_checkpoint(path, trust)
-    if content.get("format") == FORMAT:
+    transformer = find_transformer(path)
+    content = read_checkpoint(transformer[1] if transformer else path, trust)
+    if transformer:
+        state, heads = read_transformer(path, transformer[0], content)
+        if overrides.setdefault("num_heads", heads) != heads:
+            raise UserError(f"{path} holds num_heads={heads}, not {overrides['num_heads']}")
+        config, state = _foreign_config(path, state, overrides)
+        config["data"] |= stored_vae(transformer[0])
+    elif content.get("format") == FORMAT:
         config = content["config"]
         known = {"model": config["model"]["name"], **config["model"]["backbone"], **(config["model"]["remix"] or {})}
         for key, value in overrides.items():

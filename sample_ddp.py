@@ -235,8 +235,8 @@ if __name__ == "__main__":
         "--ckpt",
         required=True,
         nargs="+",
-        help="a checkpoint of this project, of facebookresearch/DiT or of the original Remix-DiT; or several of this project's "
-        "plain DiTs, independent experts whose --timesteps tile all of them",
+        help="a checkpoint of this project, of facebookresearch/DiT or of the original Remix-DiT, or a DiT in diffusers' layout "
+        "(a folder or a hub name); or several of this project's plain DiTs, independent experts whose --timesteps tile all of them",
     )
     group.add_argument(
         "--model", choices=[*DiT_models, *RemixDiT_models], metavar="NAME", help="checked against the checkpoint"
