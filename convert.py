@@ -30,14 +30,7 @@ def main(args: argparse.Namespace):
     if args.vae and args.to != "diffusers":
         raise UserError(f"--vae goes into a pipeline, with --to diffusers, not --to {args.to}")
     if args.to == "diffusers":
-        model, config = load_model(args.ckpt, trust=args.trust_pickle, **overrides)
-        if isinstance(model, RemixDiT) and args.expert is None:
-            export_pipeline(model, config, args.out, args.vae)
-        elif args.vae:
-            raise UserError("--vae goes into the pipeline of a whole Remix-DiT: this is the folder of one DiT")
-        else:
-            export_transformer(one_dit(args, model), config, args.out)
-        print(f"wrote {args.out}")
+        write_folder(args, *load_model(args.ckpt, trust=args.trust_pickle, **overrides))
         return
     states = {}
     for name, ema in (("ema", True), ("model", False)):
@@ -53,6 +46,17 @@ def main(args: argparse.Namespace):
             save_file(states["ema"], temporary, metadata={"config": json.dumps(config)})
         else:
             torch.save(states, temporary)
+    print(f"wrote {args.out}")
+
+
+def write_folder(args: argparse.Namespace, model: DiT | RemixDiT, config: dict):
+    """A pipeline of a whole Remix-DiT, a transformer of a plain DiT or an expert."""
+    if isinstance(model, RemixDiT) and args.expert is None:
+        export_pipeline(model, config, args.out, args.vae or "none")
+    elif args.vae:
+        raise UserError("--vae goes into the pipeline of a whole Remix-DiT: this is the folder of one DiT")
+    else:
+        export_transformer(one_dit(args, model), config, args.out)
     print(f"wrote {args.out}")
 
 

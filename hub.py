@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autoencoder import load_autoencoder
+from autoencoder import Latents, load_autoencoder
 from common import LocalError, UserError
 from models import DiT, sincos_positions
 from remix import RemixDiT
@@ -200,11 +200,11 @@ def export_transformer(dit: DiT, config: dict, out):
         (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
-def export_pipeline(remix: RemixDiT, config: dict, out, vae: str | None = None):
+def export_pipeline(remix: RemixDiT, config: dict, out, vae: str = "none"):
     """Write a RemixDiT as a pipeline's folder, in which diffusers finds all the code that it needs.
 
-    The K bases are stored once, and mixed where they run. vae: what `autoencoder.load_autoencoder` takes, to be stored
-    beside them. Raises UserError for a model that diffusers cannot express, or a VAE of other channels.
+    The K bases are stored once, and mixed where they run. vae: what `autoencoder.load_autoencoder` takes, stored beside
+    them unless it is "none". Raises UserError for a model that diffusers cannot express, or a VAE of other channels.
     """
     import diffusers  # seconds to import
 
@@ -221,8 +221,9 @@ def export_pipeline(remix: RemixDiT, config: dict, out, vae: str | None = None):
     coefficients = remix.coefficients().detach().reshape(-1, remix.n_experts, remix.n_basis)
     weights = to_diffusers(remix.backbone.state_dict(), ["embedder"])
     theirs.load_state_dict(weights | {"coefficients": coefficients})
-    autoencoder = load_autoencoder(vae or "none")
-    if vae and remix.in_channels not in autoencoder.channels:
+    autoencoder = load_autoencoder(vae)
+    decodes = isinstance(autoencoder, Latents)
+    if decodes and remix.in_channels not in autoencoder.channels:
         raise UserError(f"the model denoises {remix.in_channels} channels, --vae {vae} takes {autoencoder.channels[0]}")
     scheduler = diffusers.DDPMScheduler(
         variance_type="learned_range" if remix.backbone.config["learn_sigma"] else "fixed_large",
@@ -234,7 +235,7 @@ def export_pipeline(remix: RemixDiT, config: dict, out, vae: str | None = None):
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", "DDPMScheduler"],
         "transformer": ["remix_transformer", "RemixDiTTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"] if vae else [None, None],
+        "vae": ["diffusers", "AutoencoderKL"] if decodes else [None, None],
     }
     with _new_folder(out) as folder:
         theirs.save_pretrained(folder / "transformer")
@@ -244,7 +245,7 @@ def export_pipeline(remix: RemixDiT, config: dict, out, vae: str | None = None):
         }  # the rest is DiT's own
         (folder / "transformer" / "config.json").write_text(json.dumps(known, indent=2) + "\n")
         scheduler.save_pretrained(folder / "scheduler")
-        if vae:
+        if decodes:
             autoencoder.vae.register_to_config(scaling_factor=config["data"]["scale"])  # the features' own
             autoencoder.vae.save_pretrained(folder / "vae")
         shutil.copyfile(OUR_FILES / "remix_transformer.py", folder / "transformer" / "remix_transformer.py")

@@ -185,7 +185,7 @@ def exported(ckpt, vae, tmp_path_factory):
     save(path / "latent.pt", latent, "RemixDiT-T/2", data)
     run("convert.py", path / "dit.pt", path / "dit", "--to", "diffusers")
     run("convert.py", ckpt, path / "expert", "--to", "diffusers", "--expert", 4)
-    run("convert.py", ckpt, path / "pixels", "--to", "diffusers")
+    run("convert.py", ckpt, path / "pixels", "--to", "diffusers", "--vae", "none")
     run("convert.py", path / "latent.pt", path / "latents", "--to", "diffusers", "--vae", vae)
     return path
 
