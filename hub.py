@@ -74,10 +74,9 @@ def _fetch(name: str) -> Path:
         from huggingface_hub import snapshot_download
 
         for weights in WEIGHTS:  # the pickle only where there is nothing better
-            folder = Path(
-                snapshot_download(name, allow_patterns=["config.json", "transformer/config.json", f"*{weights}"])
-            )
-            if list(folder.rglob(weights)):
+            places = [weights, f"transformer/{weights}"]
+            folder = Path(snapshot_download(name, allow_patterns=["config.json", "transformer/config.json", *places]))
+            if any((folder / place).is_file() for place in places):
                 break
         return folder
     except Exception as error:  # the network, the hub and its library fail in many ways
@@ -115,10 +114,10 @@ def read_transformer(name, config_file: Path, state: dict[str, Tensor]) -> tuple
         return state, heads
     except KeyError as error:
         raise UserError(f"{name} holds no DiT in diffusers' layout: {error} is missing") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # a damaged file may provoke any of them
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{config_file} is no config of a DiTTransformer2DModel: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file may provoke anything
+        raise UserError(f"{name} holds no DiT in diffusers' layout: {str(error).splitlines()[0]}") from None
 
 
 def stored_vae(config_file: Path) -> dict:
