@@ -88,6 +88,7 @@ def draw(rows: list[dict], args: argparse.Namespace, path: Path):
         axes.fill_between(args.steps, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2)
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="FID, features of the digits' classifier")
     axes.set_xticks(args.steps, [str(steps) for steps in args.steps])
+    axes.set_yticks([20, 30, 40, 60, 80], ["20", "30", "40", "60", "80"])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
