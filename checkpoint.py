@@ -21,7 +21,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from common import UserError, atomic_write
+from common import UserError, atomic_write, first_line
+from hub import find_transformer, read_transformer, stored_vae
 from models import SIZES, DiT, DiT_models
 from remix import MIXED_LAYERS, FoldedRemixDiT, IndependentExperts, OneExpertAtATime, RemixDiT, RemixDiT_models
 
@@ -73,7 +74,7 @@ def read_checkpoint(path, trust: bool = False, mapped: bool = True) -> dict:
             raise UserError(
                 f"{path} holds more than tensors and plain types: it could run code, and is loaded with --trust-pickle only"
             ) from None
-        raise UserError(f"{path} is not a whole checkpoint (truncated or damaged): {_first_line(error)}") from None
+        raise UserError(f"{path} is not a whole checkpoint (truncated or damaged): {first_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     if content.get("format") == FORMAT and content.get("version", 0) > VERSION:
@@ -90,23 +91,20 @@ def _read_safetensors(path: Path) -> dict:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
         config = json.loads(metadata["config"]) if "config" in metadata else None
     except Exception as error:  # a damaged file may provoke anything
-        raise UserError(f"{path} is not a whole .safetensors file: {_first_line(error)}") from None
+        raise UserError(f"{path} is not a whole .safetensors file: {first_line(error)}") from None
     return {"format": FORMAT, "config": config, "model": state, "ema": state} if config else state
 
 
 def fingerprint(path) -> str:
     """What tells a file's content from another's, at little cost: the checksums that a zip file keeps of its parts."""
-    digest = hashlib.sha256()
+    if found := find_transformer(path):
+        return " ".join(map(fingerprint, found))
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            digest.update(repr([(part.filename, part.CRC, part.file_size) for part in archive.infolist()]).encode())
-    else:
-        digest.update(Path(path).read_bytes())
-    return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            parts = [(part.filename, part.CRC, part.file_size) for part in archive.infolist()]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checkpoints(folder) -> list[Path]:
@@ -122,7 +120,7 @@ def damage(path) -> str | None:
             part = archive.testzip()
         return f"its part {part} does not match its checksum" if part else None
     except Exception as error:  # a damaged file may provoke anything
-        return _first_line(error)
+        return first_line(error)
 
 
 class CheckpointWriter:
@@ -154,7 +152,7 @@ class CheckpointWriter:
             save_checkpoint(path, state)
         except Exception as error:  # whatever a file system can think of
             self.logger.error(
-                f"COULD NOT SAVE {path}: {_first_line(error)}; training goes on, the last good checkpoint stays"
+                f"COULD NOT SAVE {path}: {first_line(error)}; training goes on, the last good checkpoint stays"
             )
             return
         self.logger.info(f"saved {path}")
@@ -182,14 +180,22 @@ def _host_copy(state):
 def load_model(path, ema: bool = True, trust: bool = False, **overrides) -> tuple[DiT | RemixDiT, dict]:
     """Load a model for inference: (model in eval mode on the CPU, config).
 
-    Reads this project's checkpoints, facebookresearch/DiT's (a bare state dict, or one under "ema" or "model") and the
-    original Remix-DiT's. ema: the averaged weights where the file has them, else the raw ones. In a foreign file the
-    sizes are read off the tensors; overrides: model="RemixDiT-S/2" names the architecture, num_heads=6 gives what no
-    tensor shows where no registry entry fits, any other keyword argument of DiT is taken as it is. Overrides that
-    contradict the file raise UserError, as does a file that is no checkpoint. trust: let the file run code.
+    Reads this project's checkpoints, facebookresearch/DiT's (a bare state dict, or one under "ema" or "model"), the
+    original Remix-DiT's, and DiTs in diffusers' layout (a folder, or a name on the hub). ema: the averaged weights where
+    the file has them, else the raw ones. In a foreign file the sizes are read off the tensors; overrides:
+    model="RemixDiT-S/2" names the architecture, num_heads=6 gives what no tensor shows where no registry entry fits, any
+    other keyword argument of DiT is taken as it is. Overrides that contradict the file raise UserError, as does a file
+    that is no checkpoint. trust: let the file run code.
     """
-    content = read_checkpoint(path, trust)
-    if content.get("format") == FORMAT:
+    transformer = find_transformer(path)
+    content = read_checkpoint(transformer[1] if transformer else path, trust)
+    if transformer:
+        state, heads = read_transformer(path, transformer[0], content)
+        if overrides.setdefault("num_heads", heads) != heads:
+            raise UserError(f"{path} holds num_heads={heads}, not {overrides['num_heads']}")
+        config, state = _foreign_config(path, state, overrides)
+        config["data"] |= stored_vae(transformer[0])
+    elif content.get("format") == FORMAT:
         config = content["config"]
         known = {"model": config["model"]["name"], **config["model"]["backbone"], **(config["model"]["remix"] or {})}
         for key, value in overrides.items():
@@ -252,7 +258,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        complaint = str(error).splitlines()[1].strip() if "\n" in str(error) else _first_line(error)
+        complaint = str(error).splitlines()[1].strip() if "\n" in str(error) else first_line(error)
         raise UserError(f"{path} does not fit the model: {complaint[:300]}") from None
 
 

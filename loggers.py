@@ -13,15 +13,15 @@ from PIL import Image
 
 from autoencoder import Pixels
 from common import UserError, atomic_write, first_line
-from diffusion import create_diffusion
 from distributed import World, seed_for
 from figures import save_coefficients, save_grid
 from models import DiT
 from remix import RemixDiT
+from solvers import QUICK, make_sampler
 
 LOGGERS = ("tensorboard", "wandb")
 SAMPLES = 16  # images of a grid
-STEPS, GUIDANCE = 25, 1.5  # of DDIM: for a quick look, not for a score
+GUIDANCE = 1.5
 
 
 def logger_names(text: str) -> list[str]:
@@ -128,7 +128,7 @@ class Gallery:
         self.classes, self.n_classes = config["data"]["classes"], backbone["num_classes"]
         self.shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
         self.labels = torch.arange(SAMPLES) * self.n_classes // SAMPLES
-        self.diffusion = create_diffusion(str(STEPS), **config["diffusion"])
+        self.loop, _ = make_sampler(*QUICK, **config["diffusion"])
 
     def draw(self, step: int, model: DiT | RemixDiT):
         """Draw what `model`, in eval mode, has learned by a step."""
@@ -160,7 +160,7 @@ class Gallery:
             with self.world.autocast(self.training["precision"]):
                 return model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), labels, GUIDANCE)[: len(x)]
 
-        samples = self.diffusion.ddim_sample_loop(
+        samples = self.loop(
             denoise,
             (SAMPLES, *self.shape),
             noise=torch.stack(noise).to(device),

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +35,16 @@ from common import (
     run_script,
     seed_int,
 )
-from diffusion import create_diffusion
 from distributed import PRECISIONS, World, rank0_logger, seed_for, setup
 from figures import save_grid
-from models import DiT_models
-from remix import RemixDiT_models
+from models import DiT_models, guide
+from remix import OneExpertAtATime, RemixDiT_models
+from solvers import SAMPLERS, make_sampler
 
 
 def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is touched.
+    args.compile = torch.cuda.is_available() if args.compile is None else args.compile
     overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
     model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
     data, backbone = config["data"], config["model"]["backbone"]
@@ -54,7 +56,7 @@ def main(args: argparse.Namespace):
         if asked not in (None, known):
             raise UserError(f"--{flag} {asked}, but {args.ckpt[0]} was trained with {known}")
     try:
-        diffusion = create_diffusion(args.num_sampling_steps, **config["diffusion"])
+        loop, timesteps = make_sampler(args.sampler, args.num_sampling_steps, **config["diffusion"])
     except ValueError as error:
         raise UserError(f"--num-sampling-steps {args.num_sampling_steps}: {error}") from None
     autoencoder = load_autoencoder(args.vae or data["vae"])
@@ -89,23 +91,24 @@ def main(args: argparse.Namespace):
         with atomic_write(folder / "settings.json") as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
     world.barrier()
-    how = f"{args.sampler} with {diffusion.num_timesteps} steps, guidance {args.cfg_scale}"
+    how = f"{args.sampler} with {len(timesteps)} steps, guidance {args.cfg_scale}"
     logger.info(f"{args.num_fid_samples:,} samples by {how} -> {folder}")
     logger.info(space)
 
     # Sample this process's share of the missing batches, a file each.
     with tqdm(total=args.num_fid_samples, unit="img", desc="sampling", disable=not world.is_main, smoothing=0) as bar:
         bar.update((len(batches) - len(missing)) * n)
-        for numbers in missing[world.rank :: world.size]:
-            show = len(missing) <= world.size  # a bar for the steps, where there is one batch
-            images = sample(args, numbers, model, diffusion, autoencoder, backbone, n_classes, world, show)
-            if args.save_png:
-                (folder / "png").mkdir(parents=True, exist_ok=True)
-                for i, image in zip(numbers, images, strict=True):
-                    Image.fromarray(image).save(folder / "png" / f"{i:06d}.png")
-            with atomic_write(part_path(folder, numbers)) as temporary, open(temporary, "wb") as file:
-                np.save(file, images)
-            bar.update(min(len(numbers) * world.size, bar.total - bar.n))
+        with ThreadPoolExecutor(1) as writer:  # files are written while the device works
+            written = []
+            for numbers in missing[world.rank :: world.size]:
+                show = len(missing) <= world.size  # a bar for the steps, where there is one batch
+                images = sample(args, numbers, model, loop, timesteps, autoencoder, backbone, n_classes, world, show)
+                for job in written[-1:]:
+                    job.result()  # of what went wrong, now; and not more than two batches in memory
+                written.append(writer.submit(store, args, folder, numbers, images))
+                bar.update(min(len(numbers) * world.size, bar.total - bar.n))
+            for job in written[-1:]:
+                job.result()
     world.barrier()
 
     # Pack, draw, and report.
@@ -123,6 +126,16 @@ def main(args: argparse.Namespace):
 def part_path(folder: Path, numbers: range) -> Path:
     """The file of a batch of samples, until all are packed."""
     return folder / "parts" / f"{numbers.start:06d}.npy"
+
+
+def store(args, folder: Path, numbers: range, images: np.ndarray):
+    """Write a batch of samples to its files."""
+    if args.save_png:
+        (folder / "png").mkdir(parents=True, exist_ok=True)
+        for i, image in zip(numbers, images, strict=True):
+            Image.fromarray(image).save(folder / "png" / f"{i:06d}.png")
+    with atomic_write(part_path(folder, numbers)) as temporary, open(temporary, "wb") as file:
+        np.save(file, images)
 
 
 def default_name(args: argparse.Namespace) -> str:
@@ -184,26 +197,40 @@ def caption(classes: list[str] | None, label: int) -> str:
 
 @torch.no_grad()
 def sample(
-    args, numbers: range, model, diffusion, autoencoder, backbone: dict, n_classes: int, world: World, show: bool
+    args,
+    numbers: range,
+    model,
+    loop,
+    timesteps: list[int],
+    autoencoder,
+    backbone: dict,
+    n_classes: int,
+    world: World,
+    show: bool,
 ) -> np.ndarray:
-    """The numbered samples as uint8 [n, H, W, 3]."""
+    """The numbered samples as uint8 [n, H, W, 3]; `timesteps` are those that `loop` asks for, one after the other."""
+    wanted = len(numbers)
+    if args.compile:  # for one size of batch: what the last one has too little is drawn and thrown away
+        numbers = range(numbers.start, numbers.start + min(args.per_proc_batch_size, args.num_fid_samples))
     shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
     generators = [torch.Generator(world.device).manual_seed(seed_for(args.global_seed, i)) for i in numbers]
     labels = torch.tensor([label_of(args.global_seed, i, n_classes) for i in numbers], device=world.device)
-    null = torch.full_like(labels, backbone["num_classes"])
+    labels = labels if args.cfg_scale == 1 else torch.cat([labels, torch.full_like(labels, backbone["num_classes"])])
+    channels = shape[0] if args.cfg_all_channels else 3
+    run, run_guided = (torch.compile(f) if args.compile else f for f in (predict, guide))
+    asked = iter(timesteps)  # known here, so that the host need not wait for the device to choose the expert
 
     def draw(_step: int | None = None) -> torch.Tensor:
         return torch.stack([torch.randn(shape, generator=g, device=world.device) for g in generators])
 
     def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        network = model.at(next(asked)) if isinstance(model, OneExpertAtATime) else model
         with world.autocast(args.precision):
             if args.cfg_scale == 1:
-                return model(x, t, labels)
-            channels = shape[0] if args.cfg_all_channels else 3
-            both = [torch.cat([a, b]) for a, b in ((x, x), (t, t), (labels, null))]
-            return model.forward_with_cfg(*both, args.cfg_scale, channels)[: len(x)]
+                return run(network, x, t, labels)
+            out = run_guided(network, torch.cat([x, x]), torch.cat([t, t]), labels, args.cfg_scale, channels)
+        return out[: len(x)]
 
-    loop = diffusion.ddim_sample_loop if args.sampler == "ddim" else diffusion.p_sample_loop
     latents = loop(
         denoise,
         (len(numbers), *shape),
@@ -213,7 +240,11 @@ def sample(
         progress=show and world.is_main,
         step_noise=draw,
     )
-    return autoencoder.decode(latents).cpu().numpy()
+    return autoencoder.decode(latents[:wanted]).cpu().numpy()
+
+
+def predict(network, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return network(x, t, y)
 
 
 def pack(path: Path, parts: list[Path], labels: np.ndarray):
@@ -236,8 +267,8 @@ if __name__ == "__main__":
         "--ckpt",
         required=True,
         nargs="+",
-        help="a checkpoint of this project, of facebookresearch/DiT or of the original Remix-DiT; or several of this project's "
-        "plain DiTs, independent experts whose --timesteps tile all of them",
+        help="a checkpoint of this project, of facebookresearch/DiT or of the original Remix-DiT, or a DiT in diffusers' layout "
+        "(a folder or a hub name); or several of this project's plain DiTs, independent experts whose --timesteps tile all of them",
     )
     group.add_argument(
         "--model", choices=[*DiT_models, *RemixDiT_models], metavar="NAME", help="checked against the checkpoint"
@@ -256,8 +287,15 @@ if __name__ == "__main__":
     group.add_argument("--num-classes", type=positive_int, help="checked against the checkpoint")
     group = parser.add_argument_group("sampling")
     group.add_argument("--num-fid-samples", type=positive_int, default=50_000, help="images")
-    group.add_argument("--num-sampling-steps", default="250", help="such as 250, ddim50 or 10,15,20")
-    group.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="DDIM is run without noise (eta 0)")
+    group.add_argument(
+        "--num-sampling-steps", default="250", help="such as 250; for ddpm and ddim also ddim50 or 10,15,20"
+    )
+    group.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        default="ddpm",
+        help="DDIM is run without noise (eta 0); diffusers' solvers are DPM-Solver++ (dpmpp), UniPC and Euler",
+    )
     group.add_argument("--cfg-scale", type=number(float, 0), default=1.5, help="classifier-free guidance; 1 for none")
     group.add_argument(
         "--cfg-all-channels", action="store_true", help="guide all channels, not the first three as DiT does"
@@ -266,6 +304,9 @@ if __name__ == "__main__":
     group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at a time, a process")
     group.add_argument(
         "--precision", choices=PRECISIONS, default="fp32", help="of the matrix products (fp32 is TF32 on GPUs)"
+    )
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on GPUs)"
     )
     group = parser.add_argument_group("results")
     group.add_argument("--sample-dir", default="samples", help="where the folders of samples are")

@@ -595,7 +595,10 @@ if __name__ == "__main__":
         help="DiT or RemixDiT, -T -S -B -L -XL, /2 /4 /8",
     )
     group.add_argument(
-        "--load-weight", metavar="PATH", help="start from these weights: a DiT's for either model, or a RemixDiT's"
+        "--load-weight",
+        metavar="PATH",
+        help="start from these weights: a DiT's for either model, also in diffusers' layout (a folder or a hub name such as "
+        "facebook/DiT-XL-2-256), or a RemixDiT's",
     )
     group.add_argument("--n-basis", type=positive_int, default=4, help="basis models K")
     group.add_argument(

@@ -107,6 +107,21 @@ def trained(tmp_path_factory, features) -> Path:
     return path / "trained"
 
 
+@pytest.fixture(scope="session")
+def ckpt(trained, tmp_path_factory) -> Path:
+    """The four-step model with its bases pushed apart, so that the experts differ."""
+    from checkpoint import save_checkpoint
+
+    state = torch.load(trained / "checkpoints/0000004.pt", weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    for key, value in state["ema"].items():
+        if value.ndim >= 2 and "pos_embed" not in key:
+            value += 0.1 * torch.randn(value.shape, generator=generator)
+    path = tmp_path_factory.mktemp("sampling") / "run" / "checkpoints" / "0000004.pt"
+    save_checkpoint(path, state)
+    return path
+
+
 def training(features: Path, results: Path, prefix: str, model: str = "RemixDiT-T/2") -> list:
     flags = [
         "--data-path",

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import GOLDEN, make_images, run, training
 from PIL import Image
+from torch._dynamo.utils import counters
 
 from checkpoint import build_model, load_model, save_checkpoint
 from diffusion import create_diffusion
@@ -12,6 +13,7 @@ from distributed import seed_for
 from features import FeatureDataset
 from measure import noise_errors
 from sample_ddp import label_of
+from solvers import SOLVERS
 
 FEW = ("--num-fid-samples", 14, "--num-sampling-steps", "8")
 
@@ -19,19 +21,6 @@ FEW = ("--num-fid-samples", 14, "--num-sampling-steps", "8")
 def images(folder) -> np.ndarray:
     with np.load(folder / "samples.npz", allow_pickle=False) as file:
         return file["arr_0"]
-
-
-@pytest.fixture(scope="module")
-def ckpt(trained, tmp_path_factory):
-    """The four-step model with its bases pushed apart, so that the experts differ."""
-    state = torch.load(trained / "checkpoints/0000004.pt", weights_only=True)
-    generator = torch.Generator().manual_seed(0)
-    for key, value in state["ema"].items():
-        if value.ndim >= 2 and "pos_embed" not in key:
-            value += 0.1 * torch.randn(value.shape, generator=generator)
-    path = tmp_path_factory.mktemp("sampling") / "run" / "checkpoints" / "0000004.pt"
-    save_checkpoint(path, state)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +46,15 @@ def test_a_sample_is_its_index(ckpt, sampled, tmp_path, batch, processes):
     run("sample_ddp.py", *flags, processes=processes)
     difference = np.abs(images(tmp_path / "other").astype(int) - images(sampled).astype(int))
     assert difference.max() <= 1
+
+
+def test_a_solvers_sample_is_its_index(ckpt, tmp_path):
+    flags = ("--ckpt", ckpt, *FEW, "--sample-dir", tmp_path, "--sampler", "dpmpp")
+    run("sample_ddp.py", *flags, "--name", "one")
+    run("sample_ddp.py", *flags, "--name", "two", "--per-proc-batch-size", 5)
+    one, two = (images(tmp_path / name).astype(int) for name in ("one", "two"))
+    assert np.abs(one - two).max() <= 1
+    assert one.std() > 10
 
 
 @torch.no_grad()
@@ -93,7 +91,14 @@ def test_an_interrupted_sampling_is_finished(ckpt, sampled, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "how", [("--sampler", "ddim"), ("--cfg-scale", 1), ("--cfg-all-channels", "--precision", "bf16"), ("--no-ema",)]
+    "how",
+    [
+        ("--sampler", "ddim"),
+        *(("--sampler", name) for name in SOLVERS),
+        ("--cfg-scale", 1),
+        ("--cfg-all-channels", "--precision", "bf16"),
+        ("--no-ema",),
+    ],
 )
 def test_other_ways(ckpt, sampled, tmp_path, how):
     run("sample_ddp.py", "--ckpt", ckpt, *FEW, "--sample-dir", tmp_path, *how)
@@ -110,6 +115,7 @@ def test_other_ways(ckpt, sampled, tmp_path, how):
         (("--model", "RemixDiT-S/2"), "not RemixDiT-S/2"),
         (("--num-classes", "10"), "was trained with 3"),
         (("--num-sampling-steps", "2000"), "cannot keep 2000"),
+        (("--sampler", "dpmpp", "--num-sampling-steps", "ddim50"), "dpmpp takes a whole number of steps"),
         (("--cfg-scale", "-1"), "at least 0"),
         (("--name", "../x"), "plain folder name"),
         (("--vae", "/no/such/vae"), "cannot load the VAE"),
@@ -263,3 +269,13 @@ def test_latent_models_from_images_to_images(vae, tmp_path):
     refused = run("sample_ddp.py", *flags, "--name", "pixels", "--vae", "none", expect=2).stderr
     assert "denoises 4 channels" in refused
     assert not (tmp_path / "samples/pixels").exists()
+
+
+def test_compiled_sampling_is_the_same_and_compiles_once(ckpt, sampled, tmp_path):
+    torch._dynamo.reset()
+    counters.clear()
+    flags = ("--ckpt", ckpt, *FEW, "--sample-dir", tmp_path, "--compile", "--per-proc-batch-size", 4)
+    run("sample_ddp.py", *flags, "--name", "compiled")
+    difference = np.abs(images(tmp_path / "compiled").astype(int) - images(sampled).astype(int))
+    assert difference.max() <= 1
+    assert counters["stats"]["unique_graphs"] == 1  # four batches, the last one of two

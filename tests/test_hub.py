@@ -1,0 +1,369 @@
+"""diffusers' layout, both ways. What travels in an exported folder runs in a process that cannot see this project."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, relative, run, training
+from safetensors.torch import load_file, save_file
+
+from autoencoder import load_autoencoder
+from checkpoint import fingerprint, load_denoiser, load_model, model_config, save_checkpoint
+from common import UserError
+from distributed import seed_for
+from hub import find_transformer
+from models import DiT, DiT_models
+from remix import MIXED_LAYERS, MODULATION, FoldedRemixDiT, RemixDiT_models
+from solvers import make_sampler
+
+LABELS = [2, 0, 1]
+
+
+def shaken(model):
+    """The model with all its weights pushed about: modulation and output start at zero, and would hide errors."""
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if p.requires_grad and name != "logits":
+            p.data += 0.05 * torch.randn(p.shape, generator=generator)
+    return model.eval()
+
+
+def save(path, model, name, data):
+    config = {"model": model_config(name, model), "diffusion": {}, "data": data, "training": {}}
+    save_checkpoint(path, {"config": config, "model": model.state_dict(), "ema": model.state_dict()})
+    return path
+
+
+def make_transformer(**changes):
+    """A random DiTTransformer2DModel whose blocks share their embedders' weights, as converted DiTs' do."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    shape = dict(
+        num_attention_heads=3, attention_head_dim=16, in_channels=3, out_channels=6, num_layers=3, sample_size=8
+    )
+    model = DiTTransformer2DModel(**shape | dict(num_embeds_ada_norm=3, norm_eps=1e-6) | changes)
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hub") / "dit"
+    make_transformer().save_pretrained(path)
+    return path
+
+
+def published(model):
+    """Give diffusers' class the rates that facebookresearch/DiT's weights were trained with, 10000^(-i/128)."""
+    for block in model.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return model
+
+
+def batch(channels: int = 3):
+    generator = torch.Generator().manual_seed(1)
+    t = torch.tensor([0, 1, 250, 499, 500, 999])
+    return torch.randn(6, channels, 8, 8, generator=generator), t, torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+@torch.no_grad()
+def test_diffusers_weights_are_read(transformer, tmp_path):
+    model, config = load_model(transformer)
+    assert isinstance(model, DiT)
+    assert (config["model"]["name"], model.config["input_size"], model.num_classes) == ("DiT-T/2", 8, 3)
+    assert relative(model(*batch()), published(make_transformer())(*batch()).sample) < 1e-5
+    torch.save(load_file(transformer / "diffusion_pytorch_model.safetensors"), tmp_path / "diffusion_pytorch_model.bin")
+    (tmp_path / "config.json").write_text((transformer / "config.json").read_text())
+    assert torch.equal(load_model(tmp_path)[0](*batch()), model(*batch())), "older folders hold a pickle of tensors"
+    assert fingerprint(tmp_path) != fingerprint(transformer)
+    with pytest.raises(UserError, match="num_heads=3, not 4"):
+        load_model(transformer, num_heads=4)
+    with pytest.raises(UserError, match="not DiT-S/2"):
+        load_model(transformer, model="DiT-S/2")
+
+
+def test_a_pipelines_folder_trains_and_samples(transformer, features, vae, tmp_path):
+    from diffusers import AutoencoderKL
+
+    flags = [*training(features, tmp_path, "warm"), "--load-weight", transformer, "--max-steps", 1, "--lr", 1e-9]
+    run("train_fast.py", *flags, "--coeff-lr", 0)
+    started, _ = load_model(tmp_path / "warm/checkpoints/0000001.pt")
+    base = load_model(transformer)[0].blocks[1].attn.qkv.weight
+    torch.testing.assert_close(started.expert(4).blocks[1].attn.qkv.weight, base, rtol=1e-5, atol=1e-6)
+
+    folder = tmp_path / "pipeline"
+    make_transformer(in_channels=4, out_channels=8).save_pretrained(folder / "transformer")
+    AutoencoderKL.from_pretrained(vae).save_pretrained(folder / "vae")
+    assert load_model(folder)[1]["data"] == {
+        "image_size": 64,
+        "classes": None,
+        "vae": str(folder / "vae"),
+        "scale": 0.5,
+    }
+    few = ("--num-fid-samples", 4, "--num-sampling-steps", 3, "--sample-dir", tmp_path / "samples")
+    run("sample_ddp.py", "--ckpt", folder, *few)
+    with np.load(tmp_path / "samples/pipeline-ddpm3-cfg1.5-seed0/samples.npz") as file:
+        assert file["arr_0"].shape == (4, 16, 16, 3)
+    assert "nothing to do" in run("sample_ddp.py", "--ckpt", folder, *few).stdout
+
+
+def spoil(folder, config: dict | None = None, **tensors):
+    """Change a folder's config and tensors; None takes one away."""
+    described = json.loads((folder / "config.json").read_text()) | (config or {})
+    (folder / "config.json").write_text(json.dumps({key: v for key, v in described.items() if v is not None}))
+    file = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(file) | tensors
+    save_file({key: value for key, value in state.items() if value is not None}, file)
+
+
+TABLE = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda f: spoil(f, {"_class_name": "UNet2DModel"}), "a UNet2DModel, not a DiTTransformer2DModel"),
+        (lambda f: spoil(f, {"norm_type": "ada_norm"}), "norm_type=ada_norm"),
+        (lambda f: spoil(f, {"_class_name": "Transformer2DModel", "activation_fn": None}), "activation_fn=None"),
+        (lambda f: spoil(f, {"norm_eps": 0.1}), "norm_eps=0.1"),
+        (lambda f: spoil(f, {"num_embeds_ada_norm": 7}), "num_embeds_ada_norm=7"),
+        (lambda f: spoil(f, {"attention_head_dim": 24}), "3 heads of 24"),
+        (lambda f: spoil(f, {"sample_size": 10**9}), "500000000 patches a side"),
+        (lambda f: spoil(f, {"sample_size": None}), "'sample_size' is missing"),
+        (lambda f: spoil(f, {"sample_size": "8"}), "no DiT in diffusers' layout"),
+        (lambda f: spoil(f, **{TABLE: torch.ones(4, 48)}), "class_embedder.embedding_tables: a DiT has one for all"),
+        (lambda f: spoil(f, **{"proj_out_2.bias": None}), "'proj_out_2.bias' is missing"),
+        (lambda f: spoil(f, **{"transformer_blocks.999999999.attn1.to_q.weight": torch.ones(1)}), "is missing"),
+        (lambda f: spoil(f, **{"transformer_blocks.0.attn1.to_q.weight": torch.ones(1, 2, 3)}), "holds no DiT"),
+        (lambda f: spoil(f, **{"adapter.weight": torch.ones(1)}), "more than a DiT: adapter.weight"),
+        (lambda f: spoil(f, **{"proj_out_2.bias": torch.ones(5)}), "does not fit"),
+        (lambda f: (f / "config.json").write_text("[1]"), "no DiT in diffusers' layout"),
+        (lambda f: (f / "config.json").write_bytes(b"\xff{"), "no DiT in diffusers' layout"),
+        (lambda f: (f / "config.json").unlink(), "there is no"),
+        (lambda f: (f / "diffusion_pytorch_model.safetensors").unlink(), "there is no"),
+        (lambda f: (f / "diffusion_pytorch_model.safetensors").write_bytes(b"x"), "not a whole .safetensors file"),
+    ],
+)
+def test_folders_that_hold_no_dit(tmp_path, transformer, harm, message):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for file in transformer.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    load_model(folder)
+    harm(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+    assert "folder" in str(caught.value)
+
+
+def test_a_hub_name_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    done = run("sample_ddp.py", "--ckpt", "nobody/DiT-of-nowhere", "--sample-dir", tmp_path, expect=2)
+    assert "nobody/DiT-of-nowhere: no such file or folder, and not to be had from the Hugging Face hub" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    for file in ("pretrained/DiT_S_2_2M.pt", "a/b/c", "file", tmp_path / "a", transformer_file := tmp_path / "x.npz"):
+        transformer_file.touch()
+        assert find_transformer(file) is None, "these are files' names"
+
+
+@pytest.fixture(scope="module")
+def exported(ckpt, vae, tmp_path_factory):
+    """A plain DiT, an expert, a pixel pipeline, and a latent one with its VAE, as folders; and how they were made."""
+    path = tmp_path_factory.mktemp("exported")
+    dit = shaken(DiT_models["DiT-T/4"](input_size=8, in_channels=4, num_classes=3, learn_sigma=False))
+    shape = dict(input_size=8, in_channels=4, num_classes=3, n_basis=3, n_experts=7, scope="local")
+    latent = shaken(RemixDiT_models["RemixDiT-T/2"](**shape, mixed_layers=[*MIXED_LAYERS, MODULATION]))
+    data = {"vae": "somewhere", "scale": 0.7, "image_size": 16, "classes": None}
+    save(path / "dit.pt", dit, "DiT-T/4", data)
+    save(path / "latent.pt", latent, "RemixDiT-T/2", data)
+    run("convert.py", path / "dit.pt", path / "dit", "--to", "diffusers")
+    run("convert.py", ckpt, path / "expert", "--to", "diffusers", "--expert", 4)
+    run("convert.py", ckpt, path / "pixels", "--to", "diffusers", "--vae", "none")
+    run("convert.py", path / "latent.pt", path / "latents", "--to", "diffusers", "--vae", vae)
+    return path
+
+
+FAR_AWAY = """
+import sys
+import torch
+from diffusers import AutoModel, DDIMScheduler, DPMSolverMultistepScheduler, DiffusionPipeline, DiTTransformer2DModel
+
+for name in ("remix", "models", "diffusers_files", "hub"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    raise SystemExit(f"{name} can be imported")
+given = torch.load("given.pt", weights_only=True)
+found = {}
+with torch.no_grad():
+    for name in ("dit", "expert"):
+        x, t, y = given[name]
+        found[name] = AutoModel.from_pretrained(name, trust_remote_code=True)(x, t, y).sample
+        found[f"{name}-stock"] = DiTTransformer2DModel.from_pretrained(name)(x, t, y).sample
+    for name in ("pixels", "latents"):
+        pipe = DiffusionPipeline.from_pretrained(name, custom_pipeline=name, trust_remote_code=True)
+        pipe.set_progress_bar_config(disable=True)
+        published, leading = pipe.scheduler.config, dict(timestep_spacing="leading")
+        for sampler in ("ddpm", "ddim", "dpmpp"):
+            if sampler == "ddim":
+                pipe.scheduler = DDIMScheduler.from_config(published, **leading)
+            elif sampler == "dpmpp":
+                pipe.scheduler = DPMSolverMultistepScheduler.from_config(published)
+            how = dict(class_labels=given["labels"], num_inference_steps=10)
+            draws = [torch.Generator().manual_seed(seed) for seed in given["seeds"]]
+            found[f"{name}-{sampler}"] = pipe(**how, generator=draws, output_type="latent").images
+        found[f"{name}-unguided"] = pipe(**how, latents=given[f"{name}-noise"], guidance_scale=1, output_type="pt").images
+        images = pipe(**how, output_type="pil").images
+        found[f"{name}-size"] = [image.size for image in images]
+        try:
+            pipe.transformer(x, torch.tensor([0, 999]).repeat(3), y)
+        except ValueError as error:
+            found["refused"] = str(error)
+        pipe.to(torch.bfloat16)
+        assert pipe(**how, output_type="latent").images.isfinite().all()
+assert "timm" not in sys.modules
+torch.save(found, "found.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def far_away(exported, tmp_path_factory):
+    """What the exported folders give in a process without this project (nor its caches)."""
+    noise = {f"{name}-noise": draw_all(channels)(None) for name, channels in (("pixels", 3), ("latents", 4))}
+    given = {
+        "dit": batch(4),
+        "expert": batch(3),
+        "labels": LABELS,
+        "seeds": [seed_for(0, i) for i in range(3)],
+        **noise,
+    }
+    torch.save(given, exported / "given.pt")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path_factory.mktemp("hf")), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", FAR_AWAY]
+    done = subprocess.run(command, cwd=exported, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(exported / "found.pt", weights_only=True)
+
+
+def draw_all(channels: int):
+    """The noise of sample_ddp.py's first samples, one draw after the other."""
+    generators = [torch.Generator().manual_seed(seed_for(0, i)) for i in range(3)]
+    return lambda _: torch.stack([torch.randn(channels, 8, 8, generator=g) for g in generators])
+
+
+@torch.no_grad()
+def test_exported_dits_agree(exported, far_away, ckpt):
+    for name, model in (("dit", load_model(exported / "dit.pt")[0]), ("expert", load_model(ckpt)[0].expert(4))):
+        ours = model(*batch(model.in_channels))
+        assert (far_away[name] - ours).abs().max() < 1e-5 * ours.abs().max()
+        stock = relative(far_away[f"{name}-stock"], ours)
+        assert stock > 1e-3, (
+            "diffusers' own class has come to the published frequencies: the README and hub.py say otherwise"
+        )
+        back, _ = load_model(exported / name, **({} if name == "expert" else {"model": "DiT-T/4"}))
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(back.state_dict()[key], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", "10"), ("ddim", "ddim10"), ("dpmpp", "10")])
+@pytest.mark.parametrize("name", ["pixels", "latents"])
+@torch.no_grad()
+def test_exported_pipelines_agree_with_our_samples(exported, far_away, ckpt, name, sampler, steps):
+    model, _ = load_denoiser([ckpt if name == "pixels" else exported / "latent.pt"])
+    assert isinstance(model, FoldedRemixDiT)
+    pixels, labels = name == "pixels", torch.tensor(LABELS)
+    draw = draw_all(3 if pixels else 4)
+
+    def denoise(x, t):
+        both = [torch.cat(pair) for pair in ((x, x), (t, t), (labels, torch.full_like(labels, 3)))]
+        return model.forward_with_cfg(*both, 1.5)[:3]
+
+    noise = draw(None)
+    clip = pixels and sampler != "dpmpp"  # DPM-Solver's scheduler does not clip
+    ours = make_sampler(sampler, steps)[0](denoise, noise.shape, noise=noise, clip_denoised=clip, step_noise=draw)
+    theirs = far_away[f"{name}-{sampler}"]
+    assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
+    assert ours.std() > 0.1
+
+
+@torch.no_grad()
+def test_exported_pipelines_decode(exported, far_away, vae):
+    assert far_away["pixels-size"] == [(8, 8)] * 3
+    assert far_away["latents-size"] == [(16, 16)] * 3
+    assert "belong to 0 to 6" in far_away["refused"]
+    model, _ = load_denoiser([exported / "latent.pt"])
+    noise = draw_all(4)(None)
+    loop, _ = make_sampler("dpmpp", "10")
+    x = loop(partial(model, y=torch.tensor(LABELS)), noise.shape, noise=noise, clip_denoised=False)
+    autoencoder = load_autoencoder(str(vae))
+    autoencoder.scale = 0.7  # by which the features were multiplied, whatever the VAE's config says
+    theirs = (far_away["latents-unguided"] * 255).round().permute(0, 2, 3, 1)
+    assert (autoencoder.decode(x).float() - theirs).abs().max() <= 1
+
+
+def test_a_pipeline_holds_the_bases_once(exported, ckpt):
+    model, _ = load_model(ckpt)
+    size = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    (weights,) = (exported / "pixels").rglob("*.safetensors")
+    assert weights.stat().st_size < 1.05 * size
+    assert not (exported / "pixels" / "vae").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--to", "safetensors", "--vae", "ema"), "--vae goes into a pipeline"),
+        (("--to", "diffusers", "--expert", "2", "--vae", "ema"), "the folder of one DiT"),
+        (("--to", "diffusers", "--expert", "9"), "0 to 5"),
+        (("--to", "diffusers", "--vae", "/no/such/vae"), "cannot load the VAE"),
+    ],
+)
+def test_wrong_exports(ckpt, tmp_path, flags, message):
+    done = run("convert.py", ckpt, tmp_path / "out", *flags, expect=2)
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_diffusers_cannot_express(tmp_path, vae, ckpt):
+    shape = dict(input_size=8, num_classes=3)
+    moved = DiT_models["DiT-T/4"](**shape)
+    moved.pos_embed.data += 1
+    for model, process, message in (
+        (DiT_models["DiT-T/4"](**shape, mlp_ratio=2.0), {}, "MLP ratio"),
+        (DiT_models["DiT-T/4"](**shape, class_dropout_prob=0.0), {}, "null class"),
+        (moved, {}, "position embedding"),
+        (DiT_models["DiT-T/4"](**shape), {"noise_schedule": "squaredcos_cap_v2"}, "noise_schedule"),
+    ):
+        config = {
+            "model": model_config("DiT-T/4", model),
+            "diffusion": process,
+            "data": {"vae": "none"},
+            "training": {},
+        }
+        save_checkpoint(tmp_path / "a.pt", {"config": config, "model": model.state_dict(), "ema": model.state_dict()})
+        assert message in run("convert.py", tmp_path / "a.pt", tmp_path / "out", "--to", "diffusers", expect=2).stderr
+    done = run("convert.py", ckpt, tmp_path / "out", "--to", "diffusers", "--vae", vae, expect=2)
+    assert "denoises 3 channels" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_the_files_that_travel_import_nothing_of_ours():
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"diffusion", "diffusers_files"}
+    for path in (ROOT / "diffusers_files").glob("*.py"):
+        names = {
+            line.split()[1].split(".")[0]
+            for line in path.read_text().splitlines()
+            if line.startswith(("import ", "from "))
+        }
+        assert names
+        assert not names & ours
