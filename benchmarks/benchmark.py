@@ -369,7 +369,7 @@ def data(args, world: World, floors: dict) -> list[dict]:
 
 
 def extraction(args, world: World, floors: dict) -> list[dict]:
-    """Images decoded, cropped and encoded: by both ends together, and by each alone. The VAE is of the published shape, drawn at random."""
+    """Images decoded, cropped and encoded: by both ends together, and by each alone. The VAE's weights are random."""
     from diffusers import AutoencoderKL
     from PIL import Image
     from torch.utils.data import DataLoader
