@@ -50,12 +50,13 @@ def save_checkpoint(path, state: dict):
         torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
 
 
-def read_checkpoint(path, trust: bool = False, mapped: bool = True) -> dict:
+def read_checkpoint(path, trust: bool = False, mapped: bool = True, whole: bool = False) -> dict:
     """Read a file of tensors and plain types onto the CPU; nothing in it is executed, unless you `trust` it.
 
     argparse.Namespace, which facebookresearch/DiT and the original Remix-DiT store, is the one class let in.
     A .safetensors file is a bare state dict, or one with the config that convert.py wrote beside it.
-    mapped: read the tensors that are used, when they are. Raises UserError for a missing, truncated or foreign file.
+    mapped: read the tensors that are used, when they are; whole: see first that all parts match their checksums. Raises
+    UserError for a missing, damaged or foreign file.
     """
     path = Path(path)
     if not path.is_file():
@@ -66,6 +67,8 @@ def read_checkpoint(path, trust: bool = False, mapped: bool = True) -> dict:
     with open(path, "rb") as file:
         if not zipped and file.read(1) != b"\x80":
             raise UserError(f"{path} is not a whole checkpoint (truncated, or another kind of file)")
+    if whole and zipped and (reason := damage(path)):
+        raise UserError(f"{path} is damaged: {reason}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=not trust, mmap=zipped and mapped)
@@ -177,7 +180,9 @@ def _host_copy(state):
     return [_host_copy(value) for value in state] if isinstance(state, list) else state
 
 
-def load_model(path, ema: bool = True, trust: bool = False, **overrides) -> tuple[DiT | RemixDiT, dict]:
+def load_model(
+    path, ema: bool = True, trust: bool = False, whole: bool = False, **overrides
+) -> tuple[DiT | RemixDiT, dict]:
     """Load a model for inference: (model in eval mode on the CPU, config).
 
     Reads this project's checkpoints, facebookresearch/DiT's (a bare state dict, or one under "ema" or "model"), the
@@ -185,10 +190,10 @@ def load_model(path, ema: bool = True, trust: bool = False, **overrides) -> tupl
     the file has them, else the raw ones. In a foreign file the sizes are read off the tensors; overrides:
     model="RemixDiT-S/2" names the architecture, num_heads=6 gives what no tensor shows where no registry entry fits, any
     other keyword argument of DiT is taken as it is. Overrides that contradict the file raise UserError, as does a file
-    that is no checkpoint. trust: let the file run code.
+    that is no checkpoint. trust: let the file run code. whole: check all of the file first.
     """
     transformer = find_transformer(path)
-    content = read_checkpoint(transformer[1] if transformer else path, trust)
+    content = read_checkpoint(transformer[1] if transformer else path, trust, whole=whole)
     if transformer:
         state, heads = read_transformer(path, transformer[0], content)
         if overrides.setdefault("num_heads", heads) != heads:

@@ -1,6 +1,7 @@
 """What every script and file format relies on: one kind of error for people, and writes that are never half done."""
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -135,6 +136,25 @@ def atomic_write(path):
         _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Write plain types to a file that people may read too, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def check_settings(record: Path, settings: dict, remedy: str, but: tuple[str, ...] = ()):
+    """Refuse to mix results: raise UserError where `record`, a folder's settings.json, differs from `settings`.
+
+    but: settings that may differ; remedy: what to do, for the error.
+    """
+    before = json.loads(record.read_text())
+    for key in settings.keys() | before.keys():
+        if key not in but and before.get(key) != settings.get(key):
+            was, now = (str(values.get(key)) for values in (before, settings))
+            said = f"{key}={was}, not {now}" if len(was + now) < 80 else f"another {key}"
+            raise UserError(f"{record.parent} holds results with {said}: remove it or {remedy}")
 
 
 def _flush(path: Path):

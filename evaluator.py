@@ -10,7 +10,6 @@ torch-fidelity, or any exported program. What it makes of a file is kept under t
 import argparse
 import hashlib
 import io
-import json
 import math
 import os
 import sys
@@ -27,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import ArgumentParser, UserError, atomic_write, positive_int, run_script
+from common import ArgumentParser, UserError, atomic_write, positive_int, run_script, write_json
 
 NEIGHBOURS = 3  # of a point, whose farthest bounds its part of the manifold
 USUAL_COUNT = 50_000  # of samples, in published tables
@@ -81,9 +80,7 @@ def main(args: argparse.Namespace):
             print(path.ljust(width), *row, sep="  ", flush=True)
     if args.json and table:
         table = [{key: None if math.isnan(value) else value for key, value in row.items()} for row in table]
-        with atomic_write(args.json) as temporary:
-            found = table[0] if len(table) == 1 else dict(zip(args.samples, table, strict=True))
-            temporary.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(args.json, table[0] if len(table) == 1 else dict(zip(args.samples, table, strict=True)))
 
 
 def describe(path, networks: dict[str, "Activations"]) -> dict[str, np.ndarray]:

@@ -10,7 +10,6 @@ on how many there are. Started again after an interruption, it goes on with what
 
 import argparse
 import hashlib
-import json
 import os
 import warnings
 from itertools import islice
@@ -27,13 +26,14 @@ from autoencoder import load_autoencoder
 from common import (
     ArgumentParser,
     UserError,
-    atomic_write,
     check_disk,
+    check_settings,
     number,
     positive_int,
     remove_leftovers,
     run_script,
     seed_int,
+    write_json,
 )
 from distributed import World, rank0_logger, seed_for, setup
 from features import INDEX, SHARD_SIZE, STORES, read_skipped, shard_path, write_index, write_shard
@@ -65,10 +65,8 @@ def main(args: argparse.Namespace):
     if args.grayscale and args.vae != "none":
         raise UserError("--grayscale is for pixels: use it with --vae none")
     record = folder / SETTINGS
-    if record.exists() and json.loads(record.read_text()) != settings:
-        raise UserError(
-            f"{folder} holds an extraction with other settings: remove it or choose another --features-path"
-        )
+    if record.exists():
+        check_settings(record, settings, "choose another --features-path")
     if (folder / INDEX).exists():
         if not record.exists():
             raise UserError(f"{folder} already holds features: remove them or choose another --features-path")
@@ -104,8 +102,7 @@ def main(args: argparse.Namespace):
         )
     if world.is_main:
         remove_leftovers(folder)
-        with atomic_write(record) as temporary:
-            temporary.write_text(json.dumps(settings))
+        write_json(record, settings)
     world.barrier()
     logger.info(f"{len(images.samples):,} images of {len(images.classes):,} classes, {views} views each -> {folder}")
     logger.info(space)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from common import UserError, atomic_write
+from common import UserError, atomic_write, write_json
 from distributed import seed_for
 
 STORES = ("draw", "moments")
@@ -63,8 +63,7 @@ def write_index(folder: Path, n_shards: int, **described) -> dict:
         "skipped": len(read_skipped(folder)),
         "shards": counts,
     }
-    with atomic_write(Path(folder) / INDEX) as temporary:
-        temporary.write_text(json.dumps(index, indent=1) + "\n")
+    write_json(Path(folder) / INDEX, index)
     return index
 
 

@@ -9,7 +9,6 @@ interruption, the same command finishes what is missing.
 """
 
 import argparse
-import json
 import os
 import shutil
 import zipfile
@@ -28,12 +27,14 @@ from common import (
     UserError,
     atomic_write,
     check_disk,
+    check_settings,
     folder_name,
     number,
     positive_int,
     remove_leftovers,
     run_script,
     seed_int,
+    write_json,
 )
 from distributed import PRECISIONS, World, rank0_logger, seed_for, setup
 from figures import save_grid
@@ -88,8 +89,7 @@ def main(args: argparse.Namespace):
         )
     if world.is_main:
         remove_leftovers(folder, folder / "parts")
-        with atomic_write(folder / "settings.json") as temporary:
-            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+        write_json(folder / "settings.json", settings)
     world.barrier()
     how = f"{args.sampler} with {len(timesteps)} steps, guidance {args.cfg_scale}"
     logger.info(f"{args.num_fid_samples:,} samples by {how} -> {folder}")
@@ -173,12 +173,7 @@ def finished(folder: Path, settings: dict) -> bool:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty: choose another --name or --sample-dir")
         return False
-    before = json.loads(record.read_text())
-    for key, value in settings.items():
-        if key != "ckpt" and before.get(key) != value:
-            raise UserError(
-                f"{folder} holds samples with {key}={before.get(key)}, not {value}: choose another --name or remove it"
-            )
+    check_settings(record, settings, "choose another --name", but=("ckpt",))
     if (folder / "samples.npz").exists():
         shutil.rmtree(folder / "parts", ignore_errors=True)  # which a run killed at the very end leaves
         if int(os.environ.get("RANK", 0)) == 0:

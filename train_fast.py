@@ -15,7 +15,6 @@ import resource
 import signal
 import sys
 import time
-import zipfile
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +44,7 @@ from common import (
     remove_leftovers,
     run_script,
     seed_int,
+    write_json,
 )
 from diffusion import create_diffusion
 from distributed import PRECISIONS, World, rank0_logger, seed_for, setup, world_size
@@ -103,8 +103,7 @@ def main(args: argparse.Namespace):
             path.rename(path.with_suffix(".pt.damaged"))
         remove_leftovers(run, run / "checkpoints")
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        with atomic_write(run / "config.json") as temporary:
-            temporary.write_text(json.dumps(config, indent=1) + "\n")
+        write_json(run / "config.json", config)
         keep_metrics(run / "metrics.jsonl", first_step)
     logger = rank0_logger(world, run / "log.txt")
     introduce(
@@ -326,9 +325,7 @@ def make_model(args: argparse.Namespace, dataset: FeatureDataset) -> DiT | Remix
             if remix:
                 return RemixDiT_models[args.model](**shape, **options, prior_bonus=args.prior_bonus)
             return DiT_models[args.model](**shape)
-        if zipfile.is_zipfile(args.load_weight) and (reason := damage(args.load_weight)):
-            raise UserError(f"--load-weight {args.load_weight} is damaged: {reason}")
-        weights, _ = load_model(args.load_weight, trust=args.trust_pickle)
+        weights, _ = load_model(args.load_weight, trust=args.trust_pickle, whole=True)
         found = weights.backbone_config if isinstance(weights, RemixDiT) else weights.config
         wanted = DiT_models[args.model.removeprefix("Remix")](**shape).config
         for key, value in wanted.items():
@@ -382,8 +379,6 @@ def find_resume(args: argparse.Namespace, run: Path, config: dict) -> tuple[dict
                 f"none of the checkpoints in {run / 'checkpoints'} is whole: remove them to start anew ({reason})"
             )
         args.resume = present[len(damaged)] if present else None
-    elif args.resume and zipfile.is_zipfile(args.resume) and (reason := damage(args.resume)):
-        raise UserError(f"--resume {args.resume} is damaged: {reason}")
     if args.resume is None:
         if present:
             raise UserError(
@@ -392,7 +387,7 @@ def find_resume(args: argparse.Namespace, run: Path, config: dict) -> tuple[dict
         return None, {}
     if present and present[0].parent.resolve() != Path(args.resume).resolve().parent:
         raise UserError(f"{run} already holds another run than --resume {args.resume}: choose another --prefix")
-    state = read_checkpoint(args.resume, mapped=False)
+    state = read_checkpoint(args.resume, mapped=False, whole=True)
     if not {"config", "step", "model", "ema", "optimizer", "scaler", "window"} <= state.keys():
         raise UserError(f"--resume {args.resume} holds weights but no training state: use it as --load-weight")
     before, now = flatten(state["config"]), flatten(config)

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import ArgumentParser, atomic_write, number, positive_int, run_script
+from common import ArgumentParser, UserError, atomic_write, number, positive_int, run_script
 from diffusion import create_diffusion
 from distributed import PRECISIONS, World, setup
 from features import SHARD_SIZE, FeatureDataset, write_index, write_shard
@@ -221,8 +221,9 @@ def training(args, world: World, floors: dict) -> list[dict]:
         runs["DiT, the usual way"], clocks["DiT, the usual way"] = usual_training(args, world, dit, diffusion, batch)
     add("DiT", copy.deepcopy(dit), None)
     for groups in args.experts_per_batch:
-        if args.batch_size % groups == 0:
-            add(f"RemixDiT G={groups}", RemixDiT(dit, N_BASIS, N_EXPERTS), groups)
+        if args.batch_size % groups:
+            raise UserError(f"--experts-per-batch {groups} does not divide --batch-size {args.batch_size}")
+        add(f"RemixDiT G={groups}", RemixDiT(dit, N_BASIS, N_EXPERTS), groups)
     times = take_turns(args, clocks, runs)
     rows = []
     for name, rounds in times.items():
@@ -497,7 +498,12 @@ if __name__ == "__main__":
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the matrix products")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile")
     parser.add_argument(
-        "--experts-per-batch", type=positive_int, nargs="+", default=[1, 4, 8, 20], metavar="G", help="for RemixDiT"
+        "--experts-per-batch",
+        type=positive_int,
+        nargs="*",
+        default=[1, 4, 8],
+        metavar="G",
+        help="of RemixDiT, each of them measured; none: DiT alone",
     )
     parser.add_argument("--skip-usual", action="store_true", help="leave out the slow training loop for comparison")
     parser.add_argument("--steps", type=positive_int, default=1, help="training steps a turn (more for fast devices)")

@@ -73,13 +73,13 @@ def test_an_interrupted_extraction_is_finished(features, images, tmp_path):
     flags = ("--data-path", images, "--features-path", folder, *PIXELS)
     run("extract_features.py", *flags)
     (folder / "index.json").unlink()
-    assert "other settings" in run("extract_features.py", *flags, "--no-mirror", expect=2).stderr
+    assert "mirror=True, not False" in run("extract_features.py", *flags, "--no-mirror", expect=2).stderr
     before = (folder / "features-00000.npy").stat().st_mtime_ns
     run("extract_features.py", *flags)
     assert "nothing to do" in run("extract_features.py", *flags).stdout
     assert contents(folder) == contents(features)
     assert (folder / "features-00000.npy").stat().st_mtime_ns == before, "finished work is not done again"
-    assert "other settings" in run("extract_features.py", *flags, "--global-seed", 1, expect=2).stderr
+    assert "seed=0, not 1" in run("extract_features.py", *flags, "--global-seed", 1, expect=2).stderr
     (folder / "settings.json").unlink()
     assert "already holds features" in run("extract_features.py", *flags, expect=2).stderr
 
@@ -132,7 +132,7 @@ def moments(vae, tmp_path_factory):
     tree = make_images(folder / "images", per_class=3, size=16)
     flags = ["--data-path", tree, "--features-path", folder / "encoded", "--vae", vae, "--image-size", 16]
     run("extract_features.py", *flags, "--num-workers", 0, "--store", "moments", "--model", "DiT-T/2")
-    assert "other settings" in run("extract_features.py", *flags, expect=2).stderr
+    assert "holds results with" in run("extract_features.py", *flags, expect=2).stderr
     return folder / "encoded"
 
 
