@@ -28,13 +28,45 @@ class BatchCoefficients:
     alpha: Tensor | None = None
 
 
+@torch.library.custom_op("remix::linear_by_parts", mutates_args=())
 def linear_by_parts(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Linear layers weight [G, out, in], bias [G, out] on the G equal parts of x [B, ..., in], one after the other.
 
-    For CPUs, whose libraries know a linear layer better than a batch of products, and whose caches hold a part.
+    For CPUs, whose libraries know a linear layer better than a batch of products. An operator of its own, so that each
+    part's product is written to its place: torch.compile would make copies of splitting and concatenating.
     """
-    parts = zip(x.chunk(len(weight)), weight.unbind(), bias.unbind(), strict=True)
-    return torch.cat([F.linear(*part) for part in parts])
+    parts = x.reshape(len(weight), -1, x.shape[-1])
+    out = x.new_empty(*parts.shape[:2], weight.shape[1])
+    for g in range(len(weight)):
+        torch.addmm(bias[g], parts[g], weight[g].T, out=out[g])
+    return out.view(*x.shape[:-1], -1)
+
+
+@torch.library.custom_op("remix::linear_by_parts_backward", mutates_args=())
+def linear_by_parts_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias from that of the result."""
+    grads, parts = grad.reshape(len(weight), -1, grad.shape[-1]), x.reshape(len(weight), -1, x.shape[-1])
+    grad_x, grad_weight = torch.empty_like(parts), torch.empty_like(weight)
+    for g in range(len(weight)):
+        torch.mm(grads[g], weight[g], out=grad_x[g])
+        torch.mm(grads[g].T, parts[g], out=grad_weight[g])
+    return grad_x.view(x.shape), grad_weight, grads.sum(1)
+
+
+@linear_by_parts.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[1])
+
+
+@linear_by_parts_backward.register_fake
+def _(grad, x, weight):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])
+
+
+linear_by_parts.register_autograd(
+    lambda ctx, grad: linear_by_parts_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
+)
 
 
 def linear_batched(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -83,7 +115,7 @@ class RemixLinear(nn.Module):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         weight, bias = self.mix(self.shared.alpha[self.row], dtype)
-        return (linear_by_parts if device == "cpu" else linear_batched)(x, weight, bias)
+        return (linear_by_parts if device == "cpu" else linear_batched)(x.to(dtype), weight, bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, n_basis={len(self.weight)}"
