@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from common import UserError
+from common import UserError, first_line
 
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}  # the published choices
 
@@ -41,9 +41,8 @@ class Latents(Pixels):
         try:
             self.vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
             raise UserError(
-                f"cannot load the VAE {name!r} (a hub name or a folder that holds a diffusers AutoencoderKL): {reason}"
+                f"cannot load the VAE {name!r} (a hub name or a folder that holds a diffusers AutoencoderKL): {first_line(error)}"
             ) from None
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.scale = self.vae.config.scaling_factor

@@ -10,6 +10,7 @@ torch-fidelity, or any exported program. What it makes of a file is kept under t
 import argparse
 import hashlib
 import io
+import json
 import math
 import os
 import sys
@@ -343,10 +344,7 @@ def load_network(weights: str | None):
     """
     try:
         if weights and weights.endswith(".pt2"):
-            with zipfile.ZipFile(weights) as archive:  # torch.export.load itself would run what its pickles say
-                for name in archive.namelist():
-                    if name.endswith(".pt"):
-                        torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+            refuse_code(weights)
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # of buffers that it copies at once
                 return torch.export.load(weights).module()
         if weights:
@@ -361,6 +359,20 @@ def load_network(weights: str | None):
             else "torch-fidelity could not fetch Inception's weights (give --weights PATH)"
         )
         raise UserError(f"{what}: {type(error).__name__}: {str(error)[:200]}") from None
+
+
+def refuse_code(program: str):
+    """Raise ValueError for an exported program (.pt2) that torch.export.load would let run code: pickles, compiled libraries."""
+    with zipfile.ZipFile(program) as archive:
+        for name in archive.namelist():
+            if "aotinductor" in name:
+                raise ValueError("it holds compiled code")
+            if name.endswith(".pt"):
+                torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+            if name.endswith("_config.json"):  # says how each tensor is stored
+                entries = json.loads(archive.read(name)).get("config", {})
+                if any(entry.get("use_pickle") for entry in entries.values()):
+                    raise ValueError("it holds pickles")
 
 
 class Activations:

@@ -199,10 +199,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 @torch.no_grad()
 def encode(images: ImageFolder, batches, autoencoder, world: World, args) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Encode batches from `join`: features [n, views, C, H, W], labels [n], and a line for each unreadable image.
-
-    The features wait on the device until all are there: so does the host, once.
-    """
+    """Encode batches from `join`: features [n, views, C, H, W], labels [n], and a line for each unreadable image."""
     features, labels, skipped = [], [], []
     for numbers, pixels, reasons in batches:
         skipped += [f"{images.samples[number][0]} ({reason})" for number, reason in reasons.items()]
@@ -219,10 +216,10 @@ def encode(images: ImageFolder, batches, autoencoder, world: World, args) -> tup
             draws = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
             draws = draws.pin_memory() if world.device.type == "cuda" else draws
             mean = mean + deviation * draws.to(world.device, non_blocking=True)
-        features.append(mean)
+        features.append(mean.cpu().numpy())
         labels += [images.samples[number][1] for number in numbers]
     empty = np.zeros((0, 2 if args.mirror else 1, 0, 0, 0))
-    return torch.cat(features).cpu().numpy() if features else empty, np.array(labels, dtype=np.int64), skipped
+    return np.concatenate(features) if features else empty, np.array(labels, dtype=np.int64), skipped
 
 
 if __name__ == "__main__":

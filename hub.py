@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autoencoder import Latents, load_autoencoder
-from common import LocalError, UserError
+from common import LocalError, UserError, first_line
 from models import DiT, sincos_positions
 from remix import RemixDiT
 
@@ -57,7 +57,8 @@ def find_transformer(name) -> tuple[Path, Path] | None:
     is fetched by huggingface_hub, unless it was before. Raises UserError for a folder without a model.
     """
     folder = Path(name)
-    if not folder.exists() and HUB_NAME.fullmatch(str(name)) and folder.suffix.lower() not in FILE_SUFFIXES:
+    mistyped = folder.suffix.lower() in FILE_SUFFIXES or folder.parent.is_dir()  # a path that is not there
+    if not folder.exists() and HUB_NAME.fullmatch(str(name)) and not mistyped:
         folder = _fetch(str(name))
     if not folder.is_dir():
         return None
@@ -80,9 +81,8 @@ def _fetch(name: str) -> Path:
                 break
         return folder
     except Exception as error:  # the network, the hub and its library fail in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise LocalError(
-            f"{name}: no such file or folder, and not to be had from the Hugging Face hub: {reason}"
+            f"{name}: no such file or folder, and not to be had from the Hugging Face hub: {first_line(error)}"
         ) from None
 
 
@@ -117,7 +117,7 @@ def read_transformer(name, config_file: Path, state: dict[str, Tensor]) -> tuple
     except UserError:
         raise
     except Exception as error:  # a damaged file may provoke anything
-        raise UserError(f"{name} holds no DiT in diffusers' layout: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name} holds no DiT in diffusers' layout: {first_line(error)}") from None
 
 
 def stored_vae(config_file: Path) -> dict:

@@ -128,7 +128,7 @@ class Gallery:
         self.classes, self.n_classes = config["data"]["classes"], backbone["num_classes"]
         self.shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
         self.labels = torch.arange(SAMPLES) * self.n_classes // SAMPLES
-        self.loop, _ = make_sampler(*QUICK, **config["diffusion"])
+        self.process, self.loop = config["diffusion"], None
 
     def draw(self, step: int, model: DiT | RemixDiT):
         """Draw what `model`, in eval mode, has learned by a step."""
@@ -151,6 +151,8 @@ class Gallery:
 
     @torch.no_grad()
     def _samples(self, path: Path, model: DiT | RemixDiT):
+        if self.loop is None:  # it imports diffusers: not for runs that never draw
+            self.loop, _ = make_sampler(*QUICK, **self.process)
         device = self.world.device
         seeds = [seed_for(self.training["global_seed"], i) for i in range(SAMPLES)]
         noise = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]

@@ -44,9 +44,9 @@ def training_flops(config: dict) -> int:
 
 
 def matmul_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large matrix product on `device` in "fp32" (TF32 where that is on), "bf16" or "fp16": the best of a few."""
+    """FLOP/s of a large matrix product in "fp32" (TF32 where that is on), "fp64", "bf16" or "fp16": the best of a few."""
     side = 8192 if device.type == "cuda" else 1536
-    a = torch.randn(side, side, device=device).to(PRECISIONS[precision])
+    a = torch.randn(side, side, device=device).to(torch.float64 if precision == "fp64" else PRECISIONS[precision])
     seconds = []
     for _ in range(6):
         start = time.perf_counter()

@@ -283,13 +283,16 @@ class RemixDiT(nn.Module):
         """Write expert i's mixed weights into `dit`, in place."""
         if not 0 <= i < self.n_experts:
             raise IndexError(f"expert {i} of {self.n_experts}")
-        alpha = self.coefficients().view(-1, self.n_experts, self.n_basis)[:, i : i + 1]
+        alpha = self.coefficients().view(-1, self.n_experts, self.n_basis)[:, i].tolist()
+        folded, bases, rows = [], [], []
         for name, module in self._mixed():
             linear = dit.get_submodule(name)
-            for folded, bases in ((linear.weight, module.weight), (linear.bias, module.bias)):
-                folded.zero_()
-                for share, basis in zip(alpha[module.row, 0], bases, strict=True):
-                    folded.addcmul_(share, basis)  # no matrix product, which on GPUs may be TF32
+            folded += [linear.weight, linear.bias]
+            bases += [module.weight, module.bias]
+            rows += [alpha[module.row]] * 2
+        torch._foreach_zero_(folded)  # all layers at once, and no matrix product, which on GPUs may be TF32
+        for k in range(self.n_basis):
+            torch._foreach_add_(folded, torch._foreach_mul([basis[k] for basis in bases], [row[k] for row in rows]))
 
 
 class OneExpertAtATime(nn.Module):

@@ -45,7 +45,6 @@ from solvers import SAMPLERS, make_sampler
 
 def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is touched.
-    args.compile = torch.cuda.is_available() if args.compile is None else args.compile
     overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
     model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
     data, backbone = config["data"], config["model"]["backbone"]
@@ -75,6 +74,8 @@ def main(args: argparse.Namespace):
     n = args.per_proc_batch_size
     batches = [range(i, min(i + n, args.num_fid_samples)) for i in range(0, args.num_fid_samples, n)]
     missing = [numbers for numbers in batches if not part_path(folder, numbers).exists()]
+    if args.compile is None:
+        args.compile = torch.cuda.is_available() and len(missing) * len(timesteps) >= 1000
     image = 3 * (backbone["input_size"] * autoencoder.factor) ** 2
     needed = image * (args.num_fid_samples + sum(map(len, missing)) * (2 if args.save_png else 1))
     space = check_disk(folder, needed, "samples, and their parts until all are packed")
@@ -212,7 +213,7 @@ def sample(
     labels = torch.tensor([label_of(args.global_seed, i, n_classes) for i in numbers], device=world.device)
     labels = labels if args.cfg_scale == 1 else torch.cat([labels, torch.full_like(labels, backbone["num_classes"])])
     channels = shape[0] if args.cfg_all_channels else 3
-    run, run_guided = (torch.compile(f) if args.compile else f for f in (predict, guide))
+    run, run_guided = (torch.compile(f, dynamic=False) if args.compile else f for f in (predict, guide))
     asked = iter(timesteps)  # known here, so that the host need not wait for the device to choose the expert
 
     def draw(_step: int | None = None) -> torch.Tensor:
@@ -301,7 +302,9 @@ if __name__ == "__main__":
         "--precision", choices=PRECISIONS, default="fp32", help="of the matrix products (fp32 is TF32 on GPUs)"
     )
     group.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on GPUs)"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile the model (default: on GPUs, for a thousand steps and more)",
     )
     group = parser.add_argument_group("results")
     group.add_argument("--sample-dir", default="samples", help="where the folders of samples are")

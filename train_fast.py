@@ -101,7 +101,7 @@ def main(args: argparse.Namespace):
     if world.is_main:
         for path in damaged:
             path.rename(path.with_suffix(".pt.damaged"))
-        remove_leftovers(run, run / "checkpoints")
+        remove_leftovers(run, run / "checkpoints", run / "samples", run / "coefficients")
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_json(run / "config.json", config)
         keep_metrics(run / "metrics.jsonl", first_step)
@@ -150,13 +150,17 @@ def main(args: argparse.Namespace):
             done = step + 1
             last = done == args.max_steps
             if done % args.log_every == 0 or last:
+                losses = window.read()  # the device has done all steps, and the clock may be read
                 speed = (done - clock_step) * args.global_batch_size / (time.perf_counter() - clock)
-                report(args, run, logger, board, trainer, prior_weight, done, speed, speed * flops / peak)
+                report(args, run, logger, board, trainer, losses, prior_weight, done, speed, speed * flops / peak)
                 clock, clock_step = time.perf_counter(), done
             if done % args.ckpt_every == 0 or last:
                 save(done)
-            if gallery and done % args.sample_every == 0:
-                gallery.draw(done, trainer.ema)  # the other processes wait in the next step
+                clock, clock_step = time.perf_counter(), done  # this is not a step's time
+            if args.sample_every and done % args.sample_every == 0:
+                if gallery:
+                    gallery.draw(done, trainer.ema)  # the other processes wait in the next step
+                clock, clock_step = time.perf_counter(), done
             if world.size > 1 and done % STOP_CHECK and not last:
                 continue
             hopeless = window.longest_streak() >= args.max_bad_steps
@@ -492,6 +496,7 @@ def report(
     logger,
     board: Board,
     trainer: Trainer,
+    losses: tuple[dict, list[float]],
     prior_weight: float,
     done: int,
     images_per_s: float,
@@ -499,7 +504,7 @@ def report(
 ):
     """One line for people in log.txt and one for programs in metrics.jsonl, and the loggers: means since the last one."""
     model, world, rates = trainer.model, trainer.world, trainer.optimizer.param_groups
-    means, (bad, *_) = trainer.window.read()
+    means, (bad, *_) = losses
     if not world.is_main:
         return
     if world.device.type == "cuda":
@@ -535,11 +540,11 @@ def report(
     numbers = metrics | {"entropy": entropy.mean().item()} if isinstance(model, RemixDiT) else metrics
     board.numbers(done, {name: value for name, value in numbers.items() if isinstance(value, int | float)})
     left = timedelta(seconds=round((args.max_steps - done) * args.global_batch_size / images_per_s))
-    losses = "  ".join(
+    shown = "  ".join(
         f"{name} {value:.4f}" for name, value in means.items() if name in ("loss", "mse") and value is not None
     )
     logger.info(
-        f"step {done:07d}/{args.max_steps:07d}  {losses or 'no finite loss'}  "
+        f"step {done:07d}/{args.max_steps:07d}  {shown or 'no finite loss'}  "
         + (f"entropy {entropy.mean():.3f}  spread {expert_spread:.4f}  " if isinstance(model, RemixDiT) else "")
         + (f"{bad:.0f} bad steps  " if bad else "")
         + f"lr {metrics['lr']:.2e}  {images_per_s:,.0f} images/s  MFU {mfu:.2f}  {memory:.1f} GiB  {left} left"

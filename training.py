@@ -58,7 +58,7 @@ class Trainer:
                     module, Attention
                 ):  # its two products and a compiled softmax beat torch's kernel for CPUs
                     module.fused_attn = False
-            model.compile()
+            model.compile(dynamic=False)  # sizes do not change, and a symbol in their place is slower
         self.network = model
         if world.size > 1:
             self.network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -172,7 +172,7 @@ class Window:
 
     def load(self, state: dict):
         self.sums = state["sums"].to(self.world.device) / self.world.size
-        self.bad = state["bad"].to(self.world.device)
+        self.bad = state["bad"].to(self.world.device, copy=True)
         self.bad[4] /= self.world.size
 
     def read(self) -> tuple[dict, list[float]]:

@@ -1,15 +1,16 @@
-"""Measure the whole path on this machine, every figure beside its floor and what it is compared with.
+"""Measure the whole path on this machine, beside what it is compared with and, for what computes, its floor.
 
     python benchmarks/benchmark.py --model S/2 --batch-size 8 --precision bf16
 
 Compared things take turns, step by step, in one process, so that what else the machine does falls on both alike; times
-are medians after a warm-up, on GPUs by device events. Floors are the bytes and FLOPs that the work cannot do without over
+are medians after a warm-up, on GPUs by device events. Floors are the bytes and FLOPs of this design, one after the other, over
 the copy bandwidth and the matrix product rate measured here. Results: <out>/<name>.json, and <name>.md for people.
 """
 
 import argparse
 import copy
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -32,7 +33,7 @@ from distributed import PRECISIONS, World, setup
 from features import SHARD_SIZE, FeatureDataset, write_index, write_shard
 from measure import matmul_rate, training_flops
 from models import DiT_models, guide
-from remix import FoldedRemixDiT, RemixDiT, deal_timesteps
+from remix import FoldedRemixDiT, RemixDiT, RemixLinear, deal_timesteps
 from training import Trainer
 
 N_BASIS, N_EXPERTS = 4, 20
@@ -47,15 +48,13 @@ def main(args: argparse.Namespace):
     lines += [f"{key}: {value}  " for key, value in results["machine"].items()]
     lines += [f"copy bandwidth: {floors['copy_gb_s']:.1f} GB/s (bytes read and written)  "]
     lines += [f"matrix product: {floors['tflops']:.2f} TFLOP/s in {args.precision}  "]
-    for part in args.parts:
-        rows = PARTS[part](args, world, floors)
-        results[part] = rows
-        lines += ["", f"## {part}", "", *table(rows)]
     name = args.name or default_name(args, world)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for suffix, text in (("json", json.dumps(results, indent=1, default=str)), ("md", "\n".join(lines))):
-        with atomic_write(args.out / f"{name}.{suffix}") as temporary:
-            temporary.write_text(text + "\n")
+    for part in args.parts:
+        results[part] = PARTS[part](args, world, floors)
+        lines += ["", f"## {part}", "", *table(results[part])]
+        for suffix, text in (("json", json.dumps(results, indent=1, default=str)), ("md", "\n".join(lines))):
+            with atomic_write(args.out / f"{name}.{suffix}") as temporary:  # what is measured is kept if the next fails
+                temporary.write_text(text + "\n")
     print("\n".join(lines), f"\n\nwrote {args.out / name}.json and .md")
 
 
@@ -65,15 +64,17 @@ def main(args: argparse.Namespace):
 def describe_machine(world: World) -> dict:
     """Device, versions, commit."""
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "CPU")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        commit = ""
     cuda = world.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(world.device) if cuda else f"{cpu}, {torch.get_num_threads()} threads",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}"
         + (f", CUDA {torch.version.cuda}" if cuda else ""),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": os.environ.get("COMMIT") or commit or "unknown",  # a copy without .git is told by its environment
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -95,7 +96,6 @@ def measure_floors(world: World, precision: str) -> dict:
     return {
         "copy_gb_s": 2 * source.nbytes / seconds / 1e9,
         "tflops": matmul_rate(world.device, precision) / 1e12,
-        "fp32_tflops": matmul_rate(world.device, "fp32") / 1e12,
     }
 
 
@@ -215,7 +215,8 @@ def training(args, world: World, floors: dict) -> list[dict]:
                 trainer.step(turn * args.steps + i, batch(turn * args.steps + i, groups), 1e-4)
 
         runs[name] = run
-        states[name] = sum(p.numel() for p in trainer.trained), [p for p in trainer.trained if p.dim() == 3]
+        bases = [p for layer in model.modules() if isinstance(layer, RemixLinear) for p in layer.parameters()]
+        states[name] = sum(p.numel() for p in trainer.trained), sum(p.numel() for p in bases)
 
     if not args.skip_usual:
         runs["DiT, the usual way"], clocks["DiT, the usual way"] = usual_training(args, world, dit, diffusion, batch)
@@ -237,7 +238,7 @@ def training(args, world: World, floors: dict) -> list[dict]:
             trained, mixed = states[name]
             groups = int(name.partition("G=")[2] or 0)
             row["floor ms"] = 1e3 * step_floor(flops, trained, mixed, groups, floors, args.precision)
-            plain = 1e3 * step_floor(flops, states["DiT"][0], [], 0, floors, args.precision)
+            plain = 1e3 * step_floor(flops, states["DiT"][0], 0, 0, floors, args.precision)
             row["floor's speed / DiT"] = plain / row["floor ms"]
             rest = 5 * 4 * trained  # weights, their average, AdamW's moments, gradients
             row["peak GiB"] = (rest + peak_memory(world, partial(runs[name], args.warmup + args.rounds))) / 2**30
@@ -247,17 +248,18 @@ def training(args, world: World, floors: dict) -> list[dict]:
     return rows
 
 
-def step_floor(flops: int, trained: int, mixed: list, groups: int, floors: dict, precision: str) -> float:
-    """Seconds that a step takes at least: its matrix products, and the bytes of its state, each passed over once a use.
+def step_floor(flops: int, trained: int, bases: int, groups: int, floors: dict, precision: str) -> float:
+    """Seconds that a step takes if its matrix products and the bytes of its weights run at the rates measured here.
 
-    A trained number (4 bytes each): AdamW reads it, its gradient and two moments and writes three of them; the average
-    reads both and writes one; the gradient is written once, and read once to see that it is finite: 12 passes. A mixed one
-    is read to mix, and to find the coefficients' gradient; the mixtures and their gradients are written and read once.
+    For each of `trained` numbers (float32) AdamW reads it, its gradient and two moments and writes three of them; the
+    average reads both and writes one; the gradient is written once, and read once to see that it is finite: 12 passes.
+    A product's weight is read and rounded once (written), read forward and backward, and its gradient written and read,
+    all but the first in `precision`. Of the trained numbers `bases` are mixed: they are read twice, for the mixtures and for
+    the coefficients' gradient, and the rest is done with `groups` mixtures.
     """
     width = torch.finfo(PRECISIONS[precision]).bits // 8
-    bases = sum(p.numel() for p in mixed)
-    state = 4 * 12 * trained + 2 * 4 * bases + 4 * width * groups * bases // N_BASIS
-    return flops / floors["tflops"] / 1e12 + state / floors["copy_gb_s"] / 1e9
+    weights = (4 + 5 * width) * (trained - bases) + 2 * 4 * bases + 5 * width * groups * bases // N_BASIS
+    return flops / floors["tflops"] / 1e12 + (4 * 12 * trained + weights) / floors["copy_gb_s"] / 1e9
 
 
 def usual_training(args, world: World, dit, diffusion, batch):
@@ -326,12 +328,16 @@ def sampling(args, world: World, floors: dict) -> list[dict]:
     runs = {"DiT": chain("DiT", lambda t: dit), "folded": chain("folded", folded.at)}
     runs["mixed in every step"] = chain("mixed in every step", lambda t: mixed)
     times = take_turns(args, clocks, runs)
+
+    def total(rounds: list[dict]) -> float:
+        return sum(stages["total"] for stages in rounds)
+
     flops = training_flops(dit.config) / 3 * 2 * args.batch_size
     return [
         {
             "model": name,
-            "ms/step": median(rounds) / args.sampling_steps * 1e3,
-            "speed / DiT": ratio(rounds, times["DiT"]),
+            "ms/step": total(rounds) / len(rounds) / args.sampling_steps * 1e3,
+            "speed / DiT": total(times["DiT"]) / total(rounds),  # not by medians: folding is rare, and counts
             "floor ms": flops / floors["tflops"] / 1e9,
         }
         for name, rounds in times.items()
@@ -342,31 +348,36 @@ def sampling(args, world: World, floors: dict) -> list[dict]:
 
 
 def data(args, world: World, floors: dict) -> list[dict]:
-    """Packed features as training reads them, by two processes."""
+    """Packed features as training reads them, by two processes: all shards open, or none, as among ImageNet's thousands."""
+    import features
     from train_fast import prefetched
 
+    rows, kept_open = [], features.OPEN_SHARDS
     with tempfile.TemporaryDirectory() as folder:
-        shards = 1 if args.toy else 8
+        shards = 2 if args.toy else 8
         shape = (4, args.input_size, args.input_size)
         for shard in range(shards):
-            features = np.random.default_rng(shard).standard_normal((SHARD_SIZE, 2, *shape), np.float32)
-            write_shard(folder, shard, features, np.zeros(SHARD_SIZE), [])
+            array = np.random.default_rng(shard).standard_normal((SHARD_SIZE, 2, *shape), np.float32)
+            write_shard(folder, shard, array, np.zeros(SHARD_SIZE), [])
         write_index(folder, shards, vae="ema", scale=0.18215, image_size=8 * args.input_size, classes=["one"])
         options = Namespace(global_batch_size=args.data_batch_size, global_seed=0, num_workers=2)
-        n = 5 if args.toy else 100
-        with prefetched(
-            options, FeatureDataset(folder), range(n + 10), slice(0, args.data_batch_size), world
-        ) as batches:
-            for _ in range(10):
-                next(batches)
-            start = time.perf_counter()
-            for _ in tqdm(range(n), desc="loading", disable=None):
-                x, _ = next(batches)
-                x.to(world.device, non_blocking=True)
-            seconds = time.perf_counter() - start
-    rate = n * args.data_batch_size / seconds
-    read = 4 * int(np.prod(shape)) * rate / 1e9
-    return [{"loader": "2 processes, packed features", "images/s": rate, "GB/s": read, "needed images/s": 2000}]
+        n, own = 5 if args.toy else 100, slice(0, args.data_batch_size)
+        for open_shards in (kept_open, 1):
+            features.OPEN_SHARDS = open_shards
+            try:
+                with prefetched(options, FeatureDataset(folder), range(n + 10), own, world) as batches:
+                    for _ in range(10):
+                        next(batches)
+                    start = time.perf_counter()
+                    for _ in tqdm(range(n), desc="loading", disable=None):
+                        next(batches)[0].to(world.device, non_blocking=True)
+                    rate = n * args.data_batch_size / (time.perf_counter() - start)
+            finally:
+                features.OPEN_SHARDS = kept_open
+            what = "shards stay open" if open_shards > 1 else "each image opens its shard"
+            gb_s = 4 * int(np.prod(shape)) * rate / 1e9
+            rows.append({"loader (2 processes)": what, "images/s": rate, "GB/s": gb_s, "needed images/s": 2000})
+    return rows
 
 
 def extraction(args, world: World, floors: dict) -> list[dict]:
@@ -460,18 +471,29 @@ def evaluator(args, world: World, floors: dict) -> list[dict]:
 
         return covered(fake, real, radii(real)), covered(real, fake, radii(fake))
 
+    torch.set_float32_matmul_precision("highest")  # as evaluator.py has it
+    rates = {precision: matmul_rate(world.device, precision) for precision in ("fp32", "fp64")}
+    work = {
+        "precision and recall": 2 * n * 2 * n * dim / rates["fp32"]
+    }  # half of both squares of distances, one in full
     rows, jobs = [], {}
     for name, width in (("FID", dim), ("sFID", spatial)):
         jobs[name] = (
             lambda width=width: frechet_distance(*moments(on_device[0][:, :width]), *moments(on_device[1][:, :width])),
             lambda width=width: slow_distance(*slow_moments(real[:, :width]), *slow_moments(fake[:, :width])),
         )
+        work[name] = (2 * n * width**2 + 4 * width**3) / rates[
+            "fp64"
+        ]  # half of both products, and an eigenvalue problem
     jobs["precision and recall"] = lambda: precision_recall(*on_device), lambda: slow_precision_recall(real, fake)
     for name, (fast, slow) in tqdm(jobs.items(), desc="evaluator", disable=None):
         (ours, seconds), (theirs, slow_seconds) = timed(fast), timed(slow)
         apart = float(np.max(np.abs(np.subtract(ours, theirs)) / np.abs(theirs)))
-        rows.append({"scores": name, "s": seconds, "scipy and numpy s": slow_seconds, "apart (relative)": apart})
-    rows.append({"scores": "all", **{key: sum(row[key] for row in rows) for key in ("s", "scipy and numpy s")}})
+        row = {"scores": name, "s": seconds, "floor s": work[name], "scipy and numpy s": slow_seconds}
+        rows.append(row | {"apart (relative)": apart})
+    rows.append(
+        {"scores": "all", **{key: sum(row[key] for row in rows) for key in ("s", "floor s", "scipy and numpy s")}}
+    )
     for row in rows:
         row["speed / slow"] = row["scipy and numpy s"] / row["s"]
     return rows

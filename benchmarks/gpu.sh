@@ -4,7 +4,7 @@
 #   benchmarks/gpu.sh                   all of it, about 25 minutes on an H200; results go to benchmarks/results/
 #   OUT=/tmp/x benchmarks/gpu.sh b s    some of it, into another folder: checks, b, s, xl, sampling, path
 #
-# Needs torch, torchvision and timm; `checks` pytest as well, `path` diffusers and scipy.
+# Where there is no .git, COMMIT in the environment says what is measured. Needs torch, torchvision and timm; `checks` pytest as well, `path` diffusers and scipy.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,10 +16,11 @@ training() {
   python benchmarks/benchmark.py --out "$OUT" --parts training --steps 5 "$@"
 }
 
+failed=0
 for stage in "$@"; do
   case $stage in
     checks) # bf16, compiled, fused: against the slow path; no waiting, no second compilation
-      python -m pytest tests/test_fast.py tests/test_models.py -q -p no:cacheprovider | tee "$OUT/gpu-checks.txt" ;;
+      python -m pytest tests/test_fast.py tests/test_models.py -q -p no:cacheprovider 2>&1 | tee "$OUT/gpu-checks.txt" || failed=1 ;;
     b)
       training --model B/2 --batch-size 256 --experts-per-batch 4 8
       training --model B/2 --batch-size 32 --experts-per-batch 4 8 --skip-usual ;;
@@ -35,3 +36,4 @@ for stage in "$@"; do
       exit 2 ;;
   esac
 done
+exit "$failed"

@@ -43,7 +43,7 @@ def test_tensorboard_has_every_step_once(shown):
     values = {event.step: event.value for event in events.Scalars("loss")}
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
     assert values == pytest.approx(losses(shown))
-    for name in ("mse", "vb", "prior", "lr", "coeff_lr", "images_per_s", "entropy", "expert_spread"):
+    for name in ("mse", "vb", "prior", "lr", "coeff_lr", "images_per_s", "mfu", "entropy", "expert_spread"):
         assert len(events.Scalars(name)) == 4
     for name in ("samples", "coefficients"):
         assert [event.step for event in events.Images(name)] == [2, 4]
@@ -86,9 +86,9 @@ def test_samples_of_latents(vae, features, tmp_path):
 def test_samples_are_what_the_checkpoint_gives(shown, features):
     """Pixel for pixel the sample of the averaged weights for that label and noise."""
     from checkpoint import load_model
-    from diffusion import create_diffusion
     from distributed import seed_for
-    from loggers import GUIDANCE, STEPS
+    from loggers import GUIDANCE
+    from solvers import QUICK, make_sampler
 
     model, _ = load_model(shown / "checkpoints/0000004.pt")
     noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed_for(0, 15)))
@@ -98,7 +98,8 @@ def test_samples_are_what_the_checkpoint_gives(shown, features):
         return model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), labels, GUIDANCE)[:1]
 
     with torch.no_grad():
-        sample = create_diffusion(str(STEPS)).ddim_sample_loop(denoise, noise.shape, noise=noise, device="cpu")
+        loop, _ = make_sampler(*QUICK)
+        sample = loop(denoise, noise.shape, noise=noise, device="cpu")
     pixels = (127.5 * sample[0] + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy()
     tile = Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC)
     grid = Image.open(shown / "samples/0000004.png")

@@ -1,5 +1,6 @@
 """Nobody is let in: files from strangers, images from anywhere, flags from anyone. And numbers that are not finite."""
 
+import io
 import itertools
 import json
 import os
@@ -71,6 +72,26 @@ def test_an_exported_program_whose_pickles_would_run_a_command(tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((5, 8, 8, 3), np.uint8))
     files = (tmp_path / "a.npz", tmp_path / "a.npz", "--weights", tmp_path / "p.pt2")
     assert "cannot be loaded" in run("evaluator.py", *files, expect=2).stderr
+    assert not os.path.exists("/tmp/remix-dit-test-was-here")
+
+
+def test_an_exported_network_whose_weights_are_called_pickles(tmp_path):
+    """Since PyTorch 2.9 a program's own configuration says which of its tensors are to be unpickled."""
+    honest, harmful = tmp_path / "honest.pt2", tmp_path / "harmful.pt2"
+    torch.export.save(torch.export.export(torch.nn.Linear(3, 2), (torch.zeros(1, 3),)), honest)
+    pickled = io.BytesIO()
+    torch.save(Harmful(), pickled)
+    with zipfile.ZipFile(honest) as archive, zipfile.ZipFile(harmful, "w") as changed:
+        config = next(name for name in archive.namelist() if name.endswith("weights_config.json"))
+        entries = json.loads(archive.read(config))
+        entry = next(iter(entries["config"].values()))
+        entry["use_pickle"] = True
+        for name in archive.namelist():
+            content = pickled.getvalue() if name.endswith(f"/{entry['path_name']}") else archive.read(name)
+            changed.writestr(name, json.dumps(entries) if name == config else content)
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((5, 8, 8, 3), np.uint8))
+    files = (tmp_path / "a.npz", tmp_path / "a.npz", "--weights", harmful)
+    assert "holds pickles" in run("evaluator.py", *files, expect=2).stderr
     assert not os.path.exists("/tmp/remix-dit-test-was-here")
 
 
