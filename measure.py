@@ -43,12 +43,12 @@ def training_flops(config: dict) -> int:
     return 3 * counter.get_total_flops()
 
 
-def matmul_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large matrix product in "fp32" (TF32 where that is on), "fp64", "bf16" or "fp16": the best of a few."""
+def matmul_rate(device: torch.device, precision: str, times: int = 3) -> float:
+    """FLOP/s of a large matrix product in "fp32" (TF32 where that is on), "fp64", "bf16" or "fp16": the best of `times`."""
     side = 8192 if device.type == "cuda" else 1536
     a = torch.randn(side, side, device=device).to(torch.float64 if precision == "fp64" else PRECISIONS[precision])
     seconds = []
-    for _ in range(6):
+    for _ in range(times):
         start = time.perf_counter()
         a @ a
         if device.type == "cuda":

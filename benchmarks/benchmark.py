@@ -95,7 +95,7 @@ def measure_floors(world: World, precision: str) -> dict:
     seconds = min(Clock(world).time(lambda: target.copy_(source)) for _ in range(6))
     return {
         "copy_gb_s": 2 * source.nbytes / seconds / 1e9,
-        "tflops": matmul_rate(world.device, precision) / 1e12,
+        "tflops": matmul_rate(world.device, precision, 50) / 1e12,
     }
 
 
@@ -472,7 +472,7 @@ def evaluator(args, world: World, floors: dict) -> list[dict]:
         return covered(fake, real, radii(real)), covered(real, fake, radii(fake))
 
     torch.set_float32_matmul_precision("highest")  # as evaluator.py has it
-    rates = {precision: matmul_rate(world.device, precision) for precision in ("fp32", "fp64")}
+    rates = {precision: matmul_rate(world.device, precision, 50) for precision in ("fp32", "fp64")}
     work = {
         "precision and recall": 2 * n * 2 * n * dim / rates["fp32"]
     }  # half of both squares of distances, one in full
