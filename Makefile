@@ -7,7 +7,7 @@ demo: .venv/installed
 	$(BIN)/python demo.py $(DEMO_FLAGS)
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .
