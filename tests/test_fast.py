@@ -152,7 +152,7 @@ def test_each_number_of_groups_is_compiled_for_itself(monkeypatch):
     for groups in (2, 4, 8):
         world = World(0, 1, torch.device("cpu"))
         trainer = Trainer(remix_dit(depth=1), create_diffusion(), world, lr=1e-4, precision="bf16", compile=True)
-        trainer.step(0, [a_batch(groups=groups)])
+        trainer.step(0, [a_batch(size=16, groups=groups)])
     assert counters["stats"]["unique_graphs"] == 3
 
 
