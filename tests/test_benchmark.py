@@ -31,7 +31,7 @@ def test_every_part_is_measured(tmp_path):
     assert found["training"][1]["peak GiB"] < found["training"][3]["peak GiB"]
     assert [row["model"] for row in found["sampling"]] == ["DiT", "folded", "mixed in every step"]
     assert found["data"][0]["images/s"] > 0
-    assert 0 < found["extraction"][-1]["VAE busy"] <= 1.5
+    assert found["extraction"][-1]["VAE busy"] > 0
     assert all(row["apart (relative)"] < 1e-4 for row in found["evaluator"][:-1])
     report = (tmp_path / "toy.md").read_text()
     assert "copy bandwidth" in report

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +19,10 @@ from remix import RemixDiT_models
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.sh") if path.name != "common.sh")
 
 
-def dry_run(recipe: Path, **environment) -> str:
-    done = subprocess.run(
-        ["bash", recipe, "--dry-run"], capture_output=True, text=True, env=os.environ | environment, check=True
-    )
-    return done.stdout
+def dry_run(recipe: Path, path: str = f"{Path(sys.executable).parent}:{os.environ['PATH']}") -> str:
+    """What a recipe's dry run says, where `path` is the PATH: by default this very python comes first."""
+    command = ["bash", recipe, "--dry-run"]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path}, check=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_there_is_a_recipe_for_every_published_run():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_commands_are_understood_and_the_hours_are_right(recipe, no_python, monkeypatch, tmp_path):
-    commands = re.findall(r"^\$ (?:torchrun|python) (?:--\S+ )*(\w+\.py) (.*)$", dry_run(recipe, PATH=no_python), re.M)
+    commands = re.findall(r"^\$ (?:torchrun|python) (?:--\S+ )*(\w+\.py) (.*)$", dry_run(recipe, no_python), re.M)
     order = ["extract_features.py", "train_fast.py", "sample_ddp.py", "evaluator.py"]
     assert list(dict.fromkeys(script for script, _ in commands)) == order
     monkeypatch.chdir(tmp_path)
