@@ -22,9 +22,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common import UserError, atomic_write, first_line
-from hub import find_transformer, read_transformer, stored_vae
+from interop.diffusers import find_transformer, read_transformer, stored_vae
 from models import SIZES, DiT, DiT_models
-from remix import MIXED_LAYERS, FoldedRemixDiT, IndependentExperts, OneExpertAtATime, RemixDiT, RemixDiT_models
+from remix import MIXED_LAYERS, ExpertSwitch, FoldedRemixDiT, IndependentExperts, RemixDiT, RemixDiT_models
 
 FORMAT, VERSION = "remix-dit", 1
 ORIGINAL_LOGITS = "coefficients.weight"  # pi in the original Remix-DiT's files
@@ -50,7 +50,7 @@ def save_checkpoint(path, state: dict):
         torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
 
 
-def read_checkpoint(path, trust: bool = False, mapped: bool = True, whole: bool = False) -> dict:
+def read_checkpoint(path, allow_pickle: bool = False, mmap: bool = True, verify: bool = False) -> dict:
     """Read a file of tensors and plain types onto the CPU; nothing in it is executed, unless you `trust` it.
 
     argparse.Namespace, which facebookresearch/DiT and the original Remix-DiT store, is the one class let in.
@@ -67,11 +67,11 @@ def read_checkpoint(path, trust: bool = False, mapped: bool = True, whole: bool 
     with open(path, "rb") as file:
         if not zipped and file.read(1) != b"\x80":
             raise UserError(f"{path} is not a whole checkpoint (truncated, or another kind of file)")
-    if whole and zipped and (reason := damage(path)):
+    if verify and zipped and (reason := find_corruption(path)):
         raise UserError(f"{path} is damaged: {reason}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=not trust, mmap=zipped and mapped)
+            content = torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=zipped and mmap)
     except Exception as error:  # a damaged file may provoke anything
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise UserError(
@@ -116,7 +116,7 @@ def checkpoints(folder) -> list[Path]:
     return sorted(files, key=lambda path: int(path.stem), reverse=True)
 
 
-def damage(path) -> str | None:
+def find_corruption(path) -> str | None:
     """What is wrong with a checkpoint, by the checksums it carries of all its parts; None if it is whole."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -181,7 +181,7 @@ def _host_copy(state):
 
 
 def load_model(
-    path, ema: bool = True, trust: bool = False, whole: bool = False, **overrides
+    path, ema: bool = True, allow_pickle: bool = False, verify: bool = False, **overrides
 ) -> tuple[DiT | RemixDiT, dict]:
     """Load a model for inference: (model in eval mode on the CPU, config).
 
@@ -193,7 +193,7 @@ def load_model(
     that is no checkpoint. trust: let the file run code. whole: check all of the file first.
     """
     transformer = find_transformer(path)
-    content = read_checkpoint(transformer[1] if transformer else path, trust, whole=whole)
+    content = read_checkpoint(transformer[1] if transformer else path, allow_pickle, verify=verify)
     if transformer:
         state, heads = read_transformer(path, transformer[0], content)
         if overrides.setdefault("num_heads", heads) != heads:
@@ -211,7 +211,7 @@ def load_model(
         state, name = _foreign_state(path, content, ema)
         config, state = _foreign_config(path, state, {"model": name} | overrides if name else overrides)
     try:
-        check_claims(path, config["model"], state)
+        check_shapes(path, config["model"], state)
         model = build_model(config["model"])
     except UserError:
         raise
@@ -221,7 +221,7 @@ def load_model(
     return model.eval(), config
 
 
-def check_claims(path, config: dict, state: dict[str, Tensor]):
+def check_shapes(path, config: dict, state: dict[str, Tensor]):
     """Raise UserError unless the model that a file describes has the shapes of its tensors, before it takes any memory."""
     if config["backbone"]["depth"] > len(state):
         raise UserError(f"{path} does not fit the model: {config['backbone']['depth']} blocks, {len(state)} tensors")
@@ -234,14 +234,14 @@ def check_claims(path, config: dict, state: dict[str, Tensor]):
 
 
 def load_denoiser(
-    paths: list, ema: bool = True, trust: bool = False, **overrides
-) -> tuple[DiT | OneExpertAtATime, dict]:
+    paths: list, ema: bool = True, allow_pickle: bool = False, **overrides
+) -> tuple[DiT | ExpertSwitch, dict]:
     """Load what a sampler needs: a DiT, a RemixDiT folded, or independent experts; and the (first) file's config.
 
     Several files are plain DiTs trained on intervals of timesteps (train_fast.py --timesteps), in any order, which must
     tile all of them. The other arguments are `load_model`'s. Raises UserError as it does, and for files that do not tile.
     """
-    loaded = [(path, *load_model(path, ema, trust, **overrides)) for path in paths]
+    loaded = [(path, *load_model(path, ema, allow_pickle, **overrides)) for path in paths]
     if len(loaded) == 1:
         _, model, config = loaded[0]
         return (FoldedRemixDiT(model).eval() if isinstance(model, RemixDiT) else model), config

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from checkpoint import load_model, original_state
 from common import ArgumentParser, UserError, atomic_write, number, positive_int, run_script
-from hub import export_pipeline, export_transformer
+from interop.diffusers import export_pipeline, export_transformer
 from models import DiT
 from remix import RemixDiT
 
@@ -30,11 +30,11 @@ def main(args: argparse.Namespace):
     if args.vae and args.to != "diffusers":
         raise UserError(f"--vae goes into a pipeline, with --to diffusers, not --to {args.to}")
     if args.to == "diffusers":
-        write_folder(args, *load_model(args.ckpt, trust=args.trust_pickle, **overrides))
+        write_folder(args, *load_model(args.ckpt, allow_pickle=args.trust_pickle, **overrides))
         return
     states = {}
     for name, ema in (("ema", True), ("model", False)):
-        model, config = load_model(args.ckpt, ema=ema, trust=args.trust_pickle, **overrides)
+        model, config = load_model(args.ckpt, ema=ema, allow_pickle=args.trust_pickle, **overrides)
         if args.to == "original":
             states[name] = original_state(model)
         elif args.to == "safetensors":

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from common import LocalError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what SLURM can send in advance
 
 
 @dataclass(frozen=True)
@@ -118,3 +121,29 @@ def rank0_logger(world: World, path: Path | None = None) -> logging.Logger:
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     return logger
+
+
+class StopSignal:
+    """Notes a signal that asks the run to stop. Schedulers and torchrun may send it twice; a Ctrl-C after seconds ends the run."""
+
+    def __init__(self):
+        self.requested, self.since = None, 0.0
+        for which in STOP_SIGNALS:
+            signal.signal(which, self._note)
+
+    def _note(self, which: int, frame):
+        if self.requested is None:
+            self.requested, self.since = signal.Signals(which).name, time.monotonic()
+        elif which == signal.SIGINT and time.monotonic() - self.since > 2:
+            raise KeyboardInterrupt
+
+
+def restore_signals():
+    for which in STOP_SIGNALS:
+        signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)
+
+
+def ignore_signals(worker: int):
+    """For the loader's processes: a signal to the whole group stops the run in its own time, with their help."""
+    for which in STOP_SIGNALS:
+        signal.signal(which, signal.SIG_IGN)

@@ -59,13 +59,13 @@ def main(args: argparse.Namespace):
             network.check(path)
 
     # Score one file of samples after another.
-    ref = describe(args.reference, networks)
+    ref = image_features(args.reference, networks)
     if args.save_stats:
         with atomic_write(args.save_stats) as temporary, open(temporary, "wb") as file:
             np.savez(file, **{key: ref[key] for key in STATISTICS})
     table = []
     for path in args.samples:
-        sample = describe(path, networks)
+        sample = image_features(path, networks)
         check_match(args.reference, ref, path, sample)
         table.append(evaluate(ref, sample, also, device))
         remark(args.reference, ref, path, sample, table[-1])
@@ -84,7 +84,7 @@ def main(args: argparse.Namespace):
         write_json(args.json, table[0] if len(table) == 1 else dict(zip(args.samples, table, strict=True)))
 
 
-def describe(path, networks: dict[str, "Activations"]) -> dict[str, np.ndarray]:
+def image_features(path, networks: dict[str, "Activations"]) -> dict[str, np.ndarray]:
     """What the scores need of a file: what the networks make of its images, and statistics (its own, if it holds any)."""
     found = {}
     if has_images(path):

@@ -207,15 +207,15 @@ def encode(images: ImageFolder, batches, autoencoder, world: World, args) -> tup
             continue
         pixels = pixels.to(world.device, non_blocking=True).float() / 127.5 - 1
         stacked = torch.stack([pixels, pixels.flip(-1)], dim=1) if args.mirror else pixels.unsqueeze(1)
-        mean, deviation = autoencoder.moments(stacked.flatten(0, 1))
-        mean, deviation = mean.unflatten(0, stacked.shape[:2]), deviation.unflatten(0, stacked.shape[:2])
+        mean, std = autoencoder.moments(stacked.flatten(0, 1))
+        mean, std = mean.unflatten(0, stacked.shape[:2]), std.unflatten(0, stacked.shape[:2])
         if args.store == "moments":
-            mean = torch.cat([mean, deviation], dim=2)
+            mean = torch.cat([mean, std], dim=2)
         elif args.vae != "none":
             generators = [torch.Generator().manual_seed(seed_for(args.global_seed, number)) for number in numbers]
             draws = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
             draws = draws.pin_memory() if world.device.type == "cuda" else draws
-            mean = mean + deviation * draws.to(world.device, non_blocking=True)
+            mean = mean + std * draws.to(world.device, non_blocking=True)
         features.append(mean.cpu().numpy())
         labels += [images.samples[number][1] for number in numbers]
     empty = np.zeros((0, 2 if args.mirror else 1, 0, 0, 0))

@@ -169,9 +169,9 @@ class FeatureDataset(Dataset):
             features = self._shard(int(np.searchsorted(self.starts, image, side="right")) - 1, image)
         features = torch.from_numpy(features[view].astype(np.float32))
         if self.store == "moments":
-            mean, deviation = features.chunk(2)
+            mean, std = features.chunk(2)
             generator = torch.Generator().manual_seed(seed_for(draw, image, view))
-            features = mean + deviation * torch.randn(mean.shape, generator=generator)
+            features = mean + std * torch.randn(mean.shape, generator=generator)
         return features, int(self.labels[image])
 
     def _shard(self, shard: int, image: int) -> np.ndarray:
@@ -186,36 +186,3 @@ class FeatureDataset(Dataset):
         """A batch at once: features [B, C, H, W] and labels [B]."""
         features, labels = zip(*(self[item] for item in items), strict=True)
         return torch.stack(features), torch.tensor(labels)
-
-
-class GlobalBatches:
-    """Which images make up each global batch: (image, view, draw) for the rows of this process, step after step.
-
-    Images are shuffled anew every epoch, the epochs laid end to end and cut into batches, so that nothing is dropped or
-    repeated; each time an image is met, one of its views is drawn, and the number of the epoch's draws from the VAE's
-    posterior comes with it. A function of (seed, step) alone.
-    """
-
-    def __init__(self, n_images: int, n_views: int, batch: int, seed: int, steps: range, rows: slice):
-        self.n_images, self.n_views, self.batch, self.seed = n_images, n_views, batch, seed
-        self.steps, self.rows = steps, rows
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self):
-        epoch, order, draw = -1, None, 0
-        for step in self.steps:
-            items = []
-            for place in range(step * self.batch, (step + 1) * self.batch)[self.rows]:
-                if place // self.n_images != epoch:
-                    epoch = place // self.n_images
-                    order, draw = self._epoch(epoch), seed_for(self.seed, epoch)
-                items.append((*order[place % self.n_images].tolist(), draw))
-            yield items
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        generator = np.random.default_rng([self.seed, epoch, 0])
-        return np.stack(
-            [generator.permutation(self.n_images), generator.integers(self.n_views, size=self.n_images)], axis=1
-        )

@@ -28,8 +28,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.frequencies // 2
-        rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angles = t[:, None].float() * rates[None]
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t[:, None].float() * frequencies[None]
         embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mlp(embedding.to(self.mlp[0].weight.dtype))
 
@@ -43,11 +43,11 @@ class LabelEmbedder(nn.Module):
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
 
-    def forward(self, y: Tensor, drop: Tensor | None = None) -> Tensor:
-        if drop is None and self.training and self.dropout_prob > 0:
-            drop = torch.rand(y.shape, device=y.device) < self.dropout_prob
-        if drop is not None:
-            y = y.masked_fill(drop, self.num_classes)
+    def forward(self, y: Tensor, label_drop: Tensor | None = None) -> Tensor:
+        if label_drop is None and self.training and self.dropout_prob > 0:
+            label_drop = torch.rand(y.shape, device=y.device) < self.dropout_prob
+        if label_drop is not None:
+            y = y.masked_fill(label_drop, self.num_classes)
         return self.embedding_table(y)
 
 
@@ -167,7 +167,7 @@ class DiT(nn.Module):
         x = x.view(x.shape[0], side, side, patch, patch, self.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, side * patch, side * patch)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, label_drop: Tensor | None = None) -> Tensor:
         """Predict the noise (and the variance) in x.
 
         x [B, C, H, W] noisy images or latents, t [B] original timesteps, y [B] class labels (`num_classes` is the null
@@ -175,17 +175,19 @@ class DiT(nn.Module):
         training mode, none otherwise. Returns [B, C or 2C, H, W].
         """
         x = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y, drop)
+        c = self.t_embedder(t) + self.y_embedder(y, label_drop)
         for block in self.blocks:
             x = block(x, c)
         return self.unpatchify(self.final_layer(x, c))
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
         """See `guide`."""
-        return guide(self, x, t, y, cfg_scale, guided_channels)
+        return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
 
 
-def guide(model: nn.Module, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
+def classifier_free_guidance(
+    model: nn.Module, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3
+) -> Tensor:
     """Classifier-free guidance as DiT applies it (Ho & Salimans, arXiv 2207.12598, eq. 6).
 
     The batch is two halves: y's first half holds the labels, its second half the null class; x's second half is ignored
@@ -203,8 +205,8 @@ def guide(model: nn.Module, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, g
 
 def sincos_positions(dim: int, side: int) -> Tensor:
     """Fixed 2D sine-cosine position embedding [side * side, dim]: half of the channels for x, half for y."""
-    rates = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * rates
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
     along_x = line.repeat(side, 1)
     along_y = line.repeat_interleave(side, dim=0)

@@ -6,15 +6,14 @@ of the K bases weighted by row i of the coefficients alpha = softmax(pi), and ha
 
 import bisect
 import copy
-import math
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import DiT, DiT_models, guide
+from grouped_linear import batched_linear, grouped_linear
+from models import DiT, DiT_models, classifier_free_guidance
 
 MIXERS = ("softmax", "raw", "one-hot")
 SCOPES = ("global", "local")
@@ -26,53 +25,6 @@ class BatchCoefficients:
     """The coefficients of the batch in flight, shared by all mixed layers: alpha [blocks or 1, G, K], or None at rest."""
 
     alpha: Tensor | None = None
-
-
-@torch.library.custom_op("remix::linear_by_parts", mutates_args=())
-def linear_by_parts(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Linear layers weight [G, out, in], bias [G, out] on the G equal parts of x [B, ..., in], one after the other.
-
-    For CPUs, whose libraries know a linear layer better than a batch of products. An operator of its own, so that each
-    part's product is written to its place: torch.compile would make copies of splitting and concatenating.
-    """
-    parts = x.reshape(len(weight), -1, x.shape[-1])
-    out = x.new_empty(*parts.shape[:2], weight.shape[1])
-    for g in range(len(weight)):
-        torch.addmm(bias[g], parts[g], weight[g].T, out=out[g])
-    return out.view(*x.shape[:-1], -1)
-
-
-@torch.library.custom_op("remix::linear_by_parts_backward", mutates_args=())
-def linear_by_parts_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias from that of the result."""
-    grads, parts = grad.reshape(len(weight), -1, grad.shape[-1]), x.reshape(len(weight), -1, x.shape[-1])
-    grad_x, grad_weight = torch.empty_like(parts), torch.empty_like(weight)
-    for g in range(len(weight)):
-        torch.mm(grads[g], weight[g], out=grad_x[g])
-        torch.mm(grads[g].T, parts[g], out=grad_weight[g])
-    return grad_x.view(x.shape), grad_weight, grads.sum(1)
-
-
-@linear_by_parts.register_fake
-def _(x, weight, bias):
-    return x.new_empty(*x.shape[:-1], weight.shape[1])
-
-
-@linear_by_parts_backward.register_fake
-def _(grad, x, weight):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])
-
-
-linear_by_parts.register_autograd(
-    lambda ctx, grad: linear_by_parts_backward(grad, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
-)
-
-
-def linear_batched(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What `linear_by_parts` does in one launch, for GPUs, which small parts would leave idle."""
-    out = torch.bmm(x.reshape(len(weight), -1, x.shape[-1]), weight.transpose(1, 2)) + bias.unsqueeze(1)
-    return out.view(*x.shape[:-1], -1)
 
 
 class RemixLinear(nn.Module):
@@ -115,7 +67,7 @@ class RemixLinear(nn.Module):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         weight, bias = self.mix(self.shared.alpha[self.row], dtype)
-        return (linear_by_parts if device == "cpu" else linear_batched)(x.to(dtype), weight, bias)
+        return (grouped_linear if device == "cpu" else batched_linear)(x.to(dtype), weight, bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, n_basis={len(self.weight)}"
@@ -191,7 +143,7 @@ class RemixDiT(nn.Module):
     def num_classes(self) -> int:
         return self.backbone.num_classes
 
-    def expert_of(self, t: Tensor | int) -> Tensor | int:
+    def expert_index(self, t: Tensor | int) -> Tensor | int:
         """The expert that owns each original timestep: the last i with floor(i T / N) <= t."""
         return (self.n_experts * (t + 1) - 1) // self.num_timesteps
 
@@ -232,39 +184,43 @@ class RemixDiT(nn.Module):
             spread = spread + ((row @ gram) * row).sum(1).mean()
         return (apart.clamp(min=0) / size).sqrt(), (spread / size).sqrt()
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, groups: int | None = None, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, groups: int | None = None, label_drop: Tensor | None = None
+    ) -> Tensor:
         """Denoise every sample by its own expert; arguments and result are `DiT.forward`'s.
 
         groups: a promise that the batch is that many equal contiguous groups, each within one expert's timesteps. The
         groups then run side by side, without a host sync; otherwise the experts present run one after the other.
         Raises ValueError where `groups` does not divide the batch.
         """
-        experts = self.expert_of(t)
+        experts = self.expert_index(t)
         if groups is not None:
             if groups < 1 or len(x) % groups:
                 raise ValueError(f"{groups} groups do not divide a batch of {len(x)}")
-            return self._denoise(x, t, y, drop, experts.view(groups, -1)[:, 0])
+            return self._denoise(x, t, y, label_drop, experts.view(groups, -1)[:, 0])
         present, counts = experts.unique(return_counts=True)
         if len(present) == 1:
-            return self._denoise(x, t, y, drop, present)
+            return self._denoise(x, t, y, label_drop, present)
         order = experts.argsort(stable=True)
         outs = []
         for expert, rows in zip(present.split(1), order.split(counts.tolist()), strict=True):
-            outs.append(self._denoise(x[rows], t[rows], y[rows], None if drop is None else drop[rows], expert))
+            outs.append(
+                self._denoise(x[rows], t[rows], y[rows], None if label_drop is None else label_drop[rows], expert)
+            )
         return torch.cat(outs)[order.argsort()]
 
-    def _denoise(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None, experts: Tensor) -> Tensor:
+    def _denoise(self, x: Tensor, t: Tensor, y: Tensor, label_drop: Tensor | None, experts: Tensor) -> Tensor:
         """Run the backbone with the batch's equal parts under `experts` [G]."""
         alpha = self.coefficients()
         self.shared.alpha = alpha.view(-1, self.n_experts, self.n_basis)[:, experts]
         try:
-            return self.backbone(x, t, y, drop)
+            return self.backbone(x, t, y, label_drop)
         finally:
             self.shared.alpha = None
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
         """See `models.guide`."""
-        return guide(self, x, t, y, cfg_scale, guided_channels)
+        return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
 
     def expert(self, i: int) -> DiT:
         """Expert i as a plain DiT of its own, in eval mode. Raises IndexError for i outside 0..N-1."""
@@ -295,35 +251,35 @@ class RemixDiT(nn.Module):
             torch._foreach_add_(folded, torch._foreach_mul([basis[k] for basis in bases], [row[k] for row in rows]))
 
 
-class OneExpertAtATime(nn.Module):
+class ExpertSwitch(nn.Module):
     """Plain DiTs for sampling, one an interval of timesteps, with a DiT's interface.
 
     Every batch must lie within one expert's timesteps, as a sampler's do; ValueError otherwise. Who knows the timestep
     without asking the device for it takes `at(timestep)` and runs that: then the host never waits.
     """
 
-    def expert_of(self, t: int) -> int:
+    def expert_index(self, t: int) -> int:
         raise NotImplementedError
 
     def select(self, i: int) -> DiT:
         raise NotImplementedError
 
-    def at(self, timestep: int) -> DiT:
+    def for_timestep(self, timestep: int) -> DiT:
         """The plain DiT that serves an original timestep, until the next call."""
-        return self.select(self.expert_of(timestep))
+        return self.select(self.expert_index(timestep))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        first, last = map(self.expert_of, torch.stack(t.aminmax()).tolist())
+        first, last = map(self.expert_index, torch.stack(t.aminmax()).tolist())
         if first != last:
             raise ValueError(f"this model runs one expert at a time, the batch needs {first} to {last}")
         return self.select(first)(x, t, y)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
         """See `models.guide`."""
-        return guide(self, x, t, y, cfg_scale, guided_channels)
+        return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
 
 
-class FoldedRemixDiT(OneExpertAtATime):
+class FoldedRemixDiT(ExpertSwitch):
     """A RemixDiT as one plain DiT, whose weights become the expert's, in place, whenever the expert changes."""
 
     def __init__(self, remix: RemixDiT):
@@ -332,8 +288,8 @@ class FoldedRemixDiT(OneExpertAtATime):
         self.dit = remix.expert(0)
         self.folded = 0
 
-    def expert_of(self, t: int) -> int:
-        return self.remix.expert_of(t)
+    def expert_index(self, t: int) -> int:
+        return self.remix.expert_index(t)
 
     def select(self, i: int) -> DiT:
         if i != self.folded:
@@ -342,7 +298,7 @@ class FoldedRemixDiT(OneExpertAtATime):
         return self.dit
 
 
-class IndependentExperts(OneExpertAtATime):
+class IndependentExperts(ExpertSwitch):
     """Plain DiTs trained apart, the paper's baseline: model i serves the timesteps from bounds[i] to bounds[i + 1].
 
     bounds: len(models) + 1 ascending timesteps, from 0.
@@ -353,38 +309,11 @@ class IndependentExperts(OneExpertAtATime):
         self.models = nn.ModuleList(models)
         self.bounds = list(bounds)
 
-    def expert_of(self, t: int) -> int:
+    def expert_index(self, t: int) -> int:
         return bisect.bisect_right(self.bounds, t, 1, len(self.bounds) - 1) - 1
 
     def select(self, i: int) -> DiT:
         return self.models[i]
-
-
-def deal_timesteps(
-    seed: int,
-    step: int,
-    batch: int,
-    n_experts: int = 1,
-    experts_per_batch: int = 1,
-    timesteps: tuple[int, int] = (0, 1000),
-) -> np.ndarray:
-    """The timesteps [batch] (int64) of a global batch: paper, algorithm 2, for several experts at a time.
-
-    The batch is `experts_per_batch` equal contiguous groups, each drawn uniformly within one expert's interval. The
-    experts are dealt from a shuffled deck, laid out again and again until it comes out even and then shuffled anew: none
-    is repeated within a batch while N allows, and all serve equally often. A function of (seed, step) alone. With one
-    expert this is the ordinary uniform draw from `timesteps`, low to high - 1. Intervals that cannot be equal differ by
-    one timestep, and their timesteps' frequencies by that much. Raises ValueError if the groups do not divide the batch.
-    """
-    if batch % experts_per_batch:
-        raise ValueError(f"{experts_per_batch} experts do not divide a batch of {batch}")
-    round_length = n_experts // math.gcd(n_experts, experts_per_batch)  # steps until the deck comes out even
-    deck = np.random.default_rng([seed, step // round_length, 1]).permutation(n_experts)
-    first = (step % round_length) * experts_per_batch
-    experts = deck[np.arange(first, first + experts_per_batch) % n_experts].repeat(batch // experts_per_batch)
-    start, length = timesteps[0], timesteps[1] - timesteps[0]
-    low, high = start + experts * length // n_experts, start + (experts + 1) * length // n_experts
-    return np.random.default_rng([seed, step, 2]).integers(low, high)
 
 
 def _from_scratch(

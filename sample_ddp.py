@@ -36,11 +36,11 @@ from common import (
     seed_int,
     write_json,
 )
+from diffusion.solvers import SAMPLERS, make_sampler
 from distributed import PRECISIONS, World, rank0_logger, seed_for, setup
 from figures import save_grid
-from models import DiT_models, guide
-from remix import OneExpertAtATime, RemixDiT_models
-from solvers import SAMPLERS, make_sampler
+from models import DiT_models, classifier_free_guidance
+from remix import ExpertSwitch, RemixDiT_models
 
 
 def main(args: argparse.Namespace):
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace):
         )
     autoencoder.scale = data["scale"]  # by which the features were multiplied
     folder = Path(args.sample_dir) / (args.name or default_name(args))
-    settings = describe(args, data)
+    settings = sample_settings(args, data)
     if finished(folder, settings):
         return
 
@@ -145,7 +145,7 @@ def default_name(args: argparse.Namespace) -> str:
     return f"{run}{'' if args.ema else '-raw'}-{args.sampler}{args.num_sampling_steps}-cfg{args.cfg_scale}-seed{args.global_seed}"
 
 
-def describe(args: argparse.Namespace, data: dict) -> dict:
+def sample_settings(args: argparse.Namespace, data: dict) -> dict:
     """Everything that the images depend on."""
     names = [
         "num_fid_samples",
@@ -213,14 +213,16 @@ def sample(
     labels = torch.tensor([label_of(args.global_seed, i, n_classes) for i in numbers], device=world.device)
     labels = labels if args.cfg_scale == 1 else torch.cat([labels, torch.full_like(labels, backbone["num_classes"])])
     channels = shape[0] if args.cfg_all_channels else 3
-    run, run_guided = (torch.compile(f, dynamic=False) if args.compile else f for f in (predict, guide))
+    run, run_guided = (
+        torch.compile(f, dynamic=False) if args.compile else f for f in (predict, classifier_free_guidance)
+    )
     asked = iter(timesteps)  # known here, so that the host need not wait for the device to choose the expert
 
     def draw(_step: int | None = None) -> torch.Tensor:
         return torch.stack([torch.randn(shape, generator=g, device=world.device) for g in generators])
 
     def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        network = model.at(next(asked)) if isinstance(model, OneExpertAtATime) else model
+        network = model.for_timestep(next(asked)) if isinstance(model, ExpertSwitch) else model
         with world.autocast(args.precision):
             if args.cfg_scale == 1:
                 return run(network, x, t, labels)

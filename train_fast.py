@@ -12,23 +12,21 @@ import argparse
 import json
 import math
 import resource
-import signal
 import sys
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from autoencoder import Pixels, load_autoencoder
 from checkpoint import (
     PUBLISHED_VAE,
     CheckpointWriter,
     checkpoints,
-    damage,
+    find_corruption,
     load_model,
     model_config,
     read_checkpoint,
@@ -47,14 +45,16 @@ from common import (
     write_json,
 )
 from diffusion import create_diffusion
-from distributed import PRECISIONS, World, rank0_logger, seed_for, setup, world_size
-from features import FeatureDataset, GlobalBatches
-from loggers import Board, Gallery, logger_names
-from measure import matmul_rate, training_flops
+from distributed import PRECISIONS, StopSignal, World, rank0_logger, restore_signals, setup, world_size
+from features import FeatureDataset
 from models import DiT, DiT_models
-from plan import PEAK, USED, AssumedFeatures, activation_bytes, static_memory
-from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models, deal_timesteps
-from training import Trainer, Window
+from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models
+from training.batches import microbatches, prefetched, sample_timesteps
+from training.loggers import MetricLogger, logger_names
+from training.plan import PEAK, USED, AssumedFeatures, activation_bytes, matmul_rate, static_memory, training_flops
+from training.previews import SamplePreview
+from training.statistics import TrainingStats
+from training.trainer import Trainer
 
 RUN_OPTIONS = [
     "max_steps",
@@ -71,7 +71,6 @@ RUN_OPTIONS = [
     "global_seed",
     "load_weight",
 ]  # what a run is, beside its model and data
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what SLURM can send in advance
 STOP_CHECK = 4  # steps between the processes' agreements on whether to stop
 
 
@@ -84,7 +83,7 @@ def main(args: argparse.Namespace):
     resolve_defaults(args, dataset)
     torch.manual_seed(args.global_seed)
     model = make_model(args, dataset)
-    config = describe(args, dataset, model)
+    config = run_config(args, dataset, model)
     run = Path(args.results_dir) / args.prefix
     state, damaged = find_resume(args, run, config)
     first_step = state["step"] if state else 0
@@ -129,8 +128,10 @@ def main(args: argparse.Namespace):
     peak = matmul_rate(world.device, args.precision) * world.size
     rows = slice(*(rank * args.global_batch_size // world.size for rank in (world.rank, world.rank + 1)))
     writer = CheckpointWriter(run / "checkpoints", logger, args.keep, args.keep_every)
-    board = Board(args.log_to if world.is_main else None, run, config, first_step, logger)
-    gallery = Gallery(run, config, autoencoder, world, board, logger) if world.is_main and args.sample_every else None
+    board = MetricLogger(args.log_to if world.is_main else None, run, config, first_step, logger)
+    gallery = (
+        SamplePreview(run, config, autoencoder, world, board, logger) if world.is_main and args.sample_every else None
+    )
 
     def save(done: int):
         state = {"config": config, "step": done, "window": window.state()}
@@ -213,32 +214,6 @@ def dry_run(args: argparse.Namespace):
         f"time: {args.max_steps * args.grad_accum * flops / (USED * PEAK) / 3600:,.2f} hours "
         f"(estimate: {args.grad_accum * flops / 1e12:.2f} TFLOP a step and GPU, at {USED:.0%} of {PEAK / 1e12:.0f} TFLOP/s, A100)"
     )
-
-
-class StopSignal:
-    """Notes a signal that asks the run to stop. Schedulers and torchrun may send it twice; a Ctrl-C after seconds ends the run."""
-
-    def __init__(self):
-        self.requested, self.since = None, 0.0
-        for which in STOP_SIGNALS:
-            signal.signal(which, self._note)
-
-    def _note(self, which: int, frame):
-        if self.requested is None:
-            self.requested, self.since = signal.Signals(which).name, time.monotonic()
-        elif which == signal.SIGINT and time.monotonic() - self.since > 2:
-            raise KeyboardInterrupt
-
-
-def restore_signals():
-    for which in STOP_SIGNALS:
-        signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)
-
-
-def ignore_signals(worker: int):
-    """For the loader's processes: a signal to the whole group stops the run in its own time, with their help."""
-    for which in STOP_SIGNALS:
-        signal.signal(which, signal.SIG_IGN)
 
 
 def introduce(
@@ -329,7 +304,7 @@ def make_model(args: argparse.Namespace, dataset: FeatureDataset) -> DiT | Remix
             if remix:
                 return RemixDiT_models[args.model](**shape, **options, prior_bonus=args.prior_bonus)
             return DiT_models[args.model](**shape)
-        weights, _ = load_model(args.load_weight, trust=args.trust_pickle, whole=True)
+        weights, _ = load_model(args.load_weight, allow_pickle=args.trust_pickle, verify=True)
         found = weights.backbone_config if isinstance(weights, RemixDiT) else weights.config
         wanted = DiT_models[args.model.removeprefix("Remix")](**shape).config
         for key, value in wanted.items():
@@ -351,7 +326,7 @@ def make_model(args: argparse.Namespace, dataset: FeatureDataset) -> DiT | Remix
         raise UserError(f"{args.model} on {args.data_path}: {error}") from None
 
 
-def describe(args: argparse.Namespace, dataset: FeatureDataset, model: DiT | RemixDiT) -> dict:
+def run_config(args: argparse.Namespace, dataset: FeatureDataset, model: DiT | RemixDiT) -> dict:
     """The configuration that, with the data, determines the run; it goes into every checkpoint."""
     vae = {"vae": dataset.vae, "scale": dataset.scale} if dataset.vae else PUBLISHED_VAE
     size = dataset.image_size or args.image_size or 256
@@ -374,7 +349,7 @@ def find_resume(args: argparse.Namespace, run: Path, config: dict) -> tuple[dict
     present, damaged = checkpoints(run / "checkpoints"), {}
     if args.resume == "auto":
         for path in present:
-            if (reason := damage(path)) is None:
+            if (reason := find_corruption(path)) is None:
                 break
             damaged[path] = reason
         if present and len(damaged) == len(present):
@@ -391,7 +366,7 @@ def find_resume(args: argparse.Namespace, run: Path, config: dict) -> tuple[dict
         return None, {}
     if present and present[0].parent.resolve() != Path(args.resume).resolve().parent:
         raise UserError(f"{run} already holds another run than --resume {args.resume}: choose another --prefix")
-    state = read_checkpoint(args.resume, mapped=False, whole=True)
+    state = read_checkpoint(args.resume, mmap=False, verify=True)
     if not {"config", "step", "model", "ema", "optimizer", "scaler", "window"} <= state.keys():
         raise UserError(f"--resume {args.resume} holds weights but no training state: use it as --load-weight")
     before, now = flatten(state["config"]), flatten(config)
@@ -441,60 +416,11 @@ def keep_metrics(path: Path, last_step: int):
         temporary.write_text("".join(kept))
 
 
-def as_it_is(batch):
-    return batch
-
-
-@contextmanager
-def prefetched(args: argparse.Namespace, dataset: FeatureDataset, steps: range, rows: slice, world: World):
-    """This process's rows of every global batch, read ahead; the readers end with the block."""
-    chosen = GlobalBatches(len(dataset), dataset.views, args.global_batch_size, args.global_seed, steps, rows)
-    batches = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=chosen,
-            collate_fn=as_it_is,
-            num_workers=args.num_workers,
-            pin_memory=world.device.type == "cuda",
-            worker_init_fn=ignore_signals,
-        )
-    )
-    try:
-        yield batches
-    finally:
-        if args.num_workers:
-            batches._shutdown_workers()  # they would outlive an error, ignoring signals
-
-
-def microbatches(args: argparse.Namespace, step: int, batch, model: DiT | RemixDiT, rows: slice, world: World):
-    """Yield (x, t, conditions, noise) for each accumulated part of this process's rows of a step's global batch.
-
-    Timesteps, label dropout and noise are drawn for the whole global batch by every process, which keeps its rows.
-    """
-    x, y = batch
-    seed, size, remix = args.global_seed, args.global_batch_size, isinstance(model, RemixDiT)
-    config = model.backbone_config if remix else model.config
-    t = deal_timesteps(seed, step, size, args.n_experts if remix else 1, args.experts_per_batch, args.timesteps)[rows]
-    drop = np.random.default_rng([seed, step, 3]).random(size)[rows] < config["class_dropout_prob"]
-    generator = torch.Generator(world.device).manual_seed(seed_for(seed, step))
-    noise = torch.randn((size, *x.shape[1:]), generator=generator, device=world.device)[rows]
-    t, drop = torch.from_numpy(t), torch.from_numpy(drop)
-    if world.device.type == "cuda":
-        t, drop = t.pin_memory(), drop.pin_memory()
-    on_device = [tensor.to(world.device, non_blocking=True) for tensor in (x, t, y, drop)]
-    for part in zip(*(tensor.chunk(args.grad_accum) for tensor in (*on_device, noise)), strict=True):
-        x, t, y, drop, noise = part
-        conditions = {"y": y, "drop": drop}
-        if remix:  # groups that a microbatch cuts through are cut finer, until all of its groups are equal
-            conditions["groups"] = len(x) // math.gcd(len(x), size // args.experts_per_batch)
-        yield x, t, conditions, noise
-
-
 def report(
     args,
     run: Path,
     logger,
-    board: Board,
+    board: MetricLogger,
     trainer: Trainer,
     losses: tuple[dict, list[float]],
     prior_weight: float,
@@ -503,7 +429,7 @@ def report(
     mfu: float,
 ):
     """One line for people in log.txt and one for programs in metrics.jsonl, and the loggers: means since the last one."""
-    model, world, rates = trainer.model, trainer.world, trainer.optimizer.param_groups
+    model, world, groups = trainer.model, trainer.world, trainer.optimizer.param_groups
     means, (bad, *_) = losses
     if not world.is_main:
         return
@@ -518,7 +444,7 @@ def report(
         basis_distances, expert_spread = model.distances()
         metrics |= {
             "prior_weight": prior_weight,
-            "coeff_lr": rates[-1]["lr"],
+            "coeff_lr": groups[-1]["lr"],
             "coefficients": rounded(alpha),
             "entropy": rounded(entropy),  # nats, an expert: 0 is one-hot
             "basis_distances": rounded(basis_distances),  # all 0: the bases have collapsed into one
@@ -527,7 +453,7 @@ def report(
     else:
         del metrics["prior"]
     metrics |= {
-        "lr": rates[0]["lr"],
+        "lr": groups[0]["lr"],
         "images_per_s": images_per_s,
         "mfu": mfu,  # model FLOPs utilisation: a plain DiT's FLOPs over what a large matrix product reaches here
         "memory_gib": memory,
@@ -551,12 +477,12 @@ def report(
     )
 
 
-def explain_bad_steps(args: argparse.Namespace, logger, model: DiT | RemixDiT, window: Window):
+def explain_bad_steps(args: argparse.Namespace, logger, model: DiT | RemixDiT, window: TrainingStats):
     """Say what is known of the bad steps that end the run."""
     _, (_, _, longest, step, loss, norm) = window.read()
     remix, timesteps = isinstance(model, RemixDiT), args.timesteps
     dealt = args.n_experts if remix else 1
-    t = deal_timesteps(args.global_seed, int(step), args.global_batch_size, dealt, args.experts_per_batch, timesteps)
+    t = sample_timesteps(args.global_seed, int(step), args.global_batch_size, dealt, args.experts_per_batch, timesteps)
     experts = f"experts {sorted(set(model.expert_of(torch.from_numpy(t)).tolist()))}, " if remix else ""
     if window.world.is_main:
         logger.error(

@@ -25,9 +25,9 @@ from common import ArgumentParser, UserError, atomic_write, positive_int, run_sc
 from diffusion import create_diffusion
 from features import FeatureDataset
 from figures import intervals, save_coefficients, save_grid
-from measure import noise_errors
 from models import DiT
 from remix import RemixDiT
+from training.statistics import noise_errors
 
 
 def main(args: argparse.Namespace):
@@ -56,7 +56,7 @@ def losses(args: argparse.Namespace, out: Path):
     """Each expert's error over all timesteps, relative to the pretrained model's there: lowest inside its own interval."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     remix, config = load_remix(args)
-    pretrained, _ = load_model(args.pretrained, trust=args.trust_pickle, **heads(args))
+    pretrained, _ = load_model(args.pretrained, allow_pickle=args.trust_pickle, **heads(args))
     if not isinstance(pretrained, DiT) or pretrained.config != remix.backbone_config:
         raise UserError(f"{args.pretrained} is not the plain DiT that {args.ckpt} could have started from")
     dataset = FeatureDataset(args.data_path)
@@ -146,7 +146,7 @@ def grids(args: argparse.Namespace, out: Path):
 
 
 def load_remix(args: argparse.Namespace) -> tuple[RemixDiT, dict]:
-    model, config = load_model(args.ckpt, ema=args.ema, trust=args.trust_pickle, **heads(args))
+    model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **heads(args))
     if not isinstance(model, RemixDiT):
         raise UserError(f"{args.ckpt} holds a plain DiT, which has no mixing coefficients")
     return model, config

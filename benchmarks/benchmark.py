@@ -31,10 +31,11 @@ from common import ArgumentParser, UserError, atomic_write, number, positive_int
 from diffusion import create_diffusion
 from distributed import PRECISIONS, World, setup
 from features import SHARD_SIZE, FeatureDataset, write_index, write_shard
-from measure import matmul_rate, training_flops
-from models import DiT_models, guide
-from remix import FoldedRemixDiT, RemixDiT, RemixLinear, deal_timesteps
-from training import Trainer
+from models import DiT_models, classifier_free_guidance
+from remix import FoldedRemixDiT, RemixDiT, RemixLinear
+from training.batches import sample_timesteps
+from training.plan import matmul_rate, training_flops
+from training.trainer import Trainer
 
 N_BASIS, N_EXPERTS = 4, 20
 STEPS_OF_A_CHAIN = 250  # DDPM's, of which the sampling part runs a contiguous piece
@@ -196,13 +197,13 @@ def training(args, world: World, floors: dict) -> list[dict]:
     dit = DiT_models[f"DiT-{args.model}"](input_size=args.input_size)
     images = torch.randn(args.batch_size, dit.in_channels, args.input_size, args.input_size, device=world.device)
     noise, y = torch.randn_like(images), torch.zeros(args.batch_size, dtype=torch.long, device=world.device)
-    drop = torch.zeros(args.batch_size, dtype=torch.bool, device=world.device)
+    label_drop = torch.zeros(args.batch_size, dtype=torch.bool, device=world.device)
     flops, runs, clocks, states = training_flops(dit.config) * args.batch_size, {}, {}, {}
 
     def batch(turn: int, groups: int | None):
         n = N_EXPERTS if groups else 1
-        t = torch.from_numpy(deal_timesteps(0, turn, args.batch_size, n, groups or 1))
-        conditions = {"y": y, "drop": drop} | ({"groups": groups} if groups else {})
+        t = torch.from_numpy(sample_timesteps(0, turn, args.batch_size, n, groups or 1))
+        conditions = {"y": y, "label_drop": label_drop} | ({"groups": groups} if groups else {})
         return [(images, t.to(world.device, non_blocking=True), conditions, noise)]
 
     def add(name: str, model, groups: int | None):
@@ -297,7 +298,7 @@ def sampling(args, world: World, floors: dict) -> list[dict]:
     dit = DiT_models[f"DiT-{args.model}"](input_size=args.input_size).to(world.device).eval()
     remix = RemixDiT(dit, N_BASIS, N_EXPERTS).to(world.device).eval()
     folded = FoldedRemixDiT(remix)
-    run_guided = torch.compile(guide) if args.compile else guide
+    run_guided = torch.compile(classifier_free_guidance) if args.compile else classifier_free_guidance
     shape = (args.batch_size, dit.in_channels, args.input_size, args.input_size)
     y = torch.cat([torch.zeros(len_ := args.batch_size, dtype=torch.long), torch.full((len_,), dit.num_classes)])
     y, clocks = y.to(world.device), {}

@@ -83,9 +83,9 @@ def draw(rows: list[dict], args: argparse.Namespace, path: Path):
     figure, axes = plt.subplots(figsize=(6, 4))
     for sampler, label in SAMPLERS.items():
         values = np.array([values_of(rows, sampler, steps) for steps in args.steps])
-        mean, deviation = values.mean(1), values.std(1, ddof=1) if args.seeds > 1 else np.zeros(len(values))
+        mean, std = values.mean(1), values.std(1, ddof=1) if args.seeds > 1 else np.zeros(len(values))
         (line,) = axes.plot(args.steps, mean, marker="o", markersize=4, label=label)
-        axes.fill_between(args.steps, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2)
+        axes.fill_between(args.steps, mean - std, mean + std, color=line.get_color(), alpha=0.2)
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="FID, features of the digits' classifier")
     axes.set_xticks(args.steps, [str(steps) for steps in args.steps])
     axes.set_yticks([20, 30, 40, 60, 80], ["20", "30", "40", "60", "80"])

@@ -32,7 +32,7 @@ from tqdm import tqdm  # noqa: E402
 from checkpoint import load_denoiser  # noqa: E402
 from diffusion import create_diffusion  # noqa: E402
 from features import FeatureDataset  # noqa: E402
-from measure import noise_errors  # noqa: E402
+from training.statistics import noise_errors  # noqa: E402
 
 TOKENS = 4  # an image of 8x8 in patches of 4
 BATCH = 80  # divisible by every number of experts a batch that is tried
@@ -261,8 +261,8 @@ def table_of(title: str, names: list[str], rows: list[dict]) -> str:
 
 def spread(values: list[float], digits: int) -> str:
     """Mean and standard deviation over the seeds."""
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{deviation}"
+    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{std}"
 
 
 if __name__ == "__main__":

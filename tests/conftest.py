@@ -103,7 +103,7 @@ def vae(tmp_path_factory) -> Path:
 def trained(tmp_path_factory, features) -> Path:
     """A RemixDiT-T/2 with K=2 and N=6, trained for four steps: its run's folder."""
     path = tmp_path_factory.mktemp("outputs")
-    run("train_fast.py", *training(features, path, "trained"), "--max-steps", 4)
+    run("train_fast.py", *training_flags(features, path, "trained"), "--max-steps", 4)
     return path / "trained"
 
 
@@ -122,7 +122,7 @@ def ckpt(trained, tmp_path_factory) -> Path:
     return path
 
 
-def training(features: Path, results: Path, prefix: str, model: str = "RemixDiT-T/2") -> list:
+def training_flags(features: Path, results: Path, prefix: str, model: str = "RemixDiT-T/2") -> list:
     flags = [
         "--data-path",
         features,

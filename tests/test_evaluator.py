@@ -95,14 +95,14 @@ def test_fid_bias_of_known_gaussians(n, tails):
     generator = np.random.default_rng(0)
     d = 200
     ref = np.zeros(d), np.diag(np.linspace(1, 0.01, d))
-    mu, deviation = np.full(d, 0.05), np.sqrt(np.linspace(0.8, 0.02, d))
-    limit = frechet_distance(*ref, mu, np.diag(deviation**2))
+    mu, std = np.full(d, 0.05), np.sqrt(np.linspace(0.8, 0.02, d))
+    limit = frechet_distance(*ref, mu, np.diag(std**2))
     found, estimated = [], []
     for _ in range(10):
         rows = generator.normal(size=(n, d))
         if tails == "heavy":
             rows *= np.sqrt(generator.gamma(1.5, 1 / 1.5, size=(n, 1)))  # the covariance stays as it is
-        rows = mu + rows * deviation
+        rows = mu + rows * std
         fid = frechet_distance(*ref, *statistics(rows))
         found.append(fid - limit)
         estimated.append(fid_bias(*ref, torch.from_numpy(rows), fid))

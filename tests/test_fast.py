@@ -12,19 +12,17 @@ from torch.profiler import profile
 
 from diffusion import create_diffusion
 from distributed import World
-from models import DiT, guide
+from grouped_linear import batched_linear, grouped_linear
+from models import DiT, classifier_free_guidance
 from remix import (
     BatchCoefficients,
     FoldedRemixDiT,
     IndependentExperts,
     RemixDiT,
     RemixLinear,
-    deal_timesteps,
-    linear_batched,
-    linear_by_parts,
 )
-from train_fast import microbatches
-from training import Trainer
+from training.batches import microbatches, sample_timesteps
+from training.trainer import Trainer
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -57,11 +55,11 @@ def remix_dit(device: str = "cpu", depth: int = 2, width: int = 32, side: int = 
 
 def a_batch(step: int = 0, size: int = 8, groups: int = 4, device: str = "cpu", side: int = 8):
     generator = torch.Generator().manual_seed(1)
-    t = torch.from_numpy(deal_timesteps(0, step, size, 20, groups))
+    t = torch.from_numpy(sample_timesteps(0, step, size, 20, groups))
     x, noise = torch.randn(2, size, 4, side, side, generator=generator)
-    y, drop = torch.arange(size) % 10, torch.zeros(size, dtype=torch.bool)
-    x, noise, t, y, drop = (tensor.to(device) for tensor in (x, noise, t, y, drop))
-    return x, t, {"y": y, "drop": drop, "groups": groups}, noise
+    y, label_drop = torch.arange(size) % 10, torch.zeros(size, dtype=torch.bool)
+    x, noise, t, y, label_drop = (tensor.to(device) for tensor in (x, noise, t, y, label_drop))
+    return x, t, {"y": y, "label_drop": label_drop, "groups": groups}, noise
 
 
 def as_defined(layer: RemixLinear, alpha, x):
@@ -106,7 +104,7 @@ def test_a_layer_and_its_gradients_are_as_defined(device, dtype, compiled):
 def test_both_forms_of_the_product_agree(dtype):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(6, 5, 32).to(dtype), torch.randn(3, 48, 32).to(dtype), torch.randn(3, 48).to(dtype)
-    assert relative(linear_batched(x, weight, bias), linear_by_parts(x, weight, bias)) < TOLERANCE[dtype]
+    assert relative(batched_linear(x, weight, bias), grouped_linear(x, weight, bias)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -136,7 +134,7 @@ def test_fifty_steps_with_changing_experts_compile_once(device):
     met = set()
     for step in range(52):
         batch = a_batch(step, device=device)
-        met.add(tuple(trainer.model.expert_of(batch[1]).tolist()))
+        met.add(tuple(trainer.model.expert_index(batch[1]).tolist()))
         trainer.step(step, [batch])
         if step == 1:
             warm = counters["stats"]["unique_graphs"]
@@ -147,8 +145,8 @@ def test_fifty_steps_with_changing_experts_compile_once(device):
 
 def test_each_number_of_groups_is_compiled_for_itself(monkeypatch):
     """The second would otherwise be a symbol, serve the third too, and be slower than either."""
-    as_it_is = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: as_it_is(self, backend="aot_eager", **options))
+    identity = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: identity(self, backend="aot_eager", **options))
     for groups in (2, 4, 8):
         world = World(0, 1, torch.device("cpu"))
         trainer = Trainer(remix_dit(depth=1), create_diffusion(), world, lr=1e-4, precision="bf16", compile=True)
@@ -166,11 +164,11 @@ def test_sampling_compiles_once_for_all_experts(device, kind):
         model = IndependentExperts([remix.expert(i) for i in range(20)], list(range(0, 1001, 50)))
     x = torch.randn(4, 4, 8, 8, device=device)
     y = torch.tensor([3, 4, 10, 10], device=device)
-    fast = torch.compile(guide)
+    fast = torch.compile(classifier_free_guidance)
     for t in range(975, 0, -50):
         ts = torch.full((4,), t, device=device)
-        expected = guide(lambda x, t, y: remix(x, t, y, groups=1), x, ts, y, 1.5)
-        assert relative(fast(model.at(t), x, ts, y, 1.5, 3), expected) < 1e-4
+        expected = classifier_free_guidance(lambda x, t, y: remix(x, t, y, groups=1), x, ts, y, 1.5)
+        assert relative(fast(model.for_timestep(t), x, ts, y, 1.5, 3), expected) < 1e-4
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 

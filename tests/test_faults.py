@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PIXELS, ROOT, make_images, training
+from conftest import PIXELS, ROOT, make_images, training_flags
 
-from checkpoint import checkpoints, damage
+from checkpoint import checkpoints, find_corruption
 
 pytestmark = pytest.mark.faults
 MOMENTS = 20
@@ -78,10 +78,10 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 def test_training_killed_at_random_moments(features, tmp_path):
     flags = ["--max-steps", 60, "--ckpt-every", 1, "--keep", 3]
-    seconds = finish(tmp_path / "log", "train_fast.py", *training(features, tmp_path, "whole"), *flags)
-    killed = [*training(features, tmp_path, "killed"), *flags, "--resume", "auto"]
+    seconds = finish(tmp_path / "log", "train_fast.py", *training_flags(features, tmp_path, "whole"), *flags)
+    killed = [*training_flags(features, tmp_path, "killed"), *flags, "--resume", "auto"]
     kill_at_random_moments(tmp_path / "log", seconds / 4, "train_fast.py", *killed)
-    assert all(damage(path) is None for path in checkpoints(tmp_path / "killed/checkpoints")), (
+    assert all(find_corruption(path) is None for path in checkpoints(tmp_path / "killed/checkpoints")), (
         "only whole files have names"
     )
     finish(tmp_path / "log", "train_fast.py", *killed)
@@ -116,8 +116,8 @@ def test_sampling_killed_at_random_moments(trained, tmp_path):
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(features, tmp_path, which):
     """The signal goes to the whole process group, twice, as schedulers send it: the loader's processes live through it."""
     flags = ["--max-steps", 300, "--ckpt-every", 1000, "--num-workers", 2]
-    finish(tmp_path / "log", "train_fast.py", *training(features, tmp_path, "whole"), *flags)
-    stopped = [*training(features, tmp_path, "stopped"), *flags, "--resume", "auto"]
+    finish(tmp_path / "log", "train_fast.py", *training_flags(features, tmp_path, "whole"), *flags)
+    stopped = [*training_flags(features, tmp_path, "stopped"), *flags, "--resume", "auto"]
     process = start(tmp_path / "log", "train_fast.py", *stopped)
     metrics = tmp_path / "stopped/metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
@@ -157,7 +157,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(features, tmp_path):
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=True)
     try:
-        flags = [*training(features, disk, "run"), "--max-steps", 150, "--ckpt-every", 10, "--keep", 1]
+        flags = [*training_flags(features, disk, "run"), "--max-steps", 150, "--ckpt-every", 10, "--keep", 1]
         process = start(tmp_path / "log", "train_fast.py", *flags)
         wait_for(lambda: checkpoints(disk / "run/checkpoints"))
         wait_for(lambda: fill(disk / "filler") or "COULD NOT SAVE" in (tmp_path / "log").read_text())
@@ -168,8 +168,10 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(features, tmp_path):
         assert "done" in said.splitlines()[-1]
         left = checkpoints(disk / "run/checkpoints")
         assert left
-        assert all(damage(path) is None for path in left)
-        assert "not enough disk space" in run_again(tmp_path, *training(features, disk, "other"), "--max-steps", 2)
+        assert all(find_corruption(path) is None for path in left)
+        assert "not enough disk space" in run_again(
+            tmp_path, *training_flags(features, disk, "other"), "--max-steps", 2
+        )
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -188,7 +190,7 @@ def run_again(tmp_path: Path, *flags) -> str:
 
 
 def torchrun(features: Path, tmp_path: Path, prefix: str, *more) -> subprocess.Popen:
-    flags = [*training(features, tmp_path, prefix), "--max-steps", 400, "--ckpt-every", 20, "--resume", "auto"]
+    flags = [*training_flags(features, tmp_path, prefix), "--max-steps", 400, "--ckpt-every", 20, "--resume", "auto"]
     command = [
         sys.executable,
         "-m",

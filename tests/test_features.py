@@ -6,13 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import PIXELS, make_images, run, training
+from conftest import PIXELS, make_images, run, training_flags
 from PIL import Image
 
 from checkpoint import load_model
 from common import UserError
 from extract_features import center_crop
-from features import FeatureDataset, GlobalBatches, write_index, write_shard
+from features import FeatureDataset, write_index, write_shard
+from training.batches import GlobalBatches
 
 
 def contents(folder):
@@ -117,10 +118,10 @@ def test_latents_of_a_local_vae(vae, tmp_path):
         - 1
     )
     with torch.no_grad():
-        mean, deviation = autoencoder.moments(pixels)
+        mean, std = autoencoder.moments(pixels)
         direct = autoencoder.vae.encode(pixels).latent_dist
         torch.testing.assert_close(mean, direct.mean * 0.5)
-        noise = (dataset[0][0] - mean[0]) / deviation[0]
+        noise = (dataset[0][0] - mean[0]) / std[0]
         assert autoencoder.decode(mean).shape == (1, 16, 16, 3)
     assert 0.5 < noise.std() < 1.5, "one draw of the posterior"
 
@@ -144,16 +145,16 @@ def test_draws_from_stored_moments(moments, vae):
     image = Image.open(moments.parent / "images/class1/1.png")
     pixels = torch.from_numpy(np.array(center_crop(image, 16))).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
-        mean, deviation = load_autoencoder(str(vae)).moments(torch.cat([pixels, pixels.flip(-1)]))
+        mean, std = load_autoencoder(str(vae)).moments(torch.cat([pixels, pixels.flip(-1)]))
     for view in (0, 1):
         draws = torch.stack([dataset[4, view, draw][0] for draw in range(2000)])
-        standard = (draws - mean[view]) / deviation[view]
+        standard = (draws - mean[view]) / std[view]
         assert standard.mean(0).abs().max() < 5 / 2000**0.5
         assert (standard.std(0) - 1).abs().max() < 5 / (2 * 2000) ** 0.5
         assert abs(standard.mean()) < 5 / standard.numel() ** 0.5
     assert torch.equal(dataset[4][0], dataset[4, 0, 0][0]), "whoever asks for no draw always gets the same"
     others = [dataset[4, 0, 1], dataset[3, 0, 0], dataset[4, 1, 0]]
-    noises = [(x - mean[0]) / deviation[0] for x, _ in [dataset[4, 0, 0], *others]]
+    noises = [(x - mean[0]) / std[0] for x, _ in [dataset[4, 0, 0], *others]]
     assert len({noise[0, 0, 0].item() for noise in noises}) == 4
 
 
@@ -177,7 +178,7 @@ def test_every_epoch_draws_anew_whatever_the_processes(moments):
 
 
 def test_training_on_moments(moments, tmp_path):
-    flags = [*training(moments, tmp_path, "run", "DiT-T/2"), "--global-batch-size", 6, "--ckpt-every", 2]
+    flags = [*training_flags(moments, tmp_path, "run", "DiT-T/2"), "--global-batch-size", 6, "--ckpt-every", 2]
     run("train_fast.py", *flags, "--max-steps", 4)
     whole = tmp_path / "run/checkpoints/0000004.pt"
     whole.rename(tmp_path / "whole.pt")
@@ -214,7 +215,7 @@ def test_original_layout(tmp_path):
     dataset = FeatureDataset(tmp_path)
     assert (len(dataset), dataset.shape, dataset.views, dataset.image_size) == (12, (4, 8, 8), 2, 256)
     assert [dataset[i][1] for i in range(12)] == [i % 5 for i in range(12)], "numbered files in numeric order"
-    flags = training(tmp_path, tmp_path / "outputs", "run", "DiT-T/2")
+    flags = training_flags(tmp_path, tmp_path / "outputs", "run", "DiT-T/2")
     assert "labels up to 4" in run("train_fast.py", *flags, "--num-classes", 4, expect=2).stderr
     assert not (tmp_path / "outputs").exists()
     run("train_fast.py", *flags, "--max-steps", 1)
@@ -236,10 +237,10 @@ def test_original_layout(tmp_path):
         (lambda folder: os.truncate(folder / "features-00000.npy", 5000), "not a whole"),
     ],
 )
-def test_damaged_features(features, tmp_path, damage, message):
+def test_damaged_features(features, tmp_path, find_corruption, message):
     folder = tmp_path / "copy"
     shutil.copytree(features, folder)
-    damage(folder)
+    find_corruption(folder)
     with pytest.raises(UserError, match=message):
         FeatureDataset(folder)
 

@@ -9,17 +9,17 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, relative, run, training
+from conftest import ROOT, relative, run, training_flags
 from safetensors.torch import load_file, save_file
 
 from autoencoder import load_autoencoder
 from checkpoint import fingerprint, load_denoiser, load_model, model_config, save_checkpoint
 from common import UserError
+from diffusion.solvers import make_sampler
 from distributed import seed_for
-from hub import find_transformer
+from interop.diffusers import find_transformer
 from models import DiT, DiT_models
 from remix import MIXED_LAYERS, MODULATION, FoldedRemixDiT, RemixDiT_models
-from solvers import make_sampler
 
 LABELS = [2, 0, 1]
 
@@ -92,7 +92,7 @@ def test_diffusers_weights_are_read(transformer, tmp_path):
 def test_a_pipelines_folder_trains_and_samples(transformer, features, vae, tmp_path):
     from diffusers import AutoencoderKL
 
-    flags = [*training(features, tmp_path, "warm"), "--load-weight", transformer, "--max-steps", 1, "--lr", 1e-9]
+    flags = [*training_flags(features, tmp_path, "warm"), "--load-weight", transformer, "--max-steps", 1, "--lr", 1e-9]
     run("train_fast.py", *flags, "--coeff-lr", 0)
     started, _ = load_model(tmp_path / "warm/checkpoints/0000001.pt")
     base = load_model(transformer)[0].blocks[1].attn.qkv.weight

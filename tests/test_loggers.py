@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, make_images, run, training
+from conftest import GOLDEN, ROOT, make_images, run, training_flags
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import assert_same_weights, losses
@@ -17,7 +17,7 @@ from test_train import assert_same_weights, losses
 def shown(tmp_path_factory, features):
     """The run `trained`, but with everything that can be shown, stopped after two steps and resumed."""
     path = tmp_path_factory.mktemp("shown")
-    flags = [*training(features, path, "run"), "--max-steps", 4, "--ckpt-every", 2, "--sample-every", 2]
+    flags = [*training_flags(features, path, "run"), "--max-steps", 4, "--ckpt-every", 2, "--sample-every", 2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         run("train_fast.py", *flags, "--log-to", "tensorboard,wandb")
@@ -63,7 +63,7 @@ def test_wandb_goes_on_with_the_same_run(shown):
 
 
 def test_two_processes_wait_for_the_pictures(trained, features, tmp_path):
-    flags = [*training(features, tmp_path, "two"), "--max-steps", 4, "--sample-every", 1]
+    flags = [*training_flags(features, tmp_path, "two"), "--max-steps", 4, "--sample-every", 1]
     run("train_fast.py", *flags, processes=2)
     assert_same_weights(trained / "checkpoints/0000004.pt", tmp_path / "two/checkpoints/0000004.pt", exact=False)
     assert len(list((tmp_path / "two/samples").iterdir())) == 4
@@ -73,8 +73,11 @@ def test_samples_of_latents(vae, features, tmp_path):
     tree = make_images(tmp_path / "images", size=16)
     flags = ["--data-path", tree, "--vae", vae, "--image-size", 16, "--num-workers", 0]
     run("extract_features.py", *flags, "--features-path", tmp_path / "features")
-    flags = [*training(tmp_path / "features", tmp_path, "raw", "DiT-T/2"), "--max-steps", 1, "--sample-every", 1]
-    assert "does not decode" in run("train_fast.py", *training(features, tmp_path, "x"), "--vae", vae, expect=2).stderr
+    flags = [*training_flags(tmp_path / "features", tmp_path, "raw", "DiT-T/2"), "--max-steps", 1, "--sample-every", 1]
+    assert (
+        "does not decode"
+        in run("train_fast.py", *training_flags(features, tmp_path, "x"), "--vae", vae, expect=2).stderr
+    )
     assert "three latent channels" in run("train_fast.py", *flags).stderr
     run("train_fast.py", *flags, "--prefix", "decoded", "--vae", vae)
     grids = [np.array(Image.open(tmp_path / name / "samples/0000001.png")) for name in ("raw", "decoded")]
@@ -85,10 +88,11 @@ def test_samples_of_latents(vae, features, tmp_path):
 
 def test_samples_are_what_the_checkpoint_gives(shown, features):
     """Pixel for pixel the sample of the averaged weights for that label and noise."""
+    from solvers import QUICK, make_sampler
+
     from checkpoint import load_model
     from distributed import seed_for
-    from loggers import GUIDANCE
-    from solvers import QUICK, make_sampler
+    from training.previews import GUIDANCE
 
     model, _ = load_model(shown / "checkpoints/0000004.pt")
     noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed_for(0, 15)))
@@ -110,14 +114,16 @@ def test_samples_are_what_the_checkpoint_gives(shown, features):
 def test_a_picture_that_cannot_be_written_costs_a_picture(features, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/samples").write_text("in the way")
-    said = run("train_fast.py", *training(features, tmp_path, "run"), "--max-steps", 2, "--sample-every", 1).stderr
+    said = run(
+        "train_fast.py", *training_flags(features, tmp_path, "run"), "--max-steps", 2, "--sample-every", 1
+    ).stderr
     assert said.count("COULD NOT DRAW") == 2
     assert (tmp_path / "run/coefficients/0000002.png").exists()
     assert (tmp_path / "run/checkpoints/0000002.pt").exists()
 
 
 def test_an_independent_expert_has_no_samples(features, tmp_path):
-    flags = [*training(features, tmp_path, "expert", "DiT-T/2"), "--timesteps", 0, 500, "--max-steps", 1]
+    flags = [*training_flags(features, tmp_path, "expert", "DiT-T/2"), "--timesteps", 0, 500, "--max-steps", 1]
     assert "cannot sample alone" in run("train_fast.py", *flags, "--sample-every", 1).stderr
     assert not (tmp_path / "expert/samples").exists()
 
@@ -134,7 +140,7 @@ def test_an_independent_expert_has_no_samples(features, tmp_path):
 def test_wrong_input(features, tmp_path, monkeypatch, flags, message):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     said = run(
-        "train_fast.py", *training(features, tmp_path / "out", "wrong"), "--max-steps", 1, *flags, expect=2
+        "train_fast.py", *training_flags(features, tmp_path / "out", "wrong"), "--max-steps", 1, *flags, expect=2
     ).stderr
     assert message in said
     assert said.count("\n") == 1
@@ -144,7 +150,7 @@ def test_wrong_input(features, tmp_path, monkeypatch, flags, message):
 def test_wandb_without_a_key(features, tmp_path):
     """In a process of its own: wandb reads its environment once."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    flags = [*training(features, tmp_path, "run", "DiT-T/2"), "--max-steps", 1, "--log-to", "wandb"]
+    flags = [*training_flags(features, tmp_path, "run", "DiT-T/2"), "--max-steps", 1, "--log-to", "wandb"]
     done = subprocess.run(
         [sys.executable, "train_fast.py", *map(str, flags)],
         cwd=ROOT,

@@ -52,7 +52,7 @@ def test_label_dropout(published):
     model, g, _ = published
     x, t, y = g["x"][:2], g["t"][:2], g["y"][:2]
     with torch.no_grad():
-        dropped = model(x, t, y, drop=torch.tensor([True, False]))
+        dropped = model(x, t, y, label_drop=torch.tensor([True, False]))
         assert torch.equal(dropped[0], model(x, t, torch.full_like(y, 10))[0])
         assert torch.equal(dropped[1], model(x, t, y)[1])
         embedder = model.y_embedder.train()

@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT, run
 
 from diffusion import create_diffusion
-from plan import activation_bytes
 from remix import RemixDiT_models
+from training.plan import activation_bytes
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.sh") if path.name != "common.sh")
 
@@ -107,7 +107,7 @@ def test_activations_are_what_autograd_keeps():
     build = partial(RemixDiT_models["RemixDiT-T/2"], input_size=8, n_basis=2, n_experts=4)
     model, diffusion = build(), create_diffusion()
     x, t = torch.randn(8, 4, 8, 8), torch.arange(4).repeat_interleave(2) * 250
-    conditions = {"y": torch.zeros_like(t), "drop": t > 0, "groups": 4}
+    conditions = {"y": torch.zeros_like(t), "label_drop": t > 0, "groups": 4}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         graph = diffusion.training_losses(model, x, t, conditions, torch.randn_like(x))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -17,8 +17,8 @@ from remix import (
     RemixDiT,
     RemixDiT_models,
     RemixLinear,
-    deal_timesteps,
 )
+from training.batches import sample_timesteps
 
 ORIGINAL = GOLDEN / "remix_original_checkpoint.pt"
 
@@ -96,7 +96,7 @@ def test_every_basis_starts_as_the_pretrained_model(pretrained):
 def test_folded_equals_mixed(remix):
     folded = FoldedRemixDiT(remix)
     for i, t in [(0, 0), (0, 165), (1, 166), (3, 500), (5, 999), (2, 333)]:
-        assert remix.expert_of(torch.tensor(t)) == i
+        assert remix.expert_index(torch.tensor(t)) == i
         x, ts, y = batch([t, t])
         mixed = remix(x, ts, y)
         assert relative(remix.expert(i)(x, ts, y), mixed) < 1e-5
@@ -144,7 +144,7 @@ def test_groups_compile_to_one_graph(remix):
 @pytest.mark.parametrize("n_experts", [1, 3, 6, 7, 20, 999, 1000])
 def test_intervals_tile_the_timesteps(pretrained, n_experts):
     t = torch.arange(1000)
-    owner = RemixDiT(pretrained, 1, n_experts).expert_of(t)
+    owner = RemixDiT(pretrained, 1, n_experts).expert_index(t)
     for i in range(n_experts):
         assert torch.equal(t[owner == i], torch.arange(i * 1000 // n_experts, (i + 1) * 1000 // n_experts))
 
@@ -194,7 +194,7 @@ def test_deal_is_even(n_experts, per_batch):
     served = np.zeros(n_experts, dtype=int)
     rounds = n_experts // math.gcd(n_experts, per_batch)
     for step in range(3 * rounds):
-        groups = owner(deal_timesteps(0, step, 8 * per_batch, n_experts, per_batch)).reshape(per_batch, 8)
+        groups = owner(sample_timesteps(0, step, 8 * per_batch, n_experts, per_batch)).reshape(per_batch, 8)
         assert (groups == groups[:, :1]).all(), "a group must lie within one expert's timesteps"
         assert len(set(groups[:, 0])) == min(per_batch, n_experts), "no expert is repeated while N allows"
         np.add.at(served, groups[:, 0], 1)
@@ -202,11 +202,11 @@ def test_deal_is_even(n_experts, per_batch):
 
 
 def test_deal_depends_on_seed_and_step_alone():
-    assert np.array_equal(deal_timesteps(1, 5, 16, 20, 8), deal_timesteps(1, 5, 16, 20, 8))
-    assert not np.array_equal(deal_timesteps(1, 5, 16, 20, 8), deal_timesteps(2, 5, 16, 20, 8))
-    assert not np.array_equal(deal_timesteps(1, 5, 16, 20, 8), deal_timesteps(1, 6, 16, 20, 8))
+    assert np.array_equal(sample_timesteps(1, 5, 16, 20, 8), sample_timesteps(1, 5, 16, 20, 8))
+    assert not np.array_equal(sample_timesteps(1, 5, 16, 20, 8), sample_timesteps(2, 5, 16, 20, 8))
+    assert not np.array_equal(sample_timesteps(1, 5, 16, 20, 8), sample_timesteps(1, 6, 16, 20, 8))
     with pytest.raises(ValueError, match="do not divide"):
-        deal_timesteps(0, 0, 10, 20, 4)
+        sample_timesteps(0, 0, 10, 20, 4)
 
 
 @pytest.mark.parametrize("n_experts", [7, 20, 1000])
@@ -217,7 +217,7 @@ def test_timesteps_are_uniform_in_the_long_run(n_experts, per_batch):
     batch = 8 * per_batch
     rounds = 40 if n_experts == 1000 else 2000
     steps = rounds // math.gcd(n_experts, per_batch) * n_experts // per_batch
-    drawn = [deal_timesteps(3, step, batch, n_experts, per_batch) for step in range(steps)]
+    drawn = [sample_timesteps(3, step, batch, n_experts, per_batch) for step in range(steps)]
     assert chisquare(np.bincount(np.concatenate(drawn), minlength=1000)).pvalue > 1e-3
 
 
@@ -227,14 +227,14 @@ def test_gradient_of_pi_is_dense_with_all_experts_in_a_batch(pretrained):
         if isinstance(module, RemixLinear):
             module.weight.data += 0.05 * torch.randn_like(module.weight)
     for per_batch, dense in ((6, True), (3, False)):
-        x, t, y = batch(deal_timesteps(0, 0, 12, 6, per_batch).tolist())
+        x, t, y = batch(sample_timesteps(0, 0, 12, 6, per_batch).tolist())
         model.zero_grad()
         model(x, t, y, groups=per_batch).square().mean().backward()
         assert model.logits.grad.any(1).all().item() == dense
 
 
 def test_timesteps_of_an_independent_expert():
-    t = deal_timesteps(0, 0, 4000, timesteps=(125, 250))
+    t = sample_timesteps(0, 0, 4000, timesteps=(125, 250))
     assert (t.min(), t.max()) == (125, 249)
 
 
@@ -296,13 +296,13 @@ def test_one_hot_bases_with_shared_parts_frozen_are_independent_models(pretraine
         )
     generator = torch.Generator().manual_seed(0)
     for step in range(5):
-        t = torch.from_numpy(deal_timesteps(0, step, 16, n, n))
+        t = torch.from_numpy(sample_timesteps(0, step, 16, n, n))
         x, noise = (torch.randn(16, 4, 8, 8, generator=generator) for _ in range(2))
         y = torch.randint(10, (16,), generator=generator)
         losses = diffusion.training_losses(together, x, t, {"y": y, "groups": n}, noise)["loss"]
         losses.view(n, -1).mean(1).sum().backward()
         for rows in torch.arange(16).view(n, -1):
-            model = apart[together.expert_of(t[rows[0]])]
+            model = apart[together.expert_index(t[rows[0]])]
             diffusion.training_losses(model, x[rows], t[rows], {"y": y[rows]}, noise[rows])["loss"].mean().backward()
         for optimizer in optimizers:
             optimizer.step()

@@ -11,12 +11,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import PIXELS, make_images, run, training
+from conftest import PIXELS, make_images, run, training_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from checkpoint import CheckpointWriter, checkpoints, damage, load_model, save_checkpoint
+from checkpoint import CheckpointWriter, checkpoints, find_corruption, load_model, save_checkpoint
 from common import ArgumentParser, number
 from diffusion import space_timesteps
 from features import FeatureDataset, write_index, write_shard
@@ -32,7 +32,7 @@ class Harmful:
 
 def test_a_pickle_that_would_run_a_command_does_not(features, tmp_path):
     torch.save({"ema": Harmful()}, tmp_path / "harmful.pt")
-    flags = [*training(features, tmp_path, "run"), "--load-weight", tmp_path / "harmful.pt"]
+    flags = [*training_flags(features, tmp_path, "run"), "--load-weight", tmp_path / "harmful.pt"]
     for command in (
         ("train_fast.py", *flags),
         ("sample_ddp.py", "--ckpt", tmp_path / "harmful.pt"),
@@ -50,7 +50,7 @@ class Note:
 def test_a_file_of_ones_own_may_be_trusted(tmp_path):
     state = DiT_models["DiT-T/2"](input_size=8).state_dict()
     torch.save({"ema": state, "note": Note()}, tmp_path / "mine.pt")
-    load_model(tmp_path / "mine.pt", trust=True)
+    load_model(tmp_path / "mine.pt", allow_pickle=True)
 
 
 def test_safetensors_out_and_in(trained, tmp_path):
@@ -161,7 +161,7 @@ def poisoned(tmp_path_factory):
 
 def test_a_nan_on_one_process_of_two_is_skipped_on_both(poisoned, tmp_path):
     for name, processes in (("one", 1), ("two", 2)):
-        run("train_fast.py", *training(poisoned, tmp_path, name), "--max-steps", 8, processes=processes)
+        run("train_fast.py", *training_flags(poisoned, tmp_path, name), "--max-steps", 8, processes=processes)
     one, two = (load_model(tmp_path / name / "checkpoints/0000008.pt")[0].state_dict() for name in ("one", "two"))
     for key, value in one.items():
         assert value.isfinite().all()
@@ -183,12 +183,20 @@ def test_too_many_bad_steps_in_a_row_end_the_run(poisoned, tmp_path):
     rows = np.full((48, 1, 3, 8, 8), np.nan)
     write_shard(tmp_path / "f", 0, rows, np.arange(48) % 3, [])
     write_index(tmp_path / "f", 1, vae="none", scale=1.0, image_size=8, classes=["a", "b", "c"])
-    flags = [*training(tmp_path / "f", tmp_path, "nan"), "--max-steps", 50, "--max-bad-steps", 5, "--ckpt-every", 2]
+    flags = [
+        *training_flags(tmp_path / "f", tmp_path, "nan"),
+        "--max-steps",
+        50,
+        "--max-bad-steps",
+        5,
+        "--ckpt-every",
+        2,
+    ]
     said = run("train_fast.py", *flags, expect=1).stderr
     assert "5 steps in a row" in said
     assert "the last, step 4: experts [0, 1, 2, 3, 4, 5], timesteps" in said
     assert "gradient norm nan" in said
-    assert all(damage(path) is None for path in checkpoints(tmp_path / "nan/checkpoints"))
+    assert all(find_corruption(path) is None for path in checkpoints(tmp_path / "nan/checkpoints"))
 
 
 # Checkpoints
@@ -197,24 +205,24 @@ def test_too_many_bad_steps_in_a_row_end_the_run(poisoned, tmp_path):
 def test_every_cut_and_flipped_byte_is_noticed(tmp_path):
     state = {"config": {}, "model": {"w": torch.randn(5000)}, "ema": {"w": torch.randn(5000)}}
     save_checkpoint(tmp_path / "whole.pt", state)
-    assert damage(tmp_path / "whole.pt") is None
+    assert find_corruption(tmp_path / "whole.pt") is None
     data = (tmp_path / "whole.pt").read_bytes()
     for tenth in range(10):
         (tmp_path / "cut.pt").write_bytes(data[: len(data) * tenth // 10])
-        assert damage(tmp_path / "cut.pt"), f"cut at {tenth}0%"
+        assert find_corruption(tmp_path / "cut.pt"), f"cut at {tenth}0%"
     generator = np.random.default_rng(0)
     for position in generator.integers(len(data), size=60):
         flipped = bytearray(data)
         flipped[position] ^= 0xFF
         (tmp_path / "flipped.pt").write_bytes(flipped)
-        if damage(tmp_path / "flipped.pt") is None:  # then it lay in the padding, which nobody reads
+        if find_corruption(tmp_path / "flipped.pt") is None:  # then it lay in the padding, which nobody reads
             back = torch.load(tmp_path / "flipped.pt", weights_only=True)
             assert torch.equal(back["model"]["w"], state["model"]["w"])
             assert torch.equal(back["ema"]["w"], state["ema"]["w"])
 
 
 def test_resume_takes_the_newest_that_is_whole_and_says_which_it_passed_over(features, tmp_path):
-    flags = [*training(features, tmp_path, "run"), "--max-steps", 6, "--ckpt-every", 2]
+    flags = [*training_flags(features, tmp_path, "run"), "--max-steps", 6, "--ckpt-every", 2]
     run("train_fast.py", *flags)
     whole = (tmp_path / "run/checkpoints/0000006.pt").read_bytes()
     (tmp_path / "run/checkpoints/0000006.pt").write_bytes(whole[:3000])
@@ -232,7 +240,17 @@ def test_resume_takes_the_newest_that_is_whole_and_says_which_it_passed_over(fea
 
 
 def test_which_checkpoints_are_kept(features, tmp_path):
-    flags = [*training(features, tmp_path, "run"), "--max-steps", 9, "--ckpt-every", 1, "--keep", 2, "--keep-every", 4]
+    flags = [
+        *training_flags(features, tmp_path, "run"),
+        "--max-steps",
+        9,
+        "--ckpt-every",
+        1,
+        "--keep",
+        2,
+        "--keep-every",
+        4,
+    ]
     run("train_fast.py", *flags)
     assert [int(path.stem) for path in checkpoints(tmp_path / "run/checkpoints")] == [9, 8, 4]
     assert (
@@ -242,13 +260,13 @@ def test_which_checkpoints_are_kept(features, tmp_path):
 
 
 def test_a_checkpoint_just_written_is_never_the_one_deleted(features, tmp_path):
-    flags = [*training(features, tmp_path, "run"), "--max-steps", 6, "--ckpt-every", 2]
+    flags = [*training_flags(features, tmp_path, "run"), "--max-steps", 6, "--ckpt-every", 2]
     run("train_fast.py", *flags)
     folder = tmp_path / "run/checkpoints"
     (folder / "0000006.pt").write_bytes(b"damaged")
     run("train_fast.py", *flags, "--keep", 1, "--resume", folder / "0000002.pt")
     assert [path.name for path in checkpoints(folder)] == ["0000006.pt"]
-    assert damage(folder / "0000006.pt") is None
+    assert find_corruption(folder / "0000006.pt") is None
     (folder / "0000006.pt").write_bytes(b"damaged")
     (folder / "0000004.pt").write_bytes(b"damaged")
     assert "none of the checkpoints" in run("train_fast.py", *flags, "--resume", "auto", expect=2).stderr

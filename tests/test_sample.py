@@ -3,17 +3,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, make_images, run, training
+from conftest import GOLDEN, make_images, run, training_flags
 from PIL import Image
 from torch._dynamo.utils import counters
 
 from checkpoint import build_model, load_model, save_checkpoint
 from diffusion import create_diffusion
+from diffusion.solvers import SOLVERS
 from distributed import seed_for
 from features import FeatureDataset
-from measure import noise_errors
 from sample_ddp import label_of
-from solvers import SOLVERS
+from training.statistics import noise_errors
 
 FEW = ("--num-fid-samples", 14, "--num-sampling-steps", "8")
 
@@ -153,7 +153,7 @@ def test_settings_say_what_made_the_samples(ckpt, sampled):
 def test_independent_experts(features, tmp_path):
     files = []
     for low, high in ((400, 1000), (0, 400)):
-        flags = training(features, tmp_path, f"expert-{low}", "DiT-T/2")
+        flags = training_flags(features, tmp_path, f"expert-{low}", "DiT-T/2")
         run("train_fast.py", *flags, "--max-steps", 2, "--timesteps", low, high)
         files.append(tmp_path / f"expert-{low}/checkpoints/0000002.pt")
     run("sample_ddp.py", "--ckpt", *files, *FEW, "--sample-dir", tmp_path, "--name", "dealt")
@@ -228,7 +228,7 @@ def test_conversion_to_the_original_format_and_back(ckpt, tmp_path):
 
 def test_an_original_checkpoint_is_a_warm_start(ckpt, features, tmp_path):
     run("convert.py", ckpt, tmp_path / "original.pt", "--to", "original")
-    flags = [*training(features, tmp_path, "warm"), "--load-weight", tmp_path / "original.pt"]
+    flags = [*training_flags(features, tmp_path, "warm"), "--load-weight", tmp_path / "original.pt"]
     run("train_fast.py", *flags, "--max-steps", 1, "--lr", 1e-9, "--coeff-lr", 0)
     before, after = load_model(ckpt)[0], load_model(tmp_path / "warm/checkpoints/0000001.pt")[0]
     for key, value in before.state_dict().items():
@@ -251,7 +251,7 @@ def test_latent_models_from_images_to_images(vae, tmp_path):
         "--num-workers",
         0,
     )
-    run("train_fast.py", *training(tmp_path / "f", tmp_path, "latent"), "--max-steps", 3, "--num-classes", 9)
+    run("train_fast.py", *training_flags(tmp_path / "f", tmp_path, "latent"), "--max-steps", 3, "--num-classes", 9)
     ckpt = tmp_path / "latent/checkpoints/0000003.pt"
     state = torch.load(ckpt, weights_only=True)
     state["ema"]["backbone.final_layer.linear.weight"] += 0.3 * torch.randn(

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run, training
+from conftest import ROOT, run, training_flags
 from test_faults import wait_for, workers
 from test_train import assert_same_weights, losses
 
@@ -37,7 +37,7 @@ def test_shellcheck_has_nothing_to_say(script):
 @pytest.mark.faults
 def test_a_job_on_two_nodes_is_stopped_requeued_killed_and_finished(features, tmp_path):
     """A signal to the job, then a SIGKILL to one of its processes; what is left is the run of one process, within rounding."""
-    flags = [*training(features, tmp_path, "one"), "--max-steps", 200, "--lr", 1e-4]
+    flags = [*training_flags(features, tmp_path, "one"), "--max-steps", 200, "--lr", 1e-4]
     run("train_fast.py", *flags)
 
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -49,7 +49,7 @@ def test_a_job_on_two_nodes_is_stopped_requeued_killed_and_finished(features, tm
     environment = os.environ | {f"SLURM_{name}": str(value) for name, value in slurm.items()}
     environment["PATH"] = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment["SCONTROL_LOG"] = str(tmp_path / "scontrol.log")
-    flags = [*training(features, tmp_path, "two-nodes"), "--max-steps", 200, "--lr", 1e-4]
+    flags = [*training_flags(features, tmp_path, "two-nodes"), "--max-steps", 200, "--lr", 1e-4]
     command = ["bash", "scripts/train.sbatch", *map(str, flags)]
 
     def start() -> subprocess.Popen:

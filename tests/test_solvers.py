@@ -4,8 +4,8 @@ import torch
 
 from checkpoint import load_model
 from diffusion import create_diffusion
+from diffusion.solvers import SAMPLERS, SOLVERS, make_sampler, make_scheduler
 from remix import FoldedRemixDiT
-from solvers import SAMPLERS, SOLVERS, make_sampler, make_scheduler
 
 ALPHA_BAR = torch.from_numpy(create_diffusion().alphas_cumprod)
 MEAN, DEVIATION = 0.4, 0.5  # of the data, which is Gaussian: its noise is known, and where its ODE leads, too

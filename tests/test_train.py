@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import GOLDEN, run, training
+from conftest import GOLDEN, run, training_flags
 
 from checkpoint import load_model, read_checkpoint
 from models import DiT_models
@@ -45,7 +45,7 @@ def test_what_a_run_leaves(trained, features):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_are_one(trained, features, tmp_path, accumulate):
     """The second case cuts the six groups of two across four microbatches of three."""
-    flags = training(features, tmp_path, "two")
+    flags = training_flags(features, tmp_path, "two")
     run("train_fast.py", *flags, "--max-steps", 4, "--grad-accum", accumulate, processes=2)
     one, two = losses(trained), losses(tmp_path / "two")
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
@@ -54,7 +54,10 @@ def test_two_processes_are_one(trained, features, tmp_path, accumulate):
 
 @pytest.mark.parametrize("model", ["RemixDiT-T/2", "DiT-T/2"])
 def test_a_resumed_run_is_the_uninterrupted_one(features, tmp_path, model):
-    whole, resumed = training(features, tmp_path, "whole", model), training(features, tmp_path, "resumed", model)
+    whole, resumed = (
+        training_flags(features, tmp_path, "whole", model),
+        training_flags(features, tmp_path, "resumed", model),
+    )
     run("train_fast.py", *whole, "--max-steps", 6, "--ckpt-every", 4, "--log-every", 3)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     (tmp_path / "resumed/checkpoints/0000006.pt").unlink()
@@ -70,10 +73,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(features, tmp_path, model):
 def test_resuming_with_another_number_of_processes(features, tmp_path, processes):
     """The checkpoint lies between two lines of the log: what it keeps of the window must not count twice."""
     how = ("--max-steps", 6, "--ckpt-every", 4, "--log-every", 6)
-    run("train_fast.py", *training(features, tmp_path, "one"), *how)
+    run("train_fast.py", *training_flags(features, tmp_path, "one"), *how)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "two/checkpoints/0000006.pt").unlink()
-    run("train_fast.py", *training(features, tmp_path, "two"), *how, "--resume", "auto", processes=processes)
+    run("train_fast.py", *training_flags(features, tmp_path, "two"), *how, "--resume", "auto", processes=processes)
     assert losses(tmp_path / "two")[6] == pytest.approx(losses(tmp_path / "one")[6], rel=1e-4)
 
 
@@ -83,7 +86,7 @@ def test_starting_from_a_pretrained_dit(features, tmp_path):
     torch.save({"ema": dit.state_dict()}, tmp_path / "dit.pt")
     for model in ("DiT-T/2", "RemixDiT-T/2"):
         prefix = model.replace("/", "-")
-        flags = training(features, tmp_path, prefix, model)
+        flags = training_flags(features, tmp_path, prefix, model)
         run(
             "train_fast.py",
             *flags,
@@ -104,7 +107,7 @@ def test_starting_from_a_pretrained_dit(features, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_learns_the_same(trained, features, tmp_path, precision):
-    flags = training(features, tmp_path, precision)
+    flags = training_flags(features, tmp_path, precision)
     run(
         "train_fast.py", *flags, "--max-steps", 4, "--precision", precision, "--clip-grad", 10, "--mixer-scope", "local"
     )
@@ -114,7 +117,7 @@ def test_low_precision_learns_the_same(trained, features, tmp_path, precision):
 @pytest.mark.parametrize("mixer", ["softmax", "raw", "one-hot"])
 @pytest.mark.parametrize("scope", ["global", "local"])
 def test_every_mixer_and_scope_trains_and_resumes(features, tmp_path, mixer, scope):
-    flags = [*training(features, tmp_path, "run"), "--mixer", mixer, "--mixer-scope", scope, "--mix-modulation"]
+    flags = [*training_flags(features, tmp_path, "run"), "--mixer", mixer, "--mixer-scope", scope, "--mix-modulation"]
     run("train_fast.py", *flags, "--max-steps", 2, "--ckpt-every", 1)
     model, _ = load_model(tmp_path / "run/checkpoints/0000002.pt")
     assert (model.mixer, model.scope, len(model.mixed_layers)) == (mixer, scope, 5)
@@ -134,12 +137,12 @@ def test_collapse_would_be_seen(trained):
 
 @pytest.mark.slow
 def test_compiled_training_is_the_same(trained, features, tmp_path):
-    run("train_fast.py", *training(features, tmp_path, "compiled"), "--max-steps", 4, "--compile")
+    run("train_fast.py", *training_flags(features, tmp_path, "compiled"), "--max-steps", 4, "--compile")
     assert list(losses(tmp_path / "compiled").values()) == pytest.approx(list(losses(trained).values()), rel=1e-4)
 
 
 def test_training_learns(features, tmp_path):
-    run("train_fast.py", *training(features, tmp_path, "long"), "--max-steps", 150, "--log-every", 50)
+    run("train_fast.py", *training_flags(features, tmp_path, "long"), "--max-steps", 150, "--log-every", 50)
     first, *_, last = losses(tmp_path / "long").values()
     assert last < 0.75 * first
 
@@ -173,7 +176,7 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
     ],
 )
 def test_wrong_input(features, tmp_path, flags, message, processes, model):
-    everything = [*training(features, tmp_path / "out", "wrong", model), "--max-steps", 2, *flags]
+    everything = [*training_flags(features, tmp_path / "out", "wrong", model), "--max-steps", 2, *flags]
     done = run("train_fast.py", *everything, processes=processes, expect=2 if processes == 1 else 1)
     said = [line for line in done.stderr.splitlines() if line.startswith("train_fast.py: error:")]
     assert len(said) == 1
@@ -186,7 +189,7 @@ def test_wrong_input(features, tmp_path, flags, message, processes, model):
 def test_nothing_is_overwritten_or_mixed(trained, features, tmp_path):
     shutil.copytree(trained, tmp_path / "trained")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "trained").rglob("*")}
-    again = [*training(features, tmp_path, "trained"), "--max-steps", 4]
+    again = [*training_flags(features, tmp_path, "trained"), "--max-steps", 4]
     assert "already holds a run" in run("train_fast.py", *again, expect=2).stderr
     for change, said in (
         (("--max-steps", 8), "max_steps=4, this run asks for 8"),

@@ -207,7 +207,7 @@ def export_pipeline(remix: RemixDiT, config: dict, out, vae: str = "none"):
     """
     import diffusers  # seconds to import
 
-    from diffusers_files.remix_transformer import RemixDiTTransformer2DModel
+    from interop.diffusers_files.remix_transformer import RemixDiTTransformer2DModel
 
     arguments = _transformer_config(remix.backbone, config) | dict(
         n_basis=remix.n_basis,

@@ -16,8 +16,7 @@ from diffusion import GaussianDiffusion
 from distributed import World
 from models import DiT
 from remix import RemixDiT
-
-PARTS = ("loss", "mse", "vb", "prior")  # of the loss, as they are logged
+from training.statistics import PARTS, TrainingStats
 
 
 class Trainer:
@@ -44,14 +43,14 @@ class Trainer:
         self.model = model.to(world.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.averaged = [e for p, e in zip(model.parameters(), self.ema.parameters(), strict=True) if p.requires_grad]
+        self.ema_params = [e for p, e in zip(model.parameters(), self.ema.parameters(), strict=True) if p.requires_grad]
         self.average = get_ema_multi_avg_fn(ema_decay)
         self.coefficients = [model.logits] if isinstance(model, RemixDiT) and model.logits.requires_grad else []
         others = [p for p in self.trained if not any(p is c for c in self.coefficients)]
         groups = [{"params": others, "peak_lr": lr}, {"params": self.coefficients, "peak_lr": coeff_lr}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0, fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-        self.window = Window(world)
+        self.window = TrainingStats(world)
         if compile:
             for module in model.modules() if world.device.type == "cpu" else ():
                 if isinstance(
@@ -124,62 +123,6 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.mark("optimizer")
-        self.average(self.averaged, self.trained, None)
+        self.average(self.ema_params, self.trained, None)
         self.window.add(step, sums, norm, bad)
         self.mark("average")
-
-
-class Window:
-    """Sums over the steps since the last log line, and what is known of bad ones: on the device until they are read."""
-
-    def __init__(self, world: World):
-        self.world = world
-        self.sums = torch.zeros(len(PARTS) + 1, device=world.device)  # the parts of the loss, and the steps that count
-        # Bad steps in all, in a row, in the longest row; and of the last one of that: step, loss, gradient norm.
-        self.bad = torch.zeros(6, device=world.device)
-        self.copy, self.copied = None, None
-
-    def add(self, step: int, parts: Tensor, norm: Tensor, bad: Tensor):
-        """Count a step's losses (of this process's rows), or, if it is bad, the step alone."""
-        values = torch.cat([parts.nan_to_num(0, 0, 0), torch.ones_like(parts[:1])])
-        self.sums += values * ~bad / self.world.size
-        total, row, longest, *last = self.bad.unbind()
-        row = (row + 1) * bad
-        known = torch.stack([torch.full_like(norm, step), parts[0] / self.world.size, norm])
-        last = known.where(bad & (row >= longest), torch.stack(last))
-        self.bad = torch.cat([torch.stack([total + bad, row, longest.maximum(row)]), last])
-
-    def longest_streak(self) -> int:
-        """The most bad steps in a row, as far as the host can know without waiting for the device."""
-        if self.world.device.type == "cpu":
-            return int(self.bad[2])
-        known = 0
-        if self.copied is not None and self.copied.query():
-            known, self.copied = int(self.copy[2]), None
-        if self.copied is None:
-            self.copy = torch.empty(self.bad.shape, pin_memory=True).copy_(self.bad, non_blocking=True)
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-        return known
-
-    def state(self) -> dict:
-        """For a checkpoint; every process takes part, and goes on from what it would load."""
-        bad = self.bad.clone()
-        bad[4] = self.world.sum(bad[4].clone())
-        state = {"sums": self.world.sum(self.sums), "bad": bad}
-        self.load(state)
-        return state
-
-    def load(self, state: dict):
-        self.sums = state["sums"].to(self.world.device) / self.world.size
-        self.bad = state["bad"].to(self.world.device, copy=True)
-        self.bad[4] /= self.world.size
-
-    def read(self) -> tuple[dict, list[float]]:
-        """The mean of each part since the last reading, and what is known of bad steps. The host waits for the device."""
-        *sums, steps = self.world.sum(self.sums.clone()).tolist()
-        self.sums.zero_()
-        means = {name: value / steps if steps else None for name, value in zip(PARTS, sums, strict=True)}
-        bad = self.bad.clone()
-        bad[4] = self.world.sum(bad[4].clone())
-        return means, bad.tolist()

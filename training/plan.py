@@ -1,10 +1,15 @@
 """What a training run will take, before it takes anything: sizes, memory and time, from shapes alone."""
 
+import time
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import UserError
+from distributed import PRECISIONS
+from models import DiT
 
 PEAK = 312e12  # FLOP/s of an A100, bf16 products
 USED = 0.3  # of it: an assumption; wide models reach more, narrow ones less
@@ -47,7 +52,7 @@ def activation_bytes(model: nn.Module, diffusion, n_images: int, groups: int | N
         model = model.to_empty(device="cpu")
         x = torch.empty(n_images, config["in_channels"], config["input_size"], config["input_size"])
         t = torch.empty(n_images, dtype=torch.long)
-        conditions = {"y": t, "drop": t > 0} | ({"groups": groups} if groups else {})
+        conditions = {"y": t, "label_drop": t > 0} | ({"groups": groups} if groups else {})
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", precision, enabled=precision != torch.float32),
@@ -57,3 +62,29 @@ def activation_bytes(model: nn.Module, diffusion, n_images: int, groups: int | N
             kept.pop(parameter.untyped_storage()._cdata, None)
         del graph
     return sum(kept.values())
+
+
+def training_flops(config: dict) -> int:
+    """FLOPs of a training step of a DiT(**config), per image: those of the matrix products, forward and twice that backward.
+
+    A RemixDiT's are counted as its backbone's: mixing is not what it is for.
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        dit = DiT(**config).eval()
+        x = torch.empty(1, dit.in_channels, config["input_size"], config["input_size"])
+        dit(x, torch.empty(1), torch.empty(1, dtype=torch.long))
+    return 3 * counter.get_total_flops()
+
+
+def matmul_rate(device: torch.device, precision: str, times: int = 3) -> float:
+    """FLOP/s of a large matrix product in "fp32" (TF32 where that is on), "fp64", "bf16" or "fp16": the best of `times`."""
+    side = 8192 if device.type == "cuda" else 1536
+    a = torch.randn(side, side, device=device).to(torch.float64 if precision == "fp64" else PRECISIONS[precision])
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds)

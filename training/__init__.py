@@ -1,0 +1,1 @@
+"""Training: one step, what is drawn for it, statistics, previews, loggers and the dry run."""
