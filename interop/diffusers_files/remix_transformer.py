@@ -1,8 +1,10 @@
-"""DiTs for diffusers with the timestep frequencies that they were trained with; a Remix-DiT switches its experts inside.
+"""DiT and Remix-DiT models for diffusers, with the timestep frequencies of the published DiT.
 
-This file travels with exported weights (convert.py --to diffusers) and needs nothing but diffusers and PyTorch.
-The published DiT takes a timestep's sines and cosines at 128 rates 10000^(-i/128), diffusers' class at 10000^(-i/127). No
-choice of weights makes up for that, so these classes put it right.
+This file is stored beside exported weights and requires only diffusers and PyTorch.
+
+The published DiT embeds a timestep t as the sines and cosines of t 10000^(-i/128) for i = 0..127. diffusers'
+DiTTransformer2DModel has t 10000^(-i/127) instead. The weights were trained with the former, which the classes below
+use.
 """
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 
 class PublishedDiTTransformer2DModel(DiTTransformer2DModel):
-    """diffusers' DiT with the published DiT's frequencies."""
+    """diffusers' DiTTransformer2DModel with the timestep frequencies of the published DiT."""
 
     def forward(self, *args, **kwargs):
         for block in self.transformer_blocks:
@@ -22,7 +24,15 @@ class PublishedDiTTransformer2DModel(DiTTransformer2DModel):
 
 
 class MixedLinear(nn.Module):
-    """K linear layers, of which one mixture runs at a time: weight [K, out, in], bias [K, out]."""
+    """K linear layers, one weighted average of which is used at a time.
+
+    Its parameters are `weight` [K, out, in] and `bias` [K, out].
+
+    Args:
+        linear: the linear layer to replace, which gives the shapes.
+        n_basis: the number K of linear layers.
+        row: the index of this layer's mixing coefficients.
+    """
 
     def __init__(self, linear: nn.Linear, n_basis: int, row: int):
         super().__init__()
@@ -31,13 +41,17 @@ class MixedLinear(nn.Module):
         self.row = row
         self.mixed = None
 
-    def mix(self, shares: Tensor):
-        """Average the bases, weighted by the expert's row of the coefficients, shares [rows, K]."""
+    def mix(self, coefficients: Tensor):
+        """Compute the weighted average of the K layers for one expert, in float32.
+
+        Args:
+            coefficients: the coefficients [rows, K] of the expert.
+        """
         self.mixed = []
         for bases in (self.weight, self.bias):
             total = torch.zeros_like(bases[0], dtype=torch.float32)
-            for share, basis in zip(shares[self.row].float(), bases, strict=True):
-                total.addcmul_(share, basis.float())
+            for coefficient, basis in zip(coefficients[self.row].float(), bases, strict=True):
+                total.addcmul_(coefficient, basis.float())
             self.mixed.append(total.to(bases.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +59,7 @@ class MixedLinear(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """Stands where a DiT's blocks have embedders of their own, and gives them what the one embedder made."""
+    """Replaces the embedders of the blocks, and returns the embedding that was computed once for all blocks."""
 
     value = None
 
@@ -54,10 +68,19 @@ class Conditioning(nn.Module):
 
 
 class RemixDiTTransformer2DModel(DiTTransformer2DModel):
-    """N experts that are mixtures of K DiTs (arXiv 2412.05628), for inference.
+    """Remix-DiT (arXiv 2412.05628) for inference: N experts that are weighted averages of K basis DiTs.
 
-    Expert i denoises the timesteps t with floor(i T / N) <= t < floor((i + 1) T / N); a call's timesteps must belong to one
-    expert, as a sampler's do. mixed_layers: names within a block. The other arguments are DiTTransformer2DModel's.
+    Expert i denoises the timesteps t with floor(i T / N) <= t < floor((i + 1) T / N). All timesteps of a call must
+    belong to the same expert, as they do in the steps of a sampler.
+
+    Args:
+        n_basis: the number K of basis models.
+        n_experts: the number N of experts.
+        num_timesteps: the number T of timesteps of the diffusion process.
+        local_scope: whether every block has mixing coefficients of its own.
+        mixed_layers: names of the mixed linear layers within a block. All other layers are shared by the experts.
+
+    The other arguments are those of DiTTransformer2DModel.
     """
 
     @register_to_config
@@ -103,9 +126,16 @@ class RemixDiTTransformer2DModel(DiTTransformer2DModel):
 
     @torch.no_grad()
     def select(self, timestep: Tensor):
-        """Fold the expert that owns the timesteps, unless it was the last to run. Raises ValueError if there are several."""
-        config, (first, last) = self.config, (int(t) for t in timestep.aminmax())
-        first, last = ((config.n_experts * (t + 1) - 1) // config.num_timesteps for t in (first, last))
+        """Mix the weights of the expert that the timesteps belong to, unless it is the expert of the previous call.
+
+        Args:
+            timestep: timesteps [B] from 0 to T - 1.
+
+        Raises:
+            ValueError: if the timesteps belong to several experts.
+        """
+        config = self.config
+        first, last = ((config.n_experts * (int(t) + 1) - 1) // config.num_timesteps for t in timestep.aminmax())
         if first != last:
             raise ValueError(f"the timesteps of a call must belong to one expert, these belong to {first} to {last}")
         state = (first, self.device, self.dtype)
@@ -123,7 +153,18 @@ class RemixDiTTransformer2DModel(DiTTransformer2DModel):
         cross_attention_kwargs: dict | None = None,
         return_dict: bool = True,
     ):
-        """hidden_states [B, C, H, W], timestep [B] of 0 to T - 1, class_labels [B] (`num_embeds_ada_norm` is the null class)."""
+        """Predict the noise, and the variance if the model has learned it.
+
+        Args:
+            hidden_states: noisy images or latents [B, C, H, W].
+            timestep: timesteps [B] from 0 to T - 1, which belong to one expert.
+            class_labels: class labels [B]. `num_embeds_ada_norm` is the null class of classifier-free guidance.
+            cross_attention_kwargs: see DiTTransformer2DModel.
+            return_dict: whether to return a Transformer2DModelOutput instead of a tuple.
+
+        Returns:
+            A Transformer2DModelOutput whose `sample` has the shape [B, C or 2C, H, W], or a tuple of that tensor.
+        """
         self.select(timestep)
         self.conditioning.value = self.embedder(timestep, class_labels, hidden_dtype=hidden_states.dtype)
         try:
