@@ -1,24 +1,23 @@
-"""Turn a checkpoint into a file that other code reads.
+"""Convert a checkpoint to a file format of another project, or to safetensors.
 
-    python convert.py outputs/RUN/checkpoints/0100000.pt original.pt --to original    the original Remix-DiT repository
-    python convert.py outputs/RUN/checkpoints/0100000.pt expert3.pt --to dit --expert 3    facebookresearch/DiT, one expert
-    python convert.py outputs/RUN/checkpoints/0100000.pt remix.safetensors --to safetensors    the averaged weights and the config
-    python convert.py outputs/RUN/checkpoints/0100000.pt remix --to diffusers --vae ema    a folder for diffusers
+    python convert.py outputs/RUN/checkpoints/0100000.pt original.pt --to original
+    python convert.py outputs/RUN/checkpoints/0100000.pt expert3.pt --to dit --expert 3
+    python convert.py outputs/RUN/checkpoints/0100000.pt remix.safetensors --to safetensors
+    python convert.py outputs/RUN/checkpoints/0100000.pt remix --to diffusers --vae ema
 
-The first two hold state dicts under "ema" and "model". A .safetensors file cannot run code, whoever wrote it. diffusers'
-folder holds the averaged weights: of a whole Remix-DiT a pipeline, of a plain DiT or an --expert a DiTTransformer2DModel.
+original: a file of the original Remix-DiT repository, with state dicts under "ema" and "model".
+dit: a file of facebookresearch/DiT, with the same keys: a plain DiT, or one expert of a RemixDiT folded into a DiT.
+safetensors: the EMA weights and the config. Loading a .safetensors file never executes code.
+diffusers: a folder with the EMA weights: a pipeline for a RemixDiT, a DiTTransformer2DModel for a DiT or an --expert.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
-from checkpoint import load_model, original_state
-from common import ArgumentParser, UserError, atomic_write, number, positive_int, run_script
-from interop.diffusers import export_pipeline, export_transformer
+from autoencoder import Latents, load_autoencoder
+from checkpoint import load_model, save_safetensors
+from common import ArgumentParser, UserError, number, positive_int, run_script
+from interop import diffusers, dit, original
 from models import DiT
 from remix import RemixDiT
 
@@ -26,67 +25,79 @@ from remix import RemixDiT
 def main(args: argparse.Namespace):
     if Path(args.out).exists():
         raise UserError(f"{args.out} exists: choose another name")
-    overrides = {"num_heads": args.num_heads} if args.num_heads else {}
     if args.vae and args.to != "diffusers":
-        raise UserError(f"--vae goes into a pipeline, with --to diffusers, not --to {args.to}")
-    if args.to == "diffusers":
-        write_folder(args, *load_model(args.ckpt, allow_pickle=args.trust_pickle, **overrides))
-        return
-    states = {}
-    for name, ema in (("ema", True), ("model", False)):
-        model, config = load_model(args.ckpt, ema=ema, allow_pickle=args.trust_pickle, **overrides)
-        if args.to == "original":
-            states[name] = original_state(model)
-        elif args.to == "safetensors":
-            states[name] = model.state_dict()
-        else:
-            states[name] = one_dit(args, model).state_dict()
-    with atomic_write(args.out) as temporary:
-        if args.to == "safetensors":
-            save_file(states["ema"], temporary, metadata={"config": json.dumps(config)})
-        else:
-            torch.save(states, temporary)
-    print(f"wrote {args.out}")
+        raise UserError(f"--vae is stored in a pipeline: use it with --to diffusers, not --to {args.to}")
 
+    keys = ("ema", "model") if args.to in ("original", "dit") else ("ema",)
+    models, config = load_models(args.ckpt, keys, args.trust_pickle, args.num_heads)
+    if args.to == "dit" or (args.to == "diffusers" and args.expert is not None):
+        models = {key: fold_expert(model, args.expert, args.ckpt) for key, model in models.items()}
 
-def write_folder(args: argparse.Namespace, model: DiT | RemixDiT, config: dict):
-    """A pipeline of a whole Remix-DiT, a transformer of a plain DiT or an expert."""
-    if isinstance(model, RemixDiT) and args.expert is None:
-        export_pipeline(model, config, args.out, args.vae or "none")
-    elif args.vae:
-        raise UserError("--vae goes into the pipeline of a whole Remix-DiT: this is the folder of one DiT")
+    if args.to == "original":
+        original.write(args.out, models, config)
+    elif args.to == "dit":
+        dit.write(args.out, models, config)
+    elif args.to == "safetensors":
+        save_safetensors(args.out, models["ema"], config)
     else:
-        export_transformer(one_dit(args, model), config, args.out)
+        if args.vae and isinstance(models["ema"], DiT):
+            raise UserError("--vae is stored in the pipeline of a RemixDiT, this is the folder of one DiT")
+        diffusers.write(args.out, models, config, load_vae(args.vae))
     print(f"wrote {args.out}")
 
 
-def one_dit(args: argparse.Namespace, model: DiT | RemixDiT) -> DiT:
-    """The plain DiT that the checkpoint holds, or the expert that --expert names."""
-    if not isinstance(model, RemixDiT):
+def load_models(
+    path: str, keys: tuple[str, ...], allow_pickle: bool, num_heads: int | None
+) -> tuple[dict[str, DiT | RemixDiT], dict]:
+    """Load the model with the EMA weights for the key "ema", and with the raw weights for "model"; and the config."""
+    overrides = {"num_heads": num_heads} if num_heads else {}
+    models = {}
+    for key in keys:
+        models[key], config = load_model(path, ema=key == "ema", allow_pickle=allow_pickle, **overrides)
+    return models, config
+
+
+def fold_expert(model: DiT | RemixDiT, expert: int | None, path: str) -> DiT:
+    """Return a plain DiT: expert number `expert` of a RemixDiT, or the model itself if it is a plain DiT."""
+    if isinstance(model, DiT):
         return model
-    if args.expert is None:
-        raise UserError(f"{args.ckpt} holds {model.n_experts} experts: say which with --expert")
-    if args.expert >= model.n_experts:
-        raise UserError(f"--expert {args.expert}: {args.ckpt} has the experts 0 to {model.n_experts - 1}")
-    return model.expert(args.expert)
+    if expert is None:
+        raise UserError(f"{path} holds {model.n_experts} experts: choose one with --expert")
+    if expert >= model.n_experts:
+        raise UserError(f"--expert {expert}: {path} has the experts 0 to {model.n_experts - 1}")
+    return model.expert(expert)
+
+
+def load_vae(name: str | None):
+    """Return the diffusers.AutoencoderKL of --vae, or None if the pipeline gets none."""
+    autoencoder = load_autoencoder(name or "none")
+    return autoencoder.vae if isinstance(autoencoder, Latents) else None
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description="Turn a checkpoint into a file that other code reads.")
-    parser.add_argument("ckpt", help="a checkpoint that this project reads")
-    parser.add_argument("out", help="the file to write, or diffusers' folder")
+    parser = ArgumentParser(description="Convert a checkpoint to a file format of another project, or to safetensors.")
+    parser.add_argument("ckpt", help="a checkpoint in any format that this project reads")
+    parser.add_argument("out", help="the file to write, or the folder for diffusers")
     parser.add_argument(
         "--to",
         choices=["original", "dit", "safetensors", "diffusers"],
         required=True,
-        help="the original Remix-DiT's format, facebookresearch/DiT's, safetensors, or a folder for diffusers",
-    )
-    parser.add_argument("--trust-pickle", action="store_true", help="let the checkpoint run code: for your own alone")
-    parser.add_argument("--expert", type=number(int, 0), help="the expert to fold, with --to dit or diffusers")
-    parser.add_argument(
-        "--vae", help="ema, mse, a hub name or a local folder: the VAE to store in the pipeline of --to diffusers"
+        help="the format: of the original Remix-DiT, of facebookresearch/DiT, safetensors, or a folder for diffusers",
     )
     parser.add_argument(
-        "--num-heads", type=positive_int, help="attention heads, for a foreign file that fits no registered model"
+        "--trust-pickle",
+        action="store_true",
+        help="let the checkpoint execute code: use this only for files that you made yourself",
+    )
+    parser.add_argument(
+        "--expert", type=number(int, 0), help="the expert to fold into a DiT, with --to dit or --to diffusers"
+    )
+    parser.add_argument(
+        "--vae", help="the VAE to store in the pipeline of --to diffusers: ema, mse, a hub name or a local folder"
+    )
+    parser.add_argument(
+        "--num-heads",
+        type=positive_int,
+        help="number of attention heads, for a file without a config that fits no registered model",
     )
     run_script(main, parser)

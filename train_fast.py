@@ -23,7 +23,6 @@ import torch
 
 from autoencoder import Pixels, load_autoencoder
 from checkpoint import (
-    PUBLISHED_VAE,
     CheckpointWriter,
     checkpoints,
     find_corruption,
@@ -47,6 +46,7 @@ from common import (
 from diffusion import create_diffusion
 from distributed import PRECISIONS, StopSignal, World, rank0_logger, restore_signals, setup, world_size
 from features import FeatureDataset
+from interop.shapes import PUBLISHED_VAE
 from models import DiT, DiT_models
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models
 from training.batches import microbatches, prefetched, sample_timesteps

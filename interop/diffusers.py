@@ -1,9 +1,10 @@
-"""DiTs in diffusers' layout: found in a folder or on the Hugging Face hub, their tensors renamed, and written for diffusers.
+"""DiTs in the layout of Hugging Face diffusers: read from a folder or the Hugging Face hub, and written to a folder.
 
-diffusers keeps an attention's three projections apart and gives every block the timestep and label embedders of its own
-(which in a converted DiT are all the same); everything else has one counterpart.
+diffusers keeps the query, key and value projections of an attention layer separate, and gives every block its own copy
+of the timestep and label embedders. Every other tensor has one counterpart under facebookresearch/DiT's names.
 """
 
+import functools
 import json
 import os
 import re
@@ -14,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autoencoder import Latents, load_autoencoder
 from common import LocalError, UserError, first_line
+from interop.shapes import backbone_from_shapes, make_config
 from models import DiT, sincos_positions
 from remix import RemixDiT
 
+# Layers of a block: our name -> diffusers' names, whose tensors are concatenated.
 BLOCK_LAYERS = {
     "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "attn.proj": ("attn1.to_out.0",),
@@ -26,6 +28,7 @@ BLOCK_LAYERS = {
     "mlp.fc2": ("ff.net.2",),
     "adaLN_modulation.1": ("norm1.linear",),
 }
+# Layers of which diffusers has one copy per block.
 EMBEDDERS = {
     "t_embedder.mlp.0": "timestep_embedder.linear_1",
     "t_embedder.mlp.2": "timestep_embedder.linear_2",
@@ -36,122 +39,177 @@ OTHER_LAYERS = {
     "final_layer.adaLN_modulation.1": "proj_out_1",
     "final_layer.linear": "proj_out_2",
 }
-CONFIG = {  # what a DiT's config must say; norm_eps may be 1e-5, diffusers' default, though the weights were trained with 1e-6
+# The settings that make a Transformer2DModel a DiT.
+DIT_SETTINGS = {
     "norm_type": "ada_norm_zero",
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
     "norm_elementwise_affine": False,
 }
-CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is what older versions called it
+# The weights were trained with 1e-6. Converted models may have 1e-5, the default of diffusers.
+LARGEST_NORM_EPS = 1e-5
+# The second is the name in older versions of diffusers.
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-LARGEST_SIDE = 256  # patches: no claim of a file's that cannot be checked may take all the memory
+# In patches. It limits the memory that a config with wrong numbers can take, as the position embedding is computed.
+LARGEST_SIDE = 256
+# The default of AutoencoderKL.
+DEFAULT_SCALING_FACTOR = 0.18215
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".npz", ".tar")
-OUR_FILES = Path(__file__).resolve().parent / "diffusers_files"
+EXPORTED_CODE = Path(__file__).resolve().parent / "diffusers_files"
 
 
-def find_transformer(name) -> tuple[Path, Path] | None:
-    """The config.json and the weights of the model that a folder or a hub name stands for; None where `name` is a file's.
+def find_transformer(path) -> tuple[Path, Path] | None:
+    """Find the files of the DiTTransformer2DModel in a folder or on the Hugging Face hub.
 
-    The folder holds a DiTTransformer2DModel, or a DiTPipeline with one in transformer/. A hub name (facebook/DiT-XL-2-256)
-    is fetched by huggingface_hub, unless it was before. Raises UserError for a folder without a model.
+    Args:
+        path: the folder of a DiTTransformer2DModel, the folder of a DiTPipeline (which has the model in transformer/),
+            or a hub name such as facebook/DiT-XL-2-256, whose files huggingface_hub downloads unless it has them.
+
+    Returns:
+        The paths of config.json and of the weights, or None if `path` is that of a file, which may be missing.
+
+    Raises:
+        UserError: if the folder holds no model, or the hub name is not found.
     """
-    folder = Path(name)
-    mistyped = folder.suffix.lower() in FILE_SUFFIXES or folder.parent.is_dir()  # a path that is not there
-    if not folder.exists() and HUB_NAME.fullmatch(str(name)) and not mistyped:
-        folder = _fetch(str(name))
+    folder = Path(path)
+    # A missing file in an existing folder is a wrong path, not a hub name.
+    missing_file = folder.suffix.lower() in FILE_SUFFIXES or folder.parent.is_dir()
+    if not folder.exists() and HUB_NAME.fullmatch(str(path)) and not missing_file:
+        folder = _download(str(path))
     if not folder.is_dir():
         return None
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    config, weights = folder / "config.json", [folder / file for file in WEIGHTS if (folder / file).is_file()]
+    config = folder / "config.json"
+    weights = [folder / file for file in WEIGHTS if (folder / file).is_file()]
     if not config.is_file() or not weights:
-        missing = "config.json" if not config.is_file() else WEIGHTS[0]
-        raise UserError(f"{name} holds no DiTTransformer2DModel in diffusers' layout: there is no {folder / missing}")
+        missing = folder / WEIGHTS[0] if config.is_file() else config
+        raise UserError(f"{path} holds no DiTTransformer2DModel in diffusers' layout: there is no {missing}")
     return config, weights[0]
 
 
-def _fetch(name: str) -> Path:
+@functools.cache
+def _download(name: str) -> Path:
+    """Download a repository from the hub unless it is in the cache, and return its local folder.
+
+    The result is cached, so that a process uses the same revision throughout.
+    """
     try:
         from huggingface_hub import snapshot_download
 
-        for weights in WEIGHTS:  # the pickle only where there is nothing better
+        # A .bin file is a pickle, downloaded only where there is no .safetensors file.
+        for weights in WEIGHTS:
             places = [weights, f"transformer/{weights}"]
             folder = Path(snapshot_download(name, allow_patterns=["config.json", "transformer/config.json", *places]))
             if any((folder / place).is_file() for place in places):
                 break
         return folder
-    except Exception as error:  # the network, the hub and its library fail in many ways
+    except Exception as error:
+        # The network, the hub and huggingface_hub raise errors of many kinds.
         raise LocalError(
-            f"{name}: no such file or folder, and not to be had from the Hugging Face hub: {first_line(error)}"
+            f"{name}: not a file or folder, and not found on the Hugging Face hub: {first_line(error)}"
         ) from None
 
 
-def read_transformer(name, config_file: Path, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """A DiTTransformer2DModel's tensors under our names, and its number of heads. Raises UserError for what is no DiT."""
+def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[str, Tensor]] | None:
+    """Read a DiTTransformer2DModel from a folder or a hub name. `interop` documents the arguments and the result.
+
+    `content` is the loaded content of the weights file that `find_transformer` returns. `ema` has no effect, because
+    the folder holds one set of weights.
+    """
+    files = find_transformer(path)
+    if files is None:
+        return None
+    config_file, _ = files
     try:
-        config = json.loads(config_file.read_text())
-        kind = config.get("_class_name")
-        if kind not in CLASSES:
-            raise UserError(f"{name} holds a {kind}, not a DiTTransformer2DModel")
-        for key, wanted in CONFIG.items():
-            if (found := config.get(key, wanted if kind == CLASSES[0] else None)) != wanted:
-                raise UserError(f"{name} has {key}={found}, a DiT has {wanted}")
-        if config.get("norm_eps", 1e-5) > 1e-5:
-            raise UserError(f"{name} has norm_eps={config['norm_eps']}, a DiT has 1e-06")
-        heads, width = config["num_attention_heads"], len(state["pos_embed.proj.bias"])
-        if heads * config["attention_head_dim"] != width or heads < 1:
-            raise UserError(f"{name} has {heads} heads of {config['attention_head_dim']} in a width of {width}")
-        side = config["sample_size"] // state["pos_embed.proj.weight"].shape[-1]
-        if not 1 <= side <= LARGEST_SIDE:
-            raise UserError(f"{name} has sample_size={config['sample_size']}, {side} patches a side")
-        state = from_diffusers(name, state)
-        state.setdefault("pos_embed", sincos_positions(width, side).unsqueeze(0))
-        classes = len(state["y_embedder.embedding_table.weight"]) - 1
-        if config["num_embeds_ada_norm"] != classes:
-            raise UserError(
-                f"{name} has num_embeds_ada_norm={config['num_embeds_ada_norm']}, its table {classes} classes"
-            )
-        return state, heads
+        stored = json.loads(config_file.read_text())
+        _check_settings(path, stored)
+        state = _rename_to_ours(path, content)
+        _check_sizes(path, stored, state)
+        side = stored["sample_size"] // state["x_embedder.proj.weight"].shape[-1]
+        state.setdefault("pos_embed", sincos_positions(len(state["x_embedder.proj.bias"]), side).unsqueeze(0))
+        num_heads = stored["num_attention_heads"]
     except KeyError as error:
-        raise UserError(f"{name} holds no DiT in diffusers' layout: {error} is missing") from None
+        raise UserError(f"{path} holds no DiT in diffusers' layout: {error} is missing") from None
     except UserError:
         raise
-    except Exception as error:  # a damaged file may provoke anything
-        raise UserError(f"{name} holds no DiT in diffusers' layout: {first_line(error)}") from None
+    except Exception as error:
+        # Damaged content can cause errors of any kind.
+        raise UserError(f"{path} holds no DiT in diffusers' layout: {first_line(error)}") from None
+    backbone = backbone_from_shapes(state)
+    if backbone is None:
+        raise UserError(f"{path} holds no DiT in diffusers' layout: its tensors have other dimensions")
+    if overrides.get("num_heads", num_heads) != num_heads:
+        raise UserError(f"{path} holds num_heads={num_heads}, not {overrides['num_heads']}")
+    config = make_config(path, backbone, None, overrides | {"num_heads": num_heads})
+    config["data"] |= _find_vae(config_file)
+    return config, state
 
 
-def stored_vae(config_file: Path) -> dict:
-    """The "vae" and "scale" of a config's "data" part, where the transformer lies in a pipeline's folder with a VAE."""
+def _check_settings(path, stored: dict):
+    """Raise UserError unless a config.json has the settings of a DiT."""
+    kind = stored.get("_class_name")
+    if kind not in CLASSES:
+        raise UserError(f"{path} holds a {kind}, not a DiTTransformer2DModel")
+    for key, expected in DIT_SETTINGS.items():
+        # Only a DiTTransformer2DModel has these values as its defaults.
+        found = stored.get(key, expected if kind == CLASSES[0] else None)
+        if found != expected:
+            raise UserError(f"{path} has {key}={found}, a DiT has {expected}")
+    if stored.get("norm_eps", LARGEST_NORM_EPS) > LARGEST_NORM_EPS:
+        raise UserError(f"{path} has norm_eps={stored['norm_eps']}, a DiT has 1e-06")
+
+
+def _check_sizes(path, stored: dict, state: dict[str, Tensor]):
+    """Raise UserError unless the sizes in a config.json fit the tensors; KeyError if one of the two is missing."""
+    width = len(state["x_embedder.proj.bias"])
+    num_heads, head_dim = stored["num_attention_heads"], stored["attention_head_dim"]
+    if num_heads * head_dim != width or num_heads < 1:
+        raise UserError(f"{path} has {num_heads} heads of {head_dim} channels, but a width of {width}")
+    side = stored["sample_size"] // state["x_embedder.proj.weight"].shape[-1]
+    if not 1 <= side <= LARGEST_SIDE:
+        raise UserError(f"{path} has sample_size={stored['sample_size']}, {side} patches per side")
+    num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
+    if stored["num_embeds_ada_norm"] != num_classes:
+        raise UserError(
+            f"{path} has num_embeds_ada_norm={stored['num_embeds_ada_norm']}, but a table of {num_classes} classes"
+        )
+
+
+def _find_vae(config_file: Path) -> dict:
+    """Return "vae" and "scale" for a config's "data" part if the transformer is in a pipeline's folder with a VAE."""
     folder = config_file.parent.parent / "vae"
     if config_file.parent.name != "transformer" or not (folder / "config.json").is_file():
         return {}
     try:
-        scale = json.loads((folder / "config.json").read_text()).get(
-            "scaling_factor", 0.18215
-        )  # AutoencoderKL's default
-        return {"vae": str(folder), "scale": float(scale)}
+        stored = json.loads((folder / "config.json").read_text())
+        return {"vae": str(folder), "scale": float(stored.get("scaling_factor", DEFAULT_SCALING_FACTOR))}
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'config.json'} is no config of an AutoencoderKL: {error}") from None
+        raise UserError(f"{folder / 'config.json'} is not the config of an AutoencoderKL: {error}") from None
 
 
-def from_diffusers(name, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A DiTTransformer2DModel's tensors under facebookresearch/DiT's names.
+def _rename_to_ours(path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a DiTTransformer2DModel's tensors under facebookresearch/DiT's names.
 
-    Raises KeyError for a tensor that is missing, UserError for one too many or where the blocks' embedders differ.
+    Raises KeyError for a missing tensor, and UserError for an additional one or for embedders that differ between
+    blocks.
     """
-    left, ours = dict(state), {}
     depth = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("transformer_blocks.")), default=-1)
     if not 1 <= depth <= len(state):
         raise KeyError("transformer_blocks.0")
     blocks = [f"transformer_blocks.{i}" for i in range(depth)]
+    left = dict(state)
+    ours = {}
     for layer, theirs in OTHER_LAYERS.items():
         for kind in ("weight", "bias"):
             ours[f"{layer}.{kind}"] = left.pop(f"{theirs}.{kind}")
     for layer, theirs in EMBEDDERS.items():
         for kind in ("weight", "bias") if "mlp" in layer else ("weight",):
-            ours[f"{layer}.{kind}"], *others = (left.pop(f"{block}.norm1.emb.{theirs}.{kind}") for block in blocks)
-            if not all(torch.equal(other, ours[f"{layer}.{kind}"]) for other in others):
-                raise UserError(f"{name} has blocks with different {theirs}s: a DiT has one for all")
+            first, *others = (left.pop(f"{block}.norm1.emb.{theirs}.{kind}") for block in blocks)
+            if not all(torch.equal(other, first) for other in others):
+                raise UserError(f"{path} has blocks with different values of {theirs}: a DiT has one for all blocks")
+            ours[f"{layer}.{kind}"] = first
     for i, block in enumerate(blocks):
         for layer, theirs in BLOCK_LAYERS.items():
             for kind in ("weight", "bias"):
@@ -159,19 +217,23 @@ def from_diffusers(name, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if "pos_embed.pos_embed" in left:
         ours["pos_embed"] = left.pop("pos_embed.pos_embed")
     if left:
-        raise UserError(f"{name} holds more than a DiT: {sorted(left)[0]}")
+        raise UserError(f"{path} holds tensors that a DiT does not have, such as {sorted(left)[0]}")
     return ours
 
 
-def to_diffusers(state: dict[str, Tensor], embedders: list[str]) -> dict[str, Tensor]:
-    """A DiT's tensors, or a RemixDiT's backbone's, under diffusers' names; `embedders` are where those go."""
+def _rename_to_theirs(state: dict[str, Tensor], embedders: list[str]) -> dict[str, Tensor]:
+    """Return the tensors of a DiT or of a RemixDiT's backbone under diffusers' names.
+
+    `embedders` lists the modules that get a copy of the timestep and label embedders. The position embedding is left
+    out, because diffusers computes it.
+    """
     theirs = {}
     for key, value in state.items():
         layer, _, kind = key.rpartition(".")
         if layer in OTHER_LAYERS:
             theirs[f"{OTHER_LAYERS[layer]}.{kind}"] = value
         elif layer in EMBEDDERS:
-            theirs |= {f"{place}.{EMBEDDERS[layer]}.{kind}": value for place in embedders}
+            theirs |= {f"{module}.{EMBEDDERS[layer]}.{kind}": value for module in embedders}
         elif layer.startswith("blocks."):
             _, i, layer = layer.split(".", 2)
             parts = value.chunk(len(BLOCK_LAYERS[layer]), dim=-2 if kind == "weight" else -1)
@@ -180,89 +242,113 @@ def to_diffusers(state: dict[str, Tensor], embedders: list[str]) -> dict[str, Te
     return theirs
 
 
-def export_transformer(dit: DiT, config: dict, out):
-    """Write a DiT as a DiTTransformer2DModel's folder. Raises UserError for one that diffusers cannot express.
+def write(path, models: dict[str, DiT | RemixDiT], config: dict, vae=None):
+    """Write the EMA model as a folder for diffusers.
 
-    diffusers' own class spaces the timestep's frequencies otherwise than the published DiT; the class in the file beside
-    the weights, which AutoModel loads with trust_remote_code=True, does not.
+    A DiT becomes the folder of a DiTTransformer2DModel. A RemixDiT becomes the folder of a pipeline, which holds all
+    the code that diffusers needs to run it.
+
+    Args:
+        path: the folder to create.
+        models: "ema" maps to the model to write.
+        config: the config of the checkpoint that the model comes from.
+        vae: a diffusers.AutoencoderKL to store in the pipeline of a RemixDiT, or None.
+
+    Raises:
+        UserError: if diffusers cannot represent the model, or the VAE has another number of channels.
     """
-    from diffusers import DiTTransformer2DModel  # seconds to import
+    model = models["ema"]
+    if isinstance(model, RemixDiT):
+        _write_pipeline(path, model, config, vae)
+    else:
+        _write_transformer(path, model, config)
 
+
+def _write_transformer(path, dit: DiT, config: dict):
+    """Write a DiT as the folder of a DiTTransformer2DModel.
+
+    The timestep embedding of diffusers' class has other frequencies than the published DiT. The class in the exported
+    Python file has the published ones, and AutoModel loads it with trust_remote_code=True.
+    """
+    # diffusers takes seconds to import.
+    from diffusers import DiTTransformer2DModel
+
+    transformer = DiTTransformer2DModel(**_transformer_arguments(dit, config))
     embedders = [f"transformer_blocks.{i}.norm1.emb" for i in range(dit.config["depth"])]
-    theirs = DiTTransformer2DModel(**_transformer_config(dit, config))
-    theirs.load_state_dict(to_diffusers(dit.state_dict(), embedders))
-    with _new_folder(out) as folder:
-        theirs.save_pretrained(folder)
-        shutil.copyfile(OUR_FILES / "remix_transformer.py", folder / "remix_transformer.py")
-        described = json.loads((folder / "config.json").read_text())
-        described["auto_map"] = {"AutoModel": "remix_transformer.PublishedDiTTransformer2DModel"}
-        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    transformer.load_state_dict(_rename_to_theirs(dit.state_dict(), embedders))
+    with _new_folder(path) as folder:
+        transformer.save_pretrained(folder)
+        shutil.copyfile(EXPORTED_CODE / "remix_transformer.py", folder / "remix_transformer.py")
+        stored = json.loads((folder / "config.json").read_text())
+        stored["auto_map"] = {"AutoModel": "remix_transformer.PublishedDiTTransformer2DModel"}
+        (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
 
 
-def export_pipeline(remix: RemixDiT, config: dict, out, vae: str = "none"):
-    """Write a RemixDiT as a pipeline's folder, in which diffusers finds all the code that it needs.
+def _write_pipeline(path, remix: RemixDiT, config: dict, vae):
+    """Write a RemixDiT as the folder of a pipeline, which holds the K bases and mixes them when it runs."""
+    # diffusers takes seconds to import.
+    import diffusers
 
-    The K bases are stored once, and mixed where they run. vae: what `autoencoder.load_autoencoder` takes, stored beside
-    them unless it is "none". Raises UserError for a model that diffusers cannot express, or a VAE of other channels.
-    """
-    import diffusers  # seconds to import
+    transformer, arguments = _mixed_transformer(remix, config)
+    if vae is not None and remix.in_channels != vae.config.latent_channels:
+        raise UserError(f"the model denoises {remix.in_channels} channels, the VAE has {vae.config.latent_channels}")
+    scheduler = diffusers.DDPMScheduler(
+        variance_type="learned_range" if remix.backbone.config["learn_sigma"] else "fixed_large",
+        clip_sample=config["data"]["vae"] == "none",
+        timestep_spacing="linspace",
+    )
+    index = {
+        "_class_name": ["pipeline", "RemixDiTPipeline"],
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "transformer": ["remix_transformer", "RemixDiTTransformer2DModel"],
+        "vae": [None, None] if vae is None else ["diffusers", "AutoencoderKL"],
+    }
+    with _new_folder(path) as folder:
+        transformer.save_pretrained(folder / "transformer")
+        stored = json.loads((folder / "transformer" / "config.json").read_text())
+        # The other entries are defaults of the parent class, which the exported class does not accept.
+        stored = {key: value for key, value in stored.items() if key.startswith("_") or key in arguments}
+        (folder / "transformer" / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+        scheduler.save_pretrained(folder / "scheduler")
+        if vae is not None:
+            # The model was trained on latents with this scale, whatever the VAE's own config contains.
+            vae.register_to_config(scaling_factor=config["data"]["scale"])
+            vae.save_pretrained(folder / "vae")
+        shutil.copyfile(EXPORTED_CODE / "remix_transformer.py", folder / "transformer" / "remix_transformer.py")
+        shutil.copyfile(EXPORTED_CODE / "pipeline.py", folder / "pipeline.py")
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
+
+def _mixed_transformer(remix: RemixDiT, config: dict):
+    """Return a RemixDiTTransformer2DModel with the weights of a RemixDiT, and its keyword arguments."""
     from interop.diffusers_files.remix_transformer import RemixDiTTransformer2DModel
 
-    arguments = _transformer_config(remix.backbone, config) | dict(
+    arguments = _transformer_arguments(remix.backbone, config) | dict(
         n_basis=remix.n_basis,
         n_experts=remix.n_experts,
         num_timesteps=remix.num_timesteps,
         local_scope=remix.scope == "local",
         mixed_layers=[part for layer in remix.mixed_layers for part in BLOCK_LAYERS[layer]],
     )
-    theirs = RemixDiTTransformer2DModel(**arguments)
-    coefficients = remix.coefficients().detach().reshape(-1, remix.n_experts, remix.n_basis)
-    weights = to_diffusers(remix.backbone.state_dict(), ["embedder"])
-    theirs.load_state_dict(weights | {"coefficients": coefficients})
-    autoencoder = load_autoencoder(vae)
-    decodes = isinstance(autoencoder, Latents)
-    if decodes and remix.in_channels not in autoencoder.channels:
-        raise UserError(f"the model denoises {remix.in_channels} channels, --vae {vae} takes {autoencoder.channels[0]}")
-    scheduler = diffusers.DDPMScheduler(
-        variance_type="learned_range" if remix.backbone.config["learn_sigma"] else "fixed_large",
-        clip_sample=config["data"]["vae"] == "none",
-        timestep_spacing="linspace",
-    )
-    parts = {
-        "_class_name": ["pipeline", "RemixDiTPipeline"],
-        "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "transformer": ["remix_transformer", "RemixDiTTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"] if decodes else [None, None],
-    }
-    with _new_folder(out) as folder:
-        theirs.save_pretrained(folder / "transformer")
-        described = json.loads((folder / "transformer" / "config.json").read_text())
-        known = {
-            key: value for key, value in described.items() if key[0] == "_" or key in arguments
-        }  # the rest is DiT's own
-        (folder / "transformer" / "config.json").write_text(json.dumps(known, indent=2) + "\n")
-        scheduler.save_pretrained(folder / "scheduler")
-        if decodes:
-            autoencoder.vae.register_to_config(scaling_factor=config["data"]["scale"])  # the features' own
-            autoencoder.vae.save_pretrained(folder / "vae")
-        shutil.copyfile(OUR_FILES / "remix_transformer.py", folder / "transformer" / "remix_transformer.py")
-        shutil.copyfile(OUR_FILES / "pipeline.py", folder / "pipeline.py")
-        (folder / "model_index.json").write_text(json.dumps(parts, indent=2) + "\n")
+    transformer = RemixDiTTransformer2DModel(**arguments)
+    weights = _rename_to_theirs(remix.backbone.state_dict(), ["embedder"])
+    weights["coefficients"] = remix.coefficients().detach().reshape(-1, remix.n_experts, remix.n_basis)
+    transformer.load_state_dict(weights)
+    return transformer, arguments
 
 
-def _transformer_config(dit: DiT, config: dict) -> dict:
-    """DiTTransformer2DModel's keyword arguments for a DiT. Raises UserError where there are none."""
+def _transformer_arguments(dit: DiT, config: dict) -> dict:
+    """Return DiTTransformer2DModel's keyword arguments for a DiT. Raises UserError if diffusers cannot represent it."""
     shape = dit.config
     if shape["mlp_ratio"] != 4 or not shape["class_dropout_prob"]:
-        raise UserError("diffusers has DiTs with an MLP ratio of 4 and a null class only")
+        raise UserError("diffusers supports only DiTs with an MLP ratio of 4 and a null class")
     positions = sincos_positions(shape["hidden_size"], shape["input_size"] // shape["patch_size"])
     if not torch.allclose(dit.pos_embed[0], positions, atol=1e-5):
-        raise UserError("diffusers has DiTs with the published position embedding only")
-    if other := set(config["diffusion"]) - {"learn_sigma"}:
+        raise UserError("diffusers supports only DiTs with the published position embedding")
+    if changed := set(config["diffusion"]) - {"learn_sigma"}:
         raise UserError(
-            f"only the published diffusion process can be exported, not one with another {', '.join(other)}"
+            f"only models of the published diffusion process can be exported, this one has another {', '.join(changed)}"
         )
     return dict(
         num_attention_heads=shape["num_heads"],
@@ -279,7 +365,7 @@ def _transformer_config(dit: DiT, config: dict) -> dict:
 
 @contextmanager
 def _new_folder(path):
-    """Yield a folder beside `path` that takes its name on success, and is removed else."""
+    """Yield a temporary folder beside `path`, which is renamed to `path` on success and removed on failure."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)

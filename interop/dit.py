@@ -1,0 +1,26 @@
+"""Files of facebookresearch/DiT: state dicts, bare or under "ema" and "model".
+
+This project's DiT has the same parameter names and shapes, so that the tensors are used unchanged.
+"""
+
+import torch
+from torch import Tensor
+
+from common import atomic_write
+from interop.shapes import backbone_from_shapes, find_state_dict, make_config, stored_model_name
+from models import DiT
+
+
+def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[str, Tensor]] | None:
+    """Read a published DiT. `interop` documents the arguments and the result."""
+    state = find_state_dict(content, ema)
+    backbone = backbone_from_shapes(state)
+    if backbone is None:
+        return None
+    return make_config(path, backbone, None, stored_model_name(content) | overrides), state
+
+
+def write(path, models: dict[str, DiT], config: dict):
+    """Write plain DiTs as one file, their state dicts under the keys of `models`. `interop` documents the arguments."""
+    with atomic_write(path) as temporary:
+        torch.save({key: model.state_dict() for key, model in models.items()}, temporary)

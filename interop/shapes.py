@@ -1,0 +1,146 @@
+"""Determine a model's config from the shapes of its tensors, for files that hold no config."""
+
+import math
+import re
+
+from torch import Tensor
+
+from common import UserError
+from models import SIZES, DiT_models
+from remix import RemixDiT_models
+
+# The autoencoder of all published DiTs, and the factor by which they multiply its latents.
+PUBLISHED_VAE = {"vae": "stabilityai/sd-vae-ft-ema", "scale": 0.18215}
+
+# DistributedDataParallel and torch.compile put these before every parameter name.
+WRAPPER_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
+
+# Options of a DiT that tensor shapes do not show. An override replaces their values.
+HIDDEN_OPTIONS = ("num_heads", "class_dropout_prob")
+
+
+def find_state_dict(content: dict, ema: bool) -> dict[str, Tensor]:
+    """Find the state dict in a file that a published training script wrote.
+
+    Args:
+        content: a state dict, or a dict with state dicts under "ema", "model" or both.
+        ema: prefer the state dict under "ema" to the one under "model".
+
+    Returns:
+        The state dict without the name prefixes of DistributedDataParallel and torch.compile. It is empty if `content`
+        holds no state dict.
+    """
+    order = ("ema", "model") if ema else ("model", "ema")
+    state = next((content[key] for key in order if key in content), content)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        return {}
+    return {WRAPPER_PREFIXES.sub("", key): value for key, value in state.items()}
+
+
+def stored_model_name(content: dict) -> dict[str, str]:
+    """Return {"model": name} if the training arguments in a file name a registered model, otherwise {}."""
+    name = getattr(content.get("args"), "model", None)
+    known = isinstance(name, str) and (name in DiT_models or name in RemixDiT_models)
+    return {"model": name} if known else {}
+
+
+def backbone_from_shapes(state: dict[str, Tensor]) -> dict | None:
+    """Determine the keyword arguments of a DiT from the shapes of its tensors.
+
+    Args:
+        state: a state dict under facebookresearch/DiT's parameter names. The tensors of mixed layers may have a
+            leading dimension of K bases.
+
+    Returns:
+        The keyword arguments of `models.DiT`, or None if the tensors are not those of a DiT. `num_heads` is missing,
+        because the shapes do not depend on it, and `class_dropout_prob` is the published 0.1.
+    """
+    try:
+        hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+        out_channels = len(state["final_layer.linear.bias"]) // patch_size**2
+        return dict(
+            input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            hidden_size=hidden_size,
+            depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+            mlp_ratio=state["blocks.0.mlp.fc1.bias"].shape[-1] / hidden_size,
+            class_dropout_prob=0.1,
+            num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
+            learn_sigma=out_channels == 2 * in_channels,
+        )
+    except (LookupError, ValueError, TypeError, ArithmeticError):
+        # A missing tensor, or one with other dimensions than a DiT's.
+        return None
+
+
+def make_config(path, backbone: dict, remix: dict | None, overrides: dict) -> dict:
+    """Make the config of a model from a file that holds no config.
+
+    Args:
+        path: the file, for error messages.
+        backbone: the result of `backbone_from_shapes`.
+        remix: the keyword arguments of `remix.RemixDiT` that the tensors show, or None for a plain DiT.
+        overrides: the overrides of `checkpoint.load_model`. `num_heads` and `class_dropout_prob` are used as given.
+            `model`, the expected name, and all other options are compared with the tensors.
+
+    Returns:
+        The config (see checkpoint.py). Its part "training" is None.
+
+    Raises:
+        UserError: if an override contradicts the tensors or is unknown, or if the number of heads is not known.
+    """
+    size = _find_size(backbone)
+    backbone = dict(backbone)
+    if size:
+        backbone["num_heads"] = SIZES[size]["num_heads"]
+    name = f"{'RemixDiT' if remix else 'DiT'}-{size}/{backbone['patch_size']}" if size else None
+    options = {key: value for key, value in overrides.items() if key != "model"}
+    _check_name(path, overrides.get("model", name), name, backbone, remix)
+    _check_options(path, options, backbone, remix)
+    backbone |= {key: options[key] for key in HIDDEN_OPTIONS if key in options}
+    if "num_heads" not in backbone:
+        shape = f"width {backbone['hidden_size']}, depth {backbone['depth']}"
+        raise UserError(f"{path} fits no registered model ({shape}): specify its number of heads (num_heads)")
+    return {
+        "model": {"name": name or "custom", "backbone": backbone, "remix": remix},
+        "diffusion": {} if backbone["learn_sigma"] else {"learn_sigma": False},
+        "data": _guess_data(backbone),
+        "training": None,
+    }
+
+
+def _find_size(backbone: dict) -> str | None:
+    """Return the registered size, such as "XL", with the width and depth of a backbone, or None."""
+    for size, shape in SIZES.items():
+        if all(backbone[key] == shape[key] for key in ("hidden_size", "depth")):
+            return size
+    return None
+
+
+def _check_name(path, expected: str | None, name: str | None, backbone: dict, remix: dict | None):
+    """Raise UserError if the user expects another model than the one that the tensors belong to."""
+    if expected == name:
+        return
+    if expected not in DiT_models and expected not in RemixDiT_models:
+        raise UserError(f"unknown model {expected!r}: use one of {', '.join([*DiT_models, *RemixDiT_models])}")
+    kind = "RemixDiT" if remix else "DiT"
+    shape = "width {hidden_size}, depth {depth} and patch size {patch_size}".format(**backbone)
+    raise UserError(f"{path} holds {name or f'a {kind} of {shape}'}, not {expected}")
+
+
+def _check_options(path, options: dict, backbone: dict, remix: dict | None):
+    """Raise UserError for an option that no model has, or that contradicts the tensors."""
+    known = backbone | (remix or {})
+    for key, value in options.items():
+        if key not in known and key not in HIDDEN_OPTIONS:
+            raise UserError(f"unknown model option {key}")
+        if key not in HIDDEN_OPTIONS and known[key] not in (None, value):
+            raise UserError(f"{path} holds {key}={known[key]}, not {value}")
+
+
+def _guess_data(backbone: dict) -> dict:
+    """Return the "data" part of a config: four channels are the latents of the published VAE, others are pixels."""
+    if backbone["in_channels"] == 4:
+        return {"image_size": 8 * backbone["input_size"], "classes": None, **PUBLISHED_VAE}
+    return {"image_size": backbone["input_size"], "classes": None, "vae": "none", "scale": 1.0}
