@@ -1,85 +1,52 @@
-import argparse
+"""This project's checkpoint format: written, read, damaged, harmful, kept and deleted."""
 
+import os
+
+import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, golden, relative
+from conftest import run, training_flags
 
-from checkpoint import build_model, load_model, model_config, read_checkpoint, save_checkpoint
-from common import UserError, atomic_write
-from models import DiT, DiT_models
-from remix import RemixDiT, RemixDiT_models
+from checkpoint import (
+    CheckpointWriter,
+    build_model,
+    checkpoints,
+    find_corruption,
+    load_model,
+    model_config,
+    read_checkpoint,
+    save_checkpoint,
+)
+from common import UserError
+from models import DiT_models
+from remix import RemixDiT_models
 
 
-def save(path, model, name, **more):
+def save(path, model, name):
+    """Save a model with EMA weights that are larger than its raw weights by one."""
     config = {"model": model_config(name, model), "diffusion": {}, "data": {}, "training": {}}
-    averaged = {key: value + 1 for key, value in model.state_dict().items()}
-    save_checkpoint(path, {"config": config, "step": 3, "model": model.state_dict(), "ema": averaged, **more})
+    ema = {key: value + 1 for key, value in model.state_dict().items()}
+    save_checkpoint(path, {"config": config, "step": 3, "model": model.state_dict(), "ema": ema})
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "raw", "one-hot"])
 @pytest.mark.parametrize("scope", ["global", "local"])
 def test_round_trip(tmp_path, mixer, scope):
-    model = RemixDiT_models["RemixDiT-T/2"](
-        input_size=8, num_classes=5, n_basis=2, n_experts=6, mixer=mixer, scope=scope
-    )
+    shape = dict(input_size=8, num_classes=5, n_basis=2, n_experts=6)
+    model = RemixDiT_models["RemixDiT-T/2"](**shape, mixer=mixer, scope=scope)
     save(tmp_path / "a.pt", model, "RemixDiT-T/2")
     assert torch.load(tmp_path / "a.pt", weights_only=True)["step"] == 3
     raw, config = load_model(tmp_path / "a.pt", ema=False)
-    averaged, _ = load_model(tmp_path / "a.pt")
+    ema, _ = load_model(tmp_path / "a.pt")
     assert not raw.training
     assert config["model"]["name"] == "RemixDiT-T/2"
     for key, value in model.state_dict().items():
         assert torch.equal(raw.state_dict()[key], value)
-        assert torch.equal(averaged.state_dict()[key], value + 1)
+        assert torch.equal(ema.state_dict()[key], value + 1)
     assert build_model(config["model"]).config == model.config
 
 
-@pytest.mark.parametrize("wrap", ["bare", "ema", "ddp"])
-@torch.no_grad()
-def test_facebooks_files(tmp_path, wrap):
-    g = golden("dit.pt")
-    state = g["state_dict"]
-    if wrap == "ema":
-        state = {"ema": state, "model": {}, "opt": {}, "args": argparse.Namespace(model="DiT-XL/2 of old")}
-    elif wrap == "ddp":
-        state = {f"module.{key}": value for key, value in state.items()}
-    torch.save(state, tmp_path / "dit.pt")
-    model, config = load_model(tmp_path / "dit.pt", num_heads=4)
-    assert relative(model(g["x"], g["t"], g["y"]), g["out"]) < 1e-5
-    read = config["model"]["backbone"]
-    assert {key: read[key] for key in g["config"]} == g["config"]
-    assert (config["data"]["scale"], config["data"]["image_size"]) == (0.18215, 64)
-
-
-def test_registry_names_a_foreign_file(tmp_path):
-    torch.save(DiT_models["DiT-T/2"](input_size=8, num_classes=7).state_dict(), tmp_path / "t.pt")
-    model, config = load_model(tmp_path / "t.pt")
-    assert isinstance(model, DiT)
-    assert config["model"]["name"] == "DiT-T/2"
-    assert model.config["num_heads"] == 3
-    load_model(tmp_path / "t.pt", model="DiT-T/2")
-    for wrong in (
-        {"model": "RemixDiT-T/2"},
-        {"model": "DiT-S/2"},
-        {"model": "DiT-U/2"},
-        {"num_classes": 9},
-        {"colour": 1},
-    ):
-        with pytest.raises(UserError):
-            load_model(tmp_path / "t.pt", **wrong)
-
-
-def test_original_remix_files():
-    model, _ = load_model(GOLDEN / "remix_original_checkpoint.pt", num_heads=4)
-    assert isinstance(model, RemixDiT)
-    assert (model.n_basis, model.n_experts) == (2, 4)
-    with pytest.raises(UserError, match="cannot be built"):
-        load_model(GOLDEN / "remix_original_checkpoint.pt", num_heads=5)
-    with pytest.raises(UserError, match="number of heads"):
-        load_model(GOLDEN / "remix_original_checkpoint.pt")
-
-
-def test_overrides_must_not_contradict_our_files(tmp_path):
+def test_overrides_must_not_contradict_the_config(tmp_path):
     save(tmp_path / "a.pt", DiT_models["DiT-T/4"](input_size=8), "DiT-T/4")
     load_model(tmp_path / "a.pt", model="DiT-T/4", num_classes=1000)
     with pytest.raises(UserError, match="holds model=DiT-T/4, not DiT-S/4"):
@@ -87,13 +54,16 @@ def test_overrides_must_not_contradict_our_files(tmp_path):
 
 
 class Harmful:
+    """Creates a folder when it is unpickled."""
+
+    path = "/tmp/remix-dit-test-was-here"
+
     def __reduce__(self):
-        return (open, ("/tmp/remix-dit-test-was-here", "w"))
+        return (os.mkdir, (self.path,))
 
 
-def test_files_that_are_no_checkpoints(tmp_path):
-    model = DiT_models["DiT-T/2"](input_size=8)
-    save(tmp_path / "good.pt", model, "DiT-T/2")
+def test_invalid_files_cause_one_line(tmp_path):
+    save(tmp_path / "good.pt", DiT_models["DiT-T/2"](input_size=8), "DiT-T/2")
     data = (tmp_path / "good.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.pt").write_text("hello")
@@ -108,18 +78,121 @@ def test_files_that_are_no_checkpoints(tmp_path):
             load_model(tmp_path / f"{name}.pt")
         assert "\n" not in str(caught.value)
         assert f"{name}.pt" in str(caught.value)
+
+
+def test_a_config_must_fit_the_tensors(tmp_path):
+    save(tmp_path / "good.pt", DiT_models["DiT-T/2"](input_size=8), "DiT-T/2")
+    state = read_checkpoint(tmp_path / "good.pt")
+    state["config"]["model"]["backbone"]["hidden_size"] = 96
+    save_checkpoint(tmp_path / "wrong.pt", {**state, "version": 1})
     with pytest.raises(UserError, match="does not fit the model"):
-        state = read_checkpoint(tmp_path / "good.pt")
-        state["config"]["model"]["backbone"]["hidden_size"] = 96
-        save_checkpoint(tmp_path / "wrong.pt", {**state, "version": 1})
         load_model(tmp_path / "wrong.pt")
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert path.read_text() == "old"
+def test_a_config_of_a_huge_model_takes_no_memory(trained, tmp_path):
+    for changes in ({"hidden_size": 10**6, "num_heads": 10}, {"depth": 10**7}):
+        state = torch.load(trained / "checkpoints/0000004.pt", weights_only=True)
+        state["config"]["model"]["backbone"] |= changes
+        torch.save(state, tmp_path / "huge.pt")
+        assert "does not fit the model" in run("sample_ddp.py", "--ckpt", tmp_path / "huge.pt", expect=2).stderr
+
+
+def test_harmful_pickles_are_not_executed(features, tmp_path):
+    torch.save({"ema": Harmful()}, tmp_path / "harmful.pt")
+    flags = [*training_flags(features, tmp_path, "run"), "--load-weight", tmp_path / "harmful.pt"]
+    for command in (
+        ("train_fast.py", *flags),
+        ("sample_ddp.py", "--ckpt", tmp_path / "harmful.pt"),
+        ("visualize.py", "coefficients", tmp_path / "harmful.pt"),
+        ("convert.py", tmp_path / "harmful.pt", tmp_path / "out.pt", "--to", "original"),
+    ):
+        assert "--trust-pickle" in run(*command, expect=2).stderr
+    assert not os.path.exists(Harmful.path)
+
+
+class Note:
+    """A class that a user may have stored in a file of their own."""
+
+
+def test_pickles_can_be_allowed(tmp_path):
+    state = DiT_models["DiT-T/2"](input_size=8).state_dict()
+    torch.save({"ema": state, "note": Note()}, tmp_path / "own.pt")
+    load_model(tmp_path / "own.pt", allow_pickle=True)
+
+
+def test_truncation_and_changed_bytes_are_found(tmp_path):
+    state = {"config": {}, "model": {"w": torch.randn(5000)}, "ema": {"w": torch.randn(5000)}}
+    save_checkpoint(tmp_path / "intact.pt", state)
+    assert find_corruption(tmp_path / "intact.pt") is None
+    data = (tmp_path / "intact.pt").read_bytes()
+    for tenth in range(10):
+        (tmp_path / "cut.pt").write_bytes(data[: len(data) * tenth // 10])
+        assert find_corruption(tmp_path / "cut.pt"), f"truncated to {tenth}0%"
+    generator = np.random.default_rng(0)
+    for position in generator.integers(len(data), size=60):
+        flipped = bytearray(data)
+        flipped[position] ^= 0xFF
+        (tmp_path / "flipped.pt").write_bytes(flipped)
+        if find_corruption(tmp_path / "flipped.pt") is None:
+            # The byte was padding, which is not read.
+            back = torch.load(tmp_path / "flipped.pt", weights_only=True)
+            assert torch.equal(back["model"]["w"], state["model"]["w"])
+            assert torch.equal(back["ema"]["w"], state["ema"]["w"])
+
+
+def test_saving_copies_the_state_before_it_returns(tmp_path):
+    class PrintLogger:
+        info = error = staticmethod(print)
+
+    weight = torch.zeros(1000)
+    writer = CheckpointWriter(tmp_path, PrintLogger)
+    writer.save(1, {"model": {"w": weight}})
+    weight += 1
+    writer.wait()
+    assert not torch.load(tmp_path / "0000001.pt", weights_only=True)["model"]["w"].any()
+
+
+def test_which_checkpoints_are_kept(features, tmp_path):
+    flags = [*training_flags(features, tmp_path, "run"), "--max-steps=9", "--ckpt-every=1"]
+    run("train_fast.py", *flags, "--keep=2", "--keep-every=4")
+    assert [int(path.stem) for path in checkpoints(tmp_path / "run/checkpoints")] == [9, 8, 4]
+    assert "--keep-every goes with" in run("train_fast.py", *flags, "--keep-every=4", "--prefix=no", expect=2).stderr
+
+
+def test_a_new_checkpoint_is_never_deleted(features, tmp_path):
+    flags = [*training_flags(features, tmp_path, "run"), "--max-steps=6", "--ckpt-every=2"]
+    run("train_fast.py", *flags)
+    folder = tmp_path / "run/checkpoints"
+    (folder / "0000006.pt").write_bytes(b"damaged")
+    run("train_fast.py", *flags, "--keep=1", "--resume", folder / "0000002.pt")
+    assert [path.name for path in checkpoints(folder)] == ["0000006.pt"]
+    assert find_corruption(folder / "0000006.pt") is None
+
+
+def test_resume_skips_damaged_checkpoints_and_reports_them(features, tmp_path):
+    flags = [*training_flags(features, tmp_path, "run"), "--max-steps=6", "--ckpt-every=2"]
+    run("train_fast.py", *flags)
+    intact = (tmp_path / "run/checkpoints/0000006.pt").read_bytes()
+    (tmp_path / "run/checkpoints/0000006.pt").write_bytes(intact[:3000])
+    four = bytearray((tmp_path / "run/checkpoints/0000004.pt").read_bytes())
+    four[len(four) // 2] ^= 0xFF
+    (tmp_path / "run/checkpoints/0000004.pt").write_bytes(four)
+    stderr = run("train_fast.py", *flags, "--resume", "auto").stderr
+    assert "SKIPPED" in stderr
+    assert stderr.index("0000006.pt") < stderr.index("0000004.pt") < stderr.index("resumed from")
+    assert "0000002.pt" in stderr[stderr.index("resumed from") :]
+    (tmp_path / "first.pt").write_bytes(intact)
+    back = torch.load(tmp_path / "run/checkpoints/0000006.pt", weights_only=True)
+    for key, value in torch.load(tmp_path / "first.pt", weights_only=True)["model"].items():
+        assert torch.equal(back["model"][key], value)
+
+
+def test_resume_refuses_damaged_checkpoints_only(features, tmp_path):
+    flags = [*training_flags(features, tmp_path, "run"), "--max-steps=6"]
+    folder = tmp_path / "run/checkpoints"
+    folder.mkdir(parents=True)
+    for name in ("0000004.pt", "0000006.pt"):
+        (folder / name).write_bytes(b"damaged")
+    assert "none of the checkpoints" in run("train_fast.py", *flags, "--resume", "auto", expect=2).stderr
+    stderr = run("train_fast.py", *flags, "--resume", folder / "0000004.pt", expect=2).stderr
+    assert "is not a complete checkpoint" in stderr

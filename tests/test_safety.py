@@ -16,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from checkpoint import CheckpointWriter, checkpoints, find_corruption, load_model, save_checkpoint
+from checkpoint import checkpoints, find_corruption, load_model
 from common import ArgumentParser, number
 from diffusion import space_timesteps
 from features import FeatureDataset, write_index, write_shard
-from models import DiT_models
 
 # Strangers' files
 
@@ -28,39 +27,6 @@ from models import DiT_models
 class Harmful:
     def __reduce__(self):
         return (os.mkdir, ("/tmp/remix-dit-test-was-here",))
-
-
-def test_a_pickle_that_would_run_a_command_does_not(features, tmp_path):
-    torch.save({"ema": Harmful()}, tmp_path / "harmful.pt")
-    flags = [*training_flags(features, tmp_path, "run"), "--load-weight", tmp_path / "harmful.pt"]
-    for command in (
-        ("train_fast.py", *flags),
-        ("sample_ddp.py", "--ckpt", tmp_path / "harmful.pt"),
-        ("visualize.py", "coefficients", tmp_path / "harmful.pt"),
-        ("convert.py", tmp_path / "harmful.pt", tmp_path / "out.pt", "--to", "original"),
-    ):
-        assert "--trust-pickle" in run(*command, expect=2).stderr
-    assert not os.path.exists("/tmp/remix-dit-test-was-here")
-
-
-class Note:
-    """A class of the user's own, in a file of the user's own."""
-
-
-def test_a_file_of_ones_own_may_be_trusted(tmp_path):
-    state = DiT_models["DiT-T/2"](input_size=8).state_dict()
-    torch.save({"ema": state, "note": Note()}, tmp_path / "mine.pt")
-    load_model(tmp_path / "mine.pt", allow_pickle=True)
-
-
-def test_safetensors_out_and_in(trained, tmp_path):
-    ckpt = trained / "checkpoints/0000004.pt"
-    run("convert.py", ckpt, tmp_path / "a.safetensors", "--to", "safetensors")
-    (ours, config), (back, config_back) = load_model(ckpt), load_model(tmp_path / "a.safetensors")
-    assert config == config_back
-    assert all(torch.equal(value, back.state_dict()[key]) for key, value in ours.state_dict().items())
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:999])
-    assert "not a whole" in run("sample_ddp.py", "--ckpt", tmp_path / "cut.safetensors", expect=2).stderr
 
 
 def test_an_exported_program_whose_pickles_would_run_a_command(tmp_path):
@@ -93,14 +59,6 @@ def test_an_exported_network_whose_weights_are_called_pickles(tmp_path):
     files = (tmp_path / "a.npz", tmp_path / "a.npz", "--weights", harmful)
     assert "holds pickles" in run("evaluator.py", *files, expect=2).stderr
     assert not os.path.exists("/tmp/remix-dit-test-was-here")
-
-
-def test_a_config_that_claims_more_than_its_tensors(trained, tmp_path):
-    for claim in ({"hidden_size": 10**6, "num_heads": 10}, {"depth": 10**7}):
-        state = torch.load(trained / "checkpoints/0000004.pt", weights_only=True)
-        state["config"]["model"]["backbone"] |= claim
-        torch.save(state, tmp_path / "claims.pt")
-        assert "does not fit the model" in run("sample_ddp.py", "--ckpt", tmp_path / "claims.pt", expect=2).stderr
 
 
 def write_npz_header(path, shape):
@@ -197,95 +155,6 @@ def test_too_many_bad_steps_in_a_row_end_the_run(poisoned, tmp_path):
     assert "the last, step 4: experts [0, 1, 2, 3, 4, 5], timesteps" in said
     assert "gradient norm nan" in said
     assert all(find_corruption(path) is None for path in checkpoints(tmp_path / "nan/checkpoints"))
-
-
-# Checkpoints
-
-
-def test_every_cut_and_flipped_byte_is_noticed(tmp_path):
-    state = {"config": {}, "model": {"w": torch.randn(5000)}, "ema": {"w": torch.randn(5000)}}
-    save_checkpoint(tmp_path / "whole.pt", state)
-    assert find_corruption(tmp_path / "whole.pt") is None
-    data = (tmp_path / "whole.pt").read_bytes()
-    for tenth in range(10):
-        (tmp_path / "cut.pt").write_bytes(data[: len(data) * tenth // 10])
-        assert find_corruption(tmp_path / "cut.pt"), f"cut at {tenth}0%"
-    generator = np.random.default_rng(0)
-    for position in generator.integers(len(data), size=60):
-        flipped = bytearray(data)
-        flipped[position] ^= 0xFF
-        (tmp_path / "flipped.pt").write_bytes(flipped)
-        if find_corruption(tmp_path / "flipped.pt") is None:  # then it lay in the padding, which nobody reads
-            back = torch.load(tmp_path / "flipped.pt", weights_only=True)
-            assert torch.equal(back["model"]["w"], state["model"]["w"])
-            assert torch.equal(back["ema"]["w"], state["ema"]["w"])
-
-
-def test_resume_takes_the_newest_that_is_whole_and_says_which_it_passed_over(features, tmp_path):
-    flags = [*training_flags(features, tmp_path, "run"), "--max-steps", 6, "--ckpt-every", 2]
-    run("train_fast.py", *flags)
-    whole = (tmp_path / "run/checkpoints/0000006.pt").read_bytes()
-    (tmp_path / "run/checkpoints/0000006.pt").write_bytes(whole[:3000])
-    four = bytearray((tmp_path / "run/checkpoints/0000004.pt").read_bytes())
-    four[len(four) // 2] ^= 0xFF
-    (tmp_path / "run/checkpoints/0000004.pt").write_bytes(four)
-    said = run("train_fast.py", *flags, "--resume", "auto").stderr
-    assert "SKIPPED" in said
-    assert said.index("0000006.pt") < said.index("0000004.pt") < said.index("resumed from")
-    assert "0000002.pt" in said[said.index("resumed from") :]
-    back, first = torch.load(tmp_path / "run/checkpoints/0000006.pt", weights_only=True), tmp_path / "first.pt"
-    first.write_bytes(whole)
-    for key, value in torch.load(first, weights_only=True)["model"].items():
-        assert torch.equal(back["model"][key], value)
-
-
-def test_which_checkpoints_are_kept(features, tmp_path):
-    flags = [
-        *training_flags(features, tmp_path, "run"),
-        "--max-steps",
-        9,
-        "--ckpt-every",
-        1,
-        "--keep",
-        2,
-        "--keep-every",
-        4,
-    ]
-    run("train_fast.py", *flags)
-    assert [int(path.stem) for path in checkpoints(tmp_path / "run/checkpoints")] == [9, 8, 4]
-    assert (
-        "--keep-every goes with"
-        in run("train_fast.py", *flags[:-4], "--keep-every", 4, "--prefix", "no", expect=2).stderr
-    )
-
-
-def test_a_checkpoint_just_written_is_never_the_one_deleted(features, tmp_path):
-    flags = [*training_flags(features, tmp_path, "run"), "--max-steps", 6, "--ckpt-every", 2]
-    run("train_fast.py", *flags)
-    folder = tmp_path / "run/checkpoints"
-    (folder / "0000006.pt").write_bytes(b"damaged")
-    run("train_fast.py", *flags, "--keep", 1, "--resume", folder / "0000002.pt")
-    assert [path.name for path in checkpoints(folder)] == ["0000006.pt"]
-    assert find_corruption(folder / "0000006.pt") is None
-    (folder / "0000006.pt").write_bytes(b"damaged")
-    (folder / "0000004.pt").write_bytes(b"damaged")
-    assert "none of the checkpoints" in run("train_fast.py", *flags, "--resume", "auto", expect=2).stderr
-    assert (
-        "is not a whole checkpoint" in run("train_fast.py", *flags, "--resume", folder / "0000004.pt", expect=2).stderr
-    )
-
-
-def test_saving_copies_the_state_before_it_returns(tmp_path):
-    weight = torch.zeros(1000)
-
-    class Silent:
-        info = error = staticmethod(print)
-
-    writer = CheckpointWriter(tmp_path, Silent)
-    writer.save(1, {"model": {"w": weight}})
-    weight += 1
-    writer.wait()
-    assert not torch.load(tmp_path / "0000001.pt", weights_only=True)["model"]["w"].any()
 
 
 # Properties

@@ -210,32 +210,6 @@ def test_grids_side_by_side(sampled, tmp_path):
     assert np.array_equal(picture[20:half], picture[half + 18 : 2 * half - 2])
 
 
-def test_conversion_to_the_original_format_and_back(ckpt, tmp_path):
-    run("convert.py", ckpt, tmp_path / "original.pt", "--to", "original")
-    state = torch.load(tmp_path / "original.pt", weights_only=True)
-    assert state["ema"]["coefficients.weight"].shape == (6, 2)
-    assert state["ema"]["blocks.0.attn.qkv.weight"].shape == (2, 144, 48)
-    for ema in (True, False):
-        ours, back = load_model(ckpt, ema=ema)[0], load_model(tmp_path / "original.pt", ema=ema)[0]
-        for key, value in ours.state_dict().items():
-            assert torch.equal(value, back.state_dict()[key])
-    run("convert.py", ckpt, tmp_path / "expert.pt", "--to", "dit", "--expert", 4)
-    expert, _ = load_model(tmp_path / "expert.pt")
-    assert torch.equal(expert.blocks[1].mlp.fc1.weight, load_model(ckpt)[0].expert(4).blocks[1].mlp.fc1.weight)
-    assert "exists" in run("convert.py", ckpt, tmp_path / "expert.pt", "--to", "original", expect=2).stderr
-    assert "0 to 5" in run("convert.py", ckpt, tmp_path / "no.pt", "--to", "dit", "--expert", 6, expect=2).stderr
-
-
-def test_an_original_checkpoint_is_a_warm_start(ckpt, features, tmp_path):
-    run("convert.py", ckpt, tmp_path / "original.pt", "--to", "original")
-    flags = [*training_flags(features, tmp_path, "warm"), "--load-weight", tmp_path / "original.pt"]
-    run("train_fast.py", *flags, "--max-steps", 1, "--lr", 1e-9, "--coeff-lr", 0)
-    before, after = load_model(ckpt)[0], load_model(tmp_path / "warm/checkpoints/0000001.pt")[0]
-    for key, value in before.state_dict().items():
-        torch.testing.assert_close(after.state_dict()[key], value, rtol=1e-5, atol=1e-6)
-    assert "asks for 3" in run("train_fast.py", *flags, "--n-basis", 3, "--prefix", "no", expect=2).stderr
-
-
 def test_latent_models_from_images_to_images(vae, tmp_path):
     tree = make_images(tmp_path / "images", size=16)
     run(

@@ -201,7 +201,7 @@ def test_nothing_is_overwritten_or_mixed(trained, features, tmp_path):
     cut = tmp_path / "trained/checkpoints/0000009.pt"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "trained").rglob("*")} == before
     cut.write_bytes((trained / "checkpoints/0000004.pt").read_bytes()[:5000])
-    assert "not a whole checkpoint" in run("train_fast.py", *again, "--resume", cut, expect=2).stderr
+    assert "not a complete checkpoint" in run("train_fast.py", *again, "--resume", cut, expect=2).stderr
 
 
 def test_help():

@@ -1,0 +1,67 @@
+"""convert.py, run as a user runs it. The format's own tests are in test_interop_*.py."""
+
+import pytest
+import torch
+from conftest import run, training_flags
+
+from checkpoint import load_model
+
+
+def test_to_the_original_format_and_back(ckpt, tmp_path):
+    run("convert.py", ckpt, tmp_path / "original.pt", "--to", "original")
+    state = torch.load(tmp_path / "original.pt", weights_only=True)
+    assert state["ema"]["coefficients.weight"].shape == (6, 2)
+    assert state["ema"]["blocks.0.attn.qkv.weight"].shape == (2, 144, 48)
+    for ema in (True, False):
+        ours, back = load_model(ckpt, ema=ema)[0], load_model(tmp_path / "original.pt", ema=ema)[0]
+        for key, value in ours.state_dict().items():
+            assert torch.equal(value, back.state_dict()[key])
+
+
+def test_an_original_file_starts_training(ckpt, features, tmp_path):
+    run("convert.py", ckpt, tmp_path / "original.pt", "--to", "original")
+    flags = [*training_flags(features, tmp_path, "warm"), "--load-weight", tmp_path / "original.pt"]
+    run("train_fast.py", *flags, "--max-steps", 1, "--lr", 1e-9, "--coeff-lr", 0)
+    before, after = load_model(ckpt)[0], load_model(tmp_path / "warm/checkpoints/0000001.pt")[0]
+    for key, value in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+    assert "asks for 3" in run("train_fast.py", *flags, "--n-basis", 3, "--prefix", "no", expect=2).stderr
+
+
+def test_an_expert_becomes_a_dit(ckpt, tmp_path):
+    run("convert.py", ckpt, tmp_path / "expert.pt", "--to", "dit", "--expert", 4)
+    expert, _ = load_model(tmp_path / "expert.pt")
+    assert torch.equal(expert.blocks[1].mlp.fc1.weight, load_model(ckpt)[0].expert(4).blocks[1].mlp.fc1.weight)
+
+
+def test_to_safetensors_and_back(trained, tmp_path):
+    ckpt = trained / "checkpoints/0000004.pt"
+    run("convert.py", ckpt, tmp_path / "a.safetensors", "--to", "safetensors")
+    (ours, config), (back, config_back) = load_model(ckpt), load_model(tmp_path / "a.safetensors")
+    assert config == config_back
+    assert all(torch.equal(value, back.state_dict()[key]) for key, value in ours.state_dict().items())
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:999])
+    stderr = run("sample_ddp.py", "--ckpt", tmp_path / "cut.safetensors", expect=2).stderr
+    assert "not a complete .safetensors file" in stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--to=dit",), "choose one with --expert"),
+        (("--to=dit", "--expert=6"), "0 to 5"),
+        (("--to=safetensors", "--vae=ema"), "--vae is stored in a pipeline"),
+        (("--to=diffusers", "--expert=2", "--vae=ema"), "the folder of one DiT"),
+        (("--to=diffusers", "--expert=9"), "0 to 5"),
+        (("--to=diffusers", "--vae=/no/such/vae"), "cannot load the VAE"),
+    ],
+)
+def test_wrong_flags(ckpt, tmp_path, flags, message):
+    done = run("convert.py", ckpt, tmp_path / "out", *flags, expect=2)
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_files_are_not_replaced(ckpt, tmp_path):
+    (tmp_path / "out.pt").touch()
+    assert "exists" in run("convert.py", ckpt, tmp_path / "out.pt", "--to", "original", expect=2).stderr
