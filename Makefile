@@ -1,13 +1,22 @@
-# `make demo` and `make test` are all there is to it: each sets up .venv first, from requirements.lock.
+# Each target first creates .venv with the versions of requirements.lock.
+#
+#   make demo        the whole pipeline on handwritten digits, on a CPU
+#   make test        lint, then the tests without the markers slow and faults
+#   make test-all    make test, then the tests with these markers
+#   make format      format the code and fix what ruff can fix
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test lint format
+.PHONY: demo test test-all lint format
 demo: .venv/installed
 	$(BIN)/python demo.py $(DEMO_FLAGS)
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST) -m "not slow and not faults"
+
+test-all: test
+	$(PYTEST) -m "slow or faults"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

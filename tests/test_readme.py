@@ -1,31 +1,109 @@
-"""The README's commands are understood as they stand, up to the data that is not here."""
+"""Documentation: the scripts understand every command, no command occurs twice, and links to files resolve."""
 
 import re
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
+from PIL import Image
 
-SCRIPT = re.compile(r"(?:^|\| `)(?:torchrun|python) (?:[^`\n]* )?(\w+\.py)( [^`\n]*)?(?:`|$)", re.MULTILINE)
-PUBLISHED = [  # the commands of the original repository's README
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md"]
+MARKDOWN = sorted([*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md"), *ROOT.glob("tests/*/*.md")])
+# The commands of the original repository's README.
+PUBLISHED = [
     "extract_features.py --model DiT-XL/2 --data-path data/imagenet/train --features-path data/imagenet_encoded",
-    "train_fast.py --model RemixDiT-S/2 --load-weight pretrained/DiT_S_2_2M.pt --data-path data/imagenet_encoded --epochs 20 "
-    "--prefix RemixDiT-S-4-20-100K --ckpt-every 50000 --n-basis 4 --n-experts 20",
+    "train_fast.py --model RemixDiT-S/2 --load-weight pretrained/DiT_S_2_2M.pt --data-path data/imagenet_encoded "
+    "--epochs 20 --prefix RemixDiT-S-4-20-100K --ckpt-every 50000 --n-basis 4 --n-experts 20",
+    "train_fast.py --model RemixDiT-S/2 --load-weight pretrained/DiT_S_2_2M.pt --data-path data/imagenet_encoded "
+    "--epochs 20 --prefix RemixDiT-S-4-8-100K --ckpt-every 50000 --n-basis 4 --n-experts 20",
     "sample_ddp.py --model RemixDiT-S/2 --ckpt outputs/RemixDiT-S-4-20-100K/checkpoints/0100000.pt",
     "evaluator.py data/VIRTUAL_imagenet256_labeled.npz PATH_TO_YOUR.npz",
 ]
-COMMANDS = [
-    f"{script}{flags}" for script, flags in SCRIPT.findall((ROOT / "README.md").read_text()) if "..." not in flags
-]
+BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`((?:\w+=\S+ )*(?:torchrun|python|sbatch|recipes/run\.sh|scripts/\S+) [^`\n]+)`")
+# What stands before the script: the environment, and the launcher with its options.
+LAUNCHER = re.compile(
+    r"(?:\w+=\S+ )*(?:python |torchrun (?:--\S+ )+|scripts/torchrun\.sh |sbatch (?:--\S+ )*scripts/(?=train\.sbatch))"
+)
+SHELL = re.compile(r"for \w+ in .*; do|done")
 
 
-def test_the_readme_has_commands():
-    assert len(COMMANDS) >= 20
+def commands_of(text: str) -> list[str]:
+    """The commands in the code blocks and in the inline code of a page, without comments."""
+    lines = [line for block in BLOCK.findall(text) for line in block.splitlines()]
+    lines = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
+    return [line for line in lines if line and not SHELL.fullmatch(line)] + INLINE.findall(BLOCK.sub("", text))
 
 
-@pytest.mark.parametrize("command", [*PUBLISHED, *COMMANDS], ids=lambda command: command.split(".py")[0])
-def test_commands_are_understood(command, monkeypatch, tmp_path):
+COMMANDS = [command for page in DOCS for command in commands_of(page.read_text())]
+SCRIPT_COMMANDS = [LAUNCHER.sub("", command, count=1) for command in COMMANDS if LAUNCHER.match(command)]
+OTHER_COMMANDS = [command for command in COMMANDS if not LAUNCHER.match(command)]
+
+
+def arguments_of(command: str) -> list[str]:
+    """The words of a command after the shell has expanded its variables and arithmetic."""
+    printed = subprocess.run(
+        ["bash", "-c", f"i=0 NODE0=localhost; printf '%s\\n' {command}"], capture_output=True, text=True, check=True
+    )
+    return printed.stdout.splitlines()
+
+
+def test_the_pages_have_commands():
+    assert len(SCRIPT_COMMANDS) >= 20
+    assert len(OTHER_COMMANDS) >= 3
+
+
+@pytest.mark.parametrize("command", [*PUBLISHED, *SCRIPT_COMMANDS], ids=lambda command: command.split()[0])
+def test_the_scripts_understand_the_command(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    script, *flags = shlex.split(command)
-    said = run(script, *flags, expect=2).stderr
-    assert "no such f" in said, "all that is missing is a file or a folder"
+    script, *flags = arguments_of(command)
+    script = "train_fast.py" if script == "train.sbatch" else script
+    if "--dry-run" in flags:
+        run(script, *flags)
+    else:
+        assert "no such f" in run(script, *flags, expect=2).stderr.lower(), "only a file or a folder is missing"
+
+
+@pytest.mark.parametrize("command", OTHER_COMMANDS)
+def test_other_commands_exist(command):
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        (target,) = arguments
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif program == "pip":
+        assert arguments[:2] == ["install", "-r"]
+        assert (ROOT / arguments[2]).is_file()
+    else:
+        assert program == "recipes/run.sh", "a command that this test knows"
+        size, name = arguments
+        assert f"\n| {size} | {name} |" in (ROOT / "recipes" / "README.md").read_text()
+
+
+def test_no_command_occurs_twice():
+    assert sorted(set(COMMANDS)) == sorted(COMMANDS)
+
+
+def test_the_committed_script_draws_the_figure_of_the_method(tmp_path):
+    run("scripts/draw_method.py", tmp_path / "method.png")
+    with Image.open(tmp_path / "method.png") as drawn, Image.open(ROOT / "assets" / "method.png") as committed:
+        assert drawn.size == committed.size
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_to_files_resolve(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors_of(target), link
+
+
+def anchors_of(page: Path) -> list[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]

@@ -1,4 +1,4 @@
-"""Every recipe's commands are understood by the scripts, its models can be built, and the hours that it expects are --dry-run's."""
+"""recipes/run.sh: the scripts accept every command, and the dry run confirms the hours of the table."""
 
 import os
 import re
@@ -16,13 +16,18 @@ from diffusion import create_diffusion
 from remix import RemixDiT_models
 from training.plan import activation_bytes
 
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.sh") if path.name != "common.sh")
+RECIPE = ROOT / "recipes" / "run.sh"
+SIZES = ("S", "B", "L")
+RUNS = ("pretraining", "continued", "4-8", "4-20", "independent")
+ROW = re.compile(r"^\| ([SBL]) \| (\S+) \| [^|]+ \| [\d.-]+ \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
+HOURS = {(size, run): float(hours) for size, run, hours, _ in ROW.findall(RECIPE.with_name("README.md").read_text())}
 
 
-def dry_run(recipe: Path, path: str = f"{Path(sys.executable).parent}:{os.environ['PATH']}") -> str:
-    """What a recipe's dry run says, where `path` is the PATH: by default this very python comes first."""
-    command = ["bash", recipe, "--dry-run"]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path}, check=True).stdout
+def recipe(*arguments: str, path: str = f"{Path(sys.executable).parent}:{os.environ['PATH']}", expect: int = 0):
+    """Run recipes/run.sh with `path` as the PATH; by default this Python comes first."""
+    done = subprocess.run(["bash", RECIPE, *arguments], capture_output=True, text=True, env=os.environ | {"PATH": path})
+    assert done.returncode == expect, done.stderr
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -33,49 +38,71 @@ def no_python(tmp_path_factory) -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
-def test_there_is_a_recipe_for_every_published_run():
-    kinds = ("pretraining", "4-8", "4-20", "continued", "independent")
-    assert {path.stem for path in RECIPES} == {f"{size}-{kind}" for size in "SBL" for kind in kinds}
+def test_the_table_has_a_row_for_every_published_run():
+    assert list(HOURS) == [(size, run) for size in SIZES for run in RUNS]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_commands_are_understood_and_the_hours_are_right(recipe, no_python, monkeypatch, tmp_path):
-    commands = re.findall(r"^\$ (?:torchrun|python) (?:--\S+ )*(\w+\.py) (.*)$", dry_run(recipe, no_python), re.M)
+@pytest.mark.parametrize(("size", "name"), HOURS)
+def test_the_scripts_accept_every_command_and_the_dry_run_confirms_the_hours(
+    size, name, no_python, monkeypatch, tmp_path
+):
+    printed = recipe(size, name, "--dry-run", path=no_python).stdout
+    commands = re.findall(r"^\$ (?:torchrun|python) (?:--\S+ )*(\w+\.py) (.*)$", printed, re.MULTILINE)
     order = ["extract_features.py", "train_fast.py", "sample_ddp.py", "evaluator.py"]
     assert list(dict.fromkeys(script for script, _ in commands)) == order
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    hours, costs = 0.0, {}
+    hours, reports = 0.0, {}
     for script, flags in commands:
         flags = shlex.split(flags)
         if script != "train_fast.py":
-            assert "no such f" in run(script, *flags, expect=2).stderr, "all that is missing is a file or a folder"
+            assert "no such f" in run(script, *flags, expect=2).stderr, "only a file or a folder is missing"
             continue
-        model = " ".join(flags).partition(" --prefix")[0]  # independent experts differ in what follows
-        if model not in costs:
-            costs[model] = run(script, *flags, "--dry-run").stdout
+        # The commands of independent experts differ only behind --prefix, so they share a report.
+        model = " ".join(flags).partition(" --prefix")[0]
+        if model not in reports:
+            reports[model] = run(script, *flags, "--dry-run").stdout
             assert re.search(
-                r"memory a GPU: [\d.]+ GiB: [\d.]+ weights, .* AdamW's moments, [\d.]+ activ", costs[model]
+                r"memory \w+ GPU: [\d.]+ GiB: [\d.]+ weights, .* AdamW's moments, [\d.]+ activ", reports[model]
             )
         else:
-            assert "no such f" in run(script, *flags, expect=2).stderr
-        hours += float(re.search(r"time: ([\d.]+) hours", costs[model])[1])
-    expected = float(re.search(r"about ([\d.]+) hours of training", recipe.read_text())[1])
-    assert hours == pytest.approx(expected, rel=0.03, abs=0.06)
+            assert "no such f" in run(script, *flags, expect=2).stderr, "only a file or a folder is missing"
+        hours += float(re.search(r"time: ([\d.]+) hours", reports[model])[1])
+    assert hours == pytest.approx(HOURS[size, name], rel=0.03, abs=0.06)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_as_users_run_it():
-    said = dry_run(ROOT / "recipes" / "S-4-20.sh")
-    assert said.count("\n$ ") == 3
-    assert "RemixDiT-S/2: 96.79 M parameters" in said
-    assert "100,091 steps of batch 256 on 8 GPUs, bf16, 16 experts a batch" in said
+    printed = recipe("S", "4-20", "--dry-run").stdout
+    assert printed.count("\n$ ") == 3
+    assert "RemixDiT-S/2: 96.79 M parameters" in printed
+    assert re.search(r"100,091 steps of batch 256 on 8 GPUs, bf16, 16 experts \w+ batch", printed)
 
 
-def test_a_wrong_flag_of_a_recipe():
-    done = subprocess.run(["bash", ROOT / "recipes" / "S-4-20.sh", "--quick"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "usage" in done.stderr
+def test_without_dry_run_the_commands_are_executed_in_order(tmp_path):
+    """Stubs of the three commands write down how they were called."""
+    for name in ("torchrun", "python", "install"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/called\n')
+        (tmp_path / name).chmod(0o755)
+    printed = recipe("S", "pretraining", path=f"{tmp_path}:{os.environ['PATH']}").stdout
+    assert (tmp_path / "called").read_text() == printed.replace("$ ", "")
+    assert printed.count("$ ") == 5
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("S",), ("XL", "4-20"), ("S", "4-9"), ("S", "4-20", "8"), ("S", "4-20", "--quick")]
+)
+def test_wrong_arguments_give_one_line(arguments):
+    done = recipe(*arguments, expect=2)
+    assert re.fullmatch(r"recipes/run\.sh: .*--help.*\n", done.stderr)
+    assert not done.stdout
+
+
+def test_help_names_every_size_and_run():
+    printed = recipe("--help").stdout
+    assert "recipes/run.sh SIZE RUN [--dry-run]" in printed
+    assert "S, B or L" in printed
+    assert all(f"\n  {run} " in printed for run in RUNS)
 
 
 def test_a_dry_run_with_features_that_exist(features, tmp_path, monkeypatch):

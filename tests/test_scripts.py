@@ -13,7 +13,7 @@ from conftest import ROOT, run, training_flags
 from test_faults import wait_for, workers
 from test_train import assert_same_weights, losses
 
-SCRIPTS = sorted([*(ROOT / "scripts").iterdir(), *(ROOT / "recipes").iterdir(), ROOT / "benchmarks" / "gpu.sh"])
+SCRIPTS = sorted([*ROOT.glob("*/*.sh"), *ROOT.glob("scripts/*.sbatch"), ROOT / ".ci" / "run"])
 SRUN = """#!/usr/bin/env bash
 tasks=()
 for _ in $(seq "$SLURM_JOB_NUM_NODES"); do "$@" & tasks+=($!); done
