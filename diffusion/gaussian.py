@@ -1,21 +1,79 @@
-"""The Gaussian diffusion process: DDPM (arXiv 2006.11239), Improved DDPM (2102.09672), DDIM (2010.02502)."""
+"""Gaussian diffusion processes: training losses, and sampling with DDPM and DDIM.
+
+Equation numbers refer to DDPM (arXiv 2006.11239), Improved DDPM (arXiv 2102.09672) and DDIM (arXiv 2010.02502).
+"""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .schedules import beta_schedule, respace, space_timesteps
+
+VARIANCES = ("learned_range", "fixed_large", "fixed_small")
+LOSSES = ("mse", "rescaled_mse", "kl")
+
+
+def create_diffusion(
+    timestep_respacing: str | list[int] | None = "",
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    sigma_small: bool = False,
+    predict_xstart: bool = False,
+    learn_sigma: bool = True,
+    rescale_learned_sigmas: bool = False,
+    diffusion_steps: int = 1000,
+) -> "GaussianDiffusion":
+    """Build a diffusion process. The arguments have the names and meanings of facebookresearch/DiT.
+
+    Args:
+        timestep_respacing: timesteps to keep. "" keeps all of them, "250" that many evenly spaced ones, "ddim50" every
+            20th of 1000, and "10,15,20" that many in each of equally long sections. See `space_timesteps`.
+        noise_schedule: "linear" or "squaredcos_cap_v2". See `beta_schedule`.
+        use_kl: train with the variational bound alone.
+        sigma_small: with a fixed variance, use the variance of the posterior instead of beta_t.
+        predict_xstart: the model predicts x_0 instead of the noise.
+        learn_sigma: the model predicts the variance too.
+        rescale_learned_sigmas: multiply the variational bound by the number of kept timesteps divided by 1000.
+        diffusion_steps: number of timesteps T of the original process.
+
+    Returns:
+        The process, respaced.
+
+    Raises:
+        ValueError: if the schedule is unknown or the respacing is invalid.
+    """
+    betas = beta_schedule(noise_schedule, diffusion_steps)
+    timesteps = space_timesteps(diffusion_steps, timestep_respacing or [diffusion_steps])
+    return GaussianDiffusion(
+        respace(betas, timesteps),
+        timestep_map=timesteps,
+        predict_xstart=predict_xstart,
+        variance="learned_range" if learn_sigma else "fixed_small" if sigma_small else "fixed_large",
+        loss="kl" if use_kl else "rescaled_mse" if rescale_learned_sigmas else "mse",
+    )
+
 
 class GaussianDiffusion:
-    """Forward process, losses and samplers for one sequence of betas.
+    """A diffusion process of S steps: forward process, training losses and samplers.
 
-    betas: float64 [S], the variance of each step. timestep_map: [S], the original timestep that the model is told at
-    each step. predict_xstart: the model predicts x_0 instead of the noise. variance: "learned_range" (Improved DDPM,
-    eq. 15; the model then has 2C output channels), "fixed_large" (beta_t) or "fixed_small" (the posterior's).
-    loss: "mse", "rescaled_mse" (its bound weighted by S / 1000), or "kl" (the bound alone, times S).
-    Indices t in the methods are steps of this process, 0 (least noise) to S - 1.
+    The steps t of the methods are indices of this process, from 0 (least noise) to S - 1. The model is called with the
+    timesteps of the original process, as model(x, timesteps, **model_kwargs).
+
+    Args:
+        betas: variance of each step, float64 [S].
+        timestep_map: timestep of the original process for each step [S]. By default, the steps themselves.
+        predict_xstart: the model predicts x_0 instead of the noise.
+        variance: "learned_range" (the model has 2C output channels, Improved DDPM, eq. 15), "fixed_large" (beta_t) or
+            "fixed_small" (the variance of the posterior).
+        loss: "mse", "rescaled_mse" (the variational bound is multiplied by S / 1000) or "kl" (the variational bound
+            alone, multiplied by S).
+
+    Raises:
+        ValueError: if an argument is not one of the values above.
     """
 
     def __init__(
@@ -29,18 +87,18 @@ class GaussianDiffusion:
     ):
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError("betas must be one row of numbers in (0, 1]")
-        if variance not in ("learned_range", "fixed_large", "fixed_small"):
-            raise ValueError(f"unknown variance {variance!r}")
-        if loss not in ("mse", "rescaled_mse", "kl"):
-            raise ValueError(f"unknown loss {loss!r}")
+            raise ValueError("betas must be a one-dimensional array of numbers above 0 and at most 1")
+        if variance not in VARIANCES:
+            raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, but it is {variance!r}")
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, but it is {loss!r}")
         self.num_timesteps = len(betas)
         self.timestep_map = list(range(len(betas))) if timestep_map is None else list(timestep_map)
         self.predict_xstart = predict_xstart
         self.variance = variance
         self.loss = loss
 
-        # Schedule, DDPM eq. 4.
+        # Forward process (DDPM, eq. 4).
         self.betas = betas
         self.alphas_cumprod = np.cumprod(1.0 - betas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
@@ -51,7 +109,8 @@ class GaussianDiffusion:
         self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
 
-        # Posterior q(x_{t-1} | x_t, x_0), DDPM eq. 6-7. Its variance is 0 at t = 0, so the logarithm there is t = 1's.
+        # Posterior q(x_{t-1} | x_t, x_0) (DDPM, eq. 6-7). The variance at t = 0 is 0. Its logarithm is replaced by that
+        # of t = 1.
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
         floor = self.posterior_variance[1] if len(betas) > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(floor, self.posterior_variance[1:]))
@@ -63,59 +122,74 @@ class GaussianDiffusion:
         self._log_betas = np.log(betas)
         self._fixed_large_variance = np.append(floor, betas[1:])
         self._fixed_large_log_variance = np.log(self._fixed_large_variance)
-        self._tables = {}
+        self._tensors = {}
 
-    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """Row `name` of the schedule at steps t [B], float32, shaped to broadcast over `like`."""
-        return self._table(name, t.device)[t].view(-1, *[1] * (like.ndim - 1))
+    def _extract(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """Return the array `name` at the steps t [B], float32, shaped to broadcast with `like` [B, ...]."""
+        return self._array_on(name, t.device)[t].view(-1, *[1] * (like.ndim - 1))
 
-    def _table(self, name: str, device: torch.device) -> Tensor:
-        if (name, device) not in self._tables:  # copied to each device once: a copy a step would make the host wait
-            row = torch.as_tensor(getattr(self, name))
-            self._tables[name, device] = row.to(device, torch.long if name == "timestep_map" else torch.float32)
-        return self._tables[name, device]
+    def _array_on(self, name: str, device: torch.device) -> Tensor:
+        """Return the array `name` [S] as a tensor on a device."""
+        # Each array is copied to a device once, because the host waits for every copy.
+        if (name, device) not in self._tensors:
+            array = torch.as_tensor(getattr(self, name))
+            self._tensors[name, device] = array.to(device, torch.long if name == "timestep_map" else torch.float32)
+        return self._tensors[name, device]
 
-    def _predict(self, model, x: Tensor, t: Tensor, model_kwargs: dict | None) -> Tensor:
-        out = model(x, self._table("timestep_map", t.device)[t], **(model_kwargs or {})).to(x.dtype)
+    def _call_model(self, model, x: Tensor, t: Tensor, model_kwargs: dict | None) -> Tensor:
+        """Call the model for x [B, C, ...] at steps t [B] and check the number of its output channels."""
+        timesteps = self._array_on("timestep_map", t.device)[t]  # [B]
+        out = model(x, timesteps, **(model_kwargs or {})).to(x.dtype)  # [B, C or 2C, ...]
         channels = x.shape[1] * (2 if self.variance == "learned_range" else 1)
         if out.shape[1] != channels:
             raise ValueError(
-                f"with {self.variance} variance the model must give {channels} channels, it gives {out.shape[1]}"
+                f"with variance {self.variance!r} the model must return {channels} channels, "
+                f"but it returned {out.shape[1]}"
             )
         return out
 
-    # Forward process
-
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Diffuse x_start [B, ...] to step t [B] (DDPM, eq. 4)."""
+        """Draw x_t from q(x_t | x_0) (DDPM, eq. 4).
+
+        Args:
+            x_start: x_0 [B, ...].
+            t: steps [B].
+            noise: standard normal noise, same shape as x_start. Drawn by default.
+
+        Returns:
+            x_t, same shape as x_start.
+        """
         noise = torch.randn_like(x_start) if noise is None else noise
         return (
-            self._at("sqrt_alphas_cumprod", t, x_start) * x_start
-            + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
+            self._extract("sqrt_alphas_cumprod", t, x_start) * x_start
+            + self._extract("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
         )
 
     def q_posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7)."""
-        return self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
-
-    # Reverse process
+        """Return the mean of q(x_{t-1} | x_t, x_0) for x_start and x_t [B, ...], t [B] (DDPM, eq. 7)."""
+        return (
+            self._extract("posterior_mean_coef1", t, x_t) * x_start
+            + self._extract("posterior_mean_coef2", t, x_t) * x_t
+        )
 
     def _interpret(self, out: Tensor, x: Tensor, t: Tensor, clip_denoised: bool) -> dict[str, Tensor]:
-        """The Gaussian p(x_{t-1} | x_t) that a model output stands for."""
+        """Convert the model output at x [B, C, ...] and t [B] to p(x_{t-1} | x_t). See `p_mean_variance`."""
         if self.variance == "learned_range":
-            out, fraction = out.chunk(2, dim=1)
-            low, high = self._at("posterior_log_variance_clipped", t, x), self._at("_log_betas", t, x)
+            out, fraction = out.chunk(2, dim=1)  # [B, C, ...] each
+            low = self._extract("posterior_log_variance_clipped", t, x)
+            high = self._extract("_log_betas", t, x)
             fraction = (fraction + 1) / 2
             log_variance = fraction * high + (1 - fraction) * low
             variance = log_variance.exp()
         elif self.variance == "fixed_large":
-            variance = self._at("_fixed_large_variance", t, x).expand_as(x)
-            log_variance = self._at("_fixed_large_log_variance", t, x).expand_as(x)
+            variance = self._extract("_fixed_large_variance", t, x).expand_as(x)
+            log_variance = self._extract("_fixed_large_log_variance", t, x).expand_as(x)
         else:
-            variance = self._at("posterior_variance", t, x).expand_as(x)
-            log_variance = self._at("posterior_log_variance_clipped", t, x).expand_as(x)
+            variance = self._extract("posterior_variance", t, x).expand_as(x)
+            log_variance = self._extract("posterior_log_variance_clipped", t, x).expand_as(x)
         if not self.predict_xstart:
-            out = self._at("sqrt_recip_alphas_cumprod", t, x) * x - self._at("sqrt_recipm1_alphas_cumprod", t, x) * out
+            scale = self._extract("sqrt_recip_alphas_cumprod", t, x)
+            out = scale * x - self._extract("sqrt_recipm1_alphas_cumprod", t, x) * out
         x_start = out.clamp(-1, 1) if clip_denoised else out
         mean = self.q_posterior_mean(x_start, x, t)
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": x_start}
@@ -123,11 +197,22 @@ class GaussianDiffusion:
     def p_mean_variance(
         self, model, x: Tensor, t: Tensor, clip_denoised: bool = True, model_kwargs: dict | None = None
     ) -> dict[str, Tensor]:
-        """The model's Gaussian p(x_{t-1} | x_t) at steps t [B]: mean, variance, log_variance, pred_xstart, each like x.
+        """Compute the model's Gaussian p(x_{t-1} | x_t).
 
-        model(x, original timesteps, **model_kwargs); clip_denoised keeps the predicted x_0 within [-1, 1].
+        Args:
+            model: called as model(x, timesteps of the original process, **model_kwargs).
+            x: x_t [B, C, ...].
+            t: steps [B].
+            clip_denoised: clip the predicted x_0 to [-1, 1].
+            model_kwargs: keyword arguments of the model.
+
+        Returns:
+            "mean", "variance", "log_variance" and "pred_xstart" (the predicted x_0), each of the shape of x.
+
+        Raises:
+            ValueError: if the model returns the wrong number of channels.
         """
-        return self._interpret(self._predict(model, x, t, model_kwargs), x, t, clip_denoised)
+        return self._interpret(self._call_model(model, x, t, model_kwargs), x, t, clip_denoised)
 
     def p_sample(
         self,
@@ -138,11 +223,19 @@ class GaussianDiffusion:
         model_kwargs: dict | None = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """One ancestral step x_t -> x_{t-1} (DDPM, algorithm 2): sample and pred_xstart, each like x. t = 0 adds no noise."""
+        """Draw x_{t-1} from p(x_{t-1} | x_t) (DDPM, algorithm 2). No noise is added at t = 0.
+
+        Args:
+            model, x, t, clip_denoised, model_kwargs: see `p_mean_variance`.
+            noise: standard normal noise, same shape as x. Drawn by default.
+
+        Returns:
+            "sample" and "pred_xstart", each of the shape of x.
+        """
         out = self.p_mean_variance(model, x, t, clip_denoised, model_kwargs)
         noise = torch.randn_like(x) if noise is None else noise
-        moving = (t != 0).view(-1, *[1] * (x.ndim - 1))
-        sample = out["mean"] + moving * (0.5 * out["log_variance"]).exp() * noise
+        not_last = (t != 0).view(-1, *[1] * (x.ndim - 1))  # [B, 1, ...]
+        sample = out["mean"] + not_last * (0.5 * out["log_variance"]).exp() * noise
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample(
@@ -155,27 +248,35 @@ class GaussianDiffusion:
         model_kwargs: dict | None = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """One DDIM step (eq. 12; eta scales sigma, eq. 16): sample and pred_xstart, each like x."""
+        """Take one step of DDIM from x_t to x_{t-1} (DDIM, eq. 12).
+
+        Args:
+            model, x, t, clip_denoised, model_kwargs: see `p_mean_variance`.
+            eta: scale of the added noise (DDIM, eq. 16), 0 for none.
+            noise: standard normal noise, same shape as x. Drawn by default.
+
+        Returns:
+            "sample" and "pred_xstart", each of the shape of x.
+        """
         x_start = self.p_mean_variance(model, x, t, clip_denoised, model_kwargs)["pred_xstart"]
-        epsilon = (self._at("sqrt_recip_alphas_cumprod", t, x) * x - x_start) / self._at(
-            "sqrt_recipm1_alphas_cumprod", t, x
-        )
-        now, before = self._at("alphas_cumprod", t, x), self._at("alphas_cumprod_prev", t, x)
-        sigma = eta * ((1 - before) / (1 - now) * (1 - now / before)).sqrt()
-        sample = before.sqrt() * x_start + (1 - before - sigma**2).sqrt() * epsilon
+        scaled_noise = self._extract("sqrt_recip_alphas_cumprod", t, x) * x - x_start
+        epsilon = scaled_noise / self._extract("sqrt_recipm1_alphas_cumprod", t, x)
+        alpha_bar = self._extract("alphas_cumprod", t, x)
+        alpha_bar_prev = self._extract("alphas_cumprod_prev", t, x)
+        sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
+        sample = alpha_bar_prev.sqrt() * x_start + (1 - alpha_bar_prev - sigma**2).sqrt() * epsilon
         if eta:
             sample = sample + sigma * (torch.randn_like(x) if noise is None else noise)
         return {"sample": sample, "pred_xstart": x_start}
 
     @torch.no_grad()
-    def _loop(self, step, shape, noise, device, progress: bool, step_noise, draws: bool) -> Tensor:
+    def _sample_loop(self, step: Callable, shape, noise: Tensor | None, device, progress: bool, step_noise) -> Tensor:
+        """Apply step(x, t, noise) -> x for every t from S - 1 to 0, starting from `noise`."""
         x = torch.randn(*shape, device=device) if noise is None else noise
-        steps = tqdm(range(self.num_timesteps), desc="sampling", leave=False, disable=not progress)
-        for i in steps:
-            t = torch.full((shape[0],), self.num_timesteps - 1 - i, device=x.device, dtype=torch.long)
+        for i in tqdm(range(self.num_timesteps), desc="sampling", leave=False, disable=not progress):
+            t = torch.full((shape[0],), self.num_timesteps - 1 - i, device=x.device, dtype=torch.long)  # [B]
             last = i == self.num_timesteps - 1
-            draw = step_noise(i) if step_noise is not None and draws and not last else None
-            x = step(x, t, noise=draw)["sample"]
+            x = step(x, t, None if step_noise is None or last else step_noise(i))
         return x
 
     def p_sample_loop(
@@ -189,14 +290,25 @@ class GaussianDiffusion:
         progress: bool = False,
         step_noise=None,
     ) -> Tensor:
-        """Draw a sample of `shape` by DDPM's ancestral steps, starting from `noise`.
+        """Draw samples with DDPM.
 
-        step_noise(i) gives the noise of the i-th step taken (i = 0 first), of `shape`; by default it is drawn on the spot.
+        Args:
+            model, clip_denoised, model_kwargs: see `p_mean_variance`.
+            shape: shape [B, C, ...] of the samples.
+            noise: standard normal noise of `shape` to start from. Drawn by default.
+            device: device of the drawn noise.
+            progress: show a progress bar.
+            step_noise: step_noise(i) returns the noise, of `shape`, for the i-th step, which is i = 0 at t = S - 1. It
+                is not called for the last step, which adds no noise. Drawn by default.
+
+        Returns:
+            Samples of `shape`.
         """
-        return self._loop(
-            lambda x, t, noise: self.p_sample(model, x, t, clip_denoised, model_kwargs, noise),
-            shape, noise, device, progress, step_noise, draws=True,
-        )  # fmt: skip
+
+        def step(x: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
+            return self.p_sample(model, x, t, clip_denoised, model_kwargs, noise)["sample"]
+
+        return self._sample_loop(step, shape, noise, device, progress, step_noise)
 
     def ddim_sample_loop(
         self,
@@ -210,21 +322,21 @@ class GaussianDiffusion:
         step_noise=None,
         eta: float = 0.0,
     ) -> Tensor:
-        """Draw a sample of `shape` by DDIM steps; the arguments are `p_sample_loop`'s, and eta as in `ddim_sample`."""
-        return self._loop(
-            lambda x, t, noise: self.ddim_sample(model, x, t, clip_denoised, eta, model_kwargs, noise),
-            shape, noise, device, progress, step_noise, draws=eta > 0,
-        )  # fmt: skip
+        """Draw samples with DDIM. See `p_sample_loop` for the arguments and `ddim_sample` for eta."""
 
-    # Losses
+        def step(x: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
+            return self.ddim_sample(model, x, t, clip_denoised, eta, model_kwargs, noise)["sample"]
+
+        return self._sample_loop(step, shape, noise, device, progress, step_noise if eta > 0 else None)
 
     def _bound(self, out: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """One term of the variational bound in bits per dimension, [B]: L_{t-1}, or L_0 where t = 0 (DDPM, eq. 5)."""
+        """Return the term L_{t-1} (L_0 at t = 0) of the variational bound in bits per dimension [B] (DDPM, eq. 5)."""
         model = self._interpret(out, x_t, t, clip_denoised=False)
         true_mean = self.q_posterior_mean(x_start, x_t, t)
-        true_log_variance = self._at("posterior_log_variance_clipped", t, x_t)
+        true_log_variance = self._extract("posterior_log_variance_clipped", t, x_t)
+        # The order of the terms is that of the published code. They nearly cancel, so another order rounds differently.
         kl = 0.5 * (
-            -1  # the order of the terms is the published code's: they nearly cancel, and float32 remembers the order
+            -1
             + model["log_variance"]
             - true_log_variance
             + (true_log_variance - model["log_variance"]).exp()
@@ -236,21 +348,32 @@ class GaussianDiffusion:
     def training_losses(
         self, model, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None, noise: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The training loss of each sample, and its parts.
+        """Compute the training loss of each sample and its parts.
 
-        x_start [B, C, H, W], t [B], noise like x_start (drawn if not given). Returns `loss` [B] and, as they apply, `mse`
-        [B] (DDPM, eq. 14) and `vb` [B], the bound in bits per dimension that trains the learned variance, its mean
-        prediction held fixed (Improved DDPM, section 3.1).
+        Args:
+            model: called as model(x, timesteps of the original process, **model_kwargs).
+            x_start: images or latents [B, C, H, W].
+            t: steps [B].
+            model_kwargs: keyword arguments of the model.
+            noise: standard normal noise, same shape as x_start. Drawn by default.
+
+        Returns:
+            "loss" [B]. If the loss is not "kl", also "mse" [B], the mean squared error of the prediction (DDPM, eq.
+            14), and with a learned variance "vb" [B], the variational bound in bits per dimension. The bound trains
+            only the variance, because no gradient flows through its mean (Improved DDPM, section 3.1).
+
+        Raises:
+            ValueError: if the model returns the wrong number of channels.
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
-        out = self._predict(model, x_t, t, model_kwargs)
+        out = self._call_model(model, x_t, t, model_kwargs)
         if self.loss == "kl":
             return {"loss": self._bound(out, x_start, x_t, t) * self.num_timesteps}
         losses = {}
-        prediction = out
+        prediction = out  # [B, C or 2C, H, W]
         if self.variance == "learned_range":
-            prediction, fraction = out.chunk(2, dim=1)
+            prediction, fraction = out.chunk(2, dim=1)  # [B, C, H, W] each
             losses["vb"] = self._bound(torch.cat([prediction.detach(), fraction], dim=1), x_start, x_t, t)
             if self.loss == "rescaled_mse":
                 losses["vb"] = losses["vb"] * (self.num_timesteps / 1000)
@@ -261,9 +384,17 @@ class GaussianDiffusion:
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
-    """Log-probability in nats, like x, of 8-bit values x (scaled to [-1, 1]) under a Gaussian cut into 256 bins.
+    """Return the log-probability of 8-bit pixel values under a Gaussian that is divided into 256 bins (DDPM, eq. 13).
 
-    DDPM, eq. 13, with the normal distribution function by its tanh approximation, as published.
+    The cumulative distribution function is the tanh approximation of the published code.
+
+    Args:
+        x: pixel values, scaled to [-1, 1].
+        means: means of the Gaussian, same shape as x.
+        log_scales: logarithms of the standard deviations, same shape as x.
+
+    Returns:
+        Log-probabilities in nats, same shape as x.
     """
 
     def cdf(z: Tensor) -> Tensor:

@@ -1,29 +1,43 @@
-"""The samplers by name: DDPM and DDIM from diffusion/, and diffusers' solvers of the probability-flow ODE."""
+"""Samplers by name: DDPM, DDIM, and solvers of the probability-flow ODE from the diffusers library."""
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion import GaussianDiffusion, create_diffusion
+from .gaussian import GaussianDiffusion, create_diffusion
 
-SOLVERS = {  # name: diffusers' class, and how it is set up
-    "dpmpp": ("DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++", solver_order=2)),  # arXiv 2211.01095
-    "unipc": ("UniPCMultistepScheduler", dict(solver_order=2)),  # arXiv 2302.04867
-    "euler": ("EulerDiscreteScheduler", {}),  # arXiv 2206.00364, algorithm 2 without churn
+# Name of each solver: its class in diffusers, and the arguments of the class.
+SOLVERS = {
+    # DPM-Solver++ (2M), arXiv 2211.01095
+    "dpmpp": ("DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++", solver_order=2)),
+    # UniPC, arXiv 2302.04867
+    "unipc": ("UniPCMultistepScheduler", dict(solver_order=2)),
+    # Euler, arXiv 2206.00364, algorithm 2 without added noise
+    "euler": ("EulerDiscreteScheduler", {}),
 }
 SAMPLERS = ("ddpm", "ddim", *SOLVERS)
-QUICK = ("dpmpp", "20")  # sampler and steps for a quick look: studies/README.md, "Samplers"
+
+# Sampler and number of steps for previews. studies/README.md, "Samplers", compares the samplers.
+QUICK = ("dpmpp", "20")
 
 
 def make_sampler(name: str, steps: str, **options) -> tuple[Callable[..., Tensor], list[int]]:
-    """A sampling loop, with `GaussianDiffusion.p_sample_loop`'s arguments, and the timesteps that it asks the model for.
+    """Build a sampler.
 
-    steps: for "ddpm" and "ddim" what `create_diffusion` takes; for a solver a whole number. options: the process,
-    `create_diffusion`'s other arguments. Raises ValueError for steps that cannot be.
+    Args:
+        name: one of `SAMPLERS`.
+        steps: for "ddpm" and "ddim" the `timestep_respacing` of `create_diffusion`, for a solver the number of steps.
+        **options: the other arguments of `create_diffusion`.
+
+    Returns:
+        A function with the arguments of `GaussianDiffusion.p_sample_loop`, and the timesteps for which it calls the
+        model, in this order.
+
+    Raises:
+        ValueError: if the steps or options are invalid.
     """
     if name not in SOLVERS:
         diffusion = create_diffusion(steps, **options)
@@ -31,23 +45,34 @@ def make_sampler(name: str, steps: str, **options) -> tuple[Callable[..., Tensor
         return loop, [int(t) for t in reversed(diffusion.timestep_map)]
     diffusion = create_diffusion(**options)
     if not steps.isdecimal() or not 1 <= int(steps) < diffusion.num_timesteps:
-        raise ValueError(f"{name} takes a whole number of steps, 1 to {diffusion.num_timesteps - 1}")
-    timesteps = make_scheduler(name, diffusion.betas, int(steps)).timesteps
-    return partial(solve, name, diffusion, int(steps)), [int(t) for t in timesteps]
+        limit = diffusion.num_timesteps - 1
+        raise ValueError(f"{name} takes a whole number of steps from 1 to {limit}, but got {steps!r}")
+    solver = ODESolver(name, diffusion, int(steps))
+    return solver.sample_loop, solver.timesteps
 
 
 def make_scheduler(name: str, betas: np.ndarray, steps: int):
-    """diffusers' scheduler for a solver, which takes predictions of x_0, ready for its first step.
+    """Build the diffusers scheduler of a solver, ready for its first step.
 
-    Its timesteps are whole numbers from the process's last down to about T / steps, evenly spaced, and the last step leads
-    to x_0: the model is asked for no timestep that it was not trained on, and each has one expert.
+    Its timesteps are integers, evenly spaced from T - 1 to about T / steps, and its last step leads to x_0. The model
+    is therefore called only for timesteps that it was trained on, each of which belongs to one expert.
+
+    Args:
+        name: one of `SOLVERS`.
+        betas: variances of the process, float64 [T].
+        steps: number of steps, from 1 to T - 1.
+
+    Returns:
+        A scheduler that takes predictions of x_0.
     """
-    import diffusers  # seconds to import, and the other samplers never need it
+    # Importing diffusers takes seconds, and the other samplers do not need it.
+    import diffusers
 
-    kind, settings = SOLVERS[name]
+    class_name, settings = SOLVERS[name]
     process = dict(num_train_timesteps=len(betas), trained_betas=betas.tolist(), timestep_spacing="linspace")
-    scheduler = getattr(diffusers, kind)(**process, **settings, prediction_type="sample")
-    if name == "euler":  # whose own would be fractions
+    scheduler = getattr(diffusers, class_name)(**process, **settings, prediction_type="sample")
+    if name == "euler":
+        # The timesteps that this scheduler chooses itself are not integers.
         scheduler.set_timesteps(timesteps=np.linspace(0, len(betas) - 1, steps + 1).round()[:0:-1].tolist())
     else:
         scheduler.set_timesteps(steps)
@@ -55,30 +80,48 @@ def make_scheduler(name: str, betas: np.ndarray, steps: int):
     return scheduler
 
 
-@torch.no_grad()
-def solve(
-    name: str,
-    diffusion: GaussianDiffusion,
-    n_steps: int,
-    model,
-    shape,
-    noise: Tensor | None = None,
-    clip_denoised: bool = True,
-    model_kwargs: dict | None = None,
-    device=None,
-    progress: bool = False,
-    step_noise=None,
-) -> Tensor:
-    """Solve the probability-flow ODE of an unspaced `diffusion` in `n_steps`, starting from `noise`.
+class ODESolver:
+    """A solver of the probability-flow ODE of a diffusion process.
 
-    The arguments after n_steps are `p_sample_loop`'s. Solvers draw nothing on their way: step_noise is not called, and
-    a learned variance is not used.
+    Args:
+        name: one of `SOLVERS`.
+        diffusion: the process, not respaced.
+        steps: number of steps, from 1 to T - 1.
     """
-    scheduler = make_scheduler(name, diffusion.betas, n_steps)
-    x = (torch.randn(*shape, device=device) if noise is None else noise) * scheduler.init_noise_sigma
-    for timestep in tqdm(scheduler.timesteps, desc="sampling", leave=False, disable=not progress):
-        t = torch.full((shape[0],), int(timestep), device=x.device, dtype=torch.long)
-        seen = scheduler.scale_model_input(x, timestep)  # Euler's x grows with the noise, the model's has unit variance
-        x_start = diffusion.p_mean_variance(model, seen, t, clip_denoised, model_kwargs)["pred_xstart"]
-        x = scheduler.step(x_start, timestep, x).prev_sample
-    return x
+
+    def __init__(self, name: str, diffusion: GaussianDiffusion, steps: int):
+        self.name = name
+        self.diffusion = diffusion
+        self.steps = steps
+        self.timesteps = [int(t) for t in self._scheduler().timesteps]
+
+    def _scheduler(self):
+        """Build a scheduler for one sampling run: a scheduler keeps the state of the run."""
+        return make_scheduler(self.name, self.diffusion.betas, self.steps)
+
+    @torch.no_grad()
+    def sample_loop(
+        self,
+        model,
+        shape,
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        model_kwargs: dict | None = None,
+        device=None,
+        progress: bool = False,
+        step_noise=None,
+    ) -> Tensor:
+        """Draw samples of `shape` by solving the ODE.
+
+        The arguments are those of `GaussianDiffusion.p_sample_loop`. The solvers are deterministic, so `step_noise` is
+        not called, and a learned variance is not used.
+        """
+        scheduler = self._scheduler()
+        x = (torch.randn(*shape, device=device) if noise is None else noise) * scheduler.init_noise_sigma
+        for timestep in tqdm(scheduler.timesteps, desc="sampling", leave=False, disable=not progress):
+            t = torch.full((shape[0],), int(timestep), device=x.device, dtype=torch.long)  # [B]
+            # Euler's x grows with the noise level. The input of the model is scaled to unit variance.
+            model_input = scheduler.scale_model_input(x, timestep)
+            out = self.diffusion.p_mean_variance(model, model_input, t, clip_denoised, model_kwargs)
+            x = scheduler.step(out["pred_xstart"], timestep, x).prev_sample
+        return x
