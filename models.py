@@ -1,6 +1,7 @@
-"""The diffusion transformer (DiT, Peebles & Xie, arXiv 2212.09748), with timm's parts inside.
+"""The diffusion transformer (DiT, Peebles & Xie, arXiv 2212.09748) and classifier-free guidance.
 
-Parameter names and shapes are facebookresearch/DiT's, so its checkpoints load unchanged.
+Parameter names and shapes are those of facebookresearch/DiT, so its checkpoints load unchanged. Patch embedding,
+attention and MLP come from timm. Shapes in comments: B samples, L tokens, D hidden size, C channels, P patch size.
 """
 
 import math
@@ -14,12 +15,17 @@ from torch import Tensor, nn
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x [B, L, D] scaled and shifted by one vector a sample, shift and scale [B, D] (adaLN)."""
+    """Scale and shift the tokens x [B, L, D] by one vector per sample, shift and scale [B, D] (adaLN)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps [B] -> [B, D]: sinusoids of 256 frequencies (DDPM, section B), then a two-layer MLP."""
+    """Embed timesteps: sinusoids (DDPM, arXiv 2006.11239, appendix B) followed by a two-layer MLP.
+
+    Args:
+        hidden_size: size D of the embedding.
+        frequencies: number of sinusoids, half of them cosines.
+    """
 
     def __init__(self, hidden_size: int, frequencies: int = 256):
         super().__init__()
@@ -27,15 +33,22 @@ class TimestepEmbedder(nn.Module):
         self.frequencies = frequencies
 
     def forward(self, t: Tensor) -> Tensor:
+        """Embed the timesteps t [B] -> [B, D]."""
         half = self.frequencies // 2
         frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angles = t[:, None].float() * frequencies[None]
-        embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(embedding.to(self.mlp[0].weight.dtype))
+        angles = t[:, None].float() * frequencies[None]  # [B, frequencies / 2]
+        embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, frequencies]
+        return self.mlp(embedding.to(self.mlp[0].weight.dtype))  # [B, D]
 
 
 class LabelEmbedder(nn.Module):
-    """Labels [B] -> [B, D]. With label dropout the table has one more row: the null class, numbered `num_classes`."""
+    """Embed class labels, some of which are replaced by the null class during training (label dropout).
+
+    Args:
+        num_classes: number of classes. The null class has this index.
+        hidden_size: size D of the embedding.
+        dropout_prob: probability of replacing a label. With 0 there is no null class.
+    """
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
         super().__init__()
@@ -44,6 +57,7 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
 
     def forward(self, y: Tensor, label_drop: Tensor | None = None) -> Tensor:
+        """Embed the labels y [B] -> [B, D]. See `DiT.forward` for `label_drop` [B]."""
         if label_drop is None and self.training and self.dropout_prob > 0:
             label_drop = torch.rand(y.shape, device=y.device) < self.dropout_prob
         if label_drop is not None:
@@ -52,17 +66,24 @@ class LabelEmbedder(nn.Module):
 
 
 class TanhGELU(nn.Module):
-    """GELU by its tanh approximation (arXiv 1606.08415): with z = sqrt(2 / pi) (x + 0.044715 x^3), x (1 + tanh z) / 2."""
+    """The tanh approximation of GELU (arXiv 1606.08415): x (1 + tanh z) / 2, z = sqrt(2 / pi) (x + 0.044715 x^3)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             return F.gelu(x, approximate="tanh")
-        y = x.float()  # (1 + tanh z) / 2 = sigmoid(2 z), which compiles to a fraction of a tanh's instructions
+        # (1 + tanh z) / 2 = sigmoid(2 z), which compiles to far fewer instructions than tanh.
+        y = x.float()
         return (y * torch.sigmoid(math.sqrt(8 / math.pi) * y * (1 + 0.044715 * y * y))).to(x.dtype)
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero conditioning: tokens x [B, L, D], condition c [B, D] -> [B, L, D]."""
+    """Transformer block with adaLN-Zero conditioning.
+
+    Args:
+        hidden_size: size D of the tokens.
+        num_heads: number of attention heads.
+        mlp_ratio: hidden size of the MLP divided by D.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -73,13 +94,21 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        """Transform the tokens x [B, L, D] under the condition c [B, D] -> [B, L, D]."""
+        modulation = self.adaLN_modulation(c)  # [B, 6D]
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # [B, D] each
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))  # [B, L, D]
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # [B, L, D]
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, L, D] -> patches [B, L, patch * patch * channels]."""
+    """Map tokens to the pixels of their patches.
+
+    Args:
+        hidden_size: size D of the tokens.
+        patch_size: side P of a patch.
+        out_channels: number of output channels.
+    """
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -88,16 +117,29 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        """Map the tokens x [B, L, D] under the condition c [B, D] -> patches [B, L, P * P * out_channels]."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # [B, D] each
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 class DiT(nn.Module):
     """A class-conditional diffusion transformer.
 
-    Sizes are in latent pixels: `input_size` is the side of the (square) input, which `patch_size` must divide.
-    `learn_sigma` doubles the output channels: the noise, then the variance's interpolation value (Improved DDPM, eq. 15).
-    Raises ValueError for sizes that do not fit together.
+    Args:
+        input_size: height and width of the input, in pixels of the image or latent.
+        patch_size: side P of a patch. It must divide `input_size`.
+        in_channels: number of input channels C.
+        hidden_size: size D of the tokens. It must be divisible by 4 and by `num_heads`.
+        depth: number of blocks.
+        num_heads: number of attention heads.
+        mlp_ratio: hidden size of the MLPs divided by D.
+        class_dropout_prob: probability of replacing a label by the null class in training mode.
+        num_classes: number of classes. The null class has this index.
+        learn_sigma: predict the variance too (Improved DDPM, arXiv 2102.09672, eq. 15). The output then has 2C
+            channels: the noise, then the interpolation value of the variance.
+
+    Raises:
+        ValueError: if the sizes are not divisible as described.
     """
 
     def __init__(
@@ -115,9 +157,11 @@ class DiT(nn.Module):
     ):
         super().__init__()
         if input_size % patch_size:
-            raise ValueError(f"patch size {patch_size} does not divide the input size {input_size}")
+            raise ValueError(f"patch_size must divide input_size, but they are {patch_size} and {input_size}")
         if hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(f"hidden size {hidden_size} must be divisible by 4 and by the {num_heads} heads")
+            raise ValueError(
+                f"hidden_size must be divisible by 4 and by num_heads={num_heads}, but it is {hidden_size}"
+            )
         self.config = dict(
             input_size=input_size,
             patch_size=patch_size,
@@ -139,18 +183,23 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         positions = sincos_positions(hidden_size, input_size // patch_size)
-        self.pos_embed = nn.Parameter(positions.unsqueeze(0), requires_grad=False)  # a parameter in DiT's files
+        # A parameter rather than a buffer, as in the published checkpoints.
+        self.pos_embed = nn.Parameter(positions.unsqueeze(0), requires_grad=False)  # [1, L, D]
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Draw the published initialisation: Xavier for linears, 0.02 for embeddings, zero for modulation and output."""
+        """Draw the published initialization.
+
+        Linear layers are Xavier uniform, embeddings normal with std 0.02, modulation and output layers zero.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # the patch convolution is a linear layer too
+        # The patch convolution is initialized as the linear layer that it is equal to.
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)
@@ -162,54 +211,74 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Patches [B, L, patch * patch * channels] -> images [B, channels, H, W]."""
-        side, patch = math.isqrt(x.shape[1]), self.patch_size
-        x = x.view(x.shape[0], side, side, patch, patch, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, side * patch, side * patch)
+        """Arrange the patches x [B, L, P * P * out_channels] as images [B, out_channels, H, W]."""
+        batch, side, patch = len(x), math.isqrt(x.shape[1]), self.patch_size
+        x = x.view(batch, side, side, patch, patch, self.out_channels)  # [B, H/P, W/P, P, P, out_channels]
+        x = x.permute(0, 5, 1, 3, 2, 4)  # [B, out_channels, H/P, P, W/P, P]
+        return x.reshape(batch, self.out_channels, side * patch, side * patch)  # [B, out_channels, H, W]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, label_drop: Tensor | None = None) -> Tensor:
-        """Predict the noise (and the variance) in x.
+        """Predict the noise, and with `learn_sigma` the variance.
 
-        x [B, C, H, W] noisy images or latents, t [B] original timesteps, y [B] class labels (`num_classes` is the null
-        class); drop [B] bool says which labels become the null class: by default drawn at `class_dropout_prob` in
-        training mode, none otherwise. Returns [B, C or 2C, H, W].
+        Args:
+            x: noisy images or latents [B, C, H, W].
+            t: timesteps [B] of the original process.
+            y: class labels [B].
+            label_drop: bool [B], the labels to replace by the null class. By default, they are drawn in training mode
+                and there are none in eval mode.
+
+        Returns:
+            Output [B, C or 2C, H, W].
         """
-        x = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y, label_drop)
+        x = self.x_embedder(x) + self.pos_embed  # [B, L, D] with L = H * W / P^2
+        c = self.t_embedder(t) + self.y_embedder(y, label_drop)  # [B, D]
         for block in self.blocks:
-            x = block(x, c)
-        return self.unpatchify(self.final_layer(x, c))
+            x = block(x, c)  # [B, L, D]
+        x = self.final_layer(x, c)  # [B, L, P * P * out_channels]
+        return self.unpatchify(x)  # [B, out_channels, H, W]
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
-        """See `guide`."""
+        """See `classifier_free_guidance`."""
         return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
 
 
 def classifier_free_guidance(
     model: nn.Module, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3
 ) -> Tensor:
-    """Classifier-free guidance as DiT applies it (Ho & Salimans, arXiv 2207.12598, eq. 6).
+    """Run a model with classifier-free guidance as DiT applies it (Ho & Salimans, arXiv 2207.12598, eq. 6).
 
-    The batch is two halves: y's first half holds the labels, its second half the null class; x's second half is ignored
-    in favour of its first. Only the first `guided_channels` channels of the noise are guided (DiT's published choice
-    is three of the four latent channels); the rest of the output is left as each half predicted it.
+    Args:
+        model: called as model(x, t, y).
+        x: noisy images or latents [2B, C, H, W]. The second half is ignored and the first half used twice.
+        t: timesteps [2B] of the original process.
+        y: class labels [2B]. The first half holds the classes, the second half the null class.
+        cfg_scale: guidance scale. 1 means no guidance.
+        guided_channels: number of leading noise channels that are guided. DiT guides three of the four latent channels.
+
+    Returns:
+        Output [2B, C or 2C, H, W]. The guided channels are the same in both halves, the others are the model's.
     """
-    x = x[: len(x) // 2]
-    out = model(torch.cat([x, x]), t, y)
+    x = x[: len(x) // 2]  # [B, C, H, W]
+    out = model(torch.cat([x, x]), t, y)  # [2B, C or 2C, H, W]
     guided = min(guided_channels, x.shape[1])
     noise, rest = out[:, :guided], out[:, guided:]
-    conditional, unconditional = noise.chunk(2)
+    conditional, unconditional = noise.chunk(2)  # [B, guided, H, W] each
     noise = unconditional + cfg_scale * (conditional - unconditional)
     return torch.cat([torch.cat([noise, noise]), rest], dim=1)
 
 
 def sincos_positions(dim: int, side: int) -> Tensor:
-    """Fixed 2D sine-cosine position embedding [side * side, dim]: half of the channels for x, half for y."""
+    """Return the fixed 2D sine-cosine position embedding [side * side, dim].
+
+    Args:
+        dim: number of channels. It must be divisible by 4. The first half encodes x, the second half y.
+        side: number of positions along x and along y.
+    """
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
-    line = torch.cat([angles.sin(), angles.cos()], dim=1)
-    along_x = line.repeat(side, 1)
-    along_y = line.repeat_interleave(side, dim=0)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, dim / 2]
+    along_x = line.repeat(side, 1)  # [side * side, dim / 2]
+    along_y = line.repeat_interleave(side, dim=0)  # [side * side, dim / 2]
     return torch.cat([along_x, along_y], dim=1).float()
 
 
@@ -218,7 +287,7 @@ SIZES = {
     "L": dict(depth=24, hidden_size=1024, num_heads=16),
     "B": dict(depth=12, hidden_size=768, num_heads=12),
     "S": dict(depth=12, hidden_size=384, num_heads=6),
-    "T": dict(depth=3, hidden_size=48, num_heads=3),  # tiny: trains on a laptop
+    "T": dict(depth=3, hidden_size=48, num_heads=3),  # tiny, trains on a laptop
 }
 DiT_models = {
     f"DiT-{size}/{patch}": partial(DiT, **shape, patch_size=patch)
