@@ -1,7 +1,8 @@
-"""Remix-DiT (Fang et al., NeurIPS 2024, arXiv 2412.05628): N denoising experts that are learned mixtures of K basis models.
+"""Remix-DiT: N denoising experts that are learned mixtures of K basis models (Fang et al., 2024, arXiv 2412.05628).
 
-Theta = alpha beta: expert i, which owns the timesteps t with floor(i T / N) <= t < floor((i + 1) T / N), is the average
-of the K bases weighted by row i of the coefficients alpha = softmax(pi), and has a plain DiT's shape.
+Expert i denoises the timesteps t with floor(i T / N) <= t < floor((i + 1) T / N). Its parameters are the average of the
+K bases' parameters beta, weighted by row i of the coefficients alpha: Theta = alpha beta with alpha = softmax(pi).
+Every expert has the parameters and the cost of a plain DiT.
 """
 
 import bisect
@@ -12,37 +13,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grouped_linear import batched_linear, grouped_linear
+from grouped_linear import linear_per_group, mix_weights
 from models import DiT, DiT_models, classifier_free_guidance
-
-MIXERS = ("softmax", "raw", "one-hot")
-SCOPES = ("global", "local")
-MIXED_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-MODULATION = "adaLN_modulation.1"  # a block's conditioning, which may be mixed too
 
 
 class BatchCoefficients:
-    """The coefficients of the batch in flight, shared by all mixed layers: alpha [blocks or 1, G, K], or None at rest."""
+    """The coefficients of the current batch, shared by all mixed layers."""
 
-    alpha: Tensor | None = None
+    alpha: Tensor | None = None  # [1 or depth, G, K] while RemixDiT.forward runs
 
 
 class RemixLinear(nn.Module):
-    """K linear layers, mixed into one for each of the G groups of the batch in flight.
+    """K linear layers (the bases), mixed into one linear layer for each of the G groups of the batch.
 
-    weight [K, out, in] and bias [K, out]; `shared` carries the coefficients, `row` is this layer's in them.
+    Args:
+        in_features: number of input channels.
+        out_features: number of output channels.
+        n_basis: number of bases K.
+        batch_coefficients: holds the coefficients of the current batch.
+        row: index of this layer's coefficients in `batch_coefficients.alpha`.
     """
 
-    def __init__(self, in_features: int, out_features: int, n_basis: int, shared: BatchCoefficients, row: int = 0):
+    def __init__(
+        self, in_features: int, out_features: int, n_basis: int, batch_coefficients: BatchCoefficients, row: int = 0
+    ):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.shared, self.row = shared, row
+        self.in_features = in_features
+        self.out_features = out_features
+        self.batch_coefficients = batch_coefficients
+        self.row = row
         self.weight = nn.Parameter(torch.empty(n_basis, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(n_basis, out_features))
         self.reset_parameters()
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply mixture g to the g-th of the G equal parts of the batch, x [B, ..., in] -> [B, ..., out]."""
+        alpha = self.batch_coefficients.alpha[self.row]  # [G, K]
+        weight, bias = self.mix(alpha)  # [G, out, in], [G, out]
+        return linear_per_group(x, weight, bias)  # [B, ..., out]
+
+    def mix(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix the bases, Theta_G = alpha_G beta: alpha [G, K] -> weight [G, out, in] and bias [G, out]."""
+        # Autocast would round the bases before they are averaged, and the differences between them are small.
+        with torch.autocast(alpha.device.type, enabled=False):
+            return mix_weights(alpha, self.weight), alpha @ self.bias
+
     def reset_parameters(self):
-        """Draw each basis separately, at the scale of one linear layer."""
+        """Draw each basis separately, with the initialization of a single linear layer."""
         for basis in self.weight:
             nn.init.xavier_uniform_(basis)
         nn.init.zeros_(self.bias)
@@ -53,34 +70,37 @@ class RemixLinear(nn.Module):
         self.weight.copy_(linear.weight.expand_as(self.weight))
         self.bias.copy_(linear.bias.expand_as(self.bias))
 
-    def mix(self, alpha: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Theta_G = alpha_G beta for coefficients [G, K]: weight [G, out, in] and bias [G, out], rounded to `dtype` once."""
-        with torch.autocast(alpha.device.type, enabled=False):  # it would round the K bases before it averages them
-            if torch.compiler.is_compiling():  # one pass from the bases to the result, without anything between
-                weight = (alpha[:, :, None, None] * self.weight).sum(1)
-            else:
-                weight = (alpha @ self.weight.flatten(1)).view(-1, self.out_features, self.in_features)
-            return weight.to(dtype), (alpha @ self.bias).to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, ..., in] -> [B, ..., out]; the g-th of the G equal parts of the batch meets the g-th mixture."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        weight, bias = self.mix(self.shared.alpha[self.row], dtype)
-        return (grouped_linear if device == "cpu" else batched_linear)(x.to(dtype), weight, bias)
-
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, n_basis={len(self.weight)}"
 
 
-class RemixDiT(nn.Module):
-    """A DiT whose blocks' linears are mixtures of `n_basis` bases, one mixture for each of `n_experts` experts.
+MIXERS = ("softmax", "raw", "one-hot")
+SCOPES = ("global", "local")
 
-    Every basis starts as a copy of `backbone` (which is left as it is); everything but the mixed layers is shared.
-    mixer: "softmax"; "raw" (pi itself, no constraint); "one-hot" (the prior partition, fixed). scope: "global", one pi
-    [N, K] for all blocks; "local", one a block, [depth, N, K]. pi starts at unit normal noise plus `prior_bonus` on the
-    basis that a hand-made partition would choose, floor(i K / N) for expert i. mixed_layers: names within a block.
-    Raises ValueError for numbers or names that cannot be.
+# Names within a DiT block. The adaLN modulation is shared by all experts, unless it is added to the mixed layers.
+MIXED_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+MODULATION = "adaLN_modulation.1"
+
+
+class RemixDiT(nn.Module):
+    """A DiT whose blocks contain mixed linear layers. All other layers are shared by the experts.
+
+    The logits pi start as unit normal noise plus `prior_bonus` on the basis of the one-hot prior, which is basis
+    floor(i K / N) for expert i.
+
+    Args:
+        backbone: the DiT that every basis starts as a copy of. It is not changed.
+        n_basis: number of bases K.
+        n_experts: number of experts N, at most `num_timesteps`.
+        mixer: "softmax" (alpha = softmax(pi)), "raw" (alpha = pi, without a constraint) or "one-hot" (alpha is the
+            prior and is not trained).
+        scope: "global" (one pi [N, K] for all blocks) or "local" (one per block, [depth, N, K]).
+        num_timesteps: number of timesteps T of the diffusion process.
+        mixed_layers: names, within a block, of the linear layers to mix.
+        prior_bonus: added to pi at the basis of the prior, in standard deviations of the noise.
+
+    Raises:
+        ValueError: if n_basis, n_experts, mixer or scope is out of range.
     """
 
     def __init__(
@@ -96,43 +116,51 @@ class RemixDiT(nn.Module):
     ):
         super().__init__()
         if n_basis < 1:
-            raise ValueError(f"n_basis must be at least 1, not {n_basis}")
+            raise ValueError(f"n_basis must be at least 1, but it is {n_basis}")
         if not 1 <= n_experts <= num_timesteps:
-            raise ValueError(f"n_experts must be from 1 to the {num_timesteps} timesteps, not {n_experts}")
-        if mixer not in MIXERS or scope not in SCOPES:
-            raise ValueError(f"mixer is one of {MIXERS} and scope one of {SCOPES}, not {mixer!r} and {scope!r}")
-        self.n_basis, self.n_experts, self.num_timesteps = n_basis, n_experts, num_timesteps
-        self.mixer, self.scope, self.mixed_layers = mixer, scope, tuple(mixed_layers)
+            raise ValueError(f"n_experts must be from 1 to num_timesteps={num_timesteps}, but it is {n_experts}")
+        if mixer not in MIXERS:
+            raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, but it is {mixer!r}")
+        if scope not in SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, but it is {scope!r}")
+        self.n_basis = n_basis
+        self.n_experts = n_experts
+        self.num_timesteps = num_timesteps
+        self.mixer = mixer
+        self.scope = scope
+        self.mixed_layers = tuple(mixed_layers)
         self.backbone = copy.deepcopy(backbone)
-        self.shared = BatchCoefficients()
+        self.batch_coefficients = BatchCoefficients()
         for index, block in enumerate(self.backbone.blocks):
+            row = index if scope == "local" else 0
             for name in self.mixed_layers:
                 linear = block.get_submodule(name)
-                row = index if scope == "local" else 0
-                bases = RemixLinear(linear.in_features, linear.out_features, n_basis, self.shared, row)
-                bases.copy_(linear)
-                block.set_submodule(name, bases.to(linear.weight))
+                mixed = RemixLinear(linear.in_features, linear.out_features, n_basis, self.batch_coefficients, row)
+                mixed.copy_(linear)
+                block.set_submodule(name, mixed.to(linear.weight))
 
-        self.register_buffer("prior", torch.arange(n_experts) * n_basis // n_experts, persistent=False)
-        prior = F.one_hot(self.prior, n_basis).float()
-        logits = prior.expand(len(self.backbone.blocks), -1, -1) if scope == "local" else prior
+        prior = torch.arange(n_experts) * n_basis // n_experts  # [N], the preferred basis of each expert
+        logits = F.one_hot(prior, n_basis).float()  # [N, K]
+        if scope == "local":
+            logits = logits.expand(len(self.backbone.blocks), -1, -1)  # [depth, N, K]
         if mixer != "one-hot":
             logits = torch.randn(logits.shape) + prior_bonus * logits
         if mixer == "raw":
-            logits = logits.softmax(-1)  # the experts start as averages of the bases under every mixer
+            # The experts start as averages of the bases with every mixer.
+            logits = logits.softmax(-1)
         like = self.backbone.final_layer.linear.weight
+        self.register_buffer("prior", prior.to(like.device), persistent=False)
         self.logits = nn.Parameter(logits.to(like).contiguous(), requires_grad=mixer != "one-hot")  # pi
-        self.prior = self.prior.to(like.device)
 
     @property
     def config(self) -> dict:
-        """The keyword arguments, beside the backbone, that build this model."""
-        names = ("n_basis", "n_experts", "mixer", "scope", "num_timesteps", "mixed_layers")
-        return {name: list(value) if isinstance(value := getattr(self, name), tuple) else value for name in names}
+        """The keyword arguments that build this model from its backbone."""
+        names = ("n_basis", "n_experts", "mixer", "scope", "num_timesteps")
+        return {name: getattr(self, name) for name in names} | {"mixed_layers": list(self.mixed_layers)}
 
     @property
     def backbone_config(self) -> dict:
-        """The keyword arguments of the DiT it wraps."""
+        """The keyword arguments that build its backbone, a `DiT`."""
         return dict(self.backbone.config)
 
     @property
@@ -144,143 +172,171 @@ class RemixDiT(nn.Module):
         return self.backbone.num_classes
 
     def expert_index(self, t: Tensor | int) -> Tensor | int:
-        """The expert that owns each original timestep: the last i with floor(i T / N) <= t."""
+        """Return the index of the expert that owns each timestep t: the last i with floor(i T / N) <= t."""
         return (self.n_experts * (t + 1) - 1) // self.num_timesteps
 
     def coefficients(self) -> Tensor:
-        """alpha [N, K], or [depth, N, K] when scope is local."""
+        """Return the coefficients alpha [N, K], or [depth, N, K] if the scope is local."""
         return self.logits.softmax(-1) if self.mixer == "softmax" else self.logits
 
+    def _coefficients_per_row(self) -> Tensor:
+        """Return the coefficients [1 or depth, N, K] for every scope."""
+        return self.coefficients().view(-1, self.n_experts, self.n_basis)
+
     def prior_loss(self) -> Tensor:
-        """Cross-entropy between softmax(pi) and the one-hot prior, mean over the experts, unweighted."""
-        target = self.prior.expand(self.logits.shape[:-1])
+        """Return the cross-entropy between softmax(pi) and the one-hot prior, averaged over the experts, unweighted."""
+        target = self.prior.expand(self.logits.shape[:-1])  # [N] or [depth, N]
         return F.cross_entropy(self.logits.flatten(0, -2), target.flatten())
 
     def reset_bases(self):
-        """Draw every basis of every mixed layer anew and separately, for training from scratch (modulation starts at zero)."""
-        for name, module in self._mixed():
+        """Draw every basis separately, for training from scratch. Mixed modulation layers keep their initial zeros."""
+        for name, layer in self._mixed():
             if not name.endswith(MODULATION):
-                module.reset_parameters()
+                layer.reset_parameters()
 
     def _mixed(self) -> list[tuple[str, RemixLinear]]:
-        return [(name, module) for name, module in self.backbone.named_modules() if isinstance(module, RemixLinear)]
+        """Return the mixed layers and their names within the backbone."""
+        return [(name, layer) for name, layer in self.backbone.named_modules() if isinstance(layer, RemixLinear)]
 
     @torch.no_grad()
     def distances(self) -> tuple[Tensor, Tensor]:
-        """How far apart the bases are, [K, K], and how far the experts lie from their mean, a number.
+        """Measure how different the bases are and how different the experts are. Zeros mean that they have collapsed.
 
-        Root mean squares over the mixed weights, relative to the bases' own. All zero is a collapse.
+        Returns:
+            The distances [K, K] between the bases, and the root mean square distance of the experts from their mean (a
+            scalar). Both are over the mixed weights, relative to the root mean square norm of the bases.
         """
-        apart, spread, size = 0, 0, 0
-        alpha = self.coefficients().view(-1, self.n_experts, self.n_basis)
-        alpha = alpha - alpha.mean(1, keepdim=True)
-        for _, module in self._mixed():
-            bases = module.weight.flatten(1)
-            size = size + bases.square().sum() / self.n_basis
-            bases = bases - bases.mean(0)  # the bases are alike: without their mean no digits are lost
-            gram = bases @ bases.T
-            apart = apart + gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
-            row = alpha[module.row]
-            spread = spread + ((row @ gram) * row).sum(1).mean()
-        return (apart.clamp(min=0) / size).sqrt(), (spread / size).sqrt()
+        squared_distances, squared_spread, squared_norm = 0, 0, 0
+        alpha = self._coefficients_per_row()
+        alpha = alpha - alpha.mean(1, keepdim=True)  # [1 or depth, N, K]
+        for _, layer in self._mixed():
+            bases = layer.weight.flatten(1)  # [K, out * in]
+            squared_norm = squared_norm + bases.square().sum() / self.n_basis
+            # Bases are nearly equal: their products are accurate only after subtracting the mean.
+            bases = bases - bases.mean(0)
+            gram = bases @ bases.T  # [K, K]
+            squared_distances = squared_distances + gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
+            row = alpha[layer.row]  # [N, K]
+            squared_spread = squared_spread + ((row @ gram) * row).sum(1).mean()
+        return (squared_distances.clamp(min=0) / squared_norm).sqrt(), (squared_spread / squared_norm).sqrt()
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, groups: int | None = None, label_drop: Tensor | None = None
     ) -> Tensor:
-        """Denoise every sample by its own expert; arguments and result are `DiT.forward`'s.
+        """Denoise every sample by its own expert.
 
-        groups: a promise that the batch is that many equal contiguous groups, each within one expert's timesteps. The
-        groups then run side by side, without a host sync; otherwise the experts present run one after the other.
-        Raises ValueError where `groups` does not divide the batch.
+        Args:
+            x: noisy images or latents [B, C, H, W].
+            t: timesteps [B] of the original process.
+            y: class labels [B].
+            groups: if given, the caller promises that the batch is this many equal contiguous groups, each within the
+                timesteps of one expert. They run as one batch, without a host sync. By default, the experts of the
+                batch run one after the other.
+            label_drop: see `DiT.forward`.
+
+        Returns:
+            Output [B, C or 2C, H, W] of the backbone.
+
+        Raises:
+            ValueError: if `groups` does not divide the batch size.
         """
-        experts = self.expert_index(t)
+        experts = self.expert_index(t)  # [B]
         if groups is not None:
             if groups < 1 or len(x) % groups:
-                raise ValueError(f"{groups} groups do not divide a batch of {len(x)}")
+                raise ValueError(f"groups must divide the batch size {len(x)}, but it is {groups}")
             return self._denoise(x, t, y, label_drop, experts.view(groups, -1)[:, 0])
         present, counts = experts.unique(return_counts=True)
         if len(present) == 1:
             return self._denoise(x, t, y, label_drop, present)
-        order = experts.argsort(stable=True)
-        outs = []
+        order = experts.argsort(stable=True)  # [B]
+        outputs = []
         for expert, rows in zip(present.split(1), order.split(counts.tolist()), strict=True):
-            outs.append(
-                self._denoise(x[rows], t[rows], y[rows], None if label_drop is None else label_drop[rows], expert)
-            )
-        return torch.cat(outs)[order.argsort()]
+            drop = None if label_drop is None else label_drop[rows]
+            outputs.append(self._denoise(x[rows], t[rows], y[rows], drop, expert))
+        return torch.cat(outputs)[order.argsort()]
 
     def _denoise(self, x: Tensor, t: Tensor, y: Tensor, label_drop: Tensor | None, experts: Tensor) -> Tensor:
-        """Run the backbone with the batch's equal parts under `experts` [G]."""
-        alpha = self.coefficients()
-        self.shared.alpha = alpha.view(-1, self.n_experts, self.n_basis)[:, experts]
+        """Run the backbone on G equal groups, with the experts [G]."""
+        self.batch_coefficients.alpha = self._coefficients_per_row()[:, experts]  # [1 or depth, G, K]
         try:
             return self.backbone(x, t, y, label_drop)
         finally:
-            self.shared.alpha = None
+            self.batch_coefficients.alpha = None
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
-        """See `models.guide`."""
+        """See `models.classifier_free_guidance`."""
         return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
 
     def expert(self, i: int) -> DiT:
-        """Expert i as a plain DiT of its own, in eval mode. Raises IndexError for i outside 0..N-1."""
+        """Return expert i as a plain DiT with its own parameters, in eval mode. See `fold_` for errors."""
         dit = DiT(**self.backbone.config).to(self.logits)
-        shared = {k: v for k, v in self.backbone.state_dict().items() if k in self._shared_names()}
+        mixed = {name for name, _ in self._mixed()}
+        shared = {k: v for k, v in self.backbone.state_dict().items() if k.rpartition(".")[0] not in mixed}
         dit.load_state_dict(shared, strict=False)
         self.fold_(dit, i)
         return dit.eval()
 
-    def _shared_names(self) -> set[str]:
-        mixed = {name for name, _ in self._mixed()}
-        return {name for name in self.backbone.state_dict() if name.rpartition(".")[0] not in mixed}
-
     @torch.no_grad()
     def fold_(self, dit: DiT, i: int):
-        """Write expert i's mixed weights into `dit`, in place."""
+        """Write the mixed weights of expert i into `dit`, in place.
+
+        Raises:
+            IndexError: if i is not from 0 to N - 1.
+        """
         if not 0 <= i < self.n_experts:
-            raise IndexError(f"expert {i} of {self.n_experts}")
-        alpha = self.coefficients().view(-1, self.n_experts, self.n_basis)[:, i].tolist()
+            raise IndexError(f"the expert index must be from 0 to {self.n_experts - 1}, but it is {i}")
+        alpha = self._coefficients_per_row()[:, i].tolist()
         folded, bases, rows = [], [], []
-        for name, module in self._mixed():
+        for name, layer in self._mixed():
             linear = dit.get_submodule(name)
             folded += [linear.weight, linear.bias]
-            bases += [module.weight, module.bias]
-            rows += [alpha[module.row]] * 2
-        torch._foreach_zero_(folded)  # all layers at once, and no matrix product, which on GPUs may be TF32
+            bases += [layer.weight, layer.bias]
+            rows += [alpha[layer.row]] * 2
+        # All layers are mixed at once, without a matrix product, because GPUs may compute it in TF32.
+        torch._foreach_zero_(folded)
         for k in range(self.n_basis):
             torch._foreach_add_(folded, torch._foreach_mul([basis[k] for basis in bases], [row[k] for row in rows]))
 
 
 class ExpertSwitch(nn.Module):
-    """Plain DiTs for sampling, one an interval of timesteps, with a DiT's interface.
+    """Base class of models for sampling that run one plain DiT at a time, selected by the timestep.
 
-    Every batch must lie within one expert's timesteps, as a sampler's do; ValueError otherwise. Who knows the timestep
-    without asking the device for it takes `at(timestep)` and runs that: then the host never waits.
+    It is called like a DiT, with a batch whose timesteps belong to one expert. A sampler that knows the timestep calls
+    `for_timestep` and runs the result, so that the host does not wait for the device.
     """
 
     def expert_index(self, t: int) -> int:
+        """Return the index of the expert that owns timestep t of the original process."""
         raise NotImplementedError
 
     def select(self, i: int) -> DiT:
+        """Return expert i. It is valid until the next call."""
         raise NotImplementedError
 
     def for_timestep(self, timestep: int) -> DiT:
-        """The plain DiT that serves an original timestep, until the next call."""
+        """Return the expert that owns a timestep of the original process. It is valid until the next call."""
         return self.select(self.expert_index(timestep))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Run the expert that owns the timesteps t [B]. See `DiT.forward`.
+
+        Raises:
+            ValueError: if the timesteps belong to several experts.
+        """
         first, last = map(self.expert_index, torch.stack(t.aminmax()).tolist())
         if first != last:
-            raise ValueError(f"this model runs one expert at a time, the batch needs {first} to {last}")
+            raise ValueError(
+                f"all timesteps of a batch must belong to one expert, but they belong to experts {first} to {last}"
+            )
         return self.select(first)(x, t, y)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
-        """See `models.guide`."""
+        """See `models.classifier_free_guidance`."""
         return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
 
 
 class FoldedRemixDiT(ExpertSwitch):
-    """A RemixDiT as one plain DiT, whose weights become the expert's, in place, whenever the expert changes."""
+    """A RemixDiT as one plain DiT. Its weights are overwritten whenever the expert changes."""
 
     def __init__(self, remix: RemixDiT):
         super().__init__()
@@ -299,9 +355,11 @@ class FoldedRemixDiT(ExpertSwitch):
 
 
 class IndependentExperts(ExpertSwitch):
-    """Plain DiTs trained apart, the paper's baseline: model i serves the timesteps from bounds[i] to bounds[i + 1].
+    """Plain DiTs that were trained separately, each on its own interval of timesteps (a baseline of the paper).
 
-    bounds: len(models) + 1 ascending timesteps, from 0.
+    Args:
+        models: the experts.
+        bounds: ascending timesteps [len(models) + 1], starting at 0. Model i owns bounds[i] <= t < bounds[i + 1].
     """
 
     def __init__(self, models: list[DiT], bounds: list[int]):
@@ -328,6 +386,7 @@ def _from_scratch(
     prior_bonus: float = 3.0,
     **backbone,
 ) -> RemixDiT:
+    """Build a RemixDiT with separately drawn bases on a DiT of the registry."""
     dit = DiT_models[backbone_name](**backbone)
     remix = RemixDiT(dit, n_basis, n_experts, mixer, scope, num_timesteps, mixed_layers, prior_bonus)
     remix.reset_bases()

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
-from timm.layers.attention import Attention
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -14,6 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from checkpoint import load_weights
 from diffusion import GaussianDiffusion
 from distributed import World
+from grouped_linear import choose_attention
 from models import DiT
 from remix import RemixDiT
 from training.statistics import PARTS, TrainingStats
@@ -52,11 +52,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         self.window = TrainingStats(world)
         if compile:
-            for module in model.modules() if world.device.type == "cpu" else ():
-                if isinstance(
-                    module, Attention
-                ):  # its two products and a compiled softmax beat torch's kernel for CPUs
-                    module.fused_attn = False
+            choose_attention(model, world.device)
             model.compile(dynamic=False)  # sizes do not change, and a symbol in their place is slower
         self.network = model
         if world.size > 1:
