@@ -109,8 +109,8 @@ class GaussianDiffusion:
         self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
 
-        # Posterior q(x_{t-1} | x_t, x_0) (DDPM, eq. 6-7). The variance at t = 0 is 0. Its logarithm is replaced by that
-        # of t = 1.
+        # Posterior q(x_{t-1} | x_t, x_0) (DDPM, eq. 6-7). The variance is 0 at t = 0, where the logarithm of
+        # the variance at t = 1 is used instead.
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
         floor = self.posterior_variance[1] if len(betas) > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(floor, self.posterior_variance[1:]))

@@ -137,3 +137,47 @@ def training_flags(features: Path, results: Path, prefix: str, model: str = "Rem
     ]
     remix = ["--n-basis", 2, "--n-experts", 6] if model.startswith("Remix") else []
     return [*flags, *remix, "--global-batch-size", 12, "--log-every", 1, "--lr", 1e-3, "--ema-decay", 0.9]
+
+
+# The devices that tests of kernels and of compilation run on.
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture
+def exact_products():
+    """Compute float32 products without TF32, and start with nothing compiled."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def random_remix_dit(device: str = "cpu", depth: int = 2, width: int = 32, side: int = 8):
+    """A RemixDiT with K = 4 and N = 20 in which every parameter is random, so that all of them affect the output."""
+    from models import DiT
+    from remix import RemixDiT, RemixLinear
+
+    torch.manual_seed(0)
+    dit = DiT(side, 2, 4, width, depth, 2, num_classes=10)
+    for parameter in dit.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    remix = RemixDiT(dit, n_basis=4, n_experts=20)
+    for module in remix.modules():
+        if isinstance(module, RemixLinear):
+            module.weight.data += 0.1 * torch.randn_like(module.weight)
+    return remix.to(device)
+
+
+def random_microbatch(step: int = 0, size: int = 8, groups: int = 4, device: str = "cpu", side: int = 8):
+    """One microbatch for `random_remix_dit`, as `Trainer.step` takes it: (x, t, conditions, noise)."""
+    from training.batches import sample_timesteps
+
+    generator = torch.Generator().manual_seed(1)
+    t = torch.from_numpy(sample_timesteps(0, step, size, 20, groups))
+    x, noise = torch.randn(2, size, 4, side, side, generator=generator)
+    y, label_drop = torch.arange(size) % 10, torch.zeros(size, dtype=torch.bool)
+    x, noise, t, y, label_drop = (tensor.to(device) for tensor in (x, noise, t, y, label_drop))
+    return x, t, {"y": y, "label_drop": label_drop, "groups": groups}, noise

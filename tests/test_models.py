@@ -15,40 +15,40 @@ def published():
 
 
 @torch.no_grad()
-def test_forward_is_the_published_one(published):
+def test_forward_matches_the_published_implementation(published):
     model, g, _ = published
     assert relative(model(g["x"], g["t"], g["y"]), g["out"]) < 1e-5
 
 
 @torch.no_grad()
-def test_guidance_is_the_published_one(published):
+def test_guidance_matches_the_published_implementation(published):
     model, g, _ = published
     cfg = g["cfg"]
     assert relative(model.forward_with_cfg(cfg["x"], cfg["t"], cfg["y"], cfg["scale"]), cfg["out"]) < 1e-5
-    everything = model.forward_with_cfg(cfg["x"], cfg["t"], cfg["y"], cfg["scale"], guided_channels=4)
-    assert relative(everything[:, :3], cfg["out"][:, :3]) < 1e-5
-    assert relative(everything[:, 3], cfg["out"][:, 3]) > 1e-3
+    all_channels = model.forward_with_cfg(cfg["x"], cfg["t"], cfg["y"], cfg["scale"], guided_channels=4)
+    assert relative(all_channels[:, :3], cfg["out"][:, :3]) < 1e-5
+    assert relative(all_channels[:, 3], cfg["out"][:, 3]) > 1e-3
 
 
-def test_positions_are_the_published_ones(published):
+def test_positions_match_the_published_implementation(published):
     _, g, fresh = published
     torch.testing.assert_close(fresh, g["state_dict"]["pos_embed"], rtol=0, atol=1e-6)
 
 
-def test_sizes():
+def test_numbers_of_parameters_and_registry():
     count = sum(p.numel() for p in DiT_models["DiT-S/2"]().parameters())
     assert round(count / 1e6, 2) == 32.96
     assert {f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)} < set(DiT_models)
 
 
-def test_starts_by_predicting_zero():
+def test_an_untrained_model_predicts_zero():
     model = DiT_models["DiT-T/2"](input_size=8, num_classes=5)
     out = model(torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 4]))
     assert out.shape == (2, 8, 8, 8)
     assert not out.any()
 
 
-def test_label_dropout(published):
+def test_dropped_labels_become_the_null_class(published):
     model, g, _ = published
     x, t, y = g["x"][:2], g["t"][:2], g["y"][:2]
     with torch.no_grad():
@@ -63,6 +63,6 @@ def test_label_dropout(published):
 
 
 @pytest.mark.parametrize("sizes", [{"input_size": 7}, {"num_heads": 5}])
-def test_sizes_that_do_not_fit(sizes):
+def test_invalid_sizes(sizes):
     with pytest.raises(ValueError):
         DiT_models["DiT-T/2"](**{"input_size": 8} | sizes)

@@ -1,17 +1,20 @@
 import copy
 import math
 
-import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, golden, relative
+from conftest import DEVICES, GOLDEN, golden, random_remix_dit, relative
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.profiler import profile
 
 from checkpoint import load_model
 from diffusion import create_diffusion
-from models import DiT, DiT_models
+from models import DiT, DiT_models, classifier_free_guidance
 from remix import (
     MIXED_LAYERS,
     MODULATION,
+    BatchCoefficients,
     FoldedRemixDiT,
     IndependentExperts,
     RemixDiT,
@@ -21,6 +24,9 @@ from remix import (
 from training.batches import sample_timesteps
 
 ORIGINAL = GOLDEN / "remix_original_checkpoint.pt"
+
+# Largest relative error of a layer, for each dtype.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +39,7 @@ def pretrained() -> DiT:
 
 @pytest.fixture(params=["softmax-global", "softmax-local", "raw-global", "one-hot-local"])
 def remix(request, pretrained) -> RemixDiT:
-    """Six experts of four bases that differ: neither K divides N nor N divides T."""
+    """N = 6 experts of K = 4 different bases: K does not divide N, and N does not divide T."""
     mixer, _, scope = request.param.rpartition("-")
     torch.manual_seed(0)
     model = RemixDiT(pretrained, n_basis=4, n_experts=6, mixer=mixer, scope=scope)
@@ -44,18 +50,16 @@ def remix(request, pretrained) -> RemixDiT:
     return model.eval()
 
 
-def batch(t: list[int]):
+def batch(t: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random x, the timesteps t, random labels y."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(len(t), 4, 8, 8, generator=generator)
     return x, torch.tensor(t), torch.randint(10, (len(t),), generator=generator)
 
 
-# The published implementation
-
-
 @pytest.mark.parametrize("weights", ["ema", "model"])
 @torch.no_grad()
-def test_experts_are_the_published_ones(weights):
+def test_experts_match_the_published_implementation(weights):
     g = golden("remix.pt")
     model, config = load_model(ORIGINAL, ema=weights == "ema", num_heads=4)
     assert config["model"]["remix"] == {"n_basis": g["n_basis"], "n_experts": g["n_experts"]}
@@ -70,7 +74,7 @@ def test_experts_are_the_published_ones(weights):
 
 
 @pytest.mark.parametrize("groups", [None, 1, 2])
-def test_gradients_are_the_published_ones(groups):
+def test_gradients_match_the_published_implementation(groups):
     g, inputs = golden("remix_grads.pt"), golden("remix.pt")
     model, _ = load_model(ORIGINAL, ema=False, num_heads=4)
     loss = model(inputs["x"], g["t"], inputs["y"], groups=groups).square().mean()
@@ -81,19 +85,16 @@ def test_gradients_are_the_published_ones(groups):
         assert relative(ours.grad, gradient) < 1e-4, name
 
 
-# Properties
-
-
 def test_every_basis_starts_as_the_pretrained_model(pretrained):
     model = RemixDiT(pretrained, n_basis=3, n_experts=7)
     x, t, y = batch([0, 142, 500, 999])
     with torch.no_grad():
         assert relative(model(x, t, y), pretrained(x, t, y)) < 1e-5
-    assert pretrained.blocks[0].attn.qkv.weight.shape == (192, 64), "the backbone passed in must stay as it was"
+    assert pretrained.blocks[0].attn.qkv.weight.shape == (192, 64), "the backbone that is passed in must not change"
 
 
 @torch.no_grad()
-def test_folded_equals_mixed(remix):
+def test_folded_experts_equal_mixed_experts(remix):
     folded = FoldedRemixDiT(remix)
     for i, t in [(0, 0), (0, 165), (1, 166), (3, 500), (5, 999), (2, 333)]:
         assert remix.expert_index(torch.tensor(t)) == i
@@ -101,19 +102,19 @@ def test_folded_equals_mixed(remix):
         mixed = remix(x, ts, y)
         assert relative(remix.expert(i)(x, ts, y), mixed) < 1e-5
         assert relative(folded(x, ts, y), mixed) < 1e-5
-    assert relative(remix.expert(0)(x, ts, y), mixed) > 1e-3, "the experts of this test must differ"
-    with pytest.raises(ValueError, match="one expert at a time"):
+    assert relative(remix.expert(0)(x, ts, y), mixed) > 1e-3, "the experts of this test must be different"
+    with pytest.raises(ValueError, match="must belong to one expert"):
         folded(*batch([0, 999]))
 
 
 @torch.no_grad()
-def test_mixed_batch_equals_its_samples(remix):
+def test_a_batch_of_several_experts_equals_its_samples_one_by_one(remix):
     x, t, y = batch([999, 3, 400, 401, 166, 165, 3])
     one_by_one = torch.cat([remix(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(len(t))])
     assert relative(remix(x, t, y), one_by_one) < 1e-5
 
 
-def test_groups_equal_the_general_path(remix):
+def test_groups_give_the_result_of_no_groups(remix):
     x, t, y = batch([0, 160, 999, 998, 400, 333, 166, 332])
     results = []
     for groups in (None, 4, 8):
@@ -126,7 +127,7 @@ def test_groups_equal_the_general_path(remix):
         assert relative(out, results[0][0]) < 1e-5
         for a, b in zip(gradients, results[0][1], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
-    with pytest.raises(ValueError, match="do not divide"):
+    with pytest.raises(ValueError, match="must divide the batch size"):
         remix(x, t, y, groups=3)
 
 
@@ -142,14 +143,14 @@ def test_groups_compile_to_one_graph(remix):
 
 
 @pytest.mark.parametrize("n_experts", [1, 3, 6, 7, 20, 999, 1000])
-def test_intervals_tile_the_timesteps(pretrained, n_experts):
+def test_every_timestep_belongs_to_one_expert(pretrained, n_experts):
     t = torch.arange(1000)
     owner = RemixDiT(pretrained, 1, n_experts).expert_index(t)
     for i in range(n_experts):
         assert torch.equal(t[owner == i], torch.arange(i * 1000 // n_experts, (i + 1) * 1000 // n_experts))
 
 
-def test_prior(pretrained):
+def test_logits_start_near_the_prior(pretrained):
     model = RemixDiT(pretrained, n_basis=4, n_experts=6)
     assert model.prior.tolist() == [0, 0, 1, 2, 2, 3]
     many = RemixDiT(pretrained, n_basis=4, n_experts=1000)
@@ -161,7 +162,7 @@ def test_prior(pretrained):
     assert not one_hot.logits.requires_grad
 
 
-def test_bases_from_scratch_are_drawn_separately_at_a_linear_layers_scale():
+def test_bases_from_scratch_are_drawn_separately_with_the_std_of_a_linear_layer():
     torch.manual_seed(0)
     model = RemixDiT_models["RemixDiT-T/2"](input_size=8, n_basis=3, n_experts=5)
     plain = DiT_models["DiT-T/2"](input_size=8)
@@ -172,56 +173,20 @@ def test_bases_from_scratch_are_drawn_separately_at_a_linear_layers_scale():
             assert abs(basis.std() / linear.std() - 1) < 0.05
 
 
-def test_size():
+def test_number_of_parameters():
     model = RemixDiT_models["RemixDiT-S/2"](n_basis=4, n_experts=20)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 96.79
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"n_basis": 0}, {"n_experts": 0}, {"n_experts": 1001}, {"mixer": "max"}, {"scope": "none"}]
+    "arguments", [{"n_basis": 0}, {"n_experts": 0}, {"n_experts": 1001}, {"mixer": "max"}, {"scope": "none"}]
 )
-def test_what_cannot_be(pretrained, wrong):
+def test_invalid_arguments(pretrained, arguments):
     with pytest.raises(ValueError):
-        RemixDiT(pretrained, **{"n_basis": 2, "n_experts": 4} | wrong)
+        RemixDiT(pretrained, **{"n_basis": 2, "n_experts": 4} | arguments)
 
 
-# The deal of experts and timesteps
-
-
-@pytest.mark.parametrize(("n_experts", "per_batch"), [(20, 1), (20, 8), (20, 16), (20, 20), (7, 4), (3, 6), (1, 1)])
-def test_deal_is_even(n_experts, per_batch):
-    owner = lambda t: (n_experts * (t + 1) - 1) // 1000  # noqa: E731
-    served = np.zeros(n_experts, dtype=int)
-    rounds = n_experts // math.gcd(n_experts, per_batch)
-    for step in range(3 * rounds):
-        groups = owner(sample_timesteps(0, step, 8 * per_batch, n_experts, per_batch)).reshape(per_batch, 8)
-        assert (groups == groups[:, :1]).all(), "a group must lie within one expert's timesteps"
-        assert len(set(groups[:, 0])) == min(per_batch, n_experts), "no expert is repeated while N allows"
-        np.add.at(served, groups[:, 0], 1)
-    assert (served == served[0]).all()
-
-
-def test_deal_depends_on_seed_and_step_alone():
-    assert np.array_equal(sample_timesteps(1, 5, 16, 20, 8), sample_timesteps(1, 5, 16, 20, 8))
-    assert not np.array_equal(sample_timesteps(1, 5, 16, 20, 8), sample_timesteps(2, 5, 16, 20, 8))
-    assert not np.array_equal(sample_timesteps(1, 5, 16, 20, 8), sample_timesteps(1, 6, 16, 20, 8))
-    with pytest.raises(ValueError, match="do not divide"):
-        sample_timesteps(0, 0, 10, 20, 4)
-
-
-@pytest.mark.parametrize("n_experts", [7, 20, 1000])
-@pytest.mark.parametrize("per_batch", [1, 8])
-def test_timesteps_are_uniform_in_the_long_run(n_experts, per_batch):
-    from scipy.stats import chisquare
-
-    batch = 8 * per_batch
-    rounds = 40 if n_experts == 1000 else 2000
-    steps = rounds // math.gcd(n_experts, per_batch) * n_experts // per_batch
-    drawn = [sample_timesteps(3, step, batch, n_experts, per_batch) for step in range(steps)]
-    assert chisquare(np.bincount(np.concatenate(drawn), minlength=1000)).pvalue > 1e-3
-
-
-def test_gradient_of_pi_is_dense_with_all_experts_in_a_batch(pretrained):
+def test_every_row_of_pi_has_a_gradient_only_if_all_experts_are_in_the_batch(pretrained):
     model = RemixDiT(pretrained, n_basis=4, n_experts=6)
     for module in model.modules():
         if isinstance(module, RemixLinear):
@@ -233,25 +198,20 @@ def test_gradient_of_pi_is_dense_with_all_experts_in_a_batch(pretrained):
         assert model.logits.grad.any(1).all().item() == dense
 
 
-def test_timesteps_of_an_independent_expert():
-    t = sample_timesteps(0, 0, 4000, timesteps=(125, 250))
-    assert (t.min(), t.max()) == (125, 249)
-
-
 @torch.no_grad()
-def test_independent_experts_are_dealt_over_the_timesteps(pretrained):
+def test_independent_experts_are_selected_by_timestep(pretrained):
     other = copy.deepcopy(pretrained)
     other.final_layer.linear.bias += 1
     model = IndependentExperts([pretrained, other], [0, 300, 1000])
     for t, expert in ((0, pretrained), (299, pretrained), (300, other), (999, other)):
         x, ts, y = batch([t, t])
         assert torch.equal(model(x, ts, y), expert(x, ts, y))
-    with pytest.raises(ValueError, match="one expert at a time"):
+    with pytest.raises(ValueError, match="must belong to one expert"):
         model(*batch([299, 300]))
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "one-hot"])
-def test_modulation_may_be_mixed_too(pretrained, mixer):
+def test_modulation_can_be_mixed(pretrained, mixer):
     model = RemixDiT(pretrained, 3, 6, mixer=mixer, mixed_layers=(*MIXED_LAYERS, MODULATION))
     assert model.backbone.blocks[0].adaLN_modulation[1].weight.shape == (3, 384, 64)
     x, t, y = batch([0, 160, 999, 998])
@@ -259,10 +219,10 @@ def test_modulation_may_be_mixed_too(pretrained, mixer):
         assert relative(model(x, t, y, groups=2), pretrained(x, t, y)) < 1e-5
         assert relative(model.expert(0)(x[:2], t[:2], y[:2]), pretrained(x[:2], t[:2], y[:2])) < 1e-5
     fresh = RemixDiT_models["RemixDiT-T/2"](input_size=8, mixed_layers=(*MIXED_LAYERS, MODULATION))
-    assert not fresh.backbone.blocks[0].adaLN_modulation[1].weight.any(), "adaLN-Zero"
+    assert not fresh.backbone.blocks[0].adaLN_modulation[1].weight.any(), "modulation must start at zero (adaLN-Zero)"
 
 
-def test_distances_by_the_definition(remix):
+def test_distances_match_the_definition(remix):
     bases, spread = remix.distances()
     flat = [m.weight.detach().flatten(1) for m in remix.modules() if isinstance(m, RemixLinear)]
     size = torch.cat(flat, 1).square().sum(1).mean().sqrt()
@@ -275,14 +235,14 @@ def test_distances_by_the_definition(remix):
     torch.testing.assert_close(spread, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_distances_of_a_collapse(pretrained):
+def test_distances_of_equal_bases_are_zero(pretrained):
     bases, spread = RemixDiT(pretrained, 3, 6).distances()
     assert not bases.any()
     assert spread < 1e-6
 
 
-def test_one_hot_bases_with_shared_parts_frozen_are_independent_models(pretrained):
-    """K = N, one-hot: training all experts at once equals training each DiT's mixed layers on its interval alone."""
+def test_one_hot_bases_train_like_independent_models_if_the_shared_parameters_are_frozen(pretrained):
+    """K = N, one-hot: training all experts together equals training the mixed layers of one DiT per interval."""
     n, diffusion = 4, create_diffusion()
     together = RemixDiT(pretrained, n, n, mixer="one-hot")
     apart = [copy.deepcopy(pretrained) for _ in range(n)]
@@ -309,7 +269,94 @@ def test_one_hot_bases_with_shared_parts_frozen_are_independent_models(pretraine
             optimizer.zero_grad()
     for i, model in enumerate(apart):
         assert relative(model.blocks[0].mlp.fc1.weight, pretrained.blocks[0].mlp.fc1.weight) > 1e-2, (
-            "something was learned"
+            "training must change the weights"
         )
         for name, value in together.expert(i).state_dict().items():
             assert relative(value, model.state_dict()[name]) < 1e-5 or not value.any(), name
+
+
+def sum_of_bases(layer: RemixLinear, alpha: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Sum the outputs of the bases, weighted by the coefficients [G, K] of the sample's group."""
+    weights = alpha.repeat_interleave(len(x) // len(alpha), 0)
+    outs = torch.stack([nn.functional.linear(x, w, b) for w, b in zip(layer.weight, layer.bias, strict=True)], 1)
+    return (weights[:, :, None, None] * outs).sum(1)
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_and_its_gradients_match_the_definition(device, dtype, compiled):
+    torch.manual_seed(0)
+    coefficients = BatchCoefficients()
+    layer = RemixLinear(32, 48, 4, coefficients).to(device)
+    nn.init.normal_(layer.bias)
+    alpha, x = torch.randn(2, 4, device=device).softmax(1), torch.randn(6, 5, 32, device=device)
+    results = []
+    for fast in (True, False):
+        inputs = [tensor.clone().requires_grad_() for tensor in (alpha, x)]
+        coefficients.alpha = inputs[0].unsqueeze(0)
+        layer.zero_grad()
+        if fast:
+            run = torch.compile(layer, fullgraph=True) if compiled else layer
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                out = run(inputs[1])
+        else:
+            out = sum_of_bases(layer, *inputs)
+        assert out.dtype == (dtype if fast else torch.float32)
+        out.float().square().mean().backward()
+        results.append([out.float(), *(tensor.grad for tensor in (*inputs, layer.weight, layer.bias))])
+    for fast, slow in zip(*results, strict=True):
+        assert fast.isfinite().all() and fast.norm() > 0
+        assert relative(fast, slow) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_mixing_takes_no_memory_per_basis(compiled, groups):
+    """Peak memory is the gradient of the bases plus a few mixtures, whatever K is."""
+    n_basis, width = 16, 256
+    coefficients = BatchCoefficients()
+    layer = RemixLinear(width, width, n_basis, coefficients)
+    run = torch.compile(layer, fullgraph=True) if compiled else layer
+
+    def train():
+        coefficients.alpha = torch.full((1, groups, n_basis), 1 / n_basis, requires_grad=True)
+        layer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = run(x)
+        out.float().sum().backward()
+
+    x = torch.randn(groups, 4, width)
+    train()
+    layer.zero_grad(set_to_none=True)
+    with profile(profile_memory=True) as record:
+        train()
+    used, peak = 0, 0
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        used += event.nbytes()
+        peak = max(peak, used)
+    mixture = 4 * width * width
+    assert n_basis * mixture <= peak, "the profile must include the gradient of the bases"
+    assert peak <= n_basis * mixture + 4 * groups * mixture
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["folded", "independent"])
+@torch.no_grad()
+def test_sampling_compiles_once_for_all_experts(device, kind):
+    remix = random_remix_dit(device).eval()
+    model = FoldedRemixDiT(remix)
+    if kind == "independent":
+        model = IndependentExperts([remix.expert(i) for i in range(20)], list(range(0, 1001, 50)))
+    x = torch.randn(4, 4, 8, 8, device=device)
+    y = torch.tensor([3, 4, 10, 10], device=device)
+    fast = torch.compile(classifier_free_guidance)
+    for t in range(975, 0, -50):
+        ts = torch.full((4,), t, device=device)
+        expected = classifier_free_guidance(lambda x, t, y: remix(x, t, y, groups=1), x, ts, y, 1.5)
+        assert relative(fast(model.for_timestep(t), x, ts, y, 1.5, 3), expected) < 1e-4
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]

@@ -1,0 +1,104 @@
+from functools import partial
+
+import pytest
+import torch
+from conftest import golden, relative
+
+from diffusion import create_diffusion
+from models import DiT
+
+OBJECTIVES = {
+    "eps_learned": {},
+    "x0_learned": {"predict_xstart": True},
+    "eps_fixedlarge": {"learn_sigma": False},
+    "eps_fixedsmall": {"learn_sigma": False, "sigma_small": True},
+    "rescaled": {"rescale_learned_sigmas": True},
+    "kl": {"use_kl": True},
+}
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return golden("diffusion.pt")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_losses_match_the_published_implementation(vectors, objective):
+    options, inputs = OBJECTIVES[objective], vectors["train_inputs"]
+    channels = 8 if options.get("learn_sigma", True) else 4
+    model = lambda x, t: inputs["model_output"][:, :channels]  # noqa: E731
+    losses = create_diffusion(**options).training_losses(model, inputs["x0"], inputs["t"], noise=inputs["noise"])
+    for name, expected in vectors["train"][objective].items():
+        torch.testing.assert_close(losses[name], expected, rtol=1e-5, atol=0, msg=name)
+
+
+def test_the_bound_trains_only_the_variance(vectors):
+    inputs = vectors["train_inputs"]
+    out = inputs["model_output"].clone().requires_grad_()
+    losses = create_diffusion().training_losses(lambda x, t: out, inputs["x0"], inputs["t"], noise=inputs["noise"])
+    losses["vb"].sum().backward()
+    assert not out.grad[:, :4].any()
+    assert out.grad[:, 4:].any()
+
+
+def test_q_sample_matches_the_published_implementation(vectors):
+    inputs = vectors["train_inputs"]
+    assert relative(create_diffusion().q_sample(inputs["x0"], inputs["t"], inputs["noise"]), vectors["q_sample"]) < 1e-6
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_p_mean_variance_matches_the_published_implementation(vectors, clip):
+    out = create_diffusion("50").p_mean_variance(
+        lambda x, t: vectors["train_inputs"]["model_output"],
+        vectors["step_inputs"]["x_t"],
+        vectors["step_inputs"]["t"],
+        clip_denoised=clip,
+    )
+    for name, expected in vectors[f"p_mean_variance_clip{int(clip)}"].items():
+        assert relative(out[name], expected) < 1e-5, name
+
+
+def test_a_ddim_step_matches_the_published_implementation(vectors):
+    out = create_diffusion("50").ddim_sample(
+        lambda x, t: vectors["train_inputs"]["model_output"],
+        vectors["step_inputs"]["x_t"],
+        vectors["step_inputs"]["t"],
+        clip_denoised=False,
+    )
+    assert relative(out["sample"], vectors["ddim_eta0"]) < 1e-5
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_samples_match_the_published_implementation(vectors, sampler):
+    published = golden("dit.pt")
+    model = DiT(**published["config"])
+    model.load_state_dict(published["state_dict"])
+    chain, diffusion = vectors[f"chain_{sampler}10"], create_diffusion("10")
+    loop = diffusion.ddim_sample_loop
+    if sampler == "ddpm":
+        loop = partial(diffusion.p_sample_loop, step_noise=lambda i: chain["noise"][i])
+    model_kwargs = {"y": chain["y"]}
+    out = loop(model.eval(), chain["z"].shape, noise=chain["z"], clip_denoised=False, model_kwargs=model_kwargs)
+    assert relative(out, chain["out"]) < 1e-4
+
+
+def test_ddim_with_eta_1_equals_ddpm_with_fixed_small_variance():
+    diffusion = create_diffusion("50", learn_sigma=False, sigma_small=True)
+    model = lambda x, t: 0.3 * x  # noqa: E731
+    torch.manual_seed(0)
+    x, t, noise = torch.randn(4, 1, 8, 8), torch.tensor([1, 10, 30, 49]), torch.randn(4, 1, 8, 8)
+    ddpm = diffusion.p_sample(model, x, t, clip_denoised=False, noise=noise)["sample"]
+    ddim = diffusion.ddim_sample(model, x, t, clip_denoised=False, eta=1.0, noise=noise)["sample"]
+    assert relative(ddim, ddpm) < 1e-4
+
+
+def test_the_model_is_called_with_original_timesteps():
+    diffusion = create_diffusion("4", learn_sigma=False)
+    timesteps = []
+    diffusion.p_sample_loop(lambda x, t: timesteps.append(t[0].item()) or x, (1, 1, 2, 2))
+    assert timesteps == [999, 666, 333, 0]
+
+
+def test_a_model_with_the_wrong_number_of_channels():
+    with pytest.raises(ValueError, match="channels"):
+        create_diffusion().training_losses(lambda x, t: x, torch.zeros(1, 4, 2, 2), torch.tensor([0]))

@@ -1,0 +1,93 @@
+import copy
+from argparse import Namespace
+from functools import partialmethod
+
+import pytest
+import torch
+from conftest import DEVICES, random_microbatch, random_remix_dit
+from torch import nn
+from torch._dynamo.utils import counters
+
+from diffusion import create_diffusion
+from distributed import World
+from training.batches import microbatches
+from training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("exact_products")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_in_bf16_and_compiled_follows_fp32(device):
+    """After twenty steps the change of the weights and the loss are close to those of fp32 without compilation."""
+    changes, losses = [], []
+    for precision, compiled in (("fp32", False), ("bf16", True)):
+        model = random_remix_dit(device)
+        start = copy.deepcopy(model.state_dict())
+        world = World(0, 1, torch.device(device))
+        trainer = Trainer(model, create_diffusion(), world, lr=1e-3, precision=precision, compile=compiled)
+        for step in range(20):
+            trainer.step(step, [random_microbatch(step, device=device)], 1e-4)
+        changes.append(torch.cat([(model.state_dict()[key] - start[key]).flatten() for key in start]))
+        losses.append(trainer.window.read()[0]["loss"])
+    # Adam's first steps are the signs of the gradients, and rounding changes some of the signs.
+    assert nn.functional.cosine_similarity(*changes, dim=0) > 0.9
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fifty_steps_with_changing_experts_compile_once(device):
+    world = World(0, 1, torch.device(device))
+    trainer = Trainer(random_remix_dit(device), create_diffusion(), world, lr=1e-4, precision="bf16", compile=True)
+    experts_seen = set()
+    for step in range(52):
+        batch = random_microbatch(step, device=device)
+        experts_seen.add(tuple(trainer.model.expert_index(batch[1]).tolist()))
+        trainer.step(step, [batch])
+        if step == 1:
+            warm = counters["stats"]["unique_graphs"]
+    assert len(experts_seen) > 10
+    assert counters["stats"]["unique_graphs"] == warm == 1
+    assert not counters["graph_break"]
+
+
+def test_each_number_of_groups_is_compiled_separately(monkeypatch):
+    """Otherwise the second number would become a symbolic size, be reused for the third, and be slower than both."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(compile_module, backend="aot_eager"))
+    for groups in (2, 4, 8):
+        world = World(0, 1, torch.device("cpu"))
+        trainer = Trainer(random_remix_dit(depth=1), create_diffusion(), world, lr=1e-4, precision="bf16", compile=True)
+        trainer.step(0, [random_microbatch(size=16, groups=groups)])
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("bf16", True)])
+def test_a_training_step_does_not_wait_for_the_device(precision, compiled):
+    world = World(0, 1, torch.device("cuda"))
+    trainer = Trainer(
+        random_remix_dit("cuda"),
+        create_diffusion(),
+        world,
+        lr=1e-4,
+        clip_grad=1.0,
+        precision=precision,
+        compile=compiled,
+    )
+    args = Namespace(
+        global_seed=0, global_batch_size=8, n_experts=20, experts_per_batch=4, timesteps=(0, 1000), grad_accum=1
+    )
+    batch = torch.randn(8, 4, 8, 8).pin_memory(), torch.zeros(8, dtype=torch.long).pin_memory()
+
+    def step(number: int):
+        trainer.step(number, microbatches(args, number, batch, trainer.model, slice(0, 8), world))
+        trainer.window.longest_streak()
+
+    step(0)
+    step(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(2, 6):
+            step(number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
