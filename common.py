@@ -89,6 +89,28 @@ positive_int = number(int, 1)
 seed_int = number(int, 0, 2**63 - 1)
 
 
+def flags(**values) -> list[str]:
+    """Turn keyword arguments into command-line flags.
+
+    Args:
+        **values: value of each flag, with underscores for the dashes of its name. True gives --name, False gives
+            --no-name, a list or tuple gives --name and its items, None gives nothing, any other value --name=value.
+
+    Returns:
+        The words of the command line.
+    """
+    words = []
+    for key, value in values.items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list | tuple):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
+
+
 def folder_name(text: str) -> str:
     """An argparse type: one folder name, which cannot lead outside the folder it is joined to."""
     if text in ("", ".", "..") or "/" in text or "\\" in text or "\0" in text:

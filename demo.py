@@ -1,9 +1,9 @@
-"""The whole pipeline on real images, on a laptop: handwritten digits in, generated digits, their scores and figures out.
+"""Run the whole pipeline on handwritten digits: encode, train, sample, score and draw, in minutes on a CPU.
 
     python demo.py
 
-Runs the project's scripts with ordinary flags and prints each command first: copy them for data of your own. Everything
-is written below --out; a step that an earlier run finished is not done again.
+The demo prints each command before it runs it. The commands are the project's scripts with ordinary flags, and can be
+copied for other data. All files are written below --out. Steps that an earlier run finished are skipped.
 """
 
 import argparse
@@ -16,10 +16,11 @@ import sys
 import time
 from pathlib import Path
 
-from common import ArgumentParser, positive_int, run_script
+from common import ArgumentParser, flags, positive_int, run_script
 
 ROOT = Path(__file__).resolve().parent
-MODELS = {  # prefix: (what the table calls it, the model)
+# Prefix of each run: its name in the table of scores, and its model.
+MODELS = {
     "pretrained": ("pretrained DiT", "DiT-T/2"),
     "continued": ("continued training", "DiT-T/2"),
     "remix": ("Remix-DiT 4-20", "RemixDiT-T/2"),
@@ -27,88 +28,99 @@ MODELS = {  # prefix: (what the table calls it, the model)
 
 
 def main(args: argparse.Namespace):
-    began = time.perf_counter()
+    start = time.perf_counter()
     out = Path(args.out or ("demo-quick" if args.quick else "demo"))
     digits, features, outputs, samples = out / "digits", out / "features", out / "outputs", out / "samples"
-    pretraining, finetuning, n_samples, steps = (60, 40, 100, 10) if args.quick else (4000, 2000, 1000, 100)
+    if args.quick:
+        pretraining_steps, finetuning_steps, n_samples, sampling_steps = 60, 40, 100, 10
+    else:
+        pretraining_steps, finetuning_steps, n_samples, sampling_steps = 4000, 2000, 1000, 100
 
-    say("1. Handwritten digits as an image folder, and a small classifier to score with")
+    print_heading("1. Write handwritten digits as image folders, and train a small classifier for the scores")
     if not (digits / "classifier.pt2").exists():
-        run(1, "studies/digits.py", "--out", digits)
+        run(1, "studies/digits.py", *flags(out=digits))
 
-    say("2. Encode them: here as pixels, on ImageNet through a VAE")
+    print_heading("2. Encode the images: as pixels here, with a VAE on ImageNet")
     if not (features / "index.json").exists():
-        how = ["--vae", "none", "--image-size", 8, "--grayscale", "--no-mirror", "--num-workers", 0]
-        run(args.processes, "extract_features.py", "--data-path", digits / "train", "--features-path", features, *how)
+        pixels = flags(vae="none", image_size=8, grayscale=True, mirror=False, num_workers=0)
+        run(args.processes, "extract_features.py", *flags(data_path=digits / "train", features_path=features), *pixels)
 
-    say("3. Train a DiT; then, from it and for the same budget, go on with it or remix it")
-    pretrained = outputs / "pretrained" / "checkpoints" / f"{pretraining:07d}.pt"
-    checkpoints = {}
-    for prefix, (_, model) in MODELS.items():
-        budget = pretraining if prefix == "pretrained" else finetuning
-        checkpoints[prefix] = outputs / prefix / "checkpoints" / f"{budget:07d}.pt"
-        if checkpoints[prefix].exists():
-            continue
-        flags = [
-            "--model",
-            model,
-            "--data-path",
-            features,
-            "--results-dir",
-            outputs,
-            "--prefix",
-            prefix,
-            "--max-steps",
-            budget,
-        ]
-        flags += ["--global-batch-size", 128, "--ema-decay", 0.999, "--log-every", 500, "--num-workers", 0]
-        flags += ["--lr", 2e-3] if prefix == "pretrained" else ["--lr", 1e-3, "--load-weight", pretrained]
-        flags += ["--n-basis", 4, "--n-experts", 20] if prefix == "remix" else []
-        run(args.processes, "train_fast.py", *flags, "--resume", "auto")
+    print_heading("3. Train a DiT, then continue its training as a DiT and as a Remix-DiT for the same number of steps")
+    checkpoints = train(features, outputs, pretraining_steps, finetuning_steps, args.processes)
 
-    say(f"4. Sample {n_samples:,} digits from each")
+    print_heading(f"4. Sample {n_samples:,} digits from each model")
+    common = flags(num_fid_samples=n_samples, num_sampling_steps=sampling_steps, per_proc_batch_size=100)
     for prefix, ckpt in checkpoints.items():
-        flags = ["--num-fid-samples", n_samples, "--num-sampling-steps", steps, "--per-proc-batch-size", 100]
         if not (samples / prefix / "samples.npz").exists():
-            run(args.processes, "sample_ddp.py", "--ckpt", ckpt, *flags, "--sample-dir", samples, "--name", prefix)
+            run(args.processes, "sample_ddp.py", *flags(ckpt=ckpt, sample_dir=samples, name=prefix), *common)
 
-    say("5. Score them against digits that no model has seen")
+    print_heading("5. Score the samples against digits that were not used for training")
     for prefix in MODELS:
-        flags = ["--weights", digits / "classifier.pt2", "--json", samples / prefix / "scores.json"]
-        run(1, "evaluator.py", digits / "heldout.npz", samples / prefix / "samples.npz", *flags)
+        files = flags(weights=digits / "classifier.pt2", json=samples / prefix / "scores.json")
+        run(1, "evaluator.py", digits / "heldout.npz", samples / prefix / "samples.npz", *files)
 
-    say("6. Draw the mixing coefficients that were learned")
-    run(1, "visualize.py", "coefficients", checkpoints["remix"], "--out", out / "coefficients.png")
+    print_heading("6. Draw the learned mixing coefficients")
+    run(1, "visualize.py", "coefficients", checkpoints["remix"], *flags(out=out / "coefficients.png"))
     shutil.copyfile(samples / "remix" / "grid.png", out / "digits.png")
 
-    table = [f"{'':20} {'IS':>7} {'FID':>7} {'sFID':>7} {'Prec.':>7} {'Recall':>7}"]
+    table = score_table(samples)
+    (out / "scores.txt").write_text(table + "\n")
+    print_heading(f"Done in {(time.perf_counter() - start) / 60:.1f} minutes")
+    print(table)
+    print(f"{n_samples:,} samples of one seed against 300 held-out digits, {finetuning_steps:,} fine-tuning steps")
+    print(f"Generated digits       {out / 'digits.png'}")
+    print(f"Mixing coefficients    {out / 'coefficients.png'}")
+
+
+def train(
+    features: Path, outputs: Path, pretraining_steps: int, finetuning_steps: int, processes: int
+) -> dict[str, Path]:
+    """Train all MODELS that are not trained yet, and return their checkpoints by prefix."""
+    common = flags(data_path=features, results_dir=outputs, global_batch_size=128, ema_decay=0.999)
+    common += flags(log_every=500, num_workers=0, resume="auto")
+    checkpoints = {}
+    for prefix, (_, model) in MODELS.items():
+        steps = pretraining_steps if prefix == "pretrained" else finetuning_steps
+        checkpoints[prefix] = outputs / prefix / "checkpoints" / f"{steps:07d}.pt"
+        if checkpoints[prefix].exists():
+            continue
+        words = flags(model=model, prefix=prefix, max_steps=steps)
+        if prefix == "pretrained":
+            words += flags(lr=2e-3)
+        else:
+            words += flags(lr=1e-3, load_weight=checkpoints["pretrained"])
+        if prefix == "remix":
+            words += flags(n_basis=4, n_experts=20)
+        run(processes, "train_fast.py", *words, *common)
+    return checkpoints
+
+
+def score_table(samples: Path) -> str:
+    """Return the scores of all models as a table."""
+    lines = [f"{'':20} {'IS':>7} {'FID':>7} {'sFID':>7} {'Prec.':>7} {'Recall':>7}"]
     for prefix, (name, _) in MODELS.items():
         scores = json.loads((samples / prefix / "scores.json").read_text())
-        table.append(f"{name:20} " + " ".join(f"{value:7.2f}" for value in scores.values()))
-    (out / "scores.txt").write_text("\n".join(table) + "\n")
-    say(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes")
-    print("\n".join(table))
-    print(
-        f"{n_samples:,} samples of one seed against 300 held-out digits; fine-tuned for {finetuning:,} steps each.\n"
-        f"Generated digits       {out / 'digits.png'}\nMixing coefficients    {out / 'coefficients.png'}"
-    )
+        lines.append(f"{name:20} " + " ".join(f"{value:7.2f}" for value in scores.values()))
+    return "\n".join(lines)
 
 
-def say(text: str):
+def print_heading(text: str):
     print(f"\n== {text}", flush=True)
 
 
-def run(processes: int, script: str, *flags):
-    """Print a command as one would type it, and run it."""
-    line = shlex.join(map(str, (script, *flags)))
+def run(processes: int, script: str, *words):
+    """Print a script's command line as a user would type it, and run it; several processes run under torchrun."""
+    words = [str(word) for word in words]
+    line = shlex.join([script, *words])
+    command, environment = [sys.executable], os.environ
     if processes > 1:
         print(f"$ OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node={processes} {line}", flush=True)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two processes on two cores must not fight
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        # Two processes on two cores must not compete for them.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
     else:
         print(f"$ python {line}", flush=True)
-        command, environment = [sys.executable], os.environ
-    done = subprocess.run([*command, ROOT / script, *map(str, flags)], env=environment)
+    done = subprocess.run([*command, ROOT / script, *words], env=environment)
     if done.returncode:
         raise SystemExit(f"demo.py: the command above failed (exit code {done.returncode})")
 
@@ -117,7 +129,9 @@ if __name__ == "__main__":
     parser = ArgumentParser(
         description="Encode, train, sample, score and draw, on handwritten digits, in minutes on a CPU."
     )
-    parser.add_argument("--out", help="the folder to write (default: demo, or demo-quick)")
-    parser.add_argument("--processes", type=positive_int, default=min(2, os.cpu_count() or 1), help="for torchrun")
-    parser.add_argument("--quick", action="store_true", help="far fewer steps and samples, to see that everything runs")
+    parser.add_argument("--out", help="folder to write (default: demo, or demo-quick)")
+    parser.add_argument(
+        "--processes", type=positive_int, default=min(2, os.cpu_count() or 1), help="number of processes"
+    )
+    parser.add_argument("--quick", action="store_true", help="few steps and samples, to test that everything runs")
     run_script(main, parser)

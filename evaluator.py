@@ -1,10 +1,11 @@
-"""Score samples against a reference: Inception Score, FID, sFID, Precision and Recall as ADM's evaluator defines them.
+"""Evaluate samples against a reference: Inception Score, FID, sFID, Precision and Recall as defined by ADM's evaluator.
 
     python evaluator.py data/VIRTUAL_imagenet256_labeled.npz samples/NAME/samples.npz
 
-Each is an .npz file of images (arr_0, uint8 [n, H, W, 3]), of statistics (mu, sigma, mu_s, sigma_s, as ADM's references
-hold them; used as they are) or of both, or a folder of images. The network is ADM's Inception, converted by
-torch-fidelity, or any exported program. What it makes of a file is kept under the file's hash, and computed once.
+The reference and the samples are each an .npz file or a folder of images. An .npz file holds images (arr_0, uint8
+[n, H, W, 3]), statistics (mu, sigma, mu_s, sigma_s, as in ADM's reference files) or both. Statistics in a file are used
+instead of statistics computed from its images. The features come from ADM's Inception network, converted by
+torch-fidelity, or from any exported program. The features of a file are cached under the hash of its contents.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import sys
 import warnings
 import zipfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -29,82 +31,99 @@ from tqdm import tqdm
 
 from common import ArgumentParser, UserError, atomic_write, positive_int, run_script, write_json
 
-NEIGHBOURS = 3  # of a point, whose farthest bounds its part of the manifold
-USUAL_COUNT = 50_000  # of samples, in published tables
-MOST_FEATURES = 20_000  # whose covariance still fits into memory
+# Precision and Recall measure the distance from each point to this nearest neighbour.
+NEIGHBOURS = 3
+# Published tables use this number of samples.
+STANDARD_COUNT = 50_000
+# A larger covariance matrix does not fit into memory.
+MAX_FEATURES = 20_000
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
-EXTRA = {"kid": "KID", "fd-dinov2": "FD-DINOv2"}
+EXTRA_SCORES = {"kid": "KID", "fd-dinov2": "FD-DINOv2"}
 
 
 def main(args: argparse.Namespace):
+    # Check the flags and every input file.
     if not args.samples and not args.save_stats:
         raise UserError("no samples to score: name them after the reference (or give --save-stats)")
-    paths, also = [args.reference, *args.samples], args.also or []
+    paths = [args.reference, *args.samples]
     for path in paths:
         check_file(path)
     if args.weights and not Path(args.weights).is_file():
         raise UserError(f"--weights {args.weights}: no such file")
 
-    # Say what the networks are, and try them on every file that they have not seen.
+    # Set up the feature networks, and run each of them on two images of every file that is not in the cache.
+    # The rounding of TF32 would change the scores.
+    torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.allow_tf32 = False  # whose rounding would show in the scores
-    how = dict(device=device, batch_size=args.batch_size, cache=None if args.cache == "none" else Path(args.cache))
+    cache = None if args.cache == "none" else Path(args.cache)
+    extra = args.also or []
     name = content_hash(args.weights) if args.weights else "inception-2015-12-05"
-    networks = {"": Activations(lambda: load_network(args.weights), name, 3, **how)}
-    if "fd-dinov2" in also and has_images(args.reference):
-        networks["_dinov2"] = Activations(load_dinov2, "dinov2-vit-l-14", 1, **how)
+    extractors = {"": FeatureExtractor(lambda: load_network(args.weights), name, 3, cache, args.batch_size, device)}
+    if "fd-dinov2" in extra and has_images(args.reference):
+        extractors["_dinov2"] = FeatureExtractor(load_dinov2, "dinov2-vit-l-14", 1, cache, args.batch_size, device)
     for path in filter(has_images, paths):
-        for network in networks.values():
-            network.check(path)
+        for extractor in extractors.values():
+            extractor.check(path)
 
-    # Score one file of samples after another.
-    ref = image_features(args.reference, networks)
+    # Compute the features of the reference.
+    ref = image_features(args.reference, extractors)
     if args.save_stats:
         with atomic_write(args.save_stats) as temporary, open(temporary, "wb") as file:
             np.savez(file, **{key: ref[key] for key in STATISTICS})
-    table = []
+
+    # Score the sample files one after the other.
+    results = {}
     for path in args.samples:
-        sample = image_features(path, networks)
+        sample = image_features(path, extractors)
         check_match(args.reference, ref, path, sample)
-        table.append(evaluate(ref, sample, also, device))
-        remark(args.reference, ref, path, sample, table[-1])
+        scores = evaluate(ref, sample, extra, device)
+        print_notes(args.reference, ref, path, sample, scores)
         if len(args.samples) == 1:
-            for key, value in table[0].items():
-                print(f"{key}: {value}")
-            print(" & ".join(map(shortened, table[0], table[0].values())) + r" \\")
+            print_scores(scores)
         else:
-            width = max(map(len, args.samples))
-            if len(table) == 1:
-                print(" " * width, *(f"{key:>8}" for key in table[0]), sep="  ")
-            row = (shortened(key, value).rjust(max(8, len(key))) for key, value in table[-1].items())
-            print(path.ljust(width), *row, sep="  ", flush=True)
-    if args.json and table:
-        table = [{key: None if math.isnan(value) else value for key, value in row.items()} for row in table]
-        write_json(args.json, table[0] if len(table) == 1 else dict(zip(args.samples, table, strict=True)))
+            print_row(path, scores, width=max(map(len, args.samples)), header=not results)
+        results[path] = scores
+
+    if args.json and results:
+        # JSON has no nan.
+        results = {
+            path: {key: None if math.isnan(value) else value for key, value in scores.items()}
+            for path, scores in results.items()
+        }
+        write_json(args.json, results[args.samples[0]] if len(args.samples) == 1 else results)
 
 
-def image_features(path, networks: dict[str, "Activations"]) -> dict[str, np.ndarray]:
-    """What the scores need of a file: what the networks make of its images, and statistics (its own, if it holds any)."""
-    found = {}
+# Scores of a pair of files
+
+
+def image_features(path, extractors: dict[str, "FeatureExtractor"]) -> dict[str, np.ndarray]:
+    """Return the results of each extractor for a file, under their names with the extractor's suffix.
+
+    The statistics that the file holds replace those computed from its images.
+    """
+    features = {}
     if has_images(path):
-        for suffix, network in networks.items():
-            found |= {f"{key}{suffix}": value for key, value in network(path).items()}
-    return found | (read_statistics(path) if has_statistics(path) else {})
+        for suffix, extractor in extractors.items():
+            features |= {f"{key}{suffix}": value for key, value in extractor(path).items()}
+    return features | (read_statistics(path) if has_statistics(path) else {})
 
 
 def check_match(reference, ref: dict, path, sample: dict):
-    """Raise UserError where two files are not described by the same features, or by any that are not finite."""
+    """Raise UserError if two files have different numbers of features, or features that are not finite."""
     for name, key in (("pooled", "mu"), ("spatial", "mu_s")):
         if len(ref[key]) != len(sample[key]):
             raise UserError(f"{reference} has {len(ref[key])} {name} features, {path} has {len(sample[key])}")
-    for where, found in ((reference, ref), (path, sample)):
-        if not all(np.isfinite(values).all() for values in found.values()):
-            raise UserError(f"the features of {where} are not finite")
+    for file, features in ((reference, ref), (path, sample)):
+        if not all(np.isfinite(values).all() for values in features.values()):
+            raise UserError(f"the features of {file} are not finite")
 
 
-def evaluate(ref: dict, sample: dict, also: list[str], device: torch.device) -> dict[str, float]:
-    """All scores of samples against a reference, as `describe` gives them; nan for those that need images not there."""
+def evaluate(ref: dict, sample: dict, extra: list[str], device: torch.device) -> dict[str, float]:
+    """Compute all scores from the image_features of the reference and the samples.
+
+    A score that needs images is nan if one of the files holds statistics only.
+    """
     missing = float("nan")
     scores = {
         "Inception Score": float(sample.get("inception_score", missing)),
@@ -112,49 +131,80 @@ def evaluate(ref: dict, sample: dict, also: list[str], device: torch.device) -> 
         "sFID": frechet_distance(ref["mu_s"], ref["sigma_s"], sample["mu_s"], sample["sigma_s"]),
         "Precision": missing,
         "Recall": missing,
-        **{EXTRA[name]: missing for name in also},
+        **{EXTRA_SCORES[name]: missing for name in extra},
     }
     if "pools" in ref and "pools" in sample:
-        pools = [torch.from_numpy(found["pools"]).to(device) for found in (ref, sample)]
-        scores["Precision"], scores["Recall"] = precision_recall(*pools)
-        if "kid" in also:
-            scores["KID"] = kernel_distance(*pools)
+        pooled = [torch.from_numpy(features["pools"]).to(device) for features in (ref, sample)]
+        scores["Precision"], scores["Recall"] = precision_recall(*pooled)
+        if "kid" in extra:
+            scores["KID"] = kernel_distance(*pooled)
     if "mu_dinov2" in ref and "mu_dinov2" in sample:
-        statistics = [found[key] for found in (ref, sample) for key in ("mu_dinov2", "sigma_dinov2")]
+        statistics = [features[key] for features in (ref, sample) for key in ("mu_dinov2", "sigma_dinov2")]
         scores["FD-DINOv2"] = frechet_distance(*statistics)
     return scores
 
 
-def shortened(name: str, value: float) -> str:
-    return f"{value:.{5 if name == 'KID' else 2}f}"
-
-
-def remark(reference, ref: dict, path, sample: dict, scores: dict[str, float]):
-    """Say which scores there cannot be, and how much an unusual number of samples adds to their FID."""
-    without = [str(file) for file in (reference, path) if not has_images(file)]
-    if without:
+def print_notes(reference, ref: dict, path, sample: dict, scores: dict[str, float]):
+    """Print which scores are missing, and how much an unusual number of samples adds to FID."""
+    without_images = [str(file) for file in (reference, path) if not has_images(file)]
+    if without_images:
         missing = ", ".join(key for key, value in scores.items() if math.isnan(value))
-        print(f"note: {' and '.join(without)} without images: no {missing}", file=sys.stderr)
-    if not has_images(path) or has_statistics(path) or len(sample["pools"]) == USUAL_COUNT:
+        print(f"note: no images in {' and '.join(without_images)}: no {missing}", file=sys.stderr)
+    if not has_images(path) or has_statistics(path) or len(sample["pools"]) == STANDARD_COUNT:
         return
     count, width = sample["pools"].shape
     bias = fid_bias(ref["mu"], ref["sigma"], torch.from_numpy(sample["pools"]), scores["FID"])
-    about = "about" if count > 2 * width else "very roughly"  # the law needs more samples than features
+    # FID is linear in 1 / count only if there are more samples than features.
+    about = "about" if count > 2 * width else "very roughly"
     print(
-        f"warning: {path} has {count:,} images, not the usual {USUAL_COUNT:,}: this alone makes its FID {about} "
-        f"{bias * (1 - count / USUAL_COUNT):+.3g} ({bias:+.3g} beside infinitely many; arXiv 1911.07023)",
+        f"warning: {path} has {count:,} images instead of the usual {STANDARD_COUNT:,}, which changes its FID by "
+        f"{about} {bias * (1 - count / STANDARD_COUNT):+.3g} ({bias:+.3g} relative to infinitely many images; "
+        "arXiv 1911.07023)",
         file=sys.stderr,
     )
 
 
-# Definitions
+def print_scores(scores: dict[str, float]):
+    """Print one score per line, and all of them as a row of a LaTeX table."""
+    for key, value in scores.items():
+        print(f"{key}: {value}")
+    print(" & ".join(format_score(key, value) for key, value in scores.items()) + r" \\")
+
+
+def print_row(path: str, scores: dict[str, float], width: int, header: bool):
+    """Print the scores of one of several files as a row of a table, below the table's header if `header`."""
+    if header:
+        print(" " * width, *(f"{key:>8}" for key in scores), sep="  ")
+    cells = (format_score(key, value).rjust(max(8, len(key))) for key, value in scores.items())
+    print(path.ljust(width), *cells, sep="  ", flush=True)
+
+
+def format_score(name: str, value: float) -> str:
+    return f"{value:.{5 if name == 'KID' else 2}f}"
+
+
+# Definitions of the scores
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
-    """The Frechet distance between two Gaussians: |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
+    """Compute the Frechet distance between two Gaussian distributions.
 
-    mu [D], sigma [D, D] (symmetric). Heusel et al., arXiv 1706.08500, eq. 6. The trace of the root needs the product's
-    eigenvalues alone.
+    The distance is |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), equation 6 of Heusel et al.,
+    arXiv 1706.08500. FID is this distance for Inception's pooled features. sFID is this distance for its spatial
+    features (Nash et al., arXiv 2103.03841). The trace of the matrix root is the sum of the square roots of the
+    eigenvalues of sigma1 sigma2.
+
+    Args:
+        mu1: Mean of the first distribution, [D].
+        sigma1: Covariance of the first distribution, [D, D], symmetric.
+        mu2: Mean of the second distribution, [D].
+        sigma2: Covariance of the second distribution, [D, D], symmetric.
+
+    Returns:
+        The distance, computed in float64 on the CPU.
+
+    Raises:
+        ValueError: The shapes do not match.
     """
     mu1, sigma1, mu2, sigma2 = (
         torch.as_tensor(a, dtype=torch.float64, device="cpu").numpy() for a in (mu1, sigma1, mu2, sigma2)
@@ -167,33 +217,56 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
 
 
 def _eigenvalues_of_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Eigenvalues, but for zeros, of a b, both symmetric and positive semidefinite: those of r' a r where b = r r'."""
-    try:  # with the Cholesky factor of b
+    """Return the nonzero eigenvalues of a b, both symmetric positive semidefinite.
+
+    If b = r r', they are the eigenvalues of r' a r.
+    """
+    try:
+        # LAPACK takes the Cholesky factor of b as r.
         return scipy.linalg.eigh(a, b, type=2, eigvals_only=True, driver="gv")
-    except scipy.linalg.LinAlgError:  # b is singular, as of fewer images than features, and has a narrower factor
+    except scipy.linalg.LinAlgError:
+        # b is singular if there are fewer images than features. The pivoted Cholesky factor has fewer columns.
         lower, order, rank, _ = scipy.linalg.lapack.dpstrf(b, lower=1)
         root, order = np.tril(lower)[:, :rank], order - 1
         return scipy.linalg.eigvalsh(root.T @ a[np.ix_(order, order)] @ root)
 
 
-def fid_bias(ref_mu, ref_sigma, pools: Tensor, fid: float) -> float:
-    """How much the FID of pools [n, D] exceeds that of infinitely many samples, to first order in 1 / n.
+def fid_bias(ref_mu, ref_sigma, pooled_features: Tensor, fid: float) -> float:
+    """Estimate how much the FID of n samples exceeds the FID of infinitely many samples, to first order in 1 / n.
 
-    FID_n = FID_inf + c / n (Chong & Forsyth, arXiv 1911.07023), so that halves have c / n more than the whole.
+    FID_n = FID_inf + c / n (Chong & Forsyth, arXiv 1911.07023). Each half of the samples has FID_inf + 2 c / n, so the
+    halves exceed the whole by c / n.
+
+    Args:
+        ref_mu: Mean of the reference, [D].
+        ref_sigma: Covariance of the reference, [D, D].
+        pooled_features: Features of the samples, [n, D].
+        fid: FID of all n samples.
+
+    Returns:
+        The estimate of c / n.
     """
-    found = []
-    for half in torch.randperm(len(pools), generator=torch.Generator().manual_seed(0)).chunk(2):
-        gathered = GaussianStatistics()
+    half_fids = []
+    for half in torch.randperm(len(pooled_features), generator=torch.Generator().manual_seed(0)).chunk(2):
+        statistics = GaussianStatistics()
         for rows in half.split(4096):
-            gathered.add(pools[rows])
-        found.append(frechet_distance(ref_mu, ref_sigma, *gathered.result()))
-    return float(np.mean(found)) - fid
+            statistics.add(pooled_features[rows])
+        half_fids.append(frechet_distance(ref_mu, ref_sigma, *statistics.result()))
+    return float(np.mean(half_fids)) - fid
 
 
 def inception_score(probs, split_size: int = 5000) -> float:
-    """exp of the mean KL divergence of class probabilities [n, classes] from their mean, averaged over splits.
+    """Compute the Inception Score (Salimans et al., arXiv 1606.03498, section 4).
 
-    Salimans et al., arXiv 1606.03498; consecutive splits, the last one as short as it comes, as in ADM.
+    The score of a split is exp(E_x KL(p(y|x) || p(y))), where p(y) is the mean of p(y|x) over the split. The result is
+    the mean over consecutive splits, the last of which may be shorter, as in ADM's evaluator.
+
+    Args:
+        probs: Class probabilities p(y|x) of n images, [n, classes].
+        split_size: Images per split.
+
+    Returns:
+        The score, computed in float64.
     """
     scores = []
     for part in torch.as_tensor(probs).double().split(split_size):
@@ -203,21 +276,38 @@ def inception_score(probs, split_size: int = 5000) -> float:
 
 
 def precision_recall(ref_features, sample_features, k: int = NEIGHBOURS, block: int = 1024) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991, eq. 1-2) of features [n, D], [m, D].
+    """Compute improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991, equations 1 and 2).
 
-    Precision is the share of samples that lie within some reference's distance to its k-th neighbour; recall the reverse.
-    Distances are computed once for a pair, `block` x `block` at a time.
+    A point's radius is its distance to its k-th nearest neighbour in its own set. Precision is the fraction of samples
+    that lie within the radius of some reference point. Recall is the fraction of reference points that lie within the
+    radius of some sample.
+
+    Args:
+        ref_features: Features of the reference, [n, D]. Distances are computed in float32 on their device.
+        sample_features: Features of the samples, [m, D], on the same device.
+        k: Number of the neighbour that defines the radius.
+        block: Distances are computed for block x block pairs at a time.
+
+    Returns:
+        Precision and recall, each from 0 to 1.
+
+    Raises:
+        ValueError: There are no more than k images on a side.
     """
-    ref, sample = torch.as_tensor(ref_features).float(), torch.as_tensor(sample_features).float()
+    ref = torch.as_tensor(ref_features).float()
+    sample = torch.as_tensor(sample_features).float()
     if min(len(ref), len(sample)) <= k:
         raise ValueError(f"precision and recall need more than {k} images on each side")
-    centre = ref.mean(0)  # around which products of vectors are small, and round less
+    # Dot products of centred vectors are smaller and have smaller rounding errors.
+    centre = ref.mean(0)
     ref, sample = ref - centre, sample - centre
     n, m = -(-len(ref) // block), -(-len(sample) // block)
     pairs = n * (n + 1) // 2 + m * (m + 1) // 2 + n * m
     with tqdm(total=pairs, desc="precision and recall", unit="block", leave=False, delay=2) as bar:
-        ref_radii, sample_radii = _radii(ref, k, block, bar), _radii(sample, k, block, bar)
-        ref_covered, sample_covered = (torch.zeros(len(a), dtype=torch.bool, device=a.device) for a in (ref, sample))
+        ref_radii = _squared_radii(ref, k, block, bar)
+        sample_radii = _squared_radii(sample, k, block, bar)
+        ref_covered = torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
+        sample_covered = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
         for i in _slices(ref, block):
             for j in _slices(sample, block):
                 distances = _squared_distances(ref[i], sample[j])
@@ -232,25 +322,39 @@ def _slices(points: Tensor, block: int) -> list[slice]:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    squares = torch.linalg.vecdot(b, b), torch.linalg.vecdot(a, a)[:, None]
-    return torch.addmm(squares[0], a, b.T, alpha=-2).add_(squares[1]).clamp_(min=0)
+    """Return the squared distances between the rows of a [n, D] and b [m, D], [n, m]."""
+    squares_a = torch.linalg.vecdot(a, a)[:, None]
+    squares_b = torch.linalg.vecdot(b, b)
+    return torch.addmm(squares_b, a, b.T, alpha=-2).add_(squares_a).clamp_(min=0)
 
 
-def _radii(points: Tensor, k: int, block: int, bar: tqdm) -> Tensor:
-    """Squared distance of each point to its k-th nearest other point."""
-    nearest = points.new_full((len(points), k + 1), torch.inf)  # the nearest of all is the point itself
+def _squared_radii(points: Tensor, k: int, block: int, bar: tqdm) -> Tensor:
+    """Return the squared distance from each point to its k-th nearest neighbour, [n]."""
+    # The nearest of the k + 1 is the point itself.
+    nearest = points.new_full((len(points), k + 1), torch.inf)
     blocks = _slices(points, block)
     for number, i in enumerate(blocks):
         for j in blocks[number:]:
             distances = _squared_distances(points[i], points[j])
-            for rows, found in ((i, distances),) if i == j else ((i, distances), (j, distances.T)):
-                nearest[rows] = torch.cat([nearest[rows], found], dim=1).topk(k + 1, largest=False).values
+            for rows, values in ((i, distances),) if i == j else ((i, distances), (j, distances.T)):
+                nearest[rows] = torch.cat([nearest[rows], values], dim=1).topk(k + 1, largest=False).values
             bar.update()
     return nearest[:, -1]
 
 
 def kernel_distance(ref_features: Tensor, sample_features: Tensor) -> float:
-    """KID (Binkowski et al., arXiv 1801.01401) of features [n, D], [m, D] by torch-fidelity: 100 subsets of up to 1,000."""
+    """Compute KID, the kernel Inception distance (Binkowski et al., arXiv 1801.01401), with torch-fidelity.
+
+    KID is the unbiased estimate of the squared maximum mean discrepancy with the kernel (x y / D + 1)^3. The result is
+    the mean over 100 random subsets of at most 1,000 images per side.
+
+    Args:
+        ref_features: Features of the reference, [n, D].
+        sample_features: Features of the samples, [m, D].
+
+    Returns:
+        The estimate, which may be negative.
+    """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
     size = min(1000, len(ref_features), len(sample_features))
@@ -258,24 +362,36 @@ def kernel_distance(ref_features: Tensor, sample_features: Tensor) -> float:
 
 
 class GaussianStatistics:
-    """Mean and covariance of rows that arrive in batches, summed in float64 around the first batch's mean."""
+    """Mean and covariance of rows that are added in batches, accumulated in float64.
+
+    The first batch's mean is subtracted from all rows, because sums of squares lose precision far from zero.
+    """
 
     def __init__(self):
-        self.count, self.shift = 0, None
+        self.count = 0
+        self.shift = None
 
     def add(self, rows: Tensor, block: int = 256):
+        """Add a batch.
+
+        Args:
+            rows: Features, [n, D].
+            block: The products of the covariance are computed for this number of features at a time.
+        """
         rows = torch.as_tensor(rows).double()
         if self.shift is None:
             self.shift = rows.mean(0)
-            self.sum, self.outer = torch.zeros_like(self.shift), rows.new_zeros(rows.shape[1], rows.shape[1])
+            self.sum = torch.zeros_like(self.shift)
+            self.outer = rows.new_zeros(rows.shape[1], rows.shape[1])
         rows = rows - self.shift
         self.count += len(rows)
         self.sum += rows.sum(0)
-        for i in range(0, rows.shape[1], block):  # the blocks below the diagonal are those above it
+        # The matrix is symmetric: the blocks below the diagonal are not computed.
+        for i in range(0, rows.shape[1], block):
             self.outer[i : i + block, i:].addmm_(rows[:, i : i + block].T, rows[:, i:])
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """mu [D] and the unbiased sigma [D, D]."""
+        """Return the mean [D] and the unbiased covariance [D, D] of all rows, float64."""
         mean = self.sum / self.count
         outer = self.outer.triu() + self.outer.triu(1).T
         sigma = (outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
@@ -286,10 +402,10 @@ class GaussianStatistics:
 
 
 class AdmInception(nn.Module):
-    """The TensorFlow Inception of 2015 that ADM uses, by torch-fidelity: uint8 [B, 3, H, W] -> pool, spatial, logits.
+    """The Inception network (TensorFlow, 2015) of ADM's evaluator, converted by torch-fidelity.
 
-    pool [B, 2048]; spatial [B, 2023], the first 7 channels of Mixed_6d's 1x1 branch in NHWC order; logits [B, 1008]
-    without bias.
+    Args:
+        weights: Path of torch-fidelity's weights (.pth). None downloads them.
     """
 
     def __init__(self, weights: str | None):
@@ -299,21 +415,27 @@ class AdmInception(nn.Module):
         self.inception = FeatureExtractorInceptionV3(
             "adm", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
         )
-        self.inception.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+        self.inception.Mixed_6d.branch1x1.register_forward_hook(self._store_spatial)
 
-    def _keep(self, module, inputs, output: Tensor):
+    def _store_spatial(self, module, inputs, output: Tensor):
         self.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the features of images.
+
+        Args:
+            images: uint8 [B, 3, H, W].
+
+        Returns:
+            Pooled features [B, 2048]; spatial features [B, 2023], the first 7 channels of Mixed_6d's 1x1 branch in NHWC
+            order; logits [B, 1008] without bias.
+        """
         pool, logits = self.inception(images)
         return pool, self.spatial, logits
 
 
 class DinoV2(nn.Module):
-    """DINOv2 ViT-L/14 by torch-fidelity: uint8 [B, 3, H, W] -> (features [B, 1024],).
-
-    The images are resized as Stein et al., arXiv 2306.04675, do: to 224 x 224, bicubic with antialiasing, in 8 bits.
-    """
+    """The DINOv2 ViT-L/14 network of FD-DINOv2, loaded by torch-fidelity."""
 
     def __init__(self):
         super().__init__()
@@ -322,77 +444,120 @@ class DinoV2(nn.Module):
         self.dinov2 = FeatureExtractorDinoV2("dinov2-vit-l-14", ["dinov2"])
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
+        """Compute the features of images.
+
+        The images are resized to 224 x 224 in 8 bits, bicubic with antialiasing, as in Stein et al., arXiv 2306.04675.
+
+        Args:
+            images: uint8 [B, 3, H, W].
+
+        Returns:
+            A tuple of one tensor, the features [B, 1024].
+        """
         from torchvision.transforms.functional import InterpolationMode, resize
 
         return self.dinov2(resize(images, [224, 224], InterpolationMode.BICUBIC, antialias=True))
 
 
 def load_dinov2() -> DinoV2:
+    """Load DINOv2, or raise UserError if torch.hub cannot."""
     try:
         return DinoV2()
-    except Exception as error:  # whatever no network provokes
+    # Without network access, torch.hub raises errors of several types.
+    except Exception as error:
         raise UserError(
-            f"--also fd-dinov2: torch.hub cannot load facebookresearch/dinov2 ({type(error).__name__}: {str(error)[:200]}); "
-            f"without a network, copy {torch.hub.get_dir()} from a machine that has loaded it"
+            f"--also fd-dinov2: torch.hub cannot load facebookresearch/dinov2 "
+            f"({type(error).__name__}: {str(error)[:200]}); "
+            f"without network access, copy {torch.hub.get_dir()} from a machine that has loaded it"
         ) from None
 
 
-def load_network(weights: str | None):
-    """Inception with torch-fidelity's weights (fetched by it, or from a .pth file), or an exported program (.pt2).
+def load_network(weights: str | None) -> nn.Module:
+    """Load the network that computes the features.
 
-    Either maps uint8 images [B, 3, H, W] to pooled features [B, D], spatial features [B, S] and logits [B, classes].
+    Args:
+        weights: Path of torch-fidelity's Inception weights (.pth) or of an exported program (.pt2). None downloads the
+            Inception weights.
+
+    Returns:
+        A network that maps uint8 images [B, 3, H, W] to pooled features [B, D], spatial features [B, S] and logits
+        [B, classes].
+
+    Raises:
+        UserError: The file cannot be loaded or could run code, or the download failed.
     """
     try:
         if weights and weights.endswith(".pt2"):
-            refuse_code(weights)
-            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of buffers that it copies at once
+            check_program(weights)
+            # torch.export.load warns about read-only buffers, which it copies.
+            with warnings.catch_warnings(action="ignore", category=UserWarning):
                 return torch.export.load(weights).module()
         if weights:
-            torch.load(
-                weights, map_location="cpu", weights_only=True
-            )  # torch-fidelity itself would run what a pickle says
+            # torch-fidelity would run code that is stored in a pickle.
+            torch.load(weights, map_location="cpu", weights_only=True)
         return AdmInception(weights)
-    except Exception as error:  # whatever a damaged file, or no network, provokes
-        what = (
+    # A damaged file or a failed download raises errors of many types.
+    except Exception as error:
+        problem = (
             f"--weights {weights} cannot be loaded"
             if weights
-            else "torch-fidelity could not fetch Inception's weights (give --weights PATH)"
+            else "torch-fidelity could not download Inception's weights (give --weights PATH)"
         )
-        raise UserError(f"{what}: {type(error).__name__}: {str(error)[:200]}") from None
+        raise UserError(f"{problem}: {type(error).__name__}: {str(error)[:200]}") from None
 
 
-def refuse_code(program: str):
-    """Raise ValueError for an exported program (.pt2) that torch.export.load would let run code: pickles, compiled libraries."""
-    with zipfile.ZipFile(program) as archive:
+def check_program(path: str):
+    """Raise ValueError if torch.export.load would run code from this .pt2 file: pickles or compiled libraries."""
+    with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if "aotinductor" in name:
                 raise ValueError("it holds compiled code")
             if name.endswith(".pt"):
                 torch.load(io.BytesIO(archive.read(name)), weights_only=True)
-            if name.endswith("_config.json"):  # says how each tensor is stored
+            # These files record how each tensor is stored.
+            if name.endswith("_config.json"):
                 entries = json.loads(archive.read(name)).get("config", {})
                 if any(entry.get("use_pickle") for entry in entries.values()):
                     raise ValueError("it holds pickles")
 
 
-class Activations:
-    """What one network makes of files, kept in the folder `cache` under the hashes of the file and of the network.
+class FeatureExtractor:
+    """Runs one network over files of images and caches the results by the hash of the file and the network's name.
 
-    The network is loaded for the first file that is not there. `name` tells it from others; `outputs` are 3 (pooled and
-    spatial features, logits) or 1 (pooled features).
+    The network is loaded when the first file is not in the cache.
+
+    Args:
+        load: Function that returns the network.
+        name: Name of the network in the cache, different for every network.
+        outputs: Number of the network's outputs: 3 (pooled features, spatial features, logits) or 1 (pooled features).
+        cache: Folder of the cache. None disables it.
+        batch_size: Images per batch.
+        device: Device of the network.
     """
 
-    def __init__(self, load, name: str, outputs: int, cache: Path | None, batch_size: int, device: torch.device):
-        self.load, self.name, self.outputs = load, name, outputs
-        self.cache, self.batch_size, self.device = cache, batch_size, device
+    def __init__(
+        self,
+        load: Callable[[], nn.Module],
+        name: str,
+        outputs: int,
+        cache: Path | None,
+        batch_size: int,
+        device: torch.device,
+    ):
+        self.load = load
+        self.name = name
+        self.outputs = outputs
+        self.cache = cache
+        self.batch_size = batch_size
+        self.device = device
         self.entries: dict[str, Path] = {}
 
     @cached_property
-    def network(self):
+    def network(self) -> nn.Module:
         return self.load().to(self.device)
 
     def check(self, path):
-        """Raise UserError if the network has to be run over this file, and cannot be."""
+        """Raise UserError if the file is not in the cache and the network cannot process its images."""
         if self.cache and path not in self.entries:
             self.entries[path] = self.cache / f"{content_hash(path)}-{self.name}-v1.npz"
         if self.cache and self.entries[path].exists():
@@ -401,13 +566,21 @@ class Activations:
         try:
             outputs = self.run(network, next(read_images(path, 2))[0])
             shapes = [tuple(output.shape) for output in outputs]
-        except Exception as error:  # an exported program's own complaint
-            raise UserError(f"the network does not take the images of {path}: {str(error)[:200]}") from None
+        # An exported program raises errors of its own.
+        except Exception as error:
+            raise UserError(f"the network cannot process the images of {path}: {str(error)[:200]}") from None
         if len(outputs) != self.outputs or any(len(shape) != 2 or shape[0] != 2 for shape in shapes):
-            raise UserError(f"the network makes {shapes} of 2 images, not {self.outputs} rows of numbers for each")
+            raise UserError(
+                f"the network returns shapes {shapes} for 2 images, expected {self.outputs} outputs [2, features]"
+            )
 
     def __call__(self, path) -> dict[str, np.ndarray]:
-        """Statistics of the pooled and spatial features, all pooled features, and the Inception Score of a checked file."""
+        """Return the features of a checked file, from the cache or computed.
+
+        Returns:
+            mu and sigma of the pooled features. A network of three outputs also gives mu_s and sigma_s of the spatial
+            features, pools (the pooled features of all images, float32 [n, D]) and inception_score.
+        """
         if self.cache is None:
             return self.compute(path)
         entry = self.entries[path]
@@ -416,37 +589,43 @@ class Activations:
                 return dict(file)
         except FileNotFoundError:
             pass
-        except Exception as error:  # whatever a damaged archive provokes
-            print(f"warning: {entry} is damaged and computed anew ({type(error).__name__})", file=sys.stderr)
-        found = self.compute(path)
+        # A damaged archive raises errors of many types.
+        except Exception as error:
+            print(f"warning: {entry} is damaged and is computed again ({type(error).__name__})", file=sys.stderr)
+        features = self.compute(path)
         try:
             with atomic_write(entry) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **found)
-        except OSError as error:  # a full disk, a folder that cannot be written
-            print(f"warning: the activations of {path} could not be kept: {error}", file=sys.stderr)
-        return found
+                np.savez(file, **features)
+        # The disk is full, or the folder cannot be written.
+        except OSError as error:
+            print(f"warning: the features of {path} could not be cached: {error}", file=sys.stderr)
+        return features
 
     def compute(self, path) -> dict[str, np.ndarray]:
-        pooled, spatial, pools, probs = GaussianStatistics(), GaussianStatistics(), [], []
+        """Run the network over all images of a file."""
+        pooled_statistics, spatial_statistics = GaussianStatistics(), GaussianStatistics()
+        pooled_features, probs = [], []
         with tqdm(unit="img", desc=Path(path).name, smoothing=0) as bar:
             for batch, total in read_images(path, self.batch_size):
                 bar.total = total
-                pool, *rest = self.run(self.network, batch)
-                pooled.add(pool)
+                pooled, *rest = self.run(self.network, batch)
+                pooled_statistics.add(pooled)
                 if rest:
-                    spatial.add(rest[0])
-                    pools.append(pool.float())
-                    probs.append(rest[1].float().softmax(1))
+                    spatial, logits = rest
+                    spatial_statistics.add(spatial)
+                    pooled_features.append(pooled.float())
+                    probs.append(logits.float().softmax(1))
                 bar.update(len(batch))
-        found = dict(zip(("mu", "sigma"), pooled.result(), strict=True))
-        if pools:
-            found |= dict(zip(("mu_s", "sigma_s"), spatial.result(), strict=True))
-            found["pools"] = torch.cat(pools).cpu().numpy()
-            found["inception_score"] = np.array(inception_score(torch.cat(probs)))
-        return found
+        features = dict(zip(("mu", "sigma"), pooled_statistics.result(), strict=True))
+        if pooled_features:
+            features |= dict(zip(("mu_s", "sigma_s"), spatial_statistics.result(), strict=True))
+            features["pools"] = torch.cat(pooled_features).cpu().numpy()
+            features["inception_score"] = np.array(inception_score(torch.cat(probs)))
+        return features
 
     @torch.no_grad()
-    def run(self, network, batch: np.ndarray) -> tuple[Tensor, ...]:
+    def run(self, network: nn.Module, batch: np.ndarray) -> tuple[Tensor, ...]:
+        """Run the network on uint8 images [B, H, W, 3]."""
         return network(torch.from_numpy(batch.copy()).permute(0, 3, 1, 2).contiguous().to(self.device))
 
 
@@ -454,11 +633,11 @@ class Activations:
 
 
 def check_file(path):
-    """Raise UserError for what is neither a folder of images nor a whole .npz of uint8 images [n, H, W, 3] or of statistics."""
+    """Raise UserError if a path is not a folder of images or a complete .npz file of images or statistics."""
     if not Path(path).exists():
         raise UserError(f"{path}: no such file or folder")
     if not Path(path).is_dir() and not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is not a whole .npz file")
+        raise UserError(f"{path} is not a complete .npz file")
     try:
         if has_images(path):
             next(read_images(path, 1))
@@ -466,27 +645,28 @@ def check_file(path):
             read_statistics(path)
     except UserError:
         raise
-    except Exception as error:  # whatever a damaged archive provokes
+    # A damaged archive raises errors of many types.
+    except Exception as error:
         raise UserError(f"{path} cannot be read: {type(error).__name__}: {str(error)[:200]}") from None
     if not has_images(path) and not has_statistics(path):
         raise UserError(f"{path} holds neither images (arr_0) nor statistics ({', '.join(STATISTICS)})")
 
 
-def members(path) -> set[str]:
+def array_names(path) -> set[str]:
     with zipfile.ZipFile(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
 def has_images(path) -> bool:
-    return Path(path).is_dir() or "arr_0" in members(path)
+    return Path(path).is_dir() or "arr_0" in array_names(path)
 
 
 def has_statistics(path) -> bool:
-    return not Path(path).is_dir() and members(path) >= set(STATISTICS)
+    return not Path(path).is_dir() and array_names(path) >= set(STATISTICS)
 
 
 def content_hash(path) -> str:
-    """The SHA-256 of a file, or of the images in a folder, as 32 hexadecimal digits."""
+    """Return the SHA-256 of a file, or of all images of a folder, as 32 hexadecimal digits."""
     digest = hashlib.sha256()
     files = list_images(path) if Path(path).is_dir() else [Path(path)]
     size = sum(file.stat().st_size for file in files)
@@ -501,26 +681,26 @@ def content_hash(path) -> str:
 
 
 def read_statistics(path) -> dict[str, np.ndarray]:
-    """mu [D], sigma [D, D] of the pooled and mu_s, sigma_s of the spatial features, as a reference file holds them."""
+    """Read mu [D], sigma [D, D] (pooled features), mu_s [S] and sigma_s [S, S] (spatial features) from an .npz file."""
     with zipfile.ZipFile(path) as archive:
         for name in STATISTICS:
             with archive.open(f"{name}.npy") as file:
                 shape, _, dtype = read_header(path, file, archive.getinfo(f"{name}.npy").file_size)
                 fits = shape == ((shape or (0,))[0],) * (2 if name.startswith("sigma") else 1)
-                if not fits or not 0 < shape[0] <= MOST_FEATURES or dtype.kind != "f":
-                    raise UserError(f"{path}: {name}, {dtype} {shape}, is no statistic of features")
+                if not fits or not 0 < shape[0] <= MAX_FEATURES or dtype.kind != "f":
+                    raise UserError(f"{path}: {name} ({dtype} {shape}) is not a mean or covariance of features")
     with np.load(path, allow_pickle=False) as file:
-        found = {name: file[name] for name in STATISTICS}
+        statistics = {name: file[name] for name in STATISTICS}
     for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if len(found[mu]) != len(found[sigma]):
-            raise UserError(f"{path}: {mu} {found[mu].shape} and {sigma} {found[sigma].shape} do not match")
-    return found
+        if len(statistics[mu]) != len(statistics[sigma]):
+            raise UserError(f"{path}: {mu} {statistics[mu].shape} and {sigma} {statistics[sigma].shape} do not match")
+    return statistics
 
 
 def read_header(path, file, length: int) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and type of the array that an open .npy of `length` bytes holds.
+    """Return the shape, the Fortran order flag and the type of the array in an open .npy file of `length` bytes.
 
-    Raises UserError where they are not those of `length` bytes: before any memory is taken for what the header claims.
+    Raise UserError if they do not match `length`, before any memory is allocated for the array.
     """
     try:
         version = np.lib.format.read_magic(file)
@@ -533,8 +713,8 @@ def read_header(path, file, length: int) -> tuple[tuple[int, ...], bool, np.dtyp
     return shape, fortran, dtype
 
 
-def read_images(path, batch_size: int):
-    """Yield (batch [b, H, W, 3] uint8, number of images in all) from an .npz file or a folder, a batch at a time."""
+def read_images(path, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield batches of images, uint8 [b, H, W, 3], with the total number of images, from an .npz file or a folder."""
     if Path(path).is_dir():
         yield from read_folder(path, batch_size)
         return
@@ -542,7 +722,7 @@ def read_images(path, batch_size: int):
         shape, fortran, dtype = read_header(path, file, archive.getinfo("arr_0.npy").file_size)
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or shape[0] <= NEIGHBOURS:
             raise UserError(
-                f"{path}: arr_0 is {dtype} {shape}, not at least {NEIGHBOURS + 1} uint8 images [n, H, W, 3]"
+                f"{path}: arr_0 is {dtype} {shape}, expected at least {NEIGHBOURS + 1} uint8 images [n, H, W, 3]"
             )
         for first in range(0, shape[0], batch_size):
             count = min(batch_size, shape[0] - first)
@@ -551,20 +731,20 @@ def read_images(path, batch_size: int):
             except zipfile.BadZipFile as error:
                 raise UserError(f"{path} is damaged: {error}") from None
             if len(data) != count * math.prod(shape[1:]):
-                raise UserError(f"{path} is cut short")
+                raise UserError(f"{path} is truncated")
             yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:]), shape[0]
 
 
 def list_images(folder) -> list[Path]:
-    """The PNG and JPEG files at any depth below a folder, sorted."""
+    """Return the PNG and JPEG files at any depth below a folder, sorted."""
     return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
-def read_folder(folder, batch_size: int):
-    """read_images, of a folder whose images must be of one size."""
+def read_folder(folder, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Read the images of a folder in batches, as read_images."""
     paths = list_images(folder)
     if len(paths) <= NEIGHBOURS:
-        raise UserError(f"{folder} holds {len(paths)} images (.png, .jpg), not at least {NEIGHBOURS + 1}")
+        raise UserError(f"{folder} holds {len(paths)} images (.png, .jpg), expected at least {NEIGHBOURS + 1}")
     first, shape = paths[0], None
     with ThreadPoolExecutor() as threads:
         for i in range(0, len(paths), batch_size):
@@ -572,57 +752,58 @@ def read_folder(folder, batch_size: int):
             shape = shape or images[0].shape
             for path, image in zip(paths[i : i + batch_size], images, strict=True):
                 if image.shape != shape:
-                    sizes = [f"{s[1]}x{s[0]}" for s in (image.shape, shape)]
-                    raise UserError(f"{path} is {sizes[0]}, {first} {sizes[1]}: all must be of one size")
+                    size, first_size = (f"{s[1]}x{s[0]}" for s in (image.shape, shape))
+                    raise UserError(f"{path} is {size}, {first} is {first_size}: all images must have one size")
             yield np.stack(images), len(paths)
 
 
 def read_image(path: Path) -> np.ndarray:
-    """An image as uint8 [H, W, 3]. Raises UserError for what is none, or has more than 8 bits a channel, or is too large."""
+    """Read an image of at most 8 bits per channel as uint8 [H, W, 3]."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF" or image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"mode {image.mode}, {image.width}x{image.height}")
             return np.asarray(image.convert("RGB"))
-    except Exception as error:  # a decoder may raise anything on a damaged file
+    # A decoder may raise any error on a damaged file.
+    except Exception as error:
         raise UserError(f"{path} cannot be read as an image: {type(error).__name__}: {str(error)[:200]}") from None
 
 
 def extra_scores(text: str) -> list[str]:
-    """An argparse type: names from EXTRA, with commas between them."""
+    """Parse names from EXTRA_SCORES, separated by commas (an argparse type)."""
     names = text.split(",")
-    if set(names) - set(EXTRA):
-        raise argparse.ArgumentTypeError(f"expected {' or '.join(EXTRA)} (or both, with a comma), got {text!r}")
+    if set(names) - set(EXTRA_SCORES):
+        raise argparse.ArgumentTypeError(f"expected {' or '.join(EXTRA_SCORES)} (or both, with a comma), got {text!r}")
     return names
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(
-        description="Inception Score, FID, sFID, Precision and Recall of samples against a reference."
+        description="Compute Inception Score, FID, sFID, Precision and Recall of samples against a reference."
     )
     parser.add_argument(
         "reference",
         help=".npz of images (arr_0), of statistics (mu, sigma, mu_s, sigma_s) or of both, or a folder of images",
     )
-    parser.add_argument("samples", nargs="*", help="the same; a table, if there are several")
+    parser.add_argument("samples", nargs="*", help="same formats; several are printed as a table")
     parser.add_argument(
         "--weights",
         metavar="PATH",
-        help="torch-fidelity's Inception weights (.pth; default: it fetches them), or an exported program (.pt2)",
+        help="torch-fidelity's Inception weights (.pth) or an exported program (.pt2); default: download the weights",
     )
-    parser.add_argument("--batch-size", type=positive_int, default=64, help="images at a time")
+    parser.add_argument("--batch-size", type=positive_int, default=64, help="images per batch")
     parser.add_argument(
         "--also",
         type=extra_scores,
         metavar="NAMES",
-        help="further scores: kid, fd-dinov2 (for which torch.hub fetches and runs facebookresearch/dinov2), or both",
+        help="further scores: kid, fd-dinov2 (torch.hub downloads and runs facebookresearch/dinov2), or kid,fd-dinov2",
     )
-    parser.add_argument("--json", metavar="PATH", help="write the scores there too")
-    parser.add_argument("--save-stats", metavar="PATH", help="write the reference's statistics there (.npz)")
+    parser.add_argument("--json", metavar="PATH", help="also write the scores to this file")
+    parser.add_argument("--save-stats", metavar="PATH", help="write the reference's statistics to this file (.npz)")
     parser.add_argument(
         "--cache",
         metavar="FOLDER",
         default=os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "remix-dit"),
-        help="where activations are kept, 8 KB an image and 70 MB a file; or none",
+        help="cache of features (8 KB per image and 70 MB per file), or none",
     )
     run_script(main, parser)

@@ -1,10 +1,14 @@
-"""Draw what a run has learned; the numbers of every figure are written beside it as CSV.
+"""Draw figures of trained models as PNG. The numbers of each figure are written to a CSV file of the same name.
 
-    python visualize.py coefficients outputs/RUN/checkpoints/0100000.pt       mixing coefficients (paper, figure 4a-b)
-    python visualize.py losses outputs/RUN/checkpoints/0100000.pt \\
-        --pretrained pretrained/DiT_S_2_2M.pt --data-path data/encoded         each expert's loss everywhere (figure 4c)
-    python visualize.py training outputs/RUN                                  the coefficients over the run
-    python visualize.py grids samples/A/samples.npz samples/B/samples.npz     the same samples of several models
+    python visualize.py coefficients outputs/RUN/checkpoints/0100000.pt
+    python visualize.py losses outputs/RUN/checkpoints/0100000.pt --pretrained pretrained/DiT.pt --data-path data/encoded
+    python visualize.py training outputs/RUN
+    python visualize.py grids samples/A/samples.npz samples/B/samples.npz
+
+coefficients: heat map of the mixing coefficients (figures 4a and 4b of the paper).
+losses: error of every expert over all timesteps, relative to the pretrained model (figure 4c of the paper).
+training: mixing coefficients over the steps of a run.
+grids: the same samples of several models, one row per model; no CSV file.
 """
 
 import argparse
@@ -14,10 +18,12 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # no screen
+# This backend needs no screen.
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import load_model
@@ -31,17 +37,51 @@ from training.statistics import noise_errors
 
 
 def main(args: argparse.Namespace):
-    out = Path(args.out) if args.out else args.default_out(args)
+    out = Path(args.out) if args.out else default_out(args)
     if out.suffix != ".png":
-        raise UserError(f"--out {out}: the figure is a .png")
-    args.draw(args, out)
-    print(f"wrote {out}" + (f" and {out.with_suffix('.csv')}" if out.with_suffix(".csv").exists() else ""))
+        raise UserError(f"--out {out}: the file name must end in .png")
+
+    if args.figure == "grids":
+        draw_grids(out, args.samples, args.images)
+    elif args.figure == "training":
+        draw_training(out, Path(args.run) / "metrics.jsonl")
+    else:
+        heads = {"num_heads": args.num_heads} if args.num_heads else {}
+        model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **heads)
+        if not isinstance(model, RemixDiT):
+            raise UserError(f"{args.ckpt} holds a plain DiT, which has no mixing coefficients")
+        name = config["model"]["name"]
+        if args.figure == "coefficients":
+            draw_coefficients(out, model, name)
+        else:
+            pretrained, _ = load_model(args.pretrained, allow_pickle=args.trust_pickle, **heads)
+            if not isinstance(pretrained, DiT) or pretrained.config != model.backbone_config:
+                raise UserError(f"{args.pretrained} is not the plain DiT that {args.ckpt} was trained from")
+            x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
+            timesteps = interval_timesteps(model, args.per_interval)
+            diffusion = create_diffusion(**config["diffusion"])
+            reference, errors = expert_errors(model, pretrained, diffusion, x, y, timesteps, args.global_seed)
+            draw_losses(out, reference, errors, intervals(model), name)
+
+    written = [path for path in (out, out.with_suffix(".csv")) if path.exists()]
+    print(f"wrote {' and '.join(map(str, written))}")
 
 
-def coefficients(args: argparse.Namespace, out: Path):
-    """Heat map of alpha: experts along x with their timesteps, bases along y, values in the cells."""
-    model, config = load_remix(args)
-    save_coefficients(out, model, f"{config['model']['name']}: mixing coefficients")
+def default_out(args: argparse.Namespace) -> Path:
+    """Return the path of the figure without --out: beside the checkpoint, or in the run's folder."""
+    if args.figure == "grids":
+        return Path("grids.png")
+    if args.figure == "training":
+        return Path(args.run) / "coefficients-over-training.png"
+    return Path(args.ckpt).with_name(f"{Path(args.ckpt).stem}-{args.figure}.png")
+
+
+# Mixing coefficients
+
+
+def draw_coefficients(out: Path, model: RemixDiT, name: str):
+    """Draw a heat map of alpha. Columns are experts with their timesteps, rows are bases."""
+    save_coefficients(out, model, f"{name}: mixing coefficients")
     alpha = model.coefficients().detach().view(-1, model.n_experts, model.n_basis)
     blocks, _, n_basis = alpha.shape
     header = ["block", "expert", "first_timestep", "last_timestep", *(f"basis_{k}" for k in range(n_basis))]
@@ -49,68 +89,22 @@ def coefficients(args: argparse.Namespace, out: Path):
     for block, experts in enumerate(alpha.tolist()):
         for i, ((low, high), values) in enumerate(zip(intervals(model), experts, strict=True)):
             rows.append(["all" if blocks == 1 else block, i, low, high - 1, *values])
-    write_table(out, header, rows)
+    write_csv(out, header, rows)
 
 
-def losses(args: argparse.Namespace, out: Path):
-    """Each expert's error over all timesteps, relative to the pretrained model's there: lowest inside its own interval."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    remix, config = load_remix(args)
-    pretrained, _ = load_model(args.pretrained, allow_pickle=args.trust_pickle, **heads(args))
-    if not isinstance(pretrained, DiT) or pretrained.config != remix.backbone_config:
-        raise UserError(f"{args.pretrained} is not the plain DiT that {args.ckpt} could have started from")
-    dataset = FeatureDataset(args.data_path)
-    backbone = remix.backbone_config
-    if dataset.shape != (backbone["in_channels"], backbone["input_size"], backbone["input_size"]):
-        raise UserError(f"{args.data_path} holds features of shape {dataset.shape}, which {args.ckpt} was not made for")
-    x, y = dataset.__getitems__(
-        np.random.default_rng(args.global_seed).permutation(len(dataset))[: args.images].tolist()
-    )
-    x, y, remix, pretrained = x.to(device), y.to(device), remix.to(device), pretrained.to(device)
-    diffusion = create_diffusion(**config["diffusion"])
-    bounds = intervals(remix)
-    timesteps = [np.linspace(low, high - 1, args.per_interval).round().astype(int) for low, high in bounds]
-
-    def errors(model: DiT) -> np.ndarray:
-        """Mean over each interval, [N]."""
-        values = noise_errors(model, diffusion, x, y, np.concatenate(timesteps), min(32, len(x)), args.global_seed)
-        return values.view(len(bounds), -1).mean(1).cpu().numpy()
-
-    reference = errors(pretrained)
-    table = np.stack([errors(remix.expert(i)) for i in tqdm(range(remix.n_experts), desc="experts")]) / reference - 1
-    figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
-    # Differences of tenths of a percent are the news; an expert far outside its interval may be ten times worse.
-    scale = matplotlib.colors.SymLogNorm(linthresh=0.5, vmin=-100, vmax=100)
-    image = axis.imshow(100 * table, cmap="RdBu_r", norm=scale)
-    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axis.set_xlabel("interval of timesteps (0 is the least noise)")
-    axis.set_ylabel("expert")
-    ticks = [-100, -10, -1, 0, 1, 10, 100]
-    figure.colorbar(image, label="error relative to the pretrained model, %", ticks=ticks, format="%d")
-    own = float((table.argmin(0) == np.arange(len(bounds))).mean())
-    axis.set_title(
-        f"{config['model']['name']}: {own:.0%} of the intervals are served best by their own expert", fontsize=10
-    )
-    save(figure, out)
-    header = ["expert", *(f"t_{low}_{high - 1}" for low, high in bounds)]
-    write_table(
-        out, header, [["pretrained, absolute", *reference], *([i, *row] for i, row in enumerate(table.tolist()))]
-    )
-
-
-def training(args: argparse.Namespace, out: Path):
-    """The coefficients of every expert over the run, from its metrics.jsonl."""
-    path = Path(args.run) / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    lines = [line for line in map(json.loads, path.read_text().splitlines()) if "coefficients" in line]
+def draw_training(out: Path, metrics: Path):
+    """Draw the coefficients of every expert over the steps of a run, from its metrics.jsonl."""
+    if not metrics.is_file():
+        raise UserError(f"{metrics}: no such file")
+    lines = [line for line in map(json.loads, metrics.read_text().splitlines()) if "coefficients" in line]
     if not lines:
-        raise UserError(f"{path} has no coefficients: the run trains a plain DiT, or has not logged yet")
+        raise UserError(f"{metrics} has no coefficients: the run trains a plain DiT, or has not logged yet")
     steps = [line["step"] for line in lines]
-    alpha = np.array([line["coefficients"] for line in lines])
-    alpha = alpha if alpha.ndim == 3 else alpha.mean(1)  # with a pi a block, their mean
+    alpha = np.array([line["coefficients"] for line in lines])  # [steps, N, K], or [steps, depth, N, K]
+    if alpha.ndim == 4:
+        alpha = alpha.mean(1)
     n_experts, n_basis = alpha.shape[1:]
+
     figure, axes = plt.subplots(
         n_basis, 1, sharex=True, sharey=True, layout="constrained", squeeze=False, figsize=(8, 1.6 * n_basis + 1)
     )
@@ -121,89 +115,152 @@ def training(args: argparse.Namespace, out: Path):
         axis.set_ylabel(f"basis {k}")
     axes[-1, 0].set_xlabel("step")
     scale = plt.cm.ScalarMappable(plt.Normalize(0, n_experts - 1), plt.matplotlib.colors.ListedColormap(colors))
-    figure.colorbar(scale, ax=axes[:, 0].tolist(), label="expert (0 serves the least noise)")
-    save(figure, out)
+    figure.colorbar(scale, ax=axes[:, 0].tolist(), label="expert (expert 0: least noise)")
+    save_png(figure, out)
+
     header = ["step", *(f"expert_{i}_basis_{k}" for i in range(n_experts) for k in range(n_basis))]
-    write_table(out, header, [[step, *row.ravel()] for step, row in zip(steps, alpha, strict=True)])
+    write_csv(out, header, [[step, *row.ravel()] for step, row in zip(steps, alpha, strict=True)])
 
 
-def grids(args: argparse.Namespace, out: Path):
-    """The same samples of several models, one row a model: samples of one seed start from the same noise."""
+# Losses of the experts
+
+
+def load_images(data_path: str, count: int, seed: int, ckpt: str, model: RemixDiT) -> tuple[Tensor, Tensor]:
+    """Return `count` random encoded images [n, C, H, W] and their labels [n]."""
+    dataset = FeatureDataset(data_path)
+    config = model.backbone_config
+    if dataset.shape != (config["in_channels"], config["input_size"], config["input_size"]):
+        raise UserError(f"{data_path} holds features of shape {dataset.shape}, which {ckpt} cannot process")
+    return dataset.__getitems__(np.random.default_rng(seed).permutation(len(dataset))[:count].tolist())
+
+
+def interval_timesteps(model: RemixDiT, per_interval: int) -> np.ndarray:
+    """Return evenly spaced timesteps in each expert's interval, [N, per_interval]."""
+    return np.stack([np.linspace(low, high - 1, per_interval).round().astype(int) for low, high in intervals(model)])
+
+
+def expert_errors(
+    remix: RemixDiT, pretrained: DiT, diffusion, x: Tensor, y: Tensor, timesteps: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Measure the error of the predicted noise in every interval.
+
+    Args:
+        remix: Model with N experts.
+        pretrained: Plain DiT of the same architecture.
+        diffusion: Gaussian diffusion of both models.
+        x: Encoded images, [n, C, H, W].
+        y: Labels, [n].
+        timesteps: Timesteps of each interval, [N, per_interval].
+        seed: Seed of the noise, which is the same for all models.
+
+    Returns:
+        Mean squared error of the pretrained model in each interval, [N], and the error of each expert in each interval
+        relative to it, minus 1, [N experts, N intervals].
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x, y, remix, pretrained = x.to(device), y.to(device), remix.to(device), pretrained.to(device)
+
+    def interval_errors(model: DiT) -> np.ndarray:
+        errors = noise_errors(model, diffusion, x, y, timesteps.ravel(), min(32, len(x)), seed)
+        return errors.view(len(timesteps), -1).mean(1).cpu().numpy()
+
+    reference = interval_errors(pretrained)
+    experts = [interval_errors(remix.expert(i)) for i in tqdm(range(remix.n_experts), desc="experts")]
+    return reference, np.stack(experts) / reference - 1
+
+
+def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, bounds: list[tuple[int, int]], name: str):
+    """Draw the results of expert_errors as a heat map. Rows are experts, columns are intervals."""
+    figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
+    # Differences are tenths of a percent inside an expert's interval, and up to a factor of ten far outside it.
+    scale = matplotlib.colors.SymLogNorm(linthresh=0.5, vmin=-100, vmax=100)
+    image = axis.imshow(100 * errors, cmap="RdBu_r", norm=scale)
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axis.set_xlabel("interval of timesteps (interval 0: least noise)")
+    axis.set_ylabel("expert")
+    ticks = [-100, -10, -1, 0, 1, 10, 100]
+    figure.colorbar(image, label="error relative to the pretrained model, %", ticks=ticks, format="%d")
+    own_is_best = float((errors.argmin(0) == np.arange(len(bounds))).mean())
+    axis.set_title(f"{name}: the interval's own expert has the lowest error in {own_is_best:.0%}", fontsize=10)
+    save_png(figure, out)
+
+    header = ["expert", *(f"t_{low}_{high - 1}" for low, high in bounds)]
+    rows = [["pretrained, absolute", *reference], *([i, *row] for i, row in enumerate(errors.tolist()))]
+    write_csv(out, header, rows)
+
+
+# Samples
+
+
+def draw_grids(out: Path, paths: list[str], count: int):
+    """Draw the first `count` samples of several files, one row per file.
+
+    Samples of the same seed start from the same noise, so each column shows what the models make of one noise.
+    """
     rows, names = [], []
-    for path in args.samples:
+    for path in paths:
         try:
             with np.load(path, allow_pickle=False) as file:
-                rows.append(file["arr_0"][: args.images])
+                rows.append(file["arr_0"][:count])
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is not a file of samples: {error}") from None
         names.append(Path(path).parent.name or Path(path).stem)
     if len({row.shape for row in rows}) > 1:
-        raise UserError(
-            f"the files hold images of different sizes or too few: {', '.join(str(row.shape) for row in rows)}"
-        )
+        shapes = ", ".join(str(row.shape) for row in rows)
+        raise UserError(f"the files hold images of different sizes, or too few images: {shapes}")
     captions = [name if i == 0 else "" for name in names for i in range(len(rows[0]))]
     save_grid(out, np.concatenate(rows), captions, columns=len(rows[0]), clip_captions=False)
 
 
-def load_remix(args: argparse.Namespace) -> tuple[RemixDiT, dict]:
-    model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **heads(args))
-    if not isinstance(model, RemixDiT):
-        raise UserError(f"{args.ckpt} holds a plain DiT, which has no mixing coefficients")
-    return model, config
-
-
-def heads(args: argparse.Namespace) -> dict:
-    return {"num_heads": args.num_heads} if args.num_heads else {}
-
-
-def save(figure, path: Path):
+def save_png(figure, path: Path):
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
 
 
-def write_table(path: Path, header: list, rows: list[list]):
-    with atomic_write(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
+def write_csv(figure: Path, header: list, rows: list[list]):
+    """Write the numbers of a figure to the CSV file of the same name."""
+    with atomic_write(figure.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
 
 
-def beside(kind: str):
-    return lambda args: Path(args.ckpt).with_name(f"{Path(args.ckpt).stem}-{kind}.png")
-
-
 if __name__ == "__main__":
-    parser = ArgumentParser(description="Draw what a run has learned, as PNG, with the numbers as CSV.")
-    figures = parser.add_subparsers(required=True, metavar="FIGURE", help="coefficients, losses, training or grids")
-    drawn = figures.add_parser("coefficients", help="heat map of the mixing coefficients (paper, figure 4a-b)")
-    drawn.set_defaults(draw=coefficients, default_out=beside("coefficients"))
-    drawn.add_argument("ckpt", help="a RemixDiT's checkpoint")
-    drawn = figures.add_parser(
-        "losses", help="each expert's loss over all timesteps, relative to the pretrained model (figure 4c)"
+    parser = ArgumentParser(description="Draw figures of trained models as PNG, with their numbers as CSV.")
+    figures = parser.add_subparsers(
+        dest="figure", required=True, metavar="FIGURE", help="coefficients, losses, training or grids"
     )
-    drawn.set_defaults(draw=losses, default_out=beside("losses"))
-    drawn.add_argument("ckpt", help="a RemixDiT's checkpoint")
-    drawn.add_argument("--pretrained", required=True, help="the DiT that it started from")
-    drawn.add_argument("--data-path", required=True, help="features to judge on, best those of images not trained on")
-    drawn.add_argument("--images", type=positive_int, default=256, help="how many of them")
-    drawn.add_argument(
-        "--per-interval", type=positive_int, default=10, help="timesteps judged in each expert's interval"
+    coefficients = figures.add_parser(
+        "coefficients", help="heat map of the mixing coefficients (figures 4a and 4b of the paper)"
     )
-    drawn.add_argument("--global-seed", type=seed_int, default=0, help="of the images and the noise")
-    for figure in figures.choices.values():
+    losses = figures.add_parser(
+        "losses", help="error of every expert over all timesteps, relative to the pretrained model (figure 4c)"
+    )
+    training = figures.add_parser("training", help="mixing coefficients over the steps of a run")
+    grids = figures.add_parser("grids", help="the same samples of several models, one row per model")
+
+    for figure in (coefficients, losses):
+        figure.add_argument("ckpt", help="checkpoint of a RemixDiT")
         figure.add_argument(
-            "--ema", action=argparse.BooleanOptionalAction, default=True, help="the averaged weights, or the raw ones"
+            "--ema",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="use the EMA weights, or those of the last step",
         )
         figure.add_argument(
-            "--num-heads", type=positive_int, help="attention heads, for a foreign file that fits no registered model"
+            "--num-heads", type=positive_int, help="attention heads, for another project's file of an unregistered size"
         )
-        figure.add_argument("--trust-pickle", action="store_true", help="let the files run code: for your own alone")
-    drawn = figures.add_parser("training", help="the coefficients over a run, from its metrics.jsonl")
-    drawn.set_defaults(draw=training, default_out=lambda args: Path(args.run) / "coefficients-over-training.png")
-    drawn.add_argument("run", help="a run's folder, outputs/<prefix>")
-    drawn = figures.add_parser("grids", help="the same samples of several models, side by side")
-    drawn.set_defaults(draw=grids, default_out=lambda args: Path("grids.png"))
-    drawn.add_argument("samples", nargs="+", help="samples.npz files of the same seed, one a model")
-    drawn.add_argument("--images", type=positive_int, default=10, help="of each model")
-    for figure in figures.choices.values():
-        figure.add_argument("--out", help="the .png to write (default: beside the checkpoint or in the run's folder)")
+        figure.add_argument(
+            "--trust-pickle", action="store_true", help="load pickles, which can run code: only for your own files"
+        )
+    losses.add_argument("--pretrained", required=True, help="checkpoint of the DiT that the training started from")
+    losses.add_argument("--data-path", required=True, help="encoded images, preferably not those of the training")
+    losses.add_argument("--images", type=positive_int, default=256, help="number of images")
+    losses.add_argument("--per-interval", type=positive_int, default=10, help="timesteps per expert's interval")
+    losses.add_argument("--global-seed", type=seed_int, default=0, help="seed of the images and the noise")
+    training.add_argument("run", help="folder of a run, outputs/<prefix>")
+    grids.add_argument("samples", nargs="+", help="samples.npz files of the same seed, one per model")
+    grids.add_argument("--images", type=positive_int, default=10, help="images per model")
+    for figure in (coefficients, losses, training, grids):
+        figure.add_argument("--out", help="PNG file to write (default: beside the checkpoint or in the run's folder)")
     run_script(main, parser)

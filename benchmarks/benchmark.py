@@ -1,10 +1,12 @@
-"""Measure the whole path on this machine, beside what it is compared with and, for what computes, its floor.
+"""Measure the speed of training, sampling, data loading, extraction and evaluation on this machine.
 
     python benchmarks/benchmark.py --model S/2 --batch-size 8 --precision bf16
 
-Compared things take turns, step by step, in one process, so that what else the machine does falls on both alike; times
-are medians after a warm-up, on GPUs by device events. Floors are the bytes and FLOPs of this design, one after the other, over
-the copy bandwidth and the matrix product rate measured here. Results: <out>/<name>.json, and <name>.md for people.
+Every part is compared with a reference implementation or a lower bound of its time. Implementations that are compared
+run in turns in one process, so that other work on the machine affects all of them. Times are medians after a warm-up,
+measured with device events on GPUs. A lower bound ("floor") is the time for the bytes and the FLOPs of this design, one
+after the other, at the copy bandwidth and the matrix product rate of this machine. Results are written to
+<out>/<name>.json and <out>/<name>.md.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -31,57 +34,66 @@ from common import ArgumentParser, UserError, atomic_write, number, positive_int
 from diffusion import create_diffusion
 from distributed import PRECISIONS, World, setup
 from features import SHARD_SIZE, FeatureDataset, write_index, write_shard
-from models import DiT_models, classifier_free_guidance
+from models import DiT, DiT_models, classifier_free_guidance
 from remix import FoldedRemixDiT, RemixDiT, RemixLinear
 from training.batches import sample_timesteps
 from training.plan import matmul_rate, training_flops
 from training.trainer import Trainer
 
 N_BASIS, N_EXPERTS = 4, 20
-STEPS_OF_A_CHAIN = 250  # DDPM's, of which the sampling part runs a contiguous piece
+# Steps of a DDPM chain. The sampling part runs a contiguous piece of it.
+CHAIN_STEPS = 250
 
 
 def main(args: argparse.Namespace):
+    for groups in args.experts_per_batch:
+        if "training" in args.parts and args.batch_size % groups:
+            raise UserError(f"--experts-per-batch {groups} does not divide --batch-size {args.batch_size}")
     world = setup()
+    name = args.name or default_name(args, world)
+    machine = describe_machine(world)
     floors = measure_floors(world, args.precision)
-    results = {"machine": describe_machine(world), "settings": vars(args), "floors": floors}
-    lines = [f"# {args.name or default_name(args, world)}", "", "`" + " ".join(["python", *sys.argv]) + "`", ""]
-    lines += [f"{key}: {value}  " for key, value in results["machine"].items()]
+    results = {"machine": machine, "settings": vars(args), "floors": floors}
+    lines = [f"# {name}", "", "`" + " ".join(["python", *sys.argv]) + "`", ""]
+    # Two spaces at the end of a line are a line break in Markdown.
+    lines += [f"{key}: {value}  " for key, value in machine.items()]
     lines += [f"copy bandwidth: {floors['copy_gb_s']:.1f} GB/s (bytes read and written)  "]
     lines += [f"matrix product: {floors['tflops']:.2f} TFLOP/s in {args.precision}  "]
-    name = args.name or default_name(args, world)
     for part in args.parts:
         results[part] = PARTS[part](args, world, floors)
-        lines += ["", f"## {part}", "", *table(results[part])]
+        lines += ["", f"## {part}", "", *markdown_table(results[part])]
+        # The files are written after every part, so that an error in the next part loses no results.
         for suffix, text in (("json", json.dumps(results, indent=1, default=str)), ("md", "\n".join(lines))):
-            with atomic_write(args.out / f"{name}.{suffix}") as temporary:  # what is measured is kept if the next fails
+            with atomic_write(args.out / f"{name}.{suffix}") as temporary:
                 temporary.write_text(text + "\n")
     print("\n".join(lines), f"\n\nwrote {args.out / name}.json and .md")
 
 
-# What the machine is, and can
+# The machine
 
 
-def describe_machine(world: World) -> dict:
-    """Device, versions, commit."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "CPU")
+def describe_machine(world: World) -> dict[str, str]:
+    """Return the device, the versions, the commit and the date."""
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    if world.device.type == "cuda":
+        device = torch.cuda.get_device_name(world.device)
+        versions += f", CUDA {torch.version.cuda}"
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        device = f"{next(models, 'CPU')}, {torch.get_num_threads()} threads"
+    # A copy without .git gets its commit from the environment.
+    commit = os.environ.get("COMMIT") or git_commit() or "unknown"
+    return {"device": device, "versions": versions, "commit": commit, "date": time.strftime("%Y-%m-%d")}
+
+
+def git_commit() -> str:
     try:
         command = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     except OSError:
-        commit = ""
-    cuda = world.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(world.device) if cuda else f"{cpu}, {torch.get_num_threads()} threads",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}"
-        + (f", CUDA {torch.version.cuda}" if cuda else ""),
-        "commit": os.environ.get("COMMIT") or commit or "unknown",  # a copy without .git is told by its environment
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+        return ""
 
 
 def default_name(args: argparse.Namespace, world: World) -> str:
@@ -90,7 +102,8 @@ def default_name(args: argparse.Namespace, world: World) -> str:
     return f"{device}-{args.model}-b{args.batch_size}-{args.precision}-{compiled}".replace("/", "").lower()
 
 
-def measure_floors(world: World, precision: str) -> dict:
+def measure_floors(world: World, precision: str) -> dict[str, float]:
+    """Measure the copy bandwidth (GB/s, read and written) and the rate of a large matrix product (TFLOP/s)."""
     source = torch.randn(2**26, device=world.device)
     target = torch.empty_like(source)
     seconds = min(Clock(world).time(lambda: target.copy_(source)) for _ in range(6))
@@ -100,14 +113,18 @@ def measure_floors(world: World, precision: str) -> dict:
     }
 
 
+# Measuring
+
+
 class Clock:
-    """Times named stages by device events on GPUs, and else by the host's clock."""
+    """Measures the time of named stages, with device events on GPUs and the host's clock otherwise."""
 
     def __init__(self, world: World):
-        self.cuda, self.marks = world.device.type == "cuda", []
+        self.cuda = world.device.type == "cuda"
+        self.marks = []
 
     def mark(self, stage: str):
-        """The end of a stage, which began at the mark before."""
+        """Record the end of a stage, which began at the previous mark."""
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -116,31 +133,32 @@ class Clock:
             self.marks.append((stage, time.perf_counter()))
 
     def read(self) -> dict[str, float]:
-        """Seconds of each stage since the last reading, and of all as "total". Waits for the device."""
+        """Return the seconds of each stage since the last call, and their sum as "total". Waits for the device."""
         if self.cuda:
             torch.cuda.synchronize()
         stages, marks, self.marks = {}, self.marks, []
-        for (_, before), (stage, now) in pairwise(marks):
-            seconds = before.elapsed_time(now) / 1e3 if self.cuda else now - before
+        for (_, start), (stage, end) in pairwise(marks):
+            seconds = start.elapsed_time(end) / 1e3 if self.cuda else end - start
             stages[stage] = stages.get(stage, 0) + seconds
         return stages | {"total": sum(stages.values())}
 
-    def time(self, function) -> float:
+    def time(self, function: Callable) -> float:
+        """Return the seconds that a function takes."""
         self.mark("start")
         function()
         self.mark("end")
         return self.read()["total"]
 
 
-def peak_memory(world: World, function) -> int:
-    """Bytes by which memory in use rises, at most, above what it is at rest, while `function` runs. 0 where nothing tells."""
+def peak_memory(world: World, function: Callable) -> int:
+    """Return the largest increase of the memory in use during a function in bytes, or 0 if it cannot be measured."""
     if world.device.type == "cuda":
         torch.cuda.synchronize()
-        rest = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - rest
+        return torch.cuda.max_memory_allocated() - before
     status = Path("/proc/self/status")
     if not status.exists():
         return 0
@@ -148,36 +166,56 @@ def peak_memory(world: World, function) -> int:
     def field(name: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(name))
 
-    rest = field("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
+    before = field("VmRSS")
+    # Reset the peak, VmHWM.
+    Path("/proc/self/clear_refs").write_text("5")
     function()
-    return field("VmHWM") - rest
+    return field("VmHWM") - before
 
 
-def take_turns(args, clocks: dict[str, Clock], runs: dict) -> dict[str, list[dict]]:
-    """Run each of `runs` (name -> function of the round), in turns, and read its clock: name -> the rounds' stages."""
+def take_turns(runs: dict[str, Callable], clocks: dict[str, Clock], warmup: int, rounds: int) -> dict[str, list[dict]]:
+    """Run functions in turns and measure their stages.
+
+    Args:
+        runs: functions of the number of the round, by name.
+        clocks: the clock of each function.
+        warmup: rounds that are not measured.
+        rounds: rounds that are measured.
+
+    Returns:
+        For each name, the seconds of the stages in each round.
+    """
     times = {name: [] for name in runs}
-    for turn in tqdm(range(args.warmup + args.rounds), desc="rounds", disable=None):
+    for turn in tqdm(range(warmup + rounds), desc="rounds", disable=None):
         for name, run in runs.items():
             clocks[name].mark("start")
             run(turn)
             stages = clocks[name].read()
-            if turn >= args.warmup:
+            if turn >= warmup:
                 times[name].append(stages)
     return times
+
+
+def timed(function: Callable) -> tuple:
+    """Return the result of a function and its seconds."""
+    start = time.perf_counter()
+    result = function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
 
 
 def median(rounds: list[dict], stage: str = "total") -> float:
     return statistics.median(stages.get(stage, 0) for stages in rounds)
 
 
-def ratio(rounds: list[dict], reference: list[dict]) -> float:
-    """The reference's time over this one's: the median over the turns, in which both met the same machine."""
+def relative_speed(rounds: list[dict], reference: list[dict]) -> float:
+    """Return the median over the rounds of the reference's time divided by this function's time."""
     return statistics.median(theirs["total"] / ours["total"] for ours, theirs in zip(rounds, reference, strict=True))
 
 
-def table(rows: list[dict]) -> list[str]:
-    """Rows as a Markdown table; the columns are those of all rows."""
+def markdown_table(rows: list[dict]) -> list[str]:
+    """Return the lines of a Markdown table with the columns of all rows."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
 
     def text(value) -> str:
@@ -189,97 +227,122 @@ def table(rows: list[dict]) -> list[str]:
 
 # Training
 
+# The name of the reference loop in the results.
+USUAL = "DiT, the usual way"
 
-def training(args, world: World, floors: dict) -> list[dict]:
-    """The whole step of DiT, of RemixDiT at several numbers of experts a batch, and of DiT trained the usual way."""
+
+def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
+    """Measure the training step of DiT, of RemixDiT with several numbers of experts per batch, and of a usual loop."""
     diffusion = create_diffusion()
     torch.manual_seed(0)
     dit = DiT_models[f"DiT-{args.model}"](input_size=args.input_size)
     images = torch.randn(args.batch_size, dit.in_channels, args.input_size, args.input_size, device=world.device)
-    noise, y = torch.randn_like(images), torch.zeros(args.batch_size, dtype=torch.long, device=world.device)
+    noise = torch.randn_like(images)
+    y = torch.zeros(args.batch_size, dtype=torch.long, device=world.device)
     label_drop = torch.zeros(args.batch_size, dtype=torch.bool, device=world.device)
-    flops, runs, clocks, states = training_flops(dit.config) * args.batch_size, {}, {}, {}
+    runs, clocks, parameters = {}, {}, {}
 
-    def batch(turn: int, groups: int | None):
-        n = N_EXPERTS if groups else 1
-        t = torch.from_numpy(sample_timesteps(0, turn, args.batch_size, n, groups or 1))
+    def batch(step: int, groups: int | None) -> list[tuple]:
+        """Return the only microbatch of a step: (x, t, conditions, noise)."""
+        n_experts = N_EXPERTS if groups else 1
+        t = torch.from_numpy(sample_timesteps(0, step, args.batch_size, n_experts, groups or 1))
         conditions = {"y": y, "label_drop": label_drop} | ({"groups": groups} if groups else {})
         return [(images, t.to(world.device, non_blocking=True), conditions, noise)]
 
-    def add(name: str, model, groups: int | None):
-        clocks[name] = Clock(world)
+    def add(name: str, model: DiT | RemixDiT, groups: int | None):
+        """Add a model to `runs`, with its numbers of trained and of mixed parameters."""
         trainer = Trainer(model, diffusion, world, lr=1e-5, precision=args.precision, compile=args.compile)
+        clocks[name] = Clock(world)
         trainer.mark = clocks[name].mark
 
         def run(turn: int):
-            for i in range(args.steps):
-                trainer.step(turn * args.steps + i, batch(turn * args.steps + i, groups), 1e-4)
+            for step in range(turn * args.steps, (turn + 1) * args.steps):
+                trainer.step(step, batch(step, groups), 1e-4)
 
         runs[name] = run
-        bases = [p for layer in model.modules() if isinstance(layer, RemixLinear) for p in layer.parameters()]
-        states[name] = sum(p.numel() for p in trainer.trained), sum(p.numel() for p in bases)
+        mixed = [p for layer in model.modules() if isinstance(layer, RemixLinear) for p in layer.parameters()]
+        parameters[name] = sum(p.numel() for p in trainer.trained), sum(p.numel() for p in mixed)
 
     if not args.skip_usual:
-        runs["DiT, the usual way"], clocks["DiT, the usual way"] = usual_training(args, world, dit, diffusion, batch)
+        runs[USUAL], clocks[USUAL] = usual_training(dit, diffusion, batch, args.steps, world)
     add("DiT", copy.deepcopy(dit), None)
     for groups in args.experts_per_batch:
-        if args.batch_size % groups:
-            raise UserError(f"--experts-per-batch {groups} does not divide --batch-size {args.batch_size}")
         add(f"RemixDiT G={groups}", RemixDiT(dit, N_BASIS, N_EXPERTS), groups)
-    times = take_turns(args, clocks, runs)
+
+    times = take_turns(runs, clocks, args.warmup, args.rounds)
+    flops = training_flops(dit.config) * args.batch_size
     rows = []
     for name, rounds in times.items():
         row = {"model": name, "ms/step": median(rounds) / args.steps * 1e3}
         row["images/s"] = args.batch_size / row["ms/step"] * 1e3
         row["MFU"] = flops / args.batch_size * row["images/s"] / floors["tflops"] / 1e12
-        row["speed / DiT"] = ratio(rounds, times["DiT"])
-        if "DiT, the usual way" in times:
-            row["speed / usual"] = ratio(rounds, times["DiT, the usual way"])
-        if name in states:
-            trained, mixed = states[name]
+        row["speed / DiT"] = relative_speed(rounds, times["DiT"])
+        if USUAL in times:
+            row["speed / usual"] = relative_speed(rounds, times[USUAL])
+        if name in parameters:
+            trained, mixed = parameters[name]
             groups = int(name.partition("G=")[2] or 0)
             row["floor ms"] = 1e3 * step_floor(flops, trained, mixed, groups, floors, args.precision)
-            plain = 1e3 * step_floor(flops, states["DiT"][0], 0, 0, floors, args.precision)
-            row["floor's speed / DiT"] = plain / row["floor ms"]
-            rest = 5 * 4 * trained  # weights, their average, AdamW's moments, gradients
-            row["peak GiB"] = (rest + peak_memory(world, partial(runs[name], args.warmup + args.rounds))) / 2**30
-            for stage in ("forward", "backward", "checks", "optimizer", "average"):
+            dit_floor = 1e3 * step_floor(flops, parameters["DiT"][0], 0, 0, floors, args.precision)
+            row["floor's speed / DiT"] = dit_floor / row["floor ms"]
+            # In float32: weights, EMA, AdamW's two moments and gradients.
+            static = 5 * 4 * trained
+            row["peak GiB"] = (static + peak_memory(world, partial(runs[name], args.warmup + args.rounds))) / 2**30
+            for stage in (stage for stage in rounds[0] if stage != "total"):
                 row[f"{stage} %"] = 100 * median(rounds, stage) / median(rounds)
         rows.append(row)
     return rows
 
 
-def step_floor(flops: int, trained: int, bases: int, groups: int, floors: dict, precision: str) -> float:
-    """Seconds that a step takes if its matrix products and the bytes of its weights run at the rates measured here.
+def step_floor(flops: int, trained: int, mixed: int, groups: int, floors: dict, precision: str) -> float:
+    """Return a lower bound of a training step's time: its FLOPs and its weights' bytes at the measured rates.
 
-    For each of `trained` numbers (float32) AdamW reads it, its gradient and two moments and writes three of them; the
-    average reads both and writes one; the gradient is written once, and read once to see that it is finite: 12 passes.
-    A product's weight is read and rounded once (written), read forward and backward, and its gradient written and read,
-    all but the first in `precision`. Of the trained numbers `bases` are mixed: they are read twice, for the mixtures and for
-    the coefficients' gradient, and the rest is done with `groups` mixtures.
+    Every trained parameter (float32) is passed over 12 times. AdamW reads it, its gradient and two moments, and writes
+    all but the gradient (7). The EMA update reads both and writes one (3). The gradient is written once, and read once
+    by the check for non-finite values (2).
+
+    The weight of a matrix product is read once in float32 and written once in `precision`, then read in the forward and
+    in the backward pass, and its gradient is written and read, all in `precision`. A mixed parameter is instead read
+    twice in float32, for the mixtures and for the gradient of the coefficients, and the remaining passes are over the
+    weights of `groups` mixtures.
+
+    Args:
+        flops: FLOPs of the matrix products of a plain DiT's step.
+        trained: number of trained parameters.
+        mixed: number of those that belong to bases.
+        groups: number of mixtures in a batch.
+        floors: the measured rates, from measure_floors.
+        precision: precision of the matrix products.
+
+    Returns:
+        Seconds.
     """
     width = torch.finfo(PRECISIONS[precision]).bits // 8
-    weights = (4 + 5 * width) * (trained - bases) + 2 * 4 * bases + 5 * width * groups * bases // N_BASIS
+    weights = (4 + 5 * width) * (trained - mixed) + 2 * 4 * mixed + 5 * width * groups * mixed // N_BASIS
     return flops / floors["tflops"] / 1e12 + (4 * 12 * trained + weights) / floors["copy_gb_s"] / 1e9
 
 
-def usual_training(args, world: World, dit, diffusion, batch):
-    """A step as training scripts have it: eager, fp32, AdamW as it comes, the average by a loop, loss.item() each step."""
+def usual_training(dit: DiT, diffusion, batch: Callable, steps: int, world: World) -> tuple[Callable, Clock]:
+    """Return a training loop as many scripts have it, and its clock.
+
+    It is eager and in fp32, with the default AdamW, a loop over the parameters for the EMA, and loss.item() in every
+    step.
+    """
     model = copy.deepcopy(dit).to(world.device).train()
-    average = copy.deepcopy(model).requires_grad_(False)
+    ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0)
     clock = Clock(world)
 
     def run(turn: int):
-        for i in range(args.steps):
-            x, t, conditions, noise = batch(turn * args.steps + i, None)[0]
+        for step in range(turn * steps, (turn + 1) * steps):
+            x, t, conditions, noise = batch(step, None)[0]
             loss = diffusion.training_losses(model, x, t, conditions, noise)["loss"].mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             with torch.no_grad():
-                for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
-                    slow.mul_(0.9999).add_(fast, alpha=1e-4)
+                for ema_param, param in zip(ema.parameters(), model.parameters(), strict=True):
+                    ema_param.mul_(0.9999).add_(param, alpha=1e-4)
             loss.item()
             clock.mark("step")
 
@@ -290,33 +353,35 @@ def usual_training(args, world: World, dit, diffusion, batch):
 
 
 @torch.no_grad()
-def sampling(args, world: World, floors: dict) -> list[dict]:
-    """A guided DDPM step of a plain DiT, of a RemixDiT folded, and of one that mixes its bases in every step."""
-    diffusion = create_diffusion(str(STEPS_OF_A_CHAIN))
+def sampling(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
+    """Measure a guided DDPM step of a plain DiT, of a folded RemixDiT, and of a RemixDiT that mixes in every step."""
+    diffusion = create_diffusion(str(CHAIN_STEPS))
     original = [int(t) for t in diffusion.timestep_map]
     torch.manual_seed(0)
     dit = DiT_models[f"DiT-{args.model}"](input_size=args.input_size).to(world.device).eval()
     remix = RemixDiT(dit, N_BASIS, N_EXPERTS).to(world.device).eval()
     folded = FoldedRemixDiT(remix)
-    run_guided = torch.compile(classifier_free_guidance) if args.compile else classifier_free_guidance
-    shape = (args.batch_size, dit.in_channels, args.input_size, args.input_size)
-    y = torch.cat([torch.zeros(len_ := args.batch_size, dtype=torch.long), torch.full((len_,), dit.num_classes)])
-    y, clocks = y.to(world.device), {}
+    guided = torch.compile(classifier_free_guidance) if args.compile else classifier_free_guidance
+    n = args.batch_size
+    shape = (n, dit.in_channels, args.input_size, args.input_size)
+    y = torch.cat([torch.zeros(n, dtype=torch.long), torch.full((n,), dit.num_classes)]).to(world.device)
+    clocks = {}
 
-    def chain(name: str, network_at):
+    def chain(name: str, network_for: Callable[[int], torch.nn.Module]) -> Callable:
+        """Return a function that runs the steps of a round, with the network for each original timestep."""
         clocks[name] = Clock(world)
 
         def run(turn: int):
             x = torch.randn(shape, device=world.device)
             for i in range(args.sampling_steps):
-                step = STEPS_OF_A_CHAIN - 1 - (turn * args.sampling_steps + i) % STEPS_OF_A_CHAIN
-                network = network_at(original[step])
+                step = CHAIN_STEPS - 1 - (turn * args.sampling_steps + i) % CHAIN_STEPS
+                network = network_for(original[step])
 
                 def denoise(x, t, network=network):
                     with world.autocast(args.precision):
-                        return run_guided(network, torch.cat([x, x]), torch.cat([t, t]), y, 1.5, 3)[: len(x)]
+                        return guided(network, torch.cat([x, x]), torch.cat([t, t]), y, 1.5, 3)[: len(x)]
 
-                x = diffusion.p_sample(denoise, x, torch.full((len(x),), step, device=x.device), False)["sample"]
+                x = diffusion.p_sample(denoise, x, torch.full((n,), step, device=x.device), False)["sample"]
             clocks[name].mark("steps")
 
         return run
@@ -326,34 +391,37 @@ def sampling(args, world: World, floors: dict) -> list[dict]:
             return remix(x, t, y, groups=1)
 
     mixed = Mixed()
-    runs = {"DiT": chain("DiT", lambda t: dit), "folded": chain("folded", folded.at)}
-    runs["mixed in every step"] = chain("mixed in every step", lambda t: mixed)
-    times = take_turns(args, clocks, runs)
+    networks = {"DiT": lambda t: dit, "folded": folded.for_timestep, "mixed in every step": lambda t: mixed}
+    runs = {name: chain(name, network_for) for name, network_for in networks.items()}
+    times = take_turns(runs, clocks, args.warmup, args.rounds)
 
-    def total(rounds: list[dict]) -> float:
-        return sum(stages["total"] for stages in rounds)
-
-    flops = training_flops(dit.config) / 3 * 2 * args.batch_size
+    # Sums instead of medians: folding is rare, and must count.
+    totals = {name: sum(stages["total"] for stages in rounds) for name, rounds in times.items()}
+    # training_flops counts a forward pass three times. A guided step takes two forward passes.
+    flops = training_flops(dit.config) / 3 * 2 * n
     return [
         {
             "model": name,
-            "ms/step": total(rounds) / len(rounds) / args.sampling_steps * 1e3,
-            "speed / DiT": total(times["DiT"]) / total(rounds),  # not by medians: folding is rare, and counts
+            "ms/step": total / args.rounds / args.sampling_steps * 1e3,
+            "speed / DiT": totals["DiT"] / total,
             "floor ms": flops / floors["tflops"] / 1e9,
         }
-        for name, rounds in times.items()
+        for name, total in totals.items()
     ]
 
 
 # Data
 
 
-def data(args, world: World, floors: dict) -> list[dict]:
-    """Packed features as training reads them, by two processes: all shards open, or none, as among ImageNet's thousands."""
+def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
+    """Measure how fast two processes read packed features as in training.
+
+    The shards all stay open, or one at a time, as with the thousands of shards of ImageNet.
+    """
     import features
     from train_fast import prefetched
 
-    rows, kept_open = [], features.OPEN_SHARDS
+    rows, default_open = [], features.OPEN_SHARDS
     with tempfile.TemporaryDirectory() as folder:
         shards = 2 if args.toy else 8
         shape = (4, args.input_size, args.input_size)
@@ -363,7 +431,7 @@ def data(args, world: World, floors: dict) -> list[dict]:
         write_index(folder, shards, vae="ema", scale=0.18215, image_size=8 * args.input_size, classes=["one"])
         options = Namespace(global_batch_size=args.data_batch_size, global_seed=0, num_workers=2)
         n, own = 5 if args.toy else 100, slice(0, args.data_batch_size)
-        for open_shards in (kept_open, 1):
+        for open_shards in (default_open, 1):
             features.OPEN_SHARDS = open_shards
             try:
                 with prefetched(options, FeatureDataset(folder), range(n + 10), own, world) as batches:
@@ -374,15 +442,15 @@ def data(args, world: World, floors: dict) -> list[dict]:
                         next(batches)[0].to(world.device, non_blocking=True)
                     rate = n * args.data_batch_size / (time.perf_counter() - start)
             finally:
-                features.OPEN_SHARDS = kept_open
-            what = "shards stay open" if open_shards > 1 else "each image opens its shard"
+                features.OPEN_SHARDS = default_open
+            case = "shards stay open" if open_shards > 1 else "each image opens its shard"
             gb_s = 4 * int(np.prod(shape)) * rate / 1e9
-            rows.append({"loader (2 processes)": what, "images/s": rate, "GB/s": gb_s, "needed images/s": 2000})
+            rows.append({"loader (2 processes)": case, "images/s": rate, "GB/s": gb_s, "needed images/s": 2000})
     return rows
 
 
-def extraction(args, world: World, floors: dict) -> list[dict]:
-    """Images decoded, cropped and encoded: by both ends together, and by each alone. The VAE's weights are random."""
+def extraction(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
+    """Measure decoding with cropping, encoding, and both together. The VAE's weights are random."""
     from diffusers import AutoencoderKL
     from PIL import Image
     from torch.utils.data import DataLoader
@@ -419,10 +487,10 @@ def extraction(args, world: World, floors: dict) -> list[dict]:
             "readers alone": timed(lambda: list(reader))[1],
             "both": timed(lambda: encode(images, reader, autoencoder, world, options))[1],
         }
-    what = f"VAE of widths {widths}, {size} pixels, {reader.num_workers} readers"
+    setting = f"VAE of widths {widths}, {size} pixels, {reader.num_workers} readers"
     return [
         {
-            "extraction": f"{name} ({what})",
+            "extraction": f"{name} ({setting})",
             "images/s": n / s,
             "VAE busy": seconds["VAE alone"] / s if name == "both" else None,
         }
@@ -433,11 +501,9 @@ def extraction(args, world: World, floors: dict) -> list[dict]:
 # Evaluation
 
 
-def evaluator(args, world: World, floors: dict) -> list[dict]:
-    """FID, sFID, precision and recall from activations: ours, and by their definitions with scipy and numpy."""
-    import scipy.linalg
-
-    from evaluator import GaussianStatistics, frechet_distance, precision_recall
+def evaluator(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
+    """Measure FID, sFID, precision and recall from features: the evaluator's, and simple ones with scipy and numpy."""
+    from evaluator import precision_recall
 
     n, dim, spatial = (400, 64, 60) if args.toy else (10_000, 2048, 2023)
     random = np.random.default_rng(0)
@@ -445,67 +511,71 @@ def evaluator(args, world: World, floors: dict) -> list[dict]:
     fake = real[random.permutation(n)] + 0.3 * random.standard_normal((n, dim), np.float32)
     on_device = [torch.from_numpy(a).to(world.device) for a in (real, fake)]
 
-    def moments(activations: torch.Tensor):
-        statistics = GaussianStatistics()
-        for rows in activations.split(256):
-            statistics.add(rows)
-        return statistics.result()
-
-    def slow_moments(activations: np.ndarray):
-        return activations.mean(0, np.float64), np.cov(activations, rowvar=False, dtype=np.float64)
-
-    def slow_distance(mu1, sigma1, mu2, sigma2) -> float:
-        root = scipy.linalg.sqrtm(sigma1 @ sigma2)
-        return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * np.trace(root.real))
-
-    def slow_squares(a, b):
-        return np.maximum((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T, 0)
-
-    def slow_precision_recall(real, fake, k: int = 3, block: int = 1000):
-        def radii(points):
-            blocks = (points[i : i + block] for i in range(0, len(points), block))
-            return np.concatenate([np.partition(slow_squares(rows, points), k, axis=1)[:, k] for rows in blocks])
-
-        def covered(points, centres, within):
-            blocks = (points[i : i + block] for i in range(0, len(points), block))
-            return float(np.concatenate([(slow_squares(rows, centres) <= within).any(1) for rows in blocks]).mean())
-
-        return covered(fake, real, radii(real)), covered(real, fake, radii(fake))
-
-    torch.set_float32_matmul_precision("highest")  # as evaluator.py has it
+    # As in evaluator.py, without TF32.
+    torch.set_float32_matmul_precision("highest")
     rates = {precision: matmul_rate(world.device, precision, 50) for precision in ("fp32", "fp64")}
-    work = {
-        "precision and recall": 2 * n * 2 * n * dim / rates["fp32"]
-    }  # half of both squares of distances, one in full
-    rows, jobs = [], {}
+    jobs, floor = {}, {}
     for name, width in (("FID", dim), ("sFID", spatial)):
         jobs[name] = (
-            lambda width=width: frechet_distance(*moments(on_device[0][:, :width]), *moments(on_device[1][:, :width])),
-            lambda width=width: slow_distance(*slow_moments(real[:, :width]), *slow_moments(fake[:, :width])),
+            lambda width=width: fast_fid(*(features[:, :width] for features in on_device)),
+            lambda width=width: numpy_fid(real[:, :width], fake[:, :width]),
         )
-        work[name] = (2 * n * width**2 + 4 * width**3) / rates[
-            "fp64"
-        ]  # half of both products, and an eigenvalue problem
-    jobs["precision and recall"] = lambda: precision_recall(*on_device), lambda: slow_precision_recall(real, fake)
+        # Half of each of the two covariance products, and an eigenvalue problem.
+        floor[name] = (2 * n * width**2 + 4 * width**3) / rates["fp64"]
+    jobs["precision and recall"] = lambda: precision_recall(*on_device), lambda: numpy_precision_recall(real, fake)
+    # Half of the distances within each set, and all distances between the sets.
+    floor["precision and recall"] = 2 * n * 2 * n * dim / rates["fp32"]
+
+    rows = []
     for name, (fast, slow) in tqdm(jobs.items(), desc="evaluator", disable=None):
-        (ours, seconds), (theirs, slow_seconds) = timed(fast), timed(slow)
-        apart = float(np.max(np.abs(np.subtract(ours, theirs)) / np.abs(theirs)))
-        row = {"scores": name, "s": seconds, "floor s": work[name], "scipy and numpy s": slow_seconds}
-        rows.append(row | {"apart (relative)": apart})
-    rows.append(
-        {"scores": "all", **{key: sum(row[key] for row in rows) for key in ("s", "floor s", "scipy and numpy s")}}
-    )
+        (scores, seconds), (slow_scores, slow_seconds) = timed(fast), timed(slow)
+        difference = float(np.max(np.abs(np.subtract(scores, slow_scores)) / np.abs(slow_scores)))
+        row = {"scores": name, "s": seconds, "floor s": floor[name], "scipy and numpy s": slow_seconds}
+        rows.append(row | {"relative difference": difference})
+    seconds = ("s", "floor s", "scipy and numpy s")
+    rows.append({"scores": "all", **{key: sum(row[key] for row in rows) for key in seconds}})
     for row in rows:
         row["speed / slow"] = row["scipy and numpy s"] / row["s"]
     return rows
 
 
-def timed(function):
-    start = time.perf_counter()
-    result = function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - start
+def fast_fid(real: torch.Tensor, fake: torch.Tensor) -> float:
+    """Compute FID as the evaluator does."""
+    from evaluator import GaussianStatistics, frechet_distance
+
+    results = []
+    for features in (real, fake):
+        accumulated = GaussianStatistics()
+        for rows in features.split(256):
+            accumulated.add(rows)
+        results += accumulated.result()
+    return frechet_distance(*results)
+
+
+def numpy_fid(real: np.ndarray, fake: np.ndarray) -> float:
+    """Compute FID with numpy's covariance and scipy's matrix root."""
+    import scipy.linalg
+
+    mu1, mu2 = (features.mean(0, np.float64) for features in (real, fake))
+    sigma1, sigma2 = (np.cov(features, rowvar=False, dtype=np.float64) for features in (real, fake))
+    root = scipy.linalg.sqrtm(sigma1 @ sigma2)
+    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * np.trace(root.real))
+
+
+def numpy_precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3, block: int = 1000) -> tuple[float, float]:
+    """Compute precision and recall with numpy, all distances of a block of rows at a time."""
+
+    def distance_blocks(a, b):
+        for rows in (a[i : i + block] for i in range(0, len(a), block)):
+            yield np.maximum((rows * rows).sum(1)[:, None] + (b * b).sum(1) - 2 * rows @ b.T, 0)
+
+    def radii(points):
+        return np.concatenate([np.partition(d, k, axis=1)[:, k] for d in distance_blocks(points, points)])
+
+    def covered(points, centres, radii):
+        return float(np.concatenate([(d <= radii).any(1) for d in distance_blocks(points, centres)]).mean())
+
+    return covered(fake, real, radii(real)), covered(real, fake, radii(fake))
 
 
 PARTS = {"training": training, "sampling": sampling, "data": data, "extraction": extraction, "evaluator": evaluator}
@@ -513,28 +583,28 @@ PARTS = {"training": training, "sampling": sampling, "data": data, "extraction":
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
     sizes = sorted({name.removeprefix("DiT-") for name in DiT_models})
     parser.add_argument("--model", choices=sizes, default="S/2", metavar="SIZE", help="S/2, B/2, XL/2, ...")
     parser.add_argument("--input-size", type=positive_int, default=32, help="side of the latents")
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="images a step")
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the matrix products")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="images per step")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="precision of matrix products")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
     parser.add_argument(
         "--experts-per-batch",
         type=positive_int,
         nargs="*",
         default=[1, 4, 8],
         metavar="G",
-        help="of RemixDiT, each of them measured; none: DiT alone",
+        help="numbers of experts per batch to measure for RemixDiT; without a number only DiT is measured",
     )
-    parser.add_argument("--skip-usual", action="store_true", help="leave out the slow training loop for comparison")
-    parser.add_argument("--steps", type=positive_int, default=1, help="training steps a turn (more for fast devices)")
-    parser.add_argument("--sampling-steps", type=positive_int, default=4, help="sampling steps a turn")
-    parser.add_argument("--data-batch-size", type=positive_int, default=256, help="images a batch, for the loader")
-    parser.add_argument("--warmup", type=number(int, 1), default=2, help="turns that do not count")
-    parser.add_argument("--rounds", type=positive_int, default=9, help="turns that count")
+    parser.add_argument("--skip-usual", action="store_true", help="do not measure the usual training loop")
+    parser.add_argument("--steps", type=positive_int, default=1, help="training steps per round (more on fast devices)")
+    parser.add_argument("--sampling-steps", type=positive_int, default=4, help="sampling steps per round")
+    parser.add_argument("--data-batch-size", type=positive_int, default=256, help="images per batch of the loader")
+    parser.add_argument("--warmup", type=number(int, 1), default=2, help="rounds that are not measured")
+    parser.add_argument("--rounds", type=positive_int, default=9, help="rounds that are measured")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
-    parser.add_argument("--name", help="of the results' files (default: from device, model, batch, precision)")
-    parser.add_argument("--toy", action="store_true", help="tiny data and arrays: to see that everything runs")
+    parser.add_argument("--name", help="name of the result files (default: device, model, batch size and precision)")
+    parser.add_argument("--toy", action="store_true", help="tiny data and arrays, to test that everything runs")
     run_script(main, parser)

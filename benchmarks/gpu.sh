@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# What only a GPU can tell: whether the fast paths are right on it, then the figures that are to be reached there.
+# GPU benchmarks: run the tests of the fast paths on a GPU, then measure training, sampling, data, extraction and evaluation.
 #
-#   benchmarks/gpu.sh                   all of it, about 25 minutes on an H200; results go to benchmarks/results/
-#   OUT=/tmp/x benchmarks/gpu.sh b s    some of it, into another folder: checks, b, s, xl, sampling, path
+#   benchmarks/gpu.sh                   all stages, about 25 minutes on an H200 (an estimate); results go to benchmarks/results/
+#   OUT=/tmp/x benchmarks/gpu.sh b s    some stages, with another folder for the results: checks, b, s, xl, sampling, path
 #
-# Where there is no .git, COMMIT in the environment says what is measured. Needs torch, torchvision and timm; `checks` pytest as well, `path` diffusers and scipy.
+# In a copy without .git, set COMMIT in the environment. Needs torch, torchvision and timm. The stage `checks` also needs
+# pytest, and `path` needs diffusers and scipy.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,7 +20,8 @@ training() {
 failed=0
 for stage in "$@"; do
   case $stage in
-    checks) # bf16, compiled, fused: against the slow path; no waiting, no second compilation
+    # The compiled, fused and bf16 paths equal the plain ones, never wait for the device, and compile once.
+    checks)
       python -m pytest tests/test_fast.py tests/test_models.py -q -p no:cacheprovider 2>&1 | tee "$OUT/gpu-checks.txt" || failed=1 ;;
     b)
       training --model B/2 --batch-size 256 --experts-per-batch 4 8
@@ -32,7 +34,7 @@ for stage in "$@"; do
       python benchmarks/benchmark.py --out "$OUT" --parts sampling --model B/2 --batch-size 64 --sampling-steps 25 --name gpu-sampling ;;
     path) python benchmarks/benchmark.py --out "$OUT" --parts data extraction evaluator --name gpu-path ;;
     *)
-      echo "unknown part $stage" >&2
+      echo "unknown stage $stage" >&2
       exit 2 ;;
   esac
 done

@@ -1,10 +1,10 @@
-"""Prepare a small real data set that needs no download: scikit-learn's handwritten digits (1,797 images of 8x8).
+"""Prepare a small real dataset that needs no download: scikit-learn's handwritten digits, 1,797 images of 8x8 pixels.
 
     python studies/digits.py --out data/digits
 
-Writes three disjoint ImageFolder trees of PNGs, train/, choice/ (for choosing settings) and heldout/ (for reporting), the
-same three as .npz files for evaluator.py, and classifier.pt2: a small network, trained on the training digits, that
-evaluator.py uses in Inception's place.
+Writes three disjoint splits: train, validation (for choosing settings) and heldout (for reported results). A split is a
+folder of PNG images, with one folder per class, and an .npz file for evaluator.py. Also writes classifier.pt2, a small
+network trained on the training split, which evaluator.py uses instead of Inception.
 """
 
 import argparse
@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import nn
+from torch import Tensor, nn
 
-SPLITS = {"train": 1197, "choice": 300, "heldout": 300}
+SPLITS = {"train": 1197, "validation": 300, "heldout": 300}
 
 
 class Classifier(nn.Module):
-    """uint8 images [B, 3, 8, 8] -> pooled features [B, 64], spatial features [B, 128], logits [B, 10]."""
+    """A small convolutional classifier of digits, whose features replace Inception's."""
 
     def __init__(self):
         super().__init__()
@@ -31,9 +31,17 @@ class Classifier(nn.Module):
         self.high = nn.Sequential(nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU())
         self.logits = nn.Linear(64, 10)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        low = self.low(images.float().mean(1, keepdim=True) / 127.5 - 1)
-        pool = self.high(low)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the features of images.
+
+        Args:
+            images: uint8 [B, 3, 8, 8].
+
+        Returns:
+            Pooled features [B, 64], spatial features [B, 128] and logits [B, 10].
+        """
+        low = self.low(images.float().mean(1, keepdim=True) / 127.5 - 1)  # [B, 64, 4, 4]
+        pool = self.high(low)  # [B, 64]
         return pool, low[:, :8].flatten(1), self.logits(pool)
 
 
@@ -47,25 +55,32 @@ def main(args: argparse.Namespace):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
         np.savez(out / f"{split}.npz", arr_0=np.repeat(images[..., None], 3, axis=-1), arr_1=labels)
+
     classifier = train_classifier(*splits["train"])
     for split, (images, labels) in splits.items():
         print(f"{split}: {len(images)} images, classifier accuracy {accuracy(classifier, images, labels):.3f}")
     example = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     program = torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     torch.export.save(program, out / "unfinished.pt2")
-    (out / "unfinished.pt2").rename(out / "classifier.pt2")  # written last: where it is, the rest is
+    # The classifier is renamed last: if it exists, all other files do.
+    (out / "unfinished.pt2").rename(out / "classifier.pt2")
     print(f"wrote {out}")
 
 
 def split_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """uint8 images [n, 8, 8] and labels [n] of each split; the digits' 0..16 become 0..255. Always the same split."""
+    """Return the images and labels of each split, which are the same on every call.
+
+    Returns:
+        For each split, images, uint8 [n, 8, 8] (the dataset's 0..16 scaled to 0..255), and labels [n].
+    """
     digits = load_digits()
     images, labels = (digits.images * (255 / 16)).round().astype(np.uint8), digits.target
     rest, heldout = train_test_split(
         np.arange(len(images)), test_size=SPLITS["heldout"], stratify=labels, random_state=0
     )
-    train, choice = train_test_split(rest, test_size=SPLITS["choice"], stratify=labels[rest], random_state=0)
-    return {name: (images[i], labels[i]) for name, i in (("train", train), ("choice", choice), ("heldout", heldout))}
+    train, validation = train_test_split(rest, test_size=SPLITS["validation"], stratify=labels[rest], random_state=0)
+    rows = {"train": train, "validation": validation, "heldout": heldout}
+    return {split: (images[i], labels[i]) for split, i in rows.items()}
 
 
 def train_classifier(images: np.ndarray, labels: np.ndarray, epochs: int = 30) -> Classifier:
@@ -81,7 +96,8 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, epochs: int = 30) -
     return classifier.eval()
 
 
-def as_input(images: np.ndarray) -> torch.Tensor:
+def as_input(images: np.ndarray) -> Tensor:
+    """Repeat grayscale images [n, 8, 8] as three channels, [n, 3, 8, 8]."""
     return torch.from_numpy(images).unsqueeze(1).expand(-1, 3, -1, -1)
 
 
@@ -94,5 +110,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description="Write scikit-learn's digits as image folders, with a small classifier."
     )
-    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--out", required=True, help="folder to write")
     main(parser.parse_args())

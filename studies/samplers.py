@@ -1,11 +1,10 @@
-"""How many steps does a sampler need? The evaluator's FID over the number of steps, on handwritten digits.
+"""Measure the evaluator's FID of DDPM, DDIM and DPM-Solver++ in 5 to 250 steps, on handwritten digits.
 
     python studies/samplers.py
 
-Samples from the pretrained models of studies/tables.py (which are trained here, where they are not yet) with DDPM, DDIM
-and DPM-Solver++ in 5 to 250 steps. The features of the FID are those of the small classifier of studies/digits.py, the
-reference is the held-out digits. Writes studies/samplers.csv (a row for every sampler, number of steps and seed) and
-studies/figures/samplers.png. What is finished is not done again.
+The models are the pretrained models of studies/tables.py, which are trained here if they do not exist. FID uses the
+features of the small classifier of studies/digits.py, and the held-out digits as the reference. Finished parts are
+skipped. Writes studies/samplers.csv (one row per sampler, number of steps and seed) and studies/figures/samplers.png.
 """
 
 import argparse
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from tables import prepare, quiet, run, spread, train
+from tables import mean_and_std, output_to, prepare, sample_and_score, train
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -29,65 +28,59 @@ STEPS = (5, 8, 10, 15, 20, 30, 50, 100, 250)
 def main(args: argparse.Namespace):
     work, out = Path(args.work), Path(args.out)
     (work / "samplers").mkdir(parents=True, exist_ok=True)
-    with quiet(work / "data.log"):
+    with output_to(work / "data.log"):
         prepare(work)
-    cells = [(sampler, steps, seed) for seed in range(args.seeds) for sampler in SAMPLERS for steps in args.steps]
+
+    combinations = [
+        (sampler, steps, seed) for seed in range(args.seeds) for sampler in SAMPLERS for steps in args.steps
+    ]
     rows = []
-    for sampler, steps, seed in tqdm(cells, unit="run", smoothing=0):
-        with quiet(work / f"samplers-{seed}.log"):
-            rows.append(
-                {"sampler": sampler, "steps": steps, "seed": seed, "fid": fid(args, work, sampler, steps, seed)}
-            )
+    for sampler, steps, seed in tqdm(combinations, unit="run", smoothing=0):
+        with output_to(work / f"samplers-{seed}.log"):
+            fid = measure_fid(work, sampler, steps, seed, args.pretrain, args.samples)
+        rows.append({"sampler": sampler, "steps": steps, "seed": seed, "fid": fid})
+
     (out / "figures").mkdir(parents=True, exist_ok=True)
     with open(out / "samplers.csv", "w", newline="") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
-    draw(rows, args, out / "figures" / "samplers.png")
+    draw(out / "figures" / "samplers.png", rows, args.steps)
     print("| steps | " + " | ".join(SAMPLERS.values()) + " |\n|" + " --- |" * (1 + len(SAMPLERS)))
     for steps in args.steps:
-        print(f"| {steps} | " + " | ".join(spread(values_of(rows, sampler, steps), 2) for sampler in SAMPLERS) + " |")
+        cells = [mean_and_std(fids_of(rows, sampler, steps), 2) for sampler in SAMPLERS]
+        print(f"| {steps} | {' | '.join(cells)} |")
 
 
-def fid(args: argparse.Namespace, work: Path, sampler: str, steps: int, seed: int) -> float:
-    """The FID of one seed's model and samples: trained, sampled and scored, unless that is done."""
+def measure_fid(work: Path, sampler: str, steps: int, seed: int, pretraining: int, n_samples: int) -> float:
+    """Return the FID of one seed's model with one sampler; train, sample and score unless the FID is saved."""
     name = f"{sampler}-{steps}-{seed}"
     scores = work / "samplers" / f"{name}.json"
-    if not scores.exists():
-        (checkpoint,), _ = train(args, work, "pretrained", seed)
-        samples = work / "samples" / f"samplers-{name}"
-        how = ["--num-fid-samples", args.samples, "--sampler", sampler, "--num-sampling-steps", steps, "--cfg-scale", 1]
-        how += [
-            "--global-seed",
-            seed,
-            "--per-proc-batch-size",
-            500,
-            "--sample-dir",
-            work / "samples",
-            "--name",
-            samples.name,
-        ]
-        run("sample_ddp.py", "--ckpt", checkpoint, *how)
-        how = ["--weights", work / "digits" / "classifier.pt2", "--batch-size", 500, "--json", scores]
-        run("evaluator.py", work / "digits" / "heldout.npz", samples / "samples.npz", *how)
-        shutil.rmtree(samples)
-    return json.loads(scores.read_text())["FID"]
+    if scores.exists():
+        return json.loads(scores.read_text())["FID"]
+    checkpoints, _ = train(work, "pretrained", seed, pretraining)
+    sampling = dict(num_fid_samples=n_samples, num_sampling_steps=steps, sampler=sampler)
+    sampling |= dict(global_seed=seed, per_proc_batch_size=500)
+    fid = sample_and_score(work, checkpoints, f"samplers-{name}", scores, **sampling)["FID"]
+    shutil.rmtree(work / "samples" / f"samplers-{name}")
+    return fid
 
 
-def values_of(rows: list[dict], sampler: str, steps: int) -> list[float]:
+def fids_of(rows: list[dict], sampler: str, steps: int) -> list[float]:
     return [row["fid"] for row in rows if (row["sampler"], row["steps"]) == (sampler, steps)]
 
 
-def draw(rows: list[dict], args: argparse.Namespace, path: Path):
-    """Mean FID over the seeds against the number of steps, with a standard deviation to either side."""
+def draw(path: Path, rows: list[dict], numbers_of_steps: list[int]):
+    """Draw the mean FID over the seeds, plus and minus one standard deviation, against the number of steps."""
     figure, axes = plt.subplots(figsize=(6, 4))
     for sampler, label in SAMPLERS.items():
-        values = np.array([values_of(rows, sampler, steps) for steps in args.steps])
-        mean, std = values.mean(1), values.std(1, ddof=1) if args.seeds > 1 else np.zeros(len(values))
-        (line,) = axes.plot(args.steps, mean, marker="o", markersize=4, label=label)
-        axes.fill_between(args.steps, mean - std, mean + std, color=line.get_color(), alpha=0.2)
+        values = np.array([fids_of(rows, sampler, steps) for steps in numbers_of_steps])  # [steps, seeds]
+        mean = values.mean(1)
+        std = values.std(1, ddof=1) if values.shape[1] > 1 else np.zeros(len(values))
+        (line,) = axes.plot(numbers_of_steps, mean, marker="o", markersize=4, label=label)
+        axes.fill_between(numbers_of_steps, mean - std, mean + std, color=line.get_color(), alpha=0.2)
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="FID, features of the digits' classifier")
-    axes.set_xticks(args.steps, [str(steps) for steps in args.steps])
+    axes.set_xticks(numbers_of_steps, [str(steps) for steps in numbers_of_steps])
     axes.set_yticks([20, 30, 40, 60, 80], ["20", "30", "40", "60", "80"])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -100,15 +93,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3, help="models, each with samples of its own")
-    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of steps")
-    parser.add_argument("--pretrain", type=int, default=16000, help="steps of training")
-    parser.add_argument("--samples", type=int, default=5000, help="samples for the evaluator's FID")
-    parser.add_argument("--work", default="outputs/studies", help="where runs, samples and scores are kept")
-    parser.add_argument("--out", default="studies", help="where samplers.csv and figures/ go")
-    parser.add_argument("--quick", action="store_true", help="far less of everything, to see that it runs")
+    parser.add_argument("--seeds", type=int, default=3, help="number of models, each with its own samples")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of sampling steps")
+    parser.add_argument("--pretrain", type=int, default=16000, help="steps of pretraining")
+    parser.add_argument("--samples", type=int, default=5000, help="samples for FID")
+    parser.add_argument("--work", default="outputs/studies", help="folder of the runs, samples and scores")
+    parser.add_argument("--out", default="studies", help="folder of samplers.csv and figures/")
+    parser.add_argument("--quick", action="store_true", help="few models, steps and samples, to test that it runs")
     args = parser.parse_args()
-    args.finetune = 0  # what tables.train asks for, and this study has none of
     if args.quick:
         args.seeds, args.steps, args.pretrain, args.samples = 2, (5, 10), 60, 100
         args.work, args.out = f"{args.work}-quick", f"{args.work}-quick"

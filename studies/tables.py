@@ -1,10 +1,11 @@
-"""The paper's tables 1 and 2 in miniature, on handwritten digits.
+"""Repeat tables 1 and 2 of the paper at a small scale, on handwritten digits.
 
     python studies/tables.py
 
-Pretrains a tiny DiT for each seed, fine-tunes every variant from it for the same number of images, and measures each on
-held-out digits. Every part is a run of the project's own scripts with ordinary flags; what is finished is not done again.
-Writes studies/results.csv (a row for every variant and seed) and studies/README.md (tables with mean and spread).
+Pretrains a tiny DiT for each seed, fine-tunes every variant from it on the same number of images, and measures the
+error of each variant on held-out digits. Every part is a run of the project's scripts with ordinary flags. Finished
+models are skipped. Writes studies/results.csv (one row per variant and seed) and the tables of studies/README.md (mean
+and standard deviation over the seeds).
 """
 
 import argparse
@@ -19,9 +20,11 @@ import shlex
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # one process a core
+# Models run in parallel, with one core each.
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -30,237 +33,262 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from checkpoint import load_denoiser  # noqa: E402
+from common import flags  # noqa: E402
 from diffusion import create_diffusion  # noqa: E402
 from features import FeatureDataset  # noqa: E402
 from training.statistics import noise_errors  # noqa: E402
 
-TOKENS = 4  # an image of 8x8 in patches of 4
-BATCH = 80  # divisible by every number of experts a batch that is tried
-PRETRAIN = ["--model", "DiT-T/4", "--lr", "2e-3"]
-FINETUNE = ["--lr", "1e-3"]
-REMIX = ["--model", "RemixDiT-T/4"]
+# Images of 8x8 pixels in patches of 4x4.
+TOKENS = 4
+# Divisible by every number of experts per batch that is tried.
+BATCH = 80
+PRETRAINING = dict(model="DiT-T/4", lr=2e-3)
+FINETUNING = dict(lr=1e-3)
 
 
-def remix(k: int, n: int, *flags) -> list[str]:
-    return [*REMIX, "--n-basis", str(k), "--n-experts", str(n), *flags]
+def remix(k: int, n: int, **values) -> dict:
+    """Return the training flags of a Remix-DiT with k bases and n experts."""
+    return dict(model="RemixDiT-T/4", n_basis=k, n_experts=n, **values)
 
 
-MAIN = remix(4, 20)
-VARIANTS = {  # name: (flags, how many seeds of those asked for: all of them, or three)
-    "continued": (["--model", "DiT-T/4"], "all"),
-    "independent-8": (["--model", "DiT-T/4"], "all"),
-    "remix-4-8": (remix(4, 8), "all"),
-    "remix-4-20": (MAIN, "all"),
-    "remix-4-8-equal-flops": (remix(4, 8), "all"),
-    "remix-4-20-equal-flops": (MAIN, "all"),
-    **{f"experts-per-batch-{e}": ([*MAIN, "--experts-per-batch", str(e)], "all") for e in (1, 2, 4, 8, 20)},
-    "one-hot": ([*MAIN, "--mixer", "one-hot"], "three"),
-    "raw": ([*MAIN, "--mixer", "raw"], "three"),
-    "local": ([*MAIN, "--mixer-scope", "local"], "three"),
-    "modulation-too": ([*MAIN, "--mix-modulation"], "three"),
-    **{f"remix-{k}-{n}": (remix(k, n), "three") for k, n in ((4, 4), (4, 100), (2, 20), (8, 20))},
+# The training flags of each variant.
+DIT = dict(model="DiT-T/4")
+VARIANTS = {
+    "continued": DIT,
+    "independent-8": DIT,
+    "remix-4-8": remix(4, 8),
+    "remix-4-20": remix(4, 20),
+    "remix-4-8-equal-flops": remix(4, 8),
+    "remix-4-20-equal-flops": remix(4, 20),
+    **{f"experts-per-batch-{e}": remix(4, 20, experts_per_batch=e) for e in (1, 2, 4, 8, 20)},
+    "one-hot": remix(4, 20, mixer="one-hot"),
+    "raw": remix(4, 20, mixer="raw"),
+    "local": remix(4, 20, mixer_scope="local"),
+    "modulation-too": remix(4, 20, mix_modulation=True),
+    **{f"remix-{k}-{n}": remix(k, n) for k, n in ((4, 4), (4, 100), (2, 20), (8, 20))},
 }
-COLUMNS = [
-    "variant",
-    "seed",
-    "steps",
-    "heldout_error",
-    "choice_error",
-    "fid",
-    "sfid",
-    "inception_score",
-    "precision",
-    "recall",
-]
+# These variants are trained with at most three seeds.
+THREE_SEEDS = {"one-hot", "raw", "local", "modulation-too", "remix-4-4", "remix-4-100", "remix-2-20", "remix-8-20"}
+SCORES = ["heldout_error", "validation_error", "fid", "sfid", "inception_score", "precision", "recall"]
+COLUMNS = ["variant", "seed", "steps", *SCORES]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Steps of pretraining and fine-tuning, number of samples for FID, and DDIM steps."""
+
+    pretraining: int
+    finetuning: int
+    samples: int
+    sampling: str
 
 
 def main(args: argparse.Namespace):
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
-    with quiet(work / "data.log"):
+    with output_to(work / "data.log"):
         prepare(work)
+
+    budget = Budget(args.pretrain, args.finetune, args.samples, args.sampling_steps)
     pretrained = [("pretrained", seed) for seed in range(args.seeds)]
     finetuned = [
-        (name, seed)
-        for name, (_, seeds) in VARIANTS.items()
-        for seed in range(args.seeds if seeds == "all" else min(3, args.seeds))
+        (name, seed) for name in VARIANTS for seed in range(min(3, args.seeds) if name in THREE_SEEDS else args.seeds)
     ]
     workers = ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"))
     with workers, tqdm(total=len(pretrained) + len(finetuned), unit="model", smoothing=0) as bar:
         for jobs in (pretrained, finetuned):
-            for job in as_completed([workers.submit(do, args, *job) for job in jobs]):
+            for job in as_completed([workers.submit(run_variant, work, budget, *job) for job in jobs]):
                 job.result()
                 bar.update()
+
     rows = [json.loads((work / "scores" / f"{name}-{seed}.json").read_text()) for name, seed in pretrained + finetuned]
-    write_results(rows, args)
+    write_results(Path(args.out), rows)
 
 
 def prepare(work: Path):
-    """The digits' three splits, encoded, and the classifier."""
+    """Write and encode the splits of the digits, and train the classifier, unless they exist."""
     if not (work / "digits" / "classifier.pt2").exists():
-        run("studies/digits.py", "--out", work / "digits")
-    for split in ("train", "choice", "heldout"):
+        run("studies/digits.py", *flags(out=work / "digits"))
+    for split in ("train", "validation", "heldout"):
         if not (work / split / "index.json").exists():
-            how = ["--vae", "none", "--image-size", 8, "--grayscale", "--no-mirror", "--num-workers", 0]
-            run("extract_features.py", "--data-path", work / "digits" / split, "--features-path", work / split, *how)
+            pixels = flags(vae="none", image_size=8, grayscale=True, mirror=False, num_workers=0)
+            run("extract_features.py", *flags(data_path=work / "digits" / split, features_path=work / split), *pixels)
 
 
-def do(args: argparse.Namespace, name: str, seed: int):
-    """Train, sample and score one variant with one seed, unless that is done."""
+def run_variant(work: Path, budget: Budget, name: str, seed: int):
+    """Train, sample and score one variant with one seed, unless its scores exist."""
     torch.set_num_threads(1)
-    work = Path(args.work)
     scores = work / "scores" / f"{name}-{seed}.json"
     if scores.exists():
         return
-    with quiet(work / f"{name}-{seed}.log"):
-        checkpoints, steps = train(args, work, name, seed)
-        samples = work / "samples" / f"{name}-{seed}"
-        how = [
-            "--num-fid-samples",
-            args.samples,
-            "--num-sampling-steps",
-            args.sampling_steps,
-            "--sampler",
-            "ddim",
-            "--cfg-scale",
-            1,
-        ]
-        how += ["--per-proc-batch-size", 250, "--sample-dir", work / "samples", "--name", samples.name]
-        run("sample_ddp.py", "--ckpt", *checkpoints, *how)
+    with output_to(work / f"{name}-{seed}.log"):
+        checkpoints, steps = train(work, name, seed, budget.pretraining, budget.finetuning)
+        sampling = dict(num_fid_samples=budget.samples, num_sampling_steps=budget.sampling, sampler="ddim")
+        sampling |= dict(per_proc_batch_size=250)
         evaluated = work / "evaluated" / scores.name
-        how = ["--weights", work / "digits" / "classifier.pt2", "--batch-size", 500, "--json", evaluated]
-        run("evaluator.py", work / "digits" / "heldout.npz", samples / "samples.npz", *how)
-        found = {key.lower().replace(" ", "_"): value for key, value in json.loads(evaluated.read_text()).items()}
+        results = sample_and_score(work, checkpoints, f"{name}-{seed}", evaluated, **sampling)
+        results = {key.lower().replace(" ", "_"): value for key, value in results.items()}
         model, config = load_denoiser(checkpoints)
-        for split, timesteps in (("heldout", range(1000)), ("choice", range(0, 1000, 4))):
+        for split, timesteps in (("heldout", range(1000)), ("validation", range(0, 1000, 4))):
             dataset = FeatureDataset(work / split)
             x, y = dataset.__getitems__(list(range(len(dataset))))
             errors = noise_errors(model, create_diffusion(**config["diffusion"]), x, y, timesteps, per_timestep=60)
-            found[f"{split}_error"] = errors.mean().item()
-        row = {"variant": name, "seed": seed, "steps": steps, **found}
+            results[f"{split}_error"] = errors.mean().item()
+        row = {"variant": name, "seed": seed, "steps": steps, **results}
         scores.parent.mkdir(exist_ok=True)
         scores.with_suffix(".tmp").write_text(json.dumps({column: row[column] for column in COLUMNS}))
         scores.with_suffix(".tmp").rename(scores)
 
 
-def train(args: argparse.Namespace, work: Path, name: str, seed: int) -> tuple[list[Path], int]:
-    """Run train_fast.py as the variant asks; return its checkpoints and its steps in all."""
-    steps = args.pretrain if name == "pretrained" else args.finetune
-    pretrained = work / "runs" / f"pretrained-{seed}" / "checkpoints" / f"{args.pretrain:07d}.pt"
-    common = [
-        "--data-path",
-        work / "train",
-        "--results-dir",
-        work / "runs",
-        "--global-batch-size",
-        BATCH,
-        "--ema-decay",
-        0.999,
-    ]
-    common += ["--num-workers", 0, "--log-every", 500, "--ckpt-every", 10**9, "--resume", "auto"]
-    common += ["--global-seed", seed if name == "pretrained" else 1000 + seed]
-    flags = PRETRAIN if name == "pretrained" else [*FINETUNE, *VARIANTS[name][0], "--load-weight", pretrained]
+def train(work: Path, name: str, seed: int, pretraining: int, finetuning: int = 0) -> tuple[list[Path], int]:
+    """Run train_fast.py for a variant, unless its checkpoints exist.
+
+    Args:
+        work: Folder of the study.
+        name: "pretrained" or a key of VARIANTS.
+        seed: Seed of the pretrained model.
+        pretraining: Steps of pretraining.
+        finetuning: Steps of fine-tuning.
+
+    Returns:
+        The checkpoints (one per independent expert, otherwise one) and the total number of steps.
+    """
+    if name == "pretrained":
+        values, steps = PRETRAINING | dict(global_seed=seed), pretraining
+    else:
+        pretrained = work / "runs" / f"pretrained-{seed}" / "checkpoints" / f"{pretraining:07d}.pt"
+        values = FINETUNING | VARIANTS[name] | dict(load_weight=pretrained, global_seed=1000 + seed)
+        steps = finetuning
     if name.endswith("-equal-flops"):
-        steps = round(steps / mixing_cost(flags))
-    parts = {f"{name}-{seed}": ([], steps)}
+        steps = round(steps / relative_flops(**values))
+    values |= dict(data_path=work / "train", results_dir=work / "runs", global_batch_size=BATCH, ema_decay=0.999)
+    values |= dict(num_workers=0, log_every=500, ckpt_every=10**9, resume="auto")
+
+    runs = {f"{name}-{seed}": dict(max_steps=steps)}
     if name == "independent-8":
-        parts = {f"{name}-{seed}-{i}": (["--timesteps", 125 * i, 125 * (i + 1)], steps // 8) for i in range(8)}
+        runs = {f"{name}-{seed}-{i}": dict(max_steps=steps // 8, timesteps=(125 * i, 125 * (i + 1))) for i in range(8)}
     checkpoints = []
-    for prefix, (more, part) in parts.items():
-        checkpoints.append(work / "runs" / prefix / "checkpoints" / f"{part:07d}.pt")
+    for prefix, own in runs.items():
+        checkpoints.append(work / "runs" / prefix / "checkpoints" / f"{own['max_steps']:07d}.pt")
         if not checkpoints[-1].exists():
-            run("train_fast.py", *common, *flags, *more, "--prefix", prefix, "--max-steps", part)
+            run("train_fast.py", *flags(**values, **own, prefix=prefix))
     return checkpoints, steps
 
 
-def mixing_cost(flags: list[str]) -> float:
-    """The FLOPs of a Remix training step over a plain DiT's, in the mixed layers: alpha beta, and its two gradients.
+def relative_flops(n_basis: int, n_experts: int, **values) -> float:
+    """Return the FLOPs of a Remix-DiT's training step relative to a plain DiT's, in the mixed layers.
 
-    A plain step does 6 FLOPs a weight and token; mixing G groups out of K bases does 6 G K a weight.
+    A plain step takes 6 FLOPs per weight and token. Mixing K bases for G groups takes 6 G K per weight: the product of
+    alpha and beta, and its two gradients.
     """
-    k, n = (int(flags[flags.index(flag) + 1]) for flag in ("--n-basis", "--n-experts"))
-    groups = max(e for e in range(1, min(16, n) + 1) if BATCH % e == 0)
-    return 1 + groups * k / (BATCH * TOKENS)
+    groups = max(e for e in range(1, min(16, n_experts) + 1) if BATCH % e == 0)
+    return 1 + groups * n_basis / (BATCH * TOKENS)
 
 
-def run(script: str, *flags):
-    """Run one of the project's scripts in this process, as `python script flags` would."""
-    arguments = [str(ROOT / script), *map(str, flags)]
+def sample_and_score(work: Path, checkpoints: list[Path], name: str, scores: Path, **sampling) -> dict[str, float]:
+    """Run sample_ddp.py without guidance and evaluator.py against the held-out digits.
+
+    Args:
+        work: Folder of the study.
+        checkpoints: Checkpoints to sample from.
+        name: Folder of the samples, below work/samples.
+        scores: JSON file of the scores to write.
+        **sampling: Further flags of sample_ddp.py.
+
+    Returns:
+        The scores by name.
+    """
+    output = flags(ckpt=checkpoints, cfg_scale=1, sample_dir=work / "samples", name=name)
+    run("sample_ddp.py", *output, *flags(**sampling))
+    files = work / "digits" / "heldout.npz", work / "samples" / name / "samples.npz"
+    run("evaluator.py", *files, *flags(weights=work / "digits" / "classifier.pt2", batch_size=500, json=scores))
+    return json.loads(scores.read_text())
+
+
+def run(script: str, *words):
+    """Run one of the project's scripts in this process, as `python script words`."""
+    arguments = [str(ROOT / script), *map(str, words)]
     print(f"$ python {shlex.join([script, *arguments[1:]])}", flush=True)
-    before = sys.argv
+    argv = sys.argv
     sys.argv = arguments
     try:
         runpy.run_path(arguments[0], run_name="__main__")
     finally:
-        sys.argv = before
+        sys.argv = argv
 
 
 @contextlib.contextmanager
-def quiet(log: Path):
-    """Send what the scripts print to a file."""
+def output_to(log: Path):
+    """Append everything that is printed to a file."""
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         yield
 
 
+# The tables of README.md: their titles and variants.
 TABLES = {
-    "Table 1: for the same images and, where it says so, for the same FLOPs": (
-        [
-            "pretrained",
-            "continued",
-            "independent-8",
-            "remix-4-8",
-            "remix-4-20",
-            "remix-4-8-equal-flops",
-            "remix-4-20-equal-flops",
-        ]
-    ),
+    "Table 1: the same number of images, and the same FLOPs for `-equal-flops`": [
+        "pretrained",
+        "continued",
+        "independent-8",
+        "remix-4-8",
+        "remix-4-20",
+        "remix-4-8-equal-flops",
+        "remix-4-20-equal-flops",
+    ],
     "Table 2: mixers": ["remix-4-20", "raw", "one-hot"],
     "Table 2: scopes": ["remix-4-20", "local"],
-    "Table 2: what is mixed": ["remix-4-20", "modulation-too"],
+    "Table 2: mixed layers": ["remix-4-20", "modulation-too"],
     "Table 2: K and N": ["remix-4-4", "remix-4-8", "remix-4-20", "remix-4-100", "remix-2-20", "remix-8-20"],
-    "Beyond the paper: experts in a batch of 80 (remix-4-20 has 16)": (
-        [*(f"experts-per-batch-{e}" for e in (1, 2, 4, 8)), "remix-4-20", "experts-per-batch-20"]
-    ),
+    "Not in the paper: experts per batch of 80 images (remix-4-20 has 16)": [
+        *(f"experts-per-batch-{e}" for e in (1, 2, 4, 8)),
+        "remix-4-20",
+        "experts-per-batch-20",
+    ],
 }
+MARK = "<!-- tables.py writes everything below this line -->"
 
 
-def write_results(rows: list[dict], args: argparse.Namespace):
-    """results.csv, a row for every variant and seed, and README.md's tables of mean and spread."""
-    out = Path(args.out)
+def write_results(out: Path, rows: list[dict]):
+    """Write results.csv, and replace the tables in README.md."""
     with open(out / "results.csv", "w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
         table.writerows(rows)
-    pages = [table_of(title, names, rows) for title, names in TABLES.items()]
     machine = f"{os.cpu_count()} CPU cores ({platform.processor() or platform.machine()}), PyTorch {torch.__version__}"
-    made = f"Made by `{shlex.join(['python', 'studies/tables.py', *sys.argv[1:]])}` on {machine}, {time.strftime('%Y-%m-%d')}."
+    command = shlex.join(["python", "studies/tables.py", *sys.argv[1:]])
+    origin = f"Made by `{command}` on {machine}, {time.strftime('%Y-%m-%d')}."
     head, _, _ = (out / "README.md").read_text().partition(MARK)
-    (out / "README.md").write_text(f"{head}{MARK}\n\n{made}\n\n" + "\n\n".join(pages) + "\n")
+    parts = [origin, *(markdown_table(title, names, rows) for title, names in TABLES.items())]
+    (out / "README.md").write_text(f"{head}{MARK}\n\n" + "\n\n".join(parts) + "\n")
 
 
-MARK = "<!-- below: written by tables.py -->"
-
-
-def table_of(title: str, names: list[str], rows: list[dict]) -> str:
-    """A table in Markdown; a difference is paired with the continued training of the same seed."""
+def markdown_table(title: str, names: list[str], rows: list[dict]) -> str:
+    """Return a Markdown table of variants, each compared with continued training of the same seed."""
     continued = {row["seed"]: row["heldout_error"] for row in rows if row["variant"] == "continued"}
     lines = [
         f"## {title}",
         "",
-        "| variant | seeds | held-out error | less than continued, % | in seeds | FID |",
+        "| variant | seeds | held-out error | reduction relative to continued, % | seeds with a reduction | FID |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name in names:
-        mine = [row for row in rows if row["variant"] == name]
-        gains = [100 * (1 - row["heldout_error"] / continued[row["seed"]]) for row in mine]
-        better = "-" if name == "continued" else f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
-        error, fid = spread([row["heldout_error"] for row in mine], 5), spread([row["fid"] for row in mine], 2)
-        lines.append(f"| {name} | {len(mine)} | {error} | {spread(gains, 2)} | {better} | {fid} |")
+        variant = [row for row in rows if row["variant"] == name]
+        reductions = [100 * (1 - row["heldout_error"] / continued[row["seed"]]) for row in variant]
+        better = f"{sum(reduction > 0 for reduction in reductions)} of {len(reductions)}"
+        cells = [
+            name,
+            str(len(variant)),
+            mean_and_std([row["heldout_error"] for row in variant], 5),
+            mean_and_std(reductions, 2),
+            "-" if name == "continued" else better,
+            mean_and_std([row["fid"] for row in variant], 2),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation over the seeds."""
+def mean_and_std(values: list[float], digits: int) -> str:
+    """Return the mean and the standard deviation over the seeds as text."""
     std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{std}"
 
@@ -270,13 +298,13 @@ if __name__ == "__main__":
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "--seeds", type=int, default=5, help="seeds for table 1 and for experts a batch; three at most for table 2"
+        "--seeds", type=int, default=5, help="seeds of table 1 and of experts per batch; table 2 has at most three"
     )
     parser.add_argument("--pretrain", type=int, default=16000, help="steps of pretraining")
     parser.add_argument("--finetune", type=int, default=2000, help="steps of fine-tuning")
-    parser.add_argument("--samples", type=int, default=5000, help="samples for the evaluator's FID")
+    parser.add_argument("--samples", type=int, default=5000, help="samples for FID")
     parser.add_argument("--sampling-steps", default="20", help="DDIM steps")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="models at a time, one core each")
-    parser.add_argument("--work", default="outputs/studies", help="where runs, samples and scores are kept")
-    parser.add_argument("--out", default="studies", help="where results.csv and README.md go")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="models in parallel, with one core each")
+    parser.add_argument("--work", default="outputs/studies", help="folder of the runs, samples and scores")
+    parser.add_argument("--out", default="studies", help="folder of results.csv and README.md")
     main(parser.parse_args())
