@@ -1,9 +1,13 @@
-"""Processes: the group (NCCL on GPUs, gloo on CPUs, none without torchrun), rank-0 logging, and seeds."""
+"""Processes, signals and seeds: the process group, logging on rank 0, stop signals and per-sample random generators.
+
+The process group uses NCCL on GPUs and gloo on CPUs. Without torchrun there is one process and no group.
+"""
 
 import logging
 import os
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,32 +20,43 @@ from torch.distributed.rendezvous import rendezvous
 from common import LocalError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what SLURM can send in advance
+# SLURM can send SIGUSR1 some time before it ends a job.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# How long a process waits for the others, for example while one of them works through a larger share.
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all of them."""
+    """This process's place among all processes.
+
+    Attributes:
+        rank: index of this process, 0 to size - 1.
+        size: number of processes.
+        device: this process's device.
+        hosts: gloo group for communication without the GPUs; None where the default group is gloo's or there is none.
+    """
 
     rank: int
     size: int
     device: torch.device
-    hosts: dist.ProcessGroup | None = None  # a gloo group beside NCCL's, for what needs no device
+    hosts: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def barrier(self):
+        """Wait until all processes have reached this call."""
         if self.size > 1:
             dist.barrier()
 
     def autocast(self, precision: str) -> torch.autocast:
-        """The context in which matrix products are taken in "bf16" or "fp16"; "fp32" changes nothing."""
+        """Return a context that computes matrix products in "bf16" or "fp16"; "fp32" changes nothing."""
         return torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any process; the hosts meet for it, the devices do not."""
+        """Return whether the flag is True on any process; the hosts synchronize, the GPUs do not."""
         if self.size == 1:
             return flag
         flags = torch.tensor([flag], dtype=torch.int32)
@@ -49,7 +64,7 @@ class World:
         return bool(flags.item())
 
     def same(self, value: int) -> bool:
-        """Whether all processes have the same value."""
+        """Return whether all processes have the same value; the hosts synchronize, the GPUs do not."""
         if self.size == 1:
             return True
         bounds = torch.tensor([value, -value])
@@ -57,59 +72,118 @@ class World:
         return int(bounds.sum()) == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Add `values` up over the processes, in place."""
+        """Sum a tensor over the processes, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
 
 def world_size() -> int:
-    """The number of processes, known before any of them has joined the group."""
+    """Return the number of processes; it is known before the process group exists."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def setup() -> World:
-    """Join the process group that torchrun describes, if it does, and take a device: this rank's GPU, or the CPU.
+    """Join the process group that torchrun describes, if any, and select this process's device.
 
-    A process waits half an hour for the others (while one of them works through a larger share, say). When one of them
-    dies, torchrun ends the others of its node at once.
+    When a process dies, torchrun ends the other processes of its node at once. Processes of other nodes wait up to
+    TIMEOUT.
+
+    Returns:
+        This process's place. The device is the GPU with the local rank's index, or the CPU if there is no GPU.
+
+    Raises:
+        LocalError: if the node has more processes than GPUs.
     """
-    size, rank, local_rank = world_size(), int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise LocalError(
-                f"process {local_rank} of this node has no GPU: start at most {torch.cuda.device_count()} a node (--nproc_per_node)"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-    else:
-        device = torch.device("cpu")
-    patience = timedelta(minutes=30)
+    rank = int(os.environ.get("RANK", 0))
+    size = world_size()
+    device = _select_device(int(os.environ.get("LOCAL_RANK", 0)))
+    hosts = None
     if size > 1:
-        # torchrun keeps one store for all the times it restarts the processes: without a name of its own, a new group
-        # would read the addresses of the one before and wait for the dead. The agents of several nodes do not count
-        # restarts alike; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment gives each its own store.
-        alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
-        store, rank, size = next(rendezvous("env://", timeout=patience))
-        store = dist.PrefixStore(f"attempt-{attempt}", store)
-        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=bound)
-    hosts = dist.new_group(backend="gloo", timeout=patience) if size > 1 and device.type == "cuda" else None
+        rank, size = _join_group(device)
+        if device.type == "cuda":
+            hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)
     world = World(rank, size, device, hosts)
-    world.barrier()  # nobody starts to write before everybody has looked at what is there
+    # No process may write before every process has checked the files that are there.
+    world.barrier()
     return world
 
 
+def _select_device(local_rank: int) -> torch.device:
+    """Select the GPU of a local rank, and TF32 matrix products; or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    n_gpus = torch.cuda.device_count()
+    if local_rank >= n_gpus:
+        raise LocalError(
+            f"process {local_rank} of this node has no GPU: "
+            f"start at most {n_gpus} processes per node (--nproc_per_node)"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+    return device
+
+
+def _join_group(device: torch.device) -> tuple[int, int]:
+    """Join torchrun's process group and return this process's rank and the number of processes."""
+    # torchrun keeps one store across all restarts of the processes. With a prefix per restart, a new group does not
+    # read the addresses of the previous group, whose processes no longer exist. The agents of several nodes may count
+    # restarts differently, so the prefix is the same for all restarts there. On several nodes, setting
+    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment gives each restart a store of its own.
+    one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    store = dist.PrefixStore(f"attempt-{attempt}", store)
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id)
+    return rank, size
+
+
 def seed_for(*position: int) -> int:
-    """A 63-bit seed that is a function of the position alone, such as (seed, step)."""
+    """Return a 63-bit seed that is a function of the position alone, such as (seed, step)."""
     return int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> 1)
 
 
+class SampleGenerators:
+    """One random generator per sample, so that a sample's draws do not depend on the batch it is in.
+
+    The idea is StackedRandomGenerator of NVlabs/edm2.
+
+    Args:
+        seed: seed shared by all samples.
+        samples: indices of the samples; sample i's generator is seeded from (seed, i).
+        device: device of the generators and of the draws.
+    """
+
+    def __init__(self, seed: int, samples: Iterable[int], device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.generators = [torch.Generator(self.device).manual_seed(seed_for(seed, i)) for i in samples]
+
+    def randn(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Draw standard normal noise.
+
+        Args:
+            shape: shape of one sample's noise.
+
+        Returns:
+            Noise [number of samples, *shape], float32. Each call continues every sample's own random stream.
+        """
+        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self.generators])
+
+
 def rank0_logger(world: World, path: Path | None = None) -> logging.Logger:
-    """A logger to the terminal and, if given, to the end of `path`; silent on the other ranks."""
-    logging.raiseExceptions = False  # where a disk is full, the terminal still gets the line
+    """Make a logger that writes to the terminal and to a file.
+
+    Args:
+        world: this process's place; ranks other than 0 log errors only, and only to the terminal.
+        path: file to append to; None for none.
+
+    Returns:
+        The logger. Each line begins with the date and time.
+    """
+    # If the disk is full, writing to the file fails silently and the terminal still shows the line.
+    logging.raiseExceptions = False
     logger = logging.getLogger("remix-dit")
     logger.setLevel(logging.INFO if world.is_main else logging.ERROR)
     logger.handlers.clear()
@@ -124,26 +198,41 @@ def rank0_logger(world: World, path: Path | None = None) -> logging.Logger:
 
 
 class StopSignal:
-    """Notes a signal that asks the run to stop. Schedulers and torchrun may send it twice; a Ctrl-C after seconds ends the run."""
+    """Records a signal that asks the run to stop, so that the run can stop after its current step.
+
+    Schedulers and torchrun may send a signal twice. A second Ctrl-C more than two seconds after the first signal ends
+    the run at once with KeyboardInterrupt.
+
+    Attributes:
+        requested: name of the first signal that arrived, or None.
+        since: time of its arrival, in seconds of time.monotonic().
+    """
 
     def __init__(self):
-        self.requested, self.since = None, 0.0
+        self.requested = None
+        self.since = 0.0
         for which in STOP_SIGNALS:
-            signal.signal(which, self._note)
+            signal.signal(which, self._record)
 
-    def _note(self, which: int, frame):
+    def _record(self, which: int, frame):
         if self.requested is None:
-            self.requested, self.since = signal.Signals(which).name, time.monotonic()
+            self.requested = signal.Signals(which).name
+            self.since = time.monotonic()
         elif which == signal.SIGINT and time.monotonic() - self.since > 2:
             raise KeyboardInterrupt
 
 
 def restore_signals():
+    """Restore Python's default handling of the stop signals."""
     for which in STOP_SIGNALS:
         signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)
 
 
 def ignore_signals(worker: int):
-    """For the loader's processes: a signal to the whole group stops the run in its own time, with their help."""
+    """Ignore the stop signals in a DataLoader's worker process, so that the run can still read data while it stops.
+
+    Args:
+        worker: index of the worker, which DataLoader passes to its worker_init_fn; unused.
+    """
     for which in STOP_SIGNALS:
         signal.signal(which, signal.SIG_IGN)
