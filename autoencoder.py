@@ -1,48 +1,79 @@
-"""Between images and what the model sees: diffusers' AutoencoderKL, or nothing at all (pixels)."""
+"""Conversion between images and what the model denoises: a VAE's latents (diffusers' AutoencoderKL) or plain pixels."""
 
 import torch
 from torch import Tensor
 
 from common import UserError, first_line
 
-SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}  # the published choices
+# The VAEs published with latent diffusion and used by DiT.
+SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
 
 class Pixels:
-    """No autoencoder: the model sees the pixels in [-1, 1]."""
+    """No autoencoder: the model denoises pixels in [-1, 1].
 
-    factor = 1  # image pixels a latent pixel, along a side
+    Attributes:
+        factor: image pixels per latent pixel, along each side.
+        scale: factor by which the VAE's latents are multiplied.
+        bounded: whether the model's data lie in [-1, 1].
+        channels: numbers of channels that a model may have.
+    """
+
+    factor = 1
     scale = 1.0
-    bounded = True  # within [-1, 1]
-    channels = (1, 3)  # what a model may have
+    bounded = True
+    channels = (1, 3)
 
     def to(self, device: torch.device) -> "Pixels":
+        """Move the weights to a device and return self."""
         return self
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the standard deviation of the encoded images: the images themselves and zeros.
+
+        Args:
+            images: images [B, C, H, W] in [-1, 1].
+        """
         return images, torch.zeros_like(images)
 
     def decode(self, samples: Tensor) -> Tensor:
-        """Samples [B, C, H, W] -> uint8 RGB images [B, H, W, 3]."""
+        """Convert samples to images.
+
+        Args:
+            samples: samples [B, C, H, W]; one channel is repeated to give three.
+
+        Returns:
+            RGB images [B, H, W, 3], uint8.
+        """
         samples = samples.expand(-1, 3, -1, -1) if samples.shape[1] == 1 else samples
         return (127.5 * samples + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 class Latents(Pixels):
-    """diffusers' AutoencoderKL; latents are multiplied by `scale` (the VAE's own scaling factor, 0.18215 for DiT's)."""
+    """diffusers' AutoencoderKL, whose latents are multiplied by its scaling factor (0.18215 for DiT's VAEs).
+
+    Args:
+        name: name on the Hugging Face hub, or a local folder.
+
+    Raises:
+        UserError: if the VAE cannot be loaded.
+    """
 
     bounded = False
 
     def __init__(self, name: str):
-        from diffusers import AutoencoderKL  # seconds to import, and pixel runs never need it
+        # The import takes seconds, and runs on pixels never need it.
+        from diffusers import AutoencoderKL
         from diffusers.utils import logging
 
-        logging.set_verbosity_error()  # what it would warn of is said in one line below
+        # The one-line error below replaces diffusers' warnings.
+        logging.set_verbosity_error()
         try:
             self.vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"cannot load the VAE {name!r} (a hub name or a folder that holds a diffusers AutoencoderKL): {first_line(error)}"
+                f"cannot load the VAE {name!r} (a hub name or a folder that holds a diffusers AutoencoderKL): "
+                f"{first_line(error)}"
             ) from None
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.scale = self.vae.config.scaling_factor
@@ -53,15 +84,27 @@ class Latents(Pixels):
         return self
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [B, C, H / factor, W / factor] of the scaled latents of images in [-1, 1]."""
+        """Return the mean and the standard deviation of the scaled latents, each [B, C, H / factor, W / factor].
+
+        Args:
+            images: images [B, 3, H, W] in [-1, 1].
+        """
         posterior = self.vae.encode(images).latent_dist
         return posterior.mean * self.scale, posterior.std * self.scale
 
     def decode(self, samples: Tensor) -> Tensor:
-        """Scaled latents [B, C, h, w] -> uint8 RGB images [B, H, W, 3]."""
+        """Convert scaled latents [B, C, h, w] to RGB images [B, h * factor, w * factor, 3], uint8."""
         return super().decode(self.vae.decode(samples / self.scale).sample)
 
 
 def load_autoencoder(name: str) -> Pixels:
-    """Pixels for "none", else "ema" or "mse" (the published VAEs), any hub name, or a local folder. Raises UserError."""
+    """Load an autoencoder by name.
+
+    Args:
+        name: "none" for pixels, "ema" or "mse" for the published VAEs, another name on the Hugging Face hub, or a local
+            folder.
+
+    Raises:
+        UserError: if the VAE cannot be loaded.
+    """
     return Pixels() if name == "none" else Latents(SHORT_NAMES.get(name, name))

@@ -1,4 +1,4 @@
-"""What every script and file format relies on: one kind of error for people, and writes that are never half done."""
+"""Input errors, atomic file writes and argument parsing shared by all scripts."""
 
 import argparse
 import json
@@ -13,22 +13,22 @@ import torch.distributed as dist
 
 
 class UserError(ValueError):
-    """A mistake its user can mend; the message is one line that says what is wrong and what to do."""
+    """An error caused by wrong input; the message is one line that says what is wrong and how to fix it."""
 
 
 class LocalError(UserError):
-    """A UserError that this process may be alone to meet."""
+    """A UserError that may occur on this process only, so that every process prints its own."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends the default, where there is one."""
+    """A help formatter that appends the default to a flag's help, except where it is None."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults in --help and one-line errors (exit code 2), printed once a node."""
+    """An argument parser that shows defaults in --help and prints an error as one line per node, with exit code 2."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
@@ -38,7 +38,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def fail(prog: str, message: str, everywhere: bool = False):
-    """Print `message` as one line on the first rank of every node (or on every rank) and exit with code 2."""
+    """Print an error as one line and exit with code 2.
+
+    Args:
+        prog: name of the script, printed before the message.
+        message: the error; line breaks become spaces.
+        everywhere: print on every rank, not only on the first rank of every node.
+
+    Raises:
+        SystemExit: always, with code 2.
+    """
     rank = int(os.environ.get("RANK", 0))
     if everywhere or int(os.environ.get("LOCAL_RANK", 0)) == 0:
         where = f" (rank {rank})" if rank else ""
@@ -47,14 +56,23 @@ def fail(prog: str, message: str, everywhere: bool = False):
 
 
 def run_script(main, parser: ArgumentParser):
-    """Parse the command line and run `main(args)`; a UserError ends every rank with one line and exit code 2."""
+    """Parse the command line and run a script's main function.
+
+    A UserError, or an OSError that names a file, ends every rank with a one-line message and exit code 2.
+    Ctrl-C ends the script with exit code 130.
+
+    Args:
+        main: function that takes the parsed arguments (argparse.Namespace).
+        parser: parser of the script's flags.
+    """
     args = parser.parse_args()
     try:
         main(args)
     except UserError as error:
-        # Before the process group exists the ranks of a node meet the same error; afterwards it may be one rank's own.
+        # Before the process group exists, all ranks of a node raise the same error. Later, one rank may fail alone.
         message = str(error)
-        if "Original Traceback" in message:  # one that a DataLoader's worker met, which arrives with its traceback
+        # An error from a DataLoader's worker arrives as the text of its traceback; the last line holds the message.
+        if "Original Traceback" in message:
             message = message.strip().splitlines()[-1].partition(": ")[2]
         fail(parser.prog, message, everywhere=dist.is_initialized() or isinstance(error, LocalError))
     except OSError as error:
@@ -68,7 +86,17 @@ def run_script(main, parser: ArgumentParser):
 
 
 def number(kind, low=-math.inf, high=math.inf, *, above=False):
-    """An argparse type: an int or a float within [low, high] (or above `low`, if `above`)."""
+    """Make an argparse type for a finite number within bounds.
+
+    Args:
+        kind: int or float.
+        low: smallest value.
+        high: largest value.
+        above: exclude `low` itself.
+
+    Returns:
+        A function that converts a string to `kind` and raises argparse.ArgumentTypeError for any other string.
+    """
 
     def parse(text: str):
         try:
@@ -112,31 +140,43 @@ def flags(**values) -> list[str]:
 
 
 def folder_name(text: str) -> str:
-    """An argparse type: one folder name, which cannot lead outside the folder it is joined to."""
+    """Check one folder name without separators, as an argparse type; it cannot lead outside its parent folder."""
     if text in ("", ".", "..") or "/" in text or "\\" in text or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected a plain folder name, got {text!r}")
     return text
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+    """Return the first line of an error's message (at most 200 characters), or the error's type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def check_disk(folder, needed: int, what: str) -> str:
-    """Say how much of the free space below `folder` it takes to write `what`, in bytes. Raises UserError if that is too much."""
+    """Check that a folder's disk has enough free space.
+
+    Args:
+        folder: folder to write to; it need not exist yet.
+        needed: size of what will be written, in bytes.
+        what: description of what will be written, for the message.
+
+    Returns:
+        One line with the needed and the free space, in GiB.
+
+    Raises:
+        UserError: if the free space is smaller than `needed`.
+    """
     folder = Path(folder).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    estimate = f"{what}: {needed / 2**30:,.2f} GiB of the {free / 2**30:,.2f} free in {folder}"
+    estimate = f"{what}: {needed / 2**30:,.2f} GiB of the {free / 2**30:,.2f} GiB free in {folder}"
     if needed > free:
         raise UserError(f"not enough disk space for {estimate}")
     return estimate
 
 
 def remove_leftovers(*folders: Path):
-    """Delete what writers that were killed left beside their files. For one process, before any other writes."""
+    """Delete the temporary files of killed writers; call it on one process, before any process writes."""
     for folder in folders:
         for path in Path(folder).glob(".*.tmp"):
             path.unlink(missing_ok=True)
@@ -144,9 +184,15 @@ def remove_leftovers(*folders: Path):
 
 @contextmanager
 def atomic_write(path):
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`, else remove it.
+    """Write a file so that readers see either the old file or the complete new one, even if the writer is killed.
 
-    A reader sees the old file or the whole new one, whenever the writer is killed.
+    On success the temporary file is flushed to disk and renamed to `path`. On an error it is removed.
+
+    Args:
+        path: file to write; missing parent folders are created.
+
+    Yields:
+        Path of a temporary file in the same folder, to write to.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,25 +207,33 @@ def atomic_write(path):
 
 
 def write_json(path, content):
-    """Write plain types to a file that people may read too, whole or not at all."""
+    """Write plain Python types to an indented JSON file, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def check_settings(record: Path, settings: dict, remedy: str, but: tuple[str, ...] = ()):
-    """Refuse to mix results: raise UserError where `record`, a folder's settings.json, differs from `settings`.
+def check_settings(record: Path, settings: dict, remedy: str, ignored: tuple[str, ...] = ()):
+    """Check that a folder's results were made with the same settings, so that different results are never mixed.
 
-    but: settings that may differ; remedy: what to do, for the error.
+    Args:
+        record: the folder's settings.json.
+        settings: settings of this run.
+        remedy: what the user can do, for the error message.
+        ignored: names of settings that may differ.
+
+    Raises:
+        UserError: if any other setting differs.
     """
-    before = json.loads(record.read_text())
-    for key in settings.keys() | before.keys():
-        if key not in but and before.get(key) != settings.get(key):
-            was, now = (str(values.get(key)) for values in (before, settings))
-            said = f"{key}={was}, not {now}" if len(was + now) < 80 else f"another {key}"
-            raise UserError(f"{record.parent} holds results with {said}: remove it or {remedy}")
+    saved = json.loads(record.read_text())
+    for key in settings.keys() | saved.keys():
+        if key not in ignored and saved.get(key) != settings.get(key):
+            before, now = str(saved.get(key)), str(settings.get(key))
+            difference = f"{key}={before}, not {now}" if len(before + now) < 80 else f"another {key}"
+            raise UserError(f"{record.parent} holds results with {difference}: remove it or {remedy}")
 
 
 def _flush(path: Path):
+    """Flush a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,0 +1,66 @@
+"""Argument parsing, atomic writes and the settings of a folder of results."""
+
+import argparse
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import ArgumentParser, UserError, atomic_write, check_settings, number, remove_leftovers
+
+
+@given(st.text(max_size=12))
+def test_number_flags_accept_only_numbers_within_bounds(text):
+    for kind, low, high in ((int, 1, 1000), (float, 0, 1)):
+        try:
+            value = number(kind, low, high)(text)
+        except argparse.ArgumentTypeError:
+            pass
+        else:
+            assert isinstance(value, kind)
+            assert low <= value <= high
+
+
+@given(st.lists(st.sampled_from(["--a", "--b", "1", "-1", "nan", "1e9", "--", "x"]), max_size=6))
+@settings(deadline=None)
+def test_the_parser_returns_values_or_exits_with_code_2(flags):
+    parser = ArgumentParser(prog="p")
+    parser.add_argument("--a", type=number(int, 1, 9), default=1)
+    parser.add_argument("--b", type=number(float, 0, above=True))
+    try:
+        args = parser.parse_args(flags)
+    except SystemExit as end:
+        assert end.code == 2
+    else:
+        assert 1 <= args.a <= 9
+        assert args.b is None or args.b > 0
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "folder" / "file"
+    with atomic_write(path) as temporary:
+        temporary.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        assert path.read_text() == "old"
+        raise RuntimeError
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+
+
+def test_temporary_files_of_killed_writers_are_removed(tmp_path):
+    for name in ("file", ".file.123.tmp"):
+        (tmp_path / name).write_text("content")
+    remove_leftovers(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_results_of_other_settings_are_refused(tmp_path):
+    record = tmp_path / "settings.json"
+    record.write_text(json.dumps({"seed": 0, "path": "a"}))
+    check_settings(record, {"seed": 0, "path": "b"}, "choose another --name", ignored=("path",))
+    with pytest.raises(UserError, match="seed=0, not 1: remove it or choose another --name"):
+        check_settings(record, {"seed": 1, "path": "a"}, "choose another --name")
+    with pytest.raises(UserError, match="mirror=None, not True"):
+        check_settings(record, {"seed": 0, "path": "a", "mirror": True}, "choose another --name")
