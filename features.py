@@ -1,10 +1,14 @@
-"""The encoded-dataset format: packed shards that are memory-mapped, and one small index.
+"""The encoded-dataset format: packed shards that are memory-mapped, and an index.
 
-A folder of features holds, for shard k of the image list (SHARD_SIZE images each, in ImageFolder order):
-features-<k>.npy [images, views, C, H, W] float32, where view 0 is the image and view 1, if stored, its mirror image;
-labels-<k>.npy [images] int64; skipped-<k>.txt, the unreadable images, if there were any. index.json, written last,
-names the VAE, its scale, the image size, the classes, the counts, and what is stored: "draw", one draw of the VAE's
-posterior, or "moments", its mean and then its standard deviation, [images, views, 2C, H, W].
+A folder of features holds for shard k (SHARD_SIZE images of the image list, in ImageFolder order):
+
+- features-<k>.npy, float32 [images, views, C, H, W]. View 0 is the image; view 1, if stored, is its mirror image.
+- labels-<k>.npy, int64 [images].
+- skipped-<k>.txt, one line per unreadable image, if there are any.
+
+index.json is written last. It records the VAE, its scale, the image size, the classes, the counts and what is stored.
+"draw" is one draw from the VAE's posterior per view. "moments" are the posterior's mean and standard deviation,
+concatenated along the channels to [images, views, 2C, H, W].
 """
 
 import json
@@ -22,16 +26,25 @@ from distributed import seed_for
 STORES = ("draw", "moments")
 SHARD_SIZE = 1024
 INDEX = "index.json"
+# Every shard that is open holds a file descriptor, and systems limit these, often to 1024.
 OPEN_SHARDS = 128
 
 
 def shard_path(folder: Path, kind: str, shard: int) -> Path:
-    """The file of a shard; kind is "features", "labels" or "skipped"."""
+    """Return the path of a shard's file; kind is "features", "labels" or "skipped"."""
     return Path(folder) / f"{kind}-{shard:05d}.{'txt' if kind == 'skipped' else 'npy'}"
 
 
 def write_shard(folder: Path, shard: int, features: np.ndarray, labels: np.ndarray, skipped: list[str]):
-    """Write one shard: features [n, views, C, H, W], labels [n], names of the unreadable. Its features file comes last."""
+    """Write one shard. Its features file is written last, so that its presence means that the shard is complete.
+
+    Args:
+        folder: folder of features.
+        shard: index of the shard.
+        features: features [images, views, C, H, W], stored as float32.
+        labels: labels [images], stored as int64.
+        skipped: one line per unreadable image.
+    """
     if skipped:
         with atomic_write(shard_path(folder, "skipped", shard)) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in skipped))
@@ -41,12 +54,24 @@ def write_shard(folder: Path, shard: int, features: np.ndarray, labels: np.ndarr
 
 
 def read_skipped(folder: Path) -> list[str]:
-    """A line for each unreadable image."""
+    """Return one line per unreadable image of all shards."""
     return [line for path in sorted(Path(folder).glob("skipped-*.txt")) for line in path.read_text().splitlines()]
 
 
 def write_index(folder: Path, n_shards: int, **described) -> dict:
-    """Count the images of the shards on disk and write the index; `described` is vae, scale, image_size, classes, store."""
+    """Count the images of the shards and write the index.
+
+    Args:
+        folder: folder of features that holds all shards.
+        n_shards: number of shards.
+        **described: the index's entries vae, scale, image_size, classes and store.
+
+    Returns:
+        The index.
+
+    Raises:
+        UserError: if no shard holds any image.
+    """
     counts = [len(np.load(shard_path(folder, "labels", shard))) for shard in range(n_shards)]
     first = next((shard for shard, count in enumerate(counts) if count), None)
     if first is None:
@@ -68,72 +93,110 @@ def write_index(folder: Path, n_shards: int, **described) -> dict:
 
 
 class FeatureDataset(Dataset):
-    """Encoded images: this project's packed shards, or the original layout of one .npy file an image.
+    """Encoded images, from this project's packed shards or from the original layout of one .npy file per image.
 
-    Items are addressed as (image, view), or as (image, view, draw): where the VAE's posterior is stored (`store` is
-    "moments"), an item is the draw of that number, a function of (draw, image, view) alone; otherwise there is but one.
-    `shape` is (C, H, W); `views` the number of stored views of each image; `classes` the class names, `vae`, `scale` and
-    `image_size` as extracted (None where the original layout does not say).
-    Raises UserError for a folder that holds neither.
+    An item is addressed as image, (image, view) or (image, view, draw); view and draw default to 0. If the VAE's
+    posterior is stored, `draw` selects one draw from it, which is a function of (draw, image, view) alone. Otherwise
+    `draw` has no effect.
+
+    Args:
+        path: folder of features. The original layout is a folder that holds *_features/ and *_labels/.
+
+    Attributes:
+        shape: shape (C, H, W) of an item.
+        views: number of stored views per image.
+        labels: labels [images], int64.
+        store: "draw" or "moments".
+        classes: class names. None for the original layout.
+        vae: name of the VAE. None for the original layout.
+        scale: factor by which the latents were multiplied. None for the original layout.
+        image_size: side of the images in pixels. None if the original layout does not record it.
+
+    Raises:
+        UserError: if the folder is missing, holds neither layout, or is damaged.
     """
 
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such folder of features")
-        originals = sorted(self.path.glob("*_features"))
         if (self.path / INDEX).is_file():
             self._open_packed()
-        elif (
-            originals and (labels := originals[0].with_name(originals[0].name.replace("_features", "_labels"))).is_dir()
-        ):
-            self._open_original(originals[0], labels)
+        elif folders := self._find_original():
+            self._open_original(*folders)
         else:
             raise UserError(
-                f"{self.path} holds no features: neither {INDEX} (finish extract_features.py) nor *_features/ and *_labels/"
+                f"{self.path} holds no features: "
+                f"neither {INDEX} (run extract_features.py to its end) nor *_features/ and *_labels/"
             )
-
-    def _open_packed(self):
-        try:
-            index = json.loads((self.path / INDEX).read_text())
-            self.vae, self.scale, self.image_size = index["vae"], index["scale"], index["image_size"]
-            self.classes, self.shape, self.views = index["classes"], tuple(index["shape"]), index["views"]
-            self.store = index.get("store", "draw")
-            if self.store not in STORES:
-                raise ValueError(f"store {self.store!r}")
-            self.starts = np.cumsum([0, *index["shards"]])
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{self.path / INDEX} is not an index of features ({error!r})") from None
-        shards = range(len(self.starts) - 1)
-        self.labels = np.concatenate([np.array(self._load("labels", shard)) for shard in shards])
-        for shard in shards:
-            self._load("features", shard)  # a file cut short is found now, not in the middle of a run
-        if self.labels.min() < 0 or self.labels.max() >= len(self.classes):
-            raise UserError(f"{self.path}: the labels do not match {INDEX}")
-        self.files = None
-        self.open_shards = {}  # memory maps, opened where they are read: they must not travel to a worker
         self.size = len(self.labels)
 
+    def _open_packed(self):
+        """Open this project's layout."""
+        self.files = None
+        # Memory maps, opened on first use in each process, because they must not be copied to a DataLoader's worker.
+        self.open_shards = {}
+        self._read_index()
+        shards = range(len(self.starts) - 1)
+        self.labels = np.concatenate([np.array(self._load("labels", shard)) for shard in shards])
+        # A truncated file is reported now, not in the middle of a run.
+        for shard in shards:
+            self._load("features", shard)
+        if self.labels.min() < 0 or self.labels.max() >= len(self.classes):
+            raise UserError(f"{self.path}: the labels do not match {INDEX}")
+
+    def _read_index(self):
+        """Read what the index records; `starts` is the index of each shard's first image, and the number of images."""
+        try:
+            index = json.loads((self.path / INDEX).read_text())
+            self.vae = index["vae"]
+            self.scale = index["scale"]
+            self.image_size = index["image_size"]
+            self.classes = index["classes"]
+            self.shape = tuple(index["shape"])
+            self.views = index["views"]
+            self.store = index.get("store", "draw")
+            self.starts = np.cumsum([0, *index["shards"]])
+            if self.store not in STORES:
+                raise ValueError(f"store {self.store!r}")
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{self.path / INDEX} is not an index of features ({error!r})") from None
+
+    def _find_original(self) -> tuple[Path, Path] | None:
+        """Return the original layout's folders of features and labels, or None."""
+        for features in sorted(self.path.glob("*_features"))[:1]:
+            labels = features.with_name(features.name.replace("_features", "_labels"))
+            if labels.is_dir():
+                return features, labels
+        return None
+
     def _open_original(self, features: Path, labels: Path):
+        """Open the original layout: <n>.npy with features [views, C, H, W], and <n>.npy with one label."""
         self.files = sorted(features.glob("*.npy"), key=lambda path: (len(path.stem), path.stem))
         if not self.files or {path.name for path in self.files} != {path.name for path in labels.glob("*.npy")}:
             raise UserError(f"{features} and {labels} do not hold one .npy file each for the same images")
-        with ThreadPoolExecutor(16) as pool:  # a million small files: a minute, once
-            found = pool.map(lambda path: int(self._load_file(labels / path.name).reshape(-1)[0]), self.files)
-            self.labels = np.array(list(found))
+        # Reading the labels of ImageNet, a million small files, takes about a minute.
+        with ThreadPoolExecutor(16) as pool:
+            values = pool.map(lambda path: int(self._load_file(labels / path.name).reshape(-1)[0]), self.files)
+            self.labels = np.array(list(values))
         self.views, *shape = self._load_file(self.files[0]).shape
         if len(shape) != 3:
             raise UserError(f"{self.files[0]} has shape {(self.views, *shape)}, not [views, C, H, W]")
-        self.shape, self.size = tuple(shape), len(self.files)
-        size = re.search(r"(\d+)_features$", features.name)
-        self.vae, self.scale, self.classes, self.store = None, None, None, "draw"
-        self.image_size = int(size[1]) if size else None
+        image_size = re.search(r"(\d+)_features$", features.name)
+        self.shape = tuple(shape)
+        self.image_size = int(image_size[1]) if image_size else None
+        self.vae = None
+        self.scale = None
+        self.classes = None
+        self.store = "draw"
 
     def _load(self, kind: str, shard: int) -> np.ndarray:
+        """Map a shard's features or labels and check their shape against the index."""
         count = self.starts[shard + 1] - self.starts[shard]
         channels = self.shape[0] * (2 if self.store == "moments" else 1)
         expected = (count, self.views, channels, *self.shape[1:]) if kind == "features" else (count,)
-        if count == 0:  # none of its images could be read
+        # A shard none of whose images could be read is stored with another shape.
+        if count == 0:
             return np.zeros(expected, np.int64)
         array = self._load_file(shard_path(self.path, kind, shard))
         if array.shape != expected:
@@ -142,40 +205,44 @@ class FeatureDataset(Dataset):
 
     @staticmethod
     def _load_file(path: Path) -> np.ndarray:
-        """Map a .npy file: what its header claims is checked against its length before any memory is taken."""
+        """Map a .npy file; the size in its header is compared with the file's length before any memory is allocated."""
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             if not isinstance(array, np.ndarray):
                 raise ValueError("an archive")
             return array
-        except Exception as error:  # a damaged header may provoke anything
-            raise UserError(f"{path} is missing or not a whole .npy file: {error}") from None
+        # A damaged header may cause any exception.
+        except Exception as error:
+            raise UserError(f"{path} is missing or not a complete .npy file: {error}") from None
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, item: int | tuple[int, int] | tuple[int, int, int]) -> tuple[torch.Tensor, int]:
-        """Features [C, H, W] (float32) and label of (image, view, draw); view and draw are 0 where they are left out."""
+        """Return the features [C, H, W] (float32) and the label of image, (image, view) or (image, view, draw)."""
         image, view, draw = (*item, 0)[:3] if isinstance(item, tuple) else (item, 0, 0)
         if not 0 <= image < self.size:
             raise IndexError(image)
-        if self.files:
-            features = self._load_file(self.files[image])
-            if features.shape != (self.views, *self.shape):
-                raise UserError(
-                    f"{self.files[image]} has shape {features.shape}, not {(self.views, *self.shape)} as the first"
-                )
-        else:
-            features = self._shard(int(np.searchsorted(self.starts, image, side="right")) - 1, image)
-        features = torch.from_numpy(features[view].astype(np.float32))
+        stored = self._original_image(image) if self.files else self._packed_image(image)
+        features = torch.from_numpy(stored[view].astype(np.float32))
         if self.store == "moments":
+            # [2C, H, W] -> [C, H, W] each
             mean, std = features.chunk(2)
             generator = torch.Generator().manual_seed(seed_for(draw, image, view))
             features = mean + std * torch.randn(mean.shape, generator=generator)
         return features, int(self.labels[image])
 
-    def _shard(self, shard: int, image: int) -> np.ndarray:
-        """An image's features [views, C, H, W] in its shard; only so many shards are kept open as any system allows."""
+    def _original_image(self, image: int) -> np.ndarray:
+        """Map an image's file [views, C, H, W]."""
+        features = self._load_file(self.files[image])
+        expected = (self.views, *self.shape)
+        if features.shape != expected:
+            raise UserError(f"{self.files[image]} has shape {features.shape}, but {self.files[0]} has {expected}")
+        return features
+
+    def _packed_image(self, image: int) -> np.ndarray:
+        """Return an image's part [views, channels, H, W] of its shard; the shard is opened if it is not open."""
+        shard = int(np.searchsorted(self.starts, image, side="right")) - 1
         if shard not in self.open_shards:
             if len(self.open_shards) == OPEN_SHARDS:
                 del self.open_shards[next(iter(self.open_shards))]
@@ -183,6 +250,6 @@ class FeatureDataset(Dataset):
         return self.open_shards[shard][image - self.starts[shard]]
 
     def __getitems__(self, items: list) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch at once: features [B, C, H, W] and labels [B]."""
+        """Return a batch: the features [B, C, H, W] (float32) and the labels [B] (int64) of a list of items."""
         features, labels = zip(*(self[item] for item in items), strict=True)
         return torch.stack(features), torch.tensor(labels)
