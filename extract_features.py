@@ -1,17 +1,21 @@
-"""Encode an image folder once, so that training never runs the autoencoder.
+"""Encode a folder of images once, so that training never runs the autoencoder.
 
-    torchrun --nnodes=1 --nproc_per_node=8 extract_features.py --data-path data/imagenet/train --features-path data/imagenet_encoded
+    torchrun --nnodes=1 --nproc_per_node=8 extract_features.py --data-path data/imagenet/train \\
+        --features-path data/imagenet_encoded
 
-Every image is decoded, cropped to a square, encoded together with its mirror image, and stored as one draw of the
-VAE's posterior (the draw depends on the seed and the image's number alone), or, with --store moments, as the mean and
-deviation from which training draws anew each epoch. Shards are dealt to the processes; what is written does not depend
-on how many there are. Started again after an interruption, it goes on with what is missing.
+Every image is decoded, cropped to a square and encoded together with its mirror image. By default one draw from the
+VAE's posterior is stored, which is a function of the seed and the image's index. With --store moments, the posterior's
+mean and standard deviation are stored, and training draws from them anew each epoch.
+
+Shards of images are divided among the processes; the files do not depend on the number of processes. If the extraction
+is interrupted, the same command encodes what is missing.
 """
 
 import argparse
 import hashlib
 import os
 import warnings
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from autoencoder import load_autoencoder
+from autoencoder import Latents, Pixels, load_autoencoder
 from common import (
     ArgumentParser,
     UserError,
@@ -35,19 +39,20 @@ from common import (
     seed_int,
     write_json,
 )
-from distributed import World, rank0_logger, seed_for, setup
+from distributed import SampleGenerators, World, rank0_logger, setup
 from features import INDEX, SHARD_SIZE, STORES, read_skipped, shard_path, write_index, write_shard
 from models import DiT_models
 from remix import RemixDiT_models
 
-SETTINGS = "settings.json"  # what made the features; those of other settings must not be mixed in
+# The file that records what made the features, so that features of different settings are never mixed.
+SETTINGS = "settings.json"
 
 
 def main(args: argparse.Namespace):
-    # Check everything that can be checked before any device or process group is touched.
+    # Check everything that can be checked before any device or process group is used.
     folder = Path(args.features_path)
     images = list_images(args.data_path)
-    names = [os.path.relpath(path, args.data_path) for path, _ in images.samples]
+    check_pixel_flags(args.vae, args.store, args.grayscale)
     settings = dict(
         images=len(images.samples),
         classes=images.classes,
@@ -56,199 +61,315 @@ def main(args: argparse.Namespace):
         mirror=args.mirror,
         grayscale=args.grayscale,
         seed=args.global_seed,
-        names=hashlib.sha256(repr(names).encode()).hexdigest(),
+        names=hash_names(images, args.data_path),
     )
-    if args.store == "moments":  # unsaid otherwise, as it was before there was a choice
+    # Omitted for the default, so that settings written by earlier versions still match.
+    if args.store != "draw":
         settings["store"] = args.store
-        if args.vae == "none":
-            raise UserError("--store moments is for a VAE's latents: with --vae none there is nothing to draw")
-    if args.grayscale and args.vae != "none":
-        raise UserError("--grayscale is for pixels: use it with --vae none")
-    record = folder / SETTINGS
-    if record.exists():
-        check_settings(record, settings, "choose another --features-path")
-    if (folder / INDEX).exists():
-        if not record.exists():
-            raise UserError(f"{folder} already holds features: remove them or choose another --features-path")
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{folder} already holds these features, nothing to do")
-        return finish(folder, args, print)
+    if finished(folder, settings):
+        return report_skipped(folder, args.skip_bad, print)
     autoencoder = load_autoencoder(args.vae)
-    side = args.image_size // autoencoder.factor
-    if args.image_size % autoencoder.factor:
-        raise UserError(f"--image-size {args.image_size} is not a multiple of the VAE's {autoencoder.factor}")
-    if args.model and side % int(args.model[-1]):
-        raise UserError(
-            f"--image-size {args.image_size} gives features of side {side}, which {args.model}'s patches do not divide"
-        )
-
-    def borders(shard: int) -> tuple[int, int]:
-        return shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, len(images.samples))
-
-    views, channels = 2 if args.mirror else 1, 1 if args.grayscale else autoencoder.channels[-1]
-    channels *= 2 if args.store == "moments" else 1
+    side = features_side(args.image_size, autoencoder, args.model)
     n_shards = -(-len(images.samples) // SHARD_SIZE)
-    missing = [k for k in range(n_shards) if not shard_path(folder, "features", k).exists()]  # the last file of a shard
-    n_missing = min(len(missing) * SHARD_SIZE, len(images.samples))
-    space = check_disk(folder, 4 * channels * side**2 * views * n_missing, "features to encode")
+    missing = [shard for shard in range(n_shards) if not shard_path(folder, "features", shard).exists()]
+    n_missing = sum(len(shard_images(shard, images)) for shard in missing)
+    n_views = 2 if args.mirror else 1
+    channels = (1 if args.grayscale else autoencoder.channels[-1]) * (2 if args.store == "moments" else 1)
+    disk = check_disk(folder, n_missing * n_views * channels * side**2 * 4, "features to encode")
 
-    # Initialize.
+    # Set up the processes, the device and the folder.
     world = setup()
     logger = rank0_logger(world)
-    autoencoder = autoencoder.to(world.device)
     if not world.same(len(missing)):
         raise UserError(
             "the processes see different files: all nodes need the same --features-path, on a shared file system"
         )
     if world.is_main:
         remove_leftovers(folder)
-        write_json(record, settings)
+        write_json(folder / SETTINGS, settings)
     world.barrier()
-    logger.info(f"{len(images.samples):,} images of {len(images.classes):,} classes, {views} views each -> {folder}")
-    logger.info(space)
+    logger.info(f"{len(images.samples):,} images of {len(images.classes):,} classes, {n_views} views each -> {folder}")
+    logger.info(disk)
 
-    # Encode this process's share of the missing shards. One set of readers works ahead, over their borders too.
-    mine = missing[world.rank :: world.size]
-    batches = [
-        range(i, min(i + args.batch_size, last))
-        for first, last in map(borders, mine)
-        for i in range(first, last, args.batch_size)
-    ]
+    # Encode this process's share of the missing shards.
     crops = Crops(images, args.image_size, args.grayscale)
-    on_gpu = world.device.type == "cuda"
-    read = DataLoader(crops, batch_sampler=batches, num_workers=args.num_workers, collate_fn=join, pin_memory=on_gpu)
-    read = iter(read)
-    with tqdm(total=len(images.samples), unit="img", desc="encoding", disable=not world.is_main, smoothing=0) as bar:
-        bar.update((n_shards - len(missing)) * SHARD_SIZE)
-        for shard in mine:
-            first, last = borders(shard)
-            count = -(-(last - first) // args.batch_size)
-            write_shard(folder, shard, *encode(images, islice(read, count), autoencoder, world, args))
-            bar.update(min((last - first) * world.size, bar.total - bar.n))
+    encoder = Encoder(autoencoder.to(world.device), args.store, args.mirror, args.global_seed, world.device)
+    encode_shards(crops, encoder, missing, folder, world, args.batch_size, args.num_workers)
     world.barrier()
 
-    # Report. The index marks the set as whole.
+    # Write the index, which marks the features as complete.
     if world.is_main:
         described = dict(vae=args.vae, scale=autoencoder.scale, image_size=args.image_size, classes=images.classes)
         index = write_index(folder, n_shards, **described, store=args.store)
         logger.info(
             f"Encoded {index['images']:,} images as {index['views']} x {index['shape']} each, in {n_shards} shards."
         )
-    finish(folder, args, logger.info)
-
-
-def finish(folder: Path, args: argparse.Namespace, say):
-    """Name the images that could not be read; exit with 1 if there were any, unless --skip-bad."""
-    skipped = read_skipped(folder)
-    for line in skipped:
-        say(f"unreadable: {line}")
-    if skipped and not args.skip_bad:
-        say(f"{len(skipped)} images could not be read and were left out (--skip-bad accepts that).")
-        raise SystemExit(1)
+    report_skipped(folder, args.skip_bad, logger.info)
 
 
 def list_images(path) -> ImageFolder:
-    """The images below `path`, one folder a class, in a fixed order. Raises UserError where there are none."""
+    """Return the images below `path`, one folder per class, in a fixed order. Raises UserError if there are none."""
     if not Path(path).is_dir():
         raise UserError(f"--data-path {path}: no such folder")
     try:
         return ImageFolder(path)
     except FileNotFoundError as error:
-        raise UserError(f"--data-path {path} is not a tree of class folders with images in them: {error}") from None
+        raise UserError(f"--data-path {path} does not hold one folder of images per class: {error}") from None
+
+
+def check_pixel_flags(vae: str, store: str, grayscale: bool):
+    """Raise UserError for flags that do not suit a VAE, or its absence."""
+    if store == "moments" and vae == "none":
+        raise UserError("--store moments is for a VAE's latents: with --vae none there is nothing to draw")
+    if grayscale and vae != "none":
+        raise UserError("--grayscale is for pixels: use it with --vae none")
+
+
+def hash_names(images: ImageFolder, path) -> str:
+    """Return a hash of the images' paths relative to `path`, in their order."""
+    names = [os.path.relpath(name, path) for name, _ in images.samples]
+    return hashlib.sha256(repr(names).encode()).hexdigest()
+
+
+def finished(folder: Path, settings: dict) -> bool:
+    """Return whether a folder holds all features of these settings. Raises UserError if it holds other features."""
+    record = folder / SETTINGS
+    if record.exists():
+        check_settings(record, settings, "choose another --features-path")
+    if not (folder / INDEX).exists():
+        return False
+    if not record.exists():
+        raise UserError(f"{folder} already holds features: remove them or choose another --features-path")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{folder} already holds these features, nothing to do")
+    return True
+
+
+def features_side(image_size: int, autoencoder: Pixels, model: str | None) -> int:
+    """Return the side of the features. Raises UserError if the image size does not suit the VAE or the model."""
+    if image_size % autoencoder.factor:
+        raise UserError(f"--image-size {image_size} is not a multiple of the VAE's factor {autoencoder.factor}")
+    side = image_size // autoencoder.factor
+    if model and side % int(model[-1]):
+        raise UserError(
+            f"--image-size {image_size} gives features of side {side}, which is not a multiple of {model}'s patch size"
+        )
+    return side
+
+
+def shard_images(shard: int, images: ImageFolder) -> range:
+    """Return the indices of a shard's images."""
+    return range(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, len(images.samples)))
+
+
+def report_skipped(folder: Path, accept: bool, log):
+    """Log the images that could not be read. Exits with code 1 if there are any, unless they are accepted."""
+    skipped = read_skipped(folder)
+    for line in skipped:
+        log(f"unreadable: {line}")
+    if skipped and not accept:
+        log(f"{len(skipped)} images could not be read and were left out (--skip-bad accepts that).")
+        raise SystemExit(1)
 
 
 class Crops(Dataset):
-    """Each image as its number and uint8 [C, size, size], or, where it cannot be read, the reason."""
+    """Square crops of an image folder.
+
+    Item i is (i, crop) with the crop as uint8 [C, size, size], or (i, reason) if the image cannot be read.
+
+    Args:
+        images: list of images.
+        size: side of the crops, in pixels.
+        grayscale: convert to one channel instead of three.
+    """
 
     def __init__(self, images: ImageFolder, size: int, grayscale: bool):
-        self.images, self.size, self.mode = images, size, "L" if grayscale else "RGB"
+        self.images = images
+        self.size = size
+        self.mode = "L" if grayscale else "RGB"
 
     def __len__(self) -> int:
         return len(self.images.samples)
 
-    def __getitem__(self, number: int) -> tuple[int, np.ndarray | str]:
+    def __getitem__(self, i: int) -> tuple[int, np.ndarray | str]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(self.images.samples[number][0]) as image:
+                with Image.open(self.images.samples[i][0]) as image:
                     pixels = np.array(center_crop(image.convert(self.mode), self.size))
-        except Exception as error:  # a decoder may raise anything on a damaged file
-            return number, " ".join(f"{type(error).__name__}: {error}".split())
-        return number, pixels.reshape(self.size, self.size, -1).transpose(2, 0, 1)
+        # A decoder may raise any exception on a damaged file.
+        except Exception as error:
+            return i, " ".join(f"{type(error).__name__}: {error}".split())
+        # [size, size] or [size, size, 3] -> [C, size, size]
+        return i, pixels.reshape(self.size, self.size, -1).transpose(2, 0, 1)
 
 
 def join(items: list[tuple[int, np.ndarray | str]]) -> tuple[list[int], torch.Tensor | None, dict[int, str]]:
-    """A batch of Crops: the numbers of the readable, their pixels [n, C, size, size], and why the others are not."""
-    skipped = {number: crop for number, crop in items if isinstance(crop, str)}
-    items = [(number, crop) for number, crop in items if number not in skipped]
-    pixels = torch.from_numpy(np.stack([crop for _, crop in items])) if items else None
-    return [number for number, _ in items], pixels, skipped
+    """Collate items of Crops.
+
+    Returns:
+        Indices of the readable images, their crops [n, C, size, size] (None if there are none), and the reason for each
+        unreadable image.
+    """
+    skipped = {i: crop for i, crop in items if isinstance(crop, str)}
+    readable = [(i, crop) for i, crop in items if i not in skipped]
+    pixels = torch.from_numpy(np.stack([crop for _, crop in readable])) if readable else None
+    return [i for i, _ in readable], pixels, skipped
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central square, `size` pixels a side, as ADM and DiT crop: halve by box filter while twice too large, then bicubic."""
+    """Return the central square, `size` pixels per side, resized as ADM and DiT do.
+
+    The image is halved with a box filter while it is at least twice too large, and then resized with a bicubic filter.
+
+    Raises:
+        PIL.Image.DecompressionBombError: if the image is so elongated that the resized image would be too large.
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     if scale**2 * image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, too long to be made {size} wide")
+        raise Image.DecompressionBombError(
+            f"an image of {image.width} x {image.height} pixels is too elongated to resize to a side of {size}"
+        )
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
-@torch.no_grad()
-def encode(images: ImageFolder, batches, autoencoder, world: World, args) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Encode batches from `join`: features [n, views, C, H, W], labels [n], and a line for each unreadable image."""
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes crops into the features that are stored.
+
+    Attributes:
+        autoencoder: the VAE, or pixels.
+        store: "draw" or "moments", see features.py.
+        mirror: also encode each image's mirror image.
+        seed: seed of the draws from the posterior.
+        device: device of the autoencoder.
+    """
+
+    autoencoder: Pixels
+    store: str
+    mirror: bool
+    seed: int
+    device: torch.device
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor, indices: list[int]) -> np.ndarray:
+        """Encode a batch.
+
+        Args:
+            pixels: crops [n, C, size, size], uint8.
+            indices: indices of the images; image i's draw is a function of (seed, i).
+
+        Returns:
+            Features [n, views, C or 2C, H, W], float32.
+        """
+        x = pixels.to(self.device, non_blocking=True).float() / 127.5 - 1
+        x = torch.stack([x, x.flip(-1)], dim=1) if self.mirror else x.unsqueeze(1)
+        # mean, std: [n, views, C, H, W]
+        mean, std = (moment.unflatten(0, x.shape[:2]) for moment in self.autoencoder.moments(x.flatten(0, 1)))
+        if self.store == "moments":
+            return torch.cat([mean, std], dim=2).cpu().numpy()
+        if isinstance(self.autoencoder, Latents):
+            # Drawn on the CPU, so that the features do not depend on the device.
+            noise = SampleGenerators(self.seed, indices).randn(mean.shape[1:])
+            noise = noise.pin_memory() if self.device.type == "cuda" else noise
+            mean = mean + std * noise.to(self.device, non_blocking=True)
+        return mean.cpu().numpy()
+
+
+def encode_images(images: ImageFolder, batches, encoder: Encoder) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Encode batches of images.
+
+    Args:
+        images: list of images.
+        batches: batches from `join`.
+        encoder: the encoder.
+
+    Returns:
+        Features [n, views, C or 2C, H, W] and labels [n] of the readable images, and one line per unreadable image.
+    """
     features, labels, skipped = [], [], []
-    for numbers, pixels, reasons in batches:
-        skipped += [f"{images.samples[number][0]} ({reason})" for number, reason in reasons.items()]
-        if pixels is None:
-            continue
-        pixels = pixels.to(world.device, non_blocking=True).float() / 127.5 - 1
-        stacked = torch.stack([pixels, pixels.flip(-1)], dim=1) if args.mirror else pixels.unsqueeze(1)
-        mean, std = autoencoder.moments(stacked.flatten(0, 1))
-        mean, std = mean.unflatten(0, stacked.shape[:2]), std.unflatten(0, stacked.shape[:2])
-        if args.store == "moments":
-            mean = torch.cat([mean, std], dim=2)
-        elif args.vae != "none":
-            generators = [torch.Generator().manual_seed(seed_for(args.global_seed, number)) for number in numbers]
-            draws = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
-            draws = draws.pin_memory() if world.device.type == "cuda" else draws
-            mean = mean + std * draws.to(world.device, non_blocking=True)
-        features.append(mean.cpu().numpy())
-        labels += [images.samples[number][1] for number in numbers]
-    empty = np.zeros((0, 2 if args.mirror else 1, 0, 0, 0))
-    return np.concatenate(features) if features else empty, np.array(labels, dtype=np.int64), skipped
+    for indices, pixels, reasons in batches:
+        skipped += [f"{images.samples[i][0]} ({reason})" for i, reason in reasons.items()]
+        if pixels is not None:
+            features.append(encoder.encode(pixels, indices))
+            labels += [images.samples[i][1] for i in indices]
+    if not features:
+        features = [np.zeros((0, 2 if encoder.mirror else 1, 0, 0, 0))]
+    return np.concatenate(features), np.array(labels, dtype=np.int64), skipped
+
+
+def encode_shards(
+    crops: Crops, encoder: Encoder, missing: list[int], folder: Path, world: World, batch_size: int, n_workers: int
+):
+    """Encode this process's share of the missing shards and write them to `folder`."""
+    total = len(crops)
+    mine = {shard: shard_images(shard, crops.images) for shard in missing[world.rank :: world.size]}
+    batches = [part for indices in mine.values() for part in split(indices, batch_size)]
+    # One loader reads all shards, so that its workers read ahead across the boundaries between shards.
+    loader = DataLoader(
+        crops,
+        batch_sampler=batches,
+        num_workers=n_workers,
+        collate_fn=join,
+        pin_memory=world.device.type == "cuda",
+    )
+    with tqdm(total=total, unit="img", desc="encoding", disable=not world.is_main, smoothing=0) as bar:
+        bar.update(total - sum(len(shard_images(shard, crops.images)) for shard in missing))
+        loaded = iter(loader)
+        for shard, indices in mine.items():
+            own = islice(loaded, len(split(indices, batch_size)))
+            write_shard(folder, shard, *encode_images(crops.images, own, encoder))
+            bar.update(min(len(indices) * world.size, bar.total - bar.n))
+
+
+def split(indices: range, size: int) -> list[range]:
+    """Split indices into batches of at most `size`."""
+    return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description="Encode an image folder (one folder a class) into features for train_fast.py.")
-    parser.add_argument("--data-path", required=True, help="the image folder, such as data/imagenet/train")
-    parser.add_argument("--features-path", required=True, help="where the features go")
+    parser = ArgumentParser(description="Encode a folder of images into features for train_fast.py.")
     parser.add_argument(
-        "--model", choices=[*DiT_models, *RemixDiT_models], help="check that the features suit this model"
+        "--data-path", required=True, help="folder with one folder of images per class, such as data/imagenet/train"
     )
-    parser.add_argument("--image-size", type=positive_int, default=256, help="side of the square crop, in pixels")
+    parser.add_argument("--features-path", required=True, help="folder to which the features are written")
+    parser.add_argument(
+        "--model",
+        choices=[*DiT_models, *RemixDiT_models],
+        metavar="NAME",
+        help="check that the features suit this architecture, such as RemixDiT-S/2",
+    )
+    parser.add_argument("--image-size", type=positive_int, default=256, help="side of the square crops, in pixels")
     parser.add_argument(
         "--vae",
         default="ema",
-        help="ema or mse (the published ones), a hub name, a local folder, or none: pixels in [-1, 1]",
+        help="autoencoder: ema or mse (the published VAEs), a hub name, a local folder, or none for pixels in [-1, 1]",
     )
     parser.add_argument(
         "--store",
         choices=STORES,
         default="draw",
-        help="one draw of the VAE's posterior, as published, or its moments, twice the space: training draws anew each epoch",
+        help="draw: one draw from the VAE's posterior, as in DiT; moments: the posterior's mean and standard "
+        "deviation, which take twice the space and from which training draws anew each epoch",
     )
     parser.add_argument(
-        "--mirror", action=argparse.BooleanOptionalAction, default=True, help="store each image's mirror image too"
+        "--mirror", action=argparse.BooleanOptionalAction, default=True, help="also store each image's mirror image"
     )
-    parser.add_argument("--grayscale", action="store_true", help="one channel (with --vae none)")
-    parser.add_argument("--skip-bad", action="store_true", help="exit with 0 although some images could not be read")
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="images encoded at a time, a process")
+    parser.add_argument("--grayscale", action="store_true", help="store one channel; for --vae none only")
     parser.add_argument(
-        "--num-workers", type=number(int, 0), default=4, help="processes that decode images, for each process"
+        "--skip-bad", action="store_true", help="exit with code 0 even if some images could not be read"
     )
-    parser.add_argument("--global-seed", type=seed_int, default=0, help="seed of the posterior's draws")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="images per batch and process")
+    parser.add_argument(
+        "--num-workers",
+        type=number(int, 0),
+        default=4,
+        help="worker processes that decode images, per process; 0 decodes in the process itself",
+    )
+    parser.add_argument("--global-seed", type=seed_int, default=0, help="seed of the draws from the VAE's posterior")
     run_script(main, parser)

@@ -457,7 +457,7 @@ def extraction(args: argparse.Namespace, world: World, floors: dict) -> list[dic
     from torchvision.datasets import ImageFolder
 
     from autoencoder import load_autoencoder
-    from extract_features import Crops, encode, join
+    from extract_features import Crops, Encoder, encode_images, join
 
     small = args.toy or world.device.type == "cpu"
     n, size, batch = (8, 32, 4) if args.toy else (64, 64, 8) if small else (4096, 256, 64)
@@ -472,7 +472,7 @@ def extraction(args: argparse.Namespace, world: World, floors: dict) -> list[dic
             picture.save(f"{folder}/images/one/{i:05d}.jpg", quality=90)
         images = ImageFolder(f"{folder}/images")
         autoencoder = load_autoencoder(f"{folder}/vae").to(world.device)
-        options = Namespace(mirror=True, store="draw", vae="ema", global_seed=0)
+        encoder = Encoder(autoencoder, store="draw", mirror=True, seed=0, device=world.device)
         reader = DataLoader(
             Crops(images, size, False),
             batch,
@@ -481,11 +481,11 @@ def extraction(args: argparse.Namespace, world: World, floors: dict) -> list[dic
             pin_memory=world.device.type == "cuda",
         )
         ready = list(reader)
-        encode(images, ready[:2], autoencoder, world, options)
+        encode_images(images, ready[:2], encoder)
         seconds = {
-            "VAE alone": timed(lambda: encode(images, ready, autoencoder, world, options))[1],
+            "VAE alone": timed(lambda: encode_images(images, ready, encoder))[1],
             "readers alone": timed(lambda: list(reader))[1],
-            "both": timed(lambda: encode(images, reader, autoencoder, world, options))[1],
+            "both": timed(lambda: encode_images(images, reader, encoder))[1],
         }
     setting = f"VAE of widths {widths}, {size} pixels, {reader.num_workers} readers"
     return [
