@@ -1,18 +1,26 @@
-"""Sample images from a checkpoint, for pictures and for FID.
+"""Sample images from a checkpoint, for viewing and for computing FID.
 
     torchrun --nnodes=1 --nproc_per_node=8 sample_ddp.py --ckpt outputs/RemixDiT-S-4-20-100K/checkpoints/0100000.pt
 
-The checkpoint says what the model, its classes, the image size, the diffusion and the VAE are. Sample i's label and noise
-come from (seed, i): the batch size and the number of processes change nothing but rounding. Results go to a folder of
-their own: samples.npz (arr_0 uint8 [n, H, W, 3], arr_1 the labels), grid.png, settings.json. Started again after an
-interruption, the same command finishes what is missing.
+The checkpoint records the model, its classes, the image size, the diffusion process and the VAE. Sample i's label and
+noise are functions of (seed, i), so the batch size and the number of processes change the images by rounding only.
+
+The results of a checkpoint and its settings go to a folder of their own, which holds:
+
+- samples.npz: arr_0 are the images, uint8 [n, H, W, 3], and arr_1 the labels, int64 [n].
+- grid.png: the first samples, sorted by label.
+- settings.json: the checkpoint and the settings.
+
+If sampling is interrupted, the same command samples what is missing.
 """
 
 import argparse
 import os
 import shutil
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from autoencoder import load_autoencoder
+from autoencoder import Pixels, load_autoencoder
 from checkpoint import fingerprint, load_denoiser
 from common import (
     ArgumentParser,
@@ -37,101 +45,293 @@ from common import (
     write_json,
 )
 from diffusion.solvers import SAMPLERS, make_sampler
-from distributed import PRECISIONS, World, rank0_logger, seed_for, setup
+from distributed import PRECISIONS, SampleGenerators, World, rank0_logger, setup
 from figures import save_grid
-from models import DiT_models, classifier_free_guidance
+from models import DiT, DiT_models, classifier_free_guidance
 from remix import ExpertSwitch, RemixDiT_models
+
+GRID_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """The flags that the results depend on, beside the checkpoint and the VAE; settings.json records them."""
+
+    num_fid_samples: int
+    sampler: str
+    num_sampling_steps: str
+    cfg_scale: float
+    cfg_all_channels: bool
+    ema: bool
+    global_seed: int
+    per_proc_batch_size: int
+    save_png: bool
+    precision: str
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What the checkpoint determines about sampling.
+
+    Attributes:
+        model: the network, or the switch between the networks of several experts.
+        loop: sampling loop, see `diffusion.solvers.make_sampler`.
+        timesteps: timesteps in the order in which the loop requests them.
+        autoencoder: decodes the samples.
+        shape: shape (C, H, W) of a sample before it is decoded.
+        classes: names of the classes, or None if they are not known.
+        n_classes: number of classes that the model was trained on.
+        null_label: label that stands for no class.
+    """
+
+    model: DiT | ExpertSwitch
+    loop: Callable[..., torch.Tensor]
+    timesteps: list[int]
+    autoencoder: Pixels
+    shape: tuple[int, int, int]
+    classes: list[str] | None
+    n_classes: int
+    null_label: int
 
 
 def main(args: argparse.Namespace):
-    # Check everything that can be checked before any device or process group is touched.
+    # Check everything that can be checked before any device or process group is used.
+    settings = SampleSettings(**{field.name: getattr(args, field.name) for field in fields(SampleSettings)})
     overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
     model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
-    data, backbone = config["data"], config["model"]["backbone"]
-    n_classes = len(data["classes"] or []) or backbone["num_classes"]  # those that were trained
-    for flag, asked, known in (
-        ("image-size", args.image_size, data["image_size"]),
-        ("num-classes", args.num_classes, n_classes),
-    ):
-        if asked not in (None, known):
-            raise UserError(f"--{flag} {asked}, but {args.ckpt[0]} was trained with {known}")
-    try:
-        loop, timesteps = make_sampler(args.sampler, args.num_sampling_steps, **config["diffusion"])
-    except ValueError as error:
-        raise UserError(f"--num-sampling-steps {args.num_sampling_steps}: {error}") from None
-    autoencoder = load_autoencoder(args.vae or data["vae"])
-    if backbone["in_channels"] not in autoencoder.channels:
-        channels = " or ".join(map(str, autoencoder.channels))
-        raise UserError(
-            f"{args.ckpt[0]} denoises {backbone['in_channels']} channels, --vae {args.vae or data['vae']} takes {channels}"
-        )
-    autoencoder.scale = data["scale"]  # by which the features were multiplied
-    folder = Path(args.sample_dir) / (args.name or default_name(args))
-    settings = sample_settings(args, data)
-    if finished(folder, settings):
+    check_data_flags(args.image_size, args.num_classes, config, args.ckpt[0])
+    vae = args.vae or config["data"]["vae"]
+    pipeline = make_pipeline(model, config, settings, vae, args.ckpt[0])
+    folder = Path(args.sample_dir) / (args.name or default_name(args.ckpt[0], settings))
+    fingerprints = [fingerprint(path) for path in args.ckpt]
+    record = {"ckpt": args.ckpt, "ckpt_fingerprint": fingerprints, "vae": vae, **asdict(settings)}
+    if finished(folder, record):
         return
-
-    n = args.per_proc_batch_size
-    batches = [range(i, min(i + n, args.num_fid_samples)) for i in range(0, args.num_fid_samples, n)]
+    total, size = settings.num_fid_samples, settings.per_proc_batch_size
+    batches = [range(i, min(i + size, total)) for i in range(0, total, size)]
     missing = [numbers for numbers in batches if not part_path(folder, numbers).exists()]
-    if args.compile is None:
-        args.compile = torch.cuda.is_available() and len(missing) * len(timesteps) >= 1000
-    image = 3 * (backbone["input_size"] * autoencoder.factor) ** 2
-    needed = image * (args.num_fid_samples + sum(map(len, missing)) * (2 if args.save_png else 1))
-    space = check_disk(folder, needed, "samples, and their parts until all are packed")
+    disk = check_space(folder, pipeline, settings, sum(map(len, missing)))
+    compiled = args.compile
+    if compiled is None:
+        compiled = torch.cuda.is_available() and len(missing) * len(pipeline.timesteps) >= 1000
 
-    # Initialize.
+    # Set up the processes, the device and the folder.
     world = setup()
     logger = rank0_logger(world)
-    autoencoder, model = autoencoder.to(world.device), model.to(world.device).requires_grad_(False)
+    pipeline.autoencoder.to(world.device)
+    pipeline.model.to(world.device).requires_grad_(False)
     if not world.same(len(missing)):
         raise UserError(
             "the processes see different files: all nodes need the same --sample-dir, on a shared file system"
         )
     if world.is_main:
         remove_leftovers(folder, folder / "parts")
-        write_json(folder / "settings.json", settings)
+        write_json(folder / "settings.json", record)
     world.barrier()
-    how = f"{args.sampler} with {len(timesteps)} steps, guidance {args.cfg_scale}"
-    logger.info(f"{args.num_fid_samples:,} samples by {how} -> {folder}")
-    logger.info(space)
+    sampler = f"{settings.sampler} with {len(pipeline.timesteps)} steps, guidance scale {settings.cfg_scale}"
+    logger.info(f"{total:,} samples by {sampler} -> {folder}")
+    logger.info(disk)
 
-    # Sample this process's share of the missing batches, a file each.
-    with tqdm(total=args.num_fid_samples, unit="img", desc="sampling", disable=not world.is_main, smoothing=0) as bar:
-        bar.update((len(batches) - len(missing)) * n)
-        with ThreadPoolExecutor(1) as writer:  # files are written while the device works
-            written = []
-            for numbers in missing[world.rank :: world.size]:
-                show = len(missing) <= world.size  # a bar for the steps, where there is one batch
-                images = sample(args, numbers, model, loop, timesteps, autoencoder, backbone, n_classes, world, show)
-                for job in written[-1:]:
-                    job.result()  # of what went wrong, now; and not more than two batches in memory
-                written.append(writer.submit(store, args, folder, numbers, images))
-                bar.update(min(len(numbers) * world.size, bar.total - bar.n))
-            for job in written[-1:]:
-                job.result()
+    # Sample this process's share of the missing batches. Each batch is written to a file of its own.
+    sample_batches(pipeline, settings, missing, folder, world, compiled)
     world.barrier()
 
-    # Pack, draw, and report.
+    # Pack all batches into one file.
     if world.is_main:
-        labels = np.array([label_of(args.global_seed, i, n_classes) for i in range(args.num_fid_samples)])
-        parts = [part_path(folder, numbers) for numbers in batches]
-        first = np.concatenate([np.load(part) for part in parts[: -(-100 // n)]])[:100]
-        shown = np.argsort(labels[: len(first)], kind="stable")
-        save_grid(folder / "grid.png", first[shown], [caption(data["classes"], label) for label in labels[shown]])
-        pack(folder / "samples.npz", parts, labels)
-        shutil.rmtree(folder / "parts")
+        write_results(pipeline, settings, batches, folder)
         logger.info(f"wrote {folder / 'samples.npz'} and {folder / 'grid.png'}")
 
 
+def check_data_flags(image_size: int | None, num_classes: int | None, config: dict, ckpt: str):
+    """Raise UserError if --image-size or --num-classes is given and differs from the checkpoint."""
+    for flag, given, trained in (
+        ("image-size", image_size, config["data"]["image_size"]),
+        ("num-classes", num_classes, trained_classes(config)),
+    ):
+        if given not in (None, trained):
+            raise UserError(f"--{flag} {given}, but {ckpt} was trained with {trained}")
+
+
+def trained_classes(config: dict) -> int:
+    """Return the number of classes that there were images of; the model may have more."""
+    return len(config["data"]["classes"] or []) or config["model"]["backbone"]["num_classes"]
+
+
+def make_pipeline(model: DiT | ExpertSwitch, config: dict, settings: SampleSettings, vae: str, ckpt: str) -> Pipeline:
+    """Make the sampler and load the autoencoder that fit a checkpoint.
+
+    Raises:
+        UserError: if the number of steps does not suit the sampler, or if the VAE cannot be loaded or does not suit the
+            model.
+    """
+    backbone = config["model"]["backbone"]
+    try:
+        loop, timesteps = make_sampler(settings.sampler, settings.num_sampling_steps, **config["diffusion"])
+    except ValueError as error:
+        raise UserError(f"--num-sampling-steps {settings.num_sampling_steps}: {error}") from None
+    autoencoder = load_autoencoder(vae)
+    if backbone["in_channels"] not in autoencoder.channels:
+        channels = " or ".join(map(str, autoencoder.channels))
+        raise UserError(f"{ckpt} denoises {backbone['in_channels']} channels, but --vae {vae} decodes {channels}")
+    # The factor by which the training data were multiplied, which may differ from the VAE's own.
+    autoencoder.scale = config["data"]["scale"]
+    return Pipeline(
+        model=model,
+        loop=loop,
+        timesteps=timesteps,
+        autoencoder=autoencoder,
+        shape=(backbone["in_channels"], backbone["input_size"], backbone["input_size"]),
+        classes=config["data"]["classes"],
+        n_classes=trained_classes(config),
+        null_label=backbone["num_classes"],
+    )
+
+
+def default_name(ckpt: str, settings: SampleSettings) -> str:
+    """Return the name of the folder for a checkpoint and settings."""
+    path = Path(ckpt).resolve()
+    run = f"{path.parent.parent.name}-{path.stem}" if path.parent.name == "checkpoints" else path.stem
+    weights = "" if settings.ema else "-raw"
+    sampler = f"{settings.sampler}{settings.num_sampling_steps}-cfg{settings.cfg_scale}"
+    return f"{run}{weights}-{sampler}-seed{settings.global_seed}"
+
+
+def finished(folder: Path, record: dict) -> bool:
+    """Return whether a folder holds all samples of these settings. Raises UserError if it holds other files."""
+    path = folder / "settings.json"
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty: choose another --name or --sample-dir")
+        return False
+    # The checkpoint may have been moved; its fingerprint is compared.
+    check_settings(path, record, "choose another --name", ignored=("ckpt",))
+    if not (folder / "samples.npz").exists():
+        return False
+    # A run that was killed after packing leaves the parts behind.
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{folder / 'samples.npz'} already exists, nothing to do")
+    return True
+
+
 def part_path(folder: Path, numbers: range) -> Path:
-    """The file of a batch of samples, until all are packed."""
+    """Return the path of a batch's file, which exists until all batches are packed."""
     return folder / "parts" / f"{numbers.start:06d}.npy"
 
 
-def store(args, folder: Path, numbers: range, images: np.ndarray):
-    """Write a batch of samples to its files."""
-    if args.save_png:
+def check_space(folder: Path, pipeline: Pipeline, settings: SampleSettings, n_missing: int) -> str:
+    """Return a line about the disk space needed. Raises UserError if there is not enough."""
+    image_bytes = 3 * (pipeline.shape[-1] * pipeline.autoencoder.factor) ** 2
+    copies = 2 if settings.save_png else 1
+    needed = image_bytes * (settings.num_fid_samples + n_missing * copies)
+    return check_disk(folder, needed, "samples, including their parts until all are packed")
+
+
+def sample_batches(
+    pipeline: Pipeline, settings: SampleSettings, missing: list[range], folder: Path, world: World, compiled: bool
+):
+    """Sample this process's share of the missing batches and write them to `folder`."""
+    total = settings.num_fid_samples
+    show_steps = world.is_main and len(missing) <= world.size
+    # A thread writes a batch while the device samples the next.
+    with (
+        tqdm(total=total, unit="img", desc="sampling", disable=not world.is_main, smoothing=0) as bar,
+        ThreadPoolExecutor(1) as writer,
+    ):
+        bar.update(total - sum(map(len, missing)))
+        writing = None
+        for numbers in missing[world.rank :: world.size]:
+            images = sample(pipeline, settings, numbers, world, compiled, show_steps)
+            # Raise the previous batch's write error, if any, and hold at most two batches in memory.
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(write_batch, folder, numbers, images, settings.save_png)
+            bar.update(min(len(numbers) * world.size, bar.total - bar.n))
+        if writing is not None:
+            writing.result()
+
+
+@torch.no_grad()
+def sample(
+    pipeline: Pipeline, settings: SampleSettings, numbers: range, world: World, compiled: bool, show_steps: bool
+) -> np.ndarray:
+    """Sample the images with the given numbers.
+
+    Args:
+        pipeline: what the checkpoint determines.
+        settings: what the flags determine.
+        numbers: numbers of the samples.
+        world: this process's place.
+        compiled: run the network through torch.compile.
+        show_steps: show a progress bar of the sampling steps.
+
+    Returns:
+        RGB images [n, H, W, 3], uint8.
+    """
+    n = len(numbers)
+    if compiled:
+        # The network is compiled for one batch size: a smaller last batch is extended, and the extra samples dropped.
+        full = min(settings.per_proc_batch_size, settings.num_fid_samples)
+        numbers = range(numbers.start, numbers.start + full)
+    seed = settings.global_seed
+    generators = SampleGenerators(seed, numbers, world.device)
+    labels = torch.tensor([label_of(seed, i, pipeline.n_classes) for i in numbers], device=world.device)
+    samples = pipeline.loop(
+        make_denoiser(pipeline, settings, labels, world, compiled),
+        (len(numbers), *pipeline.shape),
+        noise=generators.randn(pipeline.shape),
+        clip_denoised=pipeline.autoencoder.bounded,
+        device=world.device,
+        progress=show_steps,
+        step_noise=lambda step: generators.randn(pipeline.shape),
+    )
+    return pipeline.autoencoder.decode(samples[:n]).cpu().numpy()
+
+
+def make_denoiser(
+    pipeline: Pipeline, settings: SampleSettings, labels: torch.Tensor, world: World, compiled: bool
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Make the function that the sampling loop calls at every step: x [B, C, H, W], t [B] -> output [B, C or 2C, H, W].
+
+    The labels are int64 [B].
+    """
+    guided = settings.cfg_scale != 1
+    channels = pipeline.shape[0] if settings.cfg_all_channels else 3
+    if guided:
+        labels = torch.cat([labels, torch.full_like(labels, pipeline.null_label)])
+    run = classifier_free_guidance if guided else predict
+    if compiled:
+        run = torch.compile(run, dynamic=False)
+    # The timesteps are known in advance, so the host chooses the expert without waiting for the device.
+    requested = iter(pipeline.timesteps)
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        network = pipeline.model
+        if isinstance(network, ExpertSwitch):
+            network = network.for_timestep(next(requested))
+        with world.autocast(settings.precision):
+            if not guided:
+                return run(network, x, t, labels)
+            # [B, ...] -> [2B, ...]: with the class, and without.
+            out = run(network, torch.cat([x, x]), torch.cat([t, t]), labels, settings.cfg_scale, channels)
+        return out[: len(x)]
+
+    return denoise
+
+
+def predict(network: DiT, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Call the network; as a function, so that torch.compile compiles it once for all experts."""
+    return network(x, t, y)
+
+
+def label_of(seed: int, i: int, n_classes: int) -> int:
+    """Return sample i's label, a function of (seed, i)."""
+    return int(np.random.default_rng([seed, i]).integers(n_classes))
+
+
+def write_batch(folder: Path, numbers: range, images: np.ndarray, save_png: bool):
+    """Write a batch of images [n, H, W, 3] to its file, and each image to a PNG if `save_png`."""
+    if save_png:
         (folder / "png").mkdir(parents=True, exist_ok=True)
         for i, image in zip(numbers, images, strict=True):
             Image.fromarray(image).save(folder / "png" / f"{i:06d}.png")
@@ -139,114 +339,21 @@ def store(args, folder: Path, numbers: range, images: np.ndarray):
         np.save(file, images)
 
 
-def default_name(args: argparse.Namespace) -> str:
-    path = Path(args.ckpt[0]).resolve()
-    run = f"{path.parent.parent.name}-{path.stem}" if path.parent.name == "checkpoints" else path.stem
-    return f"{run}{'' if args.ema else '-raw'}-{args.sampler}{args.num_sampling_steps}-cfg{args.cfg_scale}-seed{args.global_seed}"
-
-
-def sample_settings(args: argparse.Namespace, data: dict) -> dict:
-    """Everything that the images depend on."""
-    names = [
-        "num_fid_samples",
-        "sampler",
-        "num_sampling_steps",
-        "cfg_scale",
-        "cfg_all_channels",
-        "ema",
-        "global_seed",
-        "per_proc_batch_size",
-        "save_png",
-        "precision",
-    ]
-    return {
-        "ckpt": args.ckpt,
-        "ckpt_fingerprint": [fingerprint(path) for path in args.ckpt],
-        "vae": args.vae or data["vae"],
-        **{name: getattr(args, name) for name in names},
-    }
-
-
-def finished(folder: Path, settings: dict) -> bool:
-    """Whether the folder already holds these very samples. Raises UserError if it holds others."""
-    record = folder / "settings.json"
-    if not record.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty: choose another --name or --sample-dir")
-        return False
-    check_settings(record, settings, "choose another --name", but=("ckpt",))
-    if (folder / "samples.npz").exists():
-        shutil.rmtree(folder / "parts", ignore_errors=True)  # which a run killed at the very end leaves
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{folder / 'samples.npz'} is already there, nothing to do")
-        return True
-    return False
-
-
-def label_of(seed: int, i: int, n_classes: int) -> int:
-    return int(np.random.default_rng([seed, i]).integers(n_classes))
-
-
-def caption(classes: list[str] | None, label: int) -> str:
-    return classes[label] if classes else str(label)
-
-
-@torch.no_grad()
-def sample(
-    args,
-    numbers: range,
-    model,
-    loop,
-    timesteps: list[int],
-    autoencoder,
-    backbone: dict,
-    n_classes: int,
-    world: World,
-    show: bool,
-) -> np.ndarray:
-    """The numbered samples as uint8 [n, H, W, 3]; `timesteps` are those that `loop` asks for, one after the other."""
-    wanted = len(numbers)
-    if args.compile:  # for one size of batch: what the last one has too little is drawn and thrown away
-        numbers = range(numbers.start, numbers.start + min(args.per_proc_batch_size, args.num_fid_samples))
-    shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
-    generators = [torch.Generator(world.device).manual_seed(seed_for(args.global_seed, i)) for i in numbers]
-    labels = torch.tensor([label_of(args.global_seed, i, n_classes) for i in numbers], device=world.device)
-    labels = labels if args.cfg_scale == 1 else torch.cat([labels, torch.full_like(labels, backbone["num_classes"])])
-    channels = shape[0] if args.cfg_all_channels else 3
-    run, run_guided = (
-        torch.compile(f, dynamic=False) if args.compile else f for f in (predict, classifier_free_guidance)
-    )
-    asked = iter(timesteps)  # known here, so that the host need not wait for the device to choose the expert
-
-    def draw(_step: int | None = None) -> torch.Tensor:
-        return torch.stack([torch.randn(shape, generator=g, device=world.device) for g in generators])
-
-    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        network = model.for_timestep(next(asked)) if isinstance(model, ExpertSwitch) else model
-        with world.autocast(args.precision):
-            if args.cfg_scale == 1:
-                return run(network, x, t, labels)
-            out = run_guided(network, torch.cat([x, x]), torch.cat([t, t]), labels, args.cfg_scale, channels)
-        return out[: len(x)]
-
-    latents = loop(
-        denoise,
-        (len(numbers), *shape),
-        noise=draw(),
-        clip_denoised=autoencoder.bounded,
-        device=world.device,
-        progress=show and world.is_main,
-        step_noise=draw,
-    )
-    return autoencoder.decode(latents[:wanted]).cpu().numpy()
-
-
-def predict(network, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return network(x, t, y)
+def write_results(pipeline: Pipeline, settings: SampleSettings, batches: list[range], folder: Path):
+    """Write grid.png, which shows the first samples in the order of their labels, and samples.npz; delete the parts."""
+    labels = np.array([label_of(settings.global_seed, i, pipeline.n_classes) for i in range(settings.num_fid_samples)])
+    parts = [part_path(folder, numbers) for numbers in batches]
+    n_parts = -(-GRID_IMAGES // settings.per_proc_batch_size)
+    first = np.concatenate([np.load(part) for part in parts[:n_parts]])[:GRID_IMAGES]
+    order = np.argsort(labels[: len(first)], kind="stable")
+    captions = [pipeline.classes[label] if pipeline.classes else str(label) for label in labels[order]]
+    save_grid(folder / "grid.png", first[order], captions)
+    pack(folder / "samples.npz", parts, labels)
+    shutil.rmtree(folder / "parts")
 
 
 def pack(path: Path, parts: list[Path], labels: np.ndarray):
-    """Write the .npz that ADM's evaluator reads, streaming the images from the parts."""
+    """Write the .npz file that ADM's evaluator reads; only one part at a time is in memory."""
     shape = (len(labels), *np.load(parts[0], mmap_mode="r").shape[1:])
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
@@ -259,57 +366,89 @@ def pack(path: Path, parts: list[Path], labels: np.ndarray):
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description="Sample images from a checkpoint; --ckpt alone suffices.")
-    group = parser.add_argument_group("the model")
+    parser = ArgumentParser(description="Sample images from a checkpoint. Only --ckpt is required.")
+    group = parser.add_argument_group("model")
     group.add_argument(
         "--ckpt",
         required=True,
         nargs="+",
-        help="a checkpoint of this project, of facebookresearch/DiT or of the original Remix-DiT, or a DiT in diffusers' layout "
-        "(a folder or a hub name); or several of this project's plain DiTs, independent experts whose --timesteps tile all of them",
+        help="checkpoint of this project, of facebookresearch/DiT or of the original Remix-DiT, or a DiT in diffusers' "
+        "layout (a folder or a hub name). Several files are independent experts: plain DiTs of this project whose "
+        "--timesteps together cover all timesteps",
     )
     group.add_argument(
-        "--model", choices=[*DiT_models, *RemixDiT_models], metavar="NAME", help="checked against the checkpoint"
+        "--model",
+        choices=[*DiT_models, *RemixDiT_models],
+        metavar="NAME",
+        help="name of the architecture, such as RemixDiT-S/2; required only if the checkpoint does not record it, "
+        "otherwise compared with the checkpoint",
     )
     group.add_argument(
-        "--num-heads", type=positive_int, help="attention heads, for a foreign file that fits no registered model"
+        "--num-heads",
+        type=positive_int,
+        help="number of attention heads; required only for a checkpoint of another project that fits no --model",
     )
     group.add_argument(
-        "--ema", action=argparse.BooleanOptionalAction, default=True, help="the averaged weights, or the raw ones"
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use the EMA weights; --no-ema uses the weights of the last step",
     )
-    group.add_argument("--trust-pickle", action="store_true", help="let --ckpt run code: for files of your own alone")
     group.add_argument(
-        "--vae", help="ema, mse, a hub name, a local folder, or none (default: what the checkpoint says)"
+        "--trust-pickle",
+        action="store_true",
+        help="load any Python object from --ckpt, which can run code: only for files that you made yourself",
     )
-    group.add_argument("--image-size", type=positive_int, help="checked against the checkpoint")
-    group.add_argument("--num-classes", type=positive_int, help="checked against the checkpoint")
+    group.add_argument(
+        "--vae",
+        help="autoencoder that decodes the samples: ema or mse (the published VAEs), a hub name, a local folder, or "
+        "none for models of pixels (default: the checkpoint's)",
+    )
+    group.add_argument(
+        "--image-size", type=positive_int, help="side of the images in pixels, compared with the checkpoint"
+    )
+    group.add_argument("--num-classes", type=positive_int, help="number of classes, compared with the checkpoint")
     group = parser.add_argument_group("sampling")
-    group.add_argument("--num-fid-samples", type=positive_int, default=50_000, help="images")
+    group.add_argument("--num-fid-samples", type=positive_int, default=50_000, help="number of images")
     group.add_argument(
-        "--num-sampling-steps", default="250", help="such as 250; for ddpm and ddim also ddim50 or 10,15,20"
+        "--num-sampling-steps",
+        default="250",
+        help="number of steps; for ddpm and ddim also ddim50 (steps spaced as in the DDIM paper) or 10,15,20 (steps in "
+        "equal sections of the timesteps)",
     )
     group.add_argument(
         "--sampler",
         choices=SAMPLERS,
         default="ddpm",
-        help="DDIM is run without noise (eta 0); diffusers' solvers are DPM-Solver++ (dpmpp), UniPC and Euler",
+        help="ddpm; ddim, without noise (eta 0); or a solver of diffusers: dpmpp (DPM-Solver++), unipc or euler",
     )
-    group.add_argument("--cfg-scale", type=number(float, 0), default=1.5, help="classifier-free guidance; 1 for none")
     group.add_argument(
-        "--cfg-all-channels", action="store_true", help="guide all channels, not the first three as DiT does"
+        "--cfg-scale", type=number(float, 0), default=1.5, help="scale of classifier-free guidance; 1 for no guidance"
     )
-    group.add_argument("--global-seed", type=seed_int, default=0, help="sample i is drawn from (seed, i)")
-    group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at a time, a process")
     group.add_argument(
-        "--precision", choices=PRECISIONS, default="fp32", help="of the matrix products (fp32 is TF32 on GPUs)"
+        "--cfg-all-channels",
+        action="store_true",
+        help="guide all channels; without this flag only the first three are guided, as in DiT",
+    )
+    group.add_argument("--global-seed", type=seed_int, default=0, help="seed; sample i is a function of the seed and i")
+    group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images per batch and process")
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="precision of the matrix products; fp32 means TF32 on GPUs",
     )
     group.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="torch.compile the model (default: on GPUs, for a thousand steps and more)",
+        help="run the model through torch.compile (default: on GPUs, if there are at least 1000 steps in total)",
     )
     group = parser.add_argument_group("results")
-    group.add_argument("--sample-dir", default="samples", help="where the folders of samples are")
-    group.add_argument("--name", type=folder_name, help="of the folder (default: from the checkpoint and the settings)")
-    group.add_argument("--save-png", action="store_true", help="write every image as a PNG too")
+    group.add_argument("--sample-dir", default="samples", help="parent folder of the results")
+    group.add_argument(
+        "--name",
+        type=folder_name,
+        help="name of the folder of results below --sample-dir (default: made from the checkpoint and the settings)",
+    )
+    group.add_argument("--save-png", action="store_true", help="also write every image as a PNG file")
     run_script(main, parser)
