@@ -1,14 +1,18 @@
-"""Fixtures: golden vectors, small image trees and features, and a way to run the scripts as users do."""
+"""Helpers and fixtures shared by all tests: reference vectors, small datasets and runs, and running the scripts."""
 
 import io
+import json
 import os
 import runpy
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes on two cores must not fight
+# Two processes on two cores must not compete for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -19,32 +23,45 @@ from PIL import Image  # noqa: E402
 
 torch.set_num_threads(1)
 GOLDEN = ROOT / "tests" / "golden"
+# The devices that tests of kernels and of compilation run on.
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# Flags of extract_features.py for the small images below, and of sample_ddp.py for few samples in few steps.
+PIXELS = ("--vae=none", "--image-size=8", "--num-workers=0")
+FEW_SAMPLES = ("--num-fid-samples=14", "--num-sampling-steps=8")
+
+
+# Numbers
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the norm of a - b relative to the norm of b."""
     return ((a - b).norm() / b.norm()).item()
 
 
 def golden(name: str):
+    """Load reference vectors from tests/golden/."""
     return torch.load(GOLDEN / name, weights_only=True)
 
 
-def run(script: str, *flags, processes: int = 1, expect: int = 0) -> subprocess.CompletedProcess:
-    """Run a script of the project, failing unless it exits with `expect`.
+# Scripts and processes
 
-    Several processes run under torchrun; a single one runs in this process, which spares seconds of imports.
+
+def run(script: str, *flags, processes: int = 1, expect: int = 0) -> subprocess.CompletedProcess:
+    """Run a script as a user does.
+
+    Args:
+        script: path of the script relative to the project.
+        *flags: command line, converted to strings.
+        processes: number of processes. Several run under torchrun; one runs in this process, which saves the imports.
+        expect: exit code; the test fails if the script exits with another one.
+
+    Returns:
+        The exit code and what the script printed.
     """
     arguments = [str(ROOT / script), *map(str, flags)]
     if processes > 1:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-            *arguments,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=300, cwd=ROOT)
     else:
         out, err, code = io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -58,8 +75,80 @@ def run(script: str, *flags, processes: int = 1, expect: int = 0) -> subprocess.
     return done
 
 
+def wait_for(condition: Callable, seconds: float = 60):
+    """Wait until a condition holds; the test fails after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"the condition did not hold within {seconds} seconds"
+        time.sleep(0.01)
+
+
+def training_processes(prefix: str) -> list[int]:
+    """Return the process ids of the running training processes with this --prefix, in the order of their ranks."""
+    processes = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            continue
+        ranks = [int(item[5:]) for item in environment if item.startswith(b"RANK=")]
+        if entry.name.isdigit() and f"--prefix={prefix}".encode() in words and ranks:
+            processes.append((ranks[0], int(entry.name)))
+    return [pid for _, pid in sorted(processes)]
+
+
+# Training runs
+
+
+def training_flags(features: Path, results: Path, prefix: str, model: str = "RemixDiT-T/2") -> list[str]:
+    """Return the flags of a tiny training run.
+
+    Args:
+        features: folder of features.
+        results: parent folder of the run.
+        prefix: name of the run.
+        model: name of the architecture; a RemixDiT has K = 2 bases and N = 6 experts.
+    """
+    flags = [f"--data-path={features}", f"--results-dir={results}", f"--prefix={prefix}", f"--model={model}"]
+    if model.startswith("Remix"):
+        flags += ["--n-basis=2", "--n-experts=6"]
+    return [*flags, "--num-workers=0", "--global-batch-size=12", "--log-every=1", "--lr=1e-3", "--ema-decay=0.9"]
+
+
+def losses(run_folder: Path) -> dict[int, float]:
+    """Return a run's logged losses by step, and check that every step is logged once."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps)), "every step is logged once"
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def assert_same_weights(a: Path, b: Path, exact: bool = True):
+    """Check that two checkpoints have the same weights and EMA, bit for bit or within rounding."""
+    from checkpoint import read_checkpoint
+
+    a, b = read_checkpoint(a), read_checkpoint(b)
+    for part in ("model", "ema"):
+        for key, value in a[part].items():
+            if exact:
+                assert torch.equal(value, b[part][key]), f"{part}.{key}"
+            else:
+                # Where a gradient consists of rounding errors only, Adam turns its sign into a full step.
+                torch.testing.assert_close(value, b[part][key], rtol=1e-3, atol=2e-4, msg=f"{part}.{key}")
+
+
+def sampled_images(folder: Path) -> np.ndarray:
+    """Return the images [n, H, W, 3] of sample_ddp.py's folder."""
+    with np.load(folder / "samples.npz", allow_pickle=False) as file:
+        return file["arr_0"]
+
+
+# Datasets, checkpoints and samples
+
+
 def make_images(folder: Path, classes: int = 3, per_class: int = 8, size: int = 8, seed: int = 0) -> Path:
-    """An ImageFolder tree of smooth random RGB images."""
+    """Make smooth random RGB images of (size + 2) x size pixels, one folder per class, and return `folder`."""
     generator = np.random.default_rng(seed)
     for label in range(classes):
         (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
@@ -69,17 +158,15 @@ def make_images(folder: Path, classes: int = 3, per_class: int = 8, size: int = 
     return folder
 
 
-PIXELS = ("--vae", "none", "--image-size", "8", "--num-workers", "0")
-
-
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
+    """24 images of 3 classes."""
     return make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="session")
 def features(tmp_path_factory, images) -> Path:
-    """24 images of 3 classes, encoded as 8x8 RGB pixels with their mirror images."""
+    """The 24 images encoded as 8x8 RGB pixels with their mirror images."""
     path = tmp_path_factory.mktemp("features") / "encoded"
     run("extract_features.py", "--data-path", images, "--features-path", path, *PIXELS)
     return path
@@ -87,21 +174,32 @@ def features(tmp_path_factory, images) -> Path:
 
 @pytest.fixture(scope="session")
 def vae(tmp_path_factory) -> Path:
-    """A tiny AutoencoderKL with random weights: 4 latent channels, half the side."""
+    """A tiny AutoencoderKL with random weights: 4 latent channels at half the image's side."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     path = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(
-        **kinds, block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, scaling_factor=0.5
-    ).save_pretrained(path)
+    autoencoder = AutoencoderKL(
+        **blocks, block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, scaling_factor=0.5
+    )
+    autoencoder.save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="session")
+def moments(vae, tmp_path_factory) -> Path:
+    """The posteriors of 9 images under the tiny VAE; the images are in the folder beside it."""
+    folder = tmp_path_factory.mktemp("moments")
+    tree = make_images(folder / "images", per_class=3, size=16)
+    flags = [f"--data-path={tree}", f"--features-path={folder / 'encoded'}", f"--vae={vae}", "--image-size=16"]
+    run("extract_features.py", *flags, "--num-workers=0", "--store=moments", "--model=DiT-T/2")
+    return folder / "encoded"
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory, features) -> Path:
-    """A RemixDiT-T/2 with K=2 and N=6, trained for four steps: its run's folder."""
+    """The folder of a run: a RemixDiT-T/2 with K = 2 and N = 6, trained for four steps."""
     path = tmp_path_factory.mktemp("outputs")
     run("train_fast.py", *training_flags(features, path, "trained"), "--max-steps", 4)
     return path / "trained"
@@ -109,7 +207,7 @@ def trained(tmp_path_factory, features) -> Path:
 
 @pytest.fixture(scope="session")
 def ckpt(trained, tmp_path_factory) -> Path:
-    """The four-step model with its bases pushed apart, so that the experts differ."""
+    """The checkpoint of `trained` with noise added to its weights, so that the experts differ."""
     from checkpoint import save_checkpoint
 
     state = torch.load(trained / "checkpoints/0000004.pt", weights_only=True)
@@ -122,25 +220,15 @@ def ckpt(trained, tmp_path_factory) -> Path:
     return path
 
 
-def training_flags(features: Path, results: Path, prefix: str, model: str = "RemixDiT-T/2") -> list:
-    flags = [
-        "--data-path",
-        features,
-        "--results-dir",
-        results,
-        "--prefix",
-        prefix,
-        "--model",
-        model,
-        "--num-workers",
-        0,
-    ]
-    remix = ["--n-basis", 2, "--n-experts", 6] if model.startswith("Remix") else []
-    return [*flags, *remix, "--global-batch-size", 12, "--log-every", 1, "--lr", 1e-3, "--ema-decay", 0.9]
+@pytest.fixture(scope="session")
+def sampled(ckpt, tmp_path_factory) -> Path:
+    """A folder of 14 samples of `ckpt`, with PNG files."""
+    path = tmp_path_factory.mktemp("samples")
+    run("sample_ddp.py", "--ckpt", ckpt, *FEW_SAMPLES, "--sample-dir", path, "--name", "one", "--save-png")
+    return path / "one"
 
 
-# The devices that tests of kernels and of compilation run on.
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# Random models
 
 
 @pytest.fixture

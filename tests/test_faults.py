@@ -1,6 +1,8 @@
-"""Nothing is lost: killed at random moments, out of disk, one process gone; and then the same as if nothing had been."""
+"""Fault injection: killed at random moments, stopped by signals, out of disk space, or with one process killed.
 
-import json
+Each test compares the results with those of an undisturbed run, bit for bit.
+"""
+
 import multiprocessing
 import os
 import random
@@ -15,34 +17,46 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PIXELS, ROOT, make_images, training_flags
+from conftest import (
+    PIXELS,
+    ROOT,
+    assert_same_weights,
+    losses,
+    make_images,
+    sampled_images,
+    training_flags,
+    training_processes,
+    wait_for,
+)
 
 from checkpoint import checkpoints, find_corruption
 
 pytestmark = pytest.mark.faults
-MOMENTS = 20
+KILLS = 20
 
-# Children are forked from a server that has the scripts' libraries loaded: a start costs no seconds of imports.
+# Scripts are forked from a server process that has their libraries loaded, so that a start does not take seconds.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["train_fast", "extract_features", "sample_ddp"])
 
 
-def child(log: str, script: str, flags: list[str]):
+def run_in_child(log: str, script: str, flags: list[str]):
     os.setsid()
     torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115, it lasts as long as the process
+    # The file stays open as long as the process runs.
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
     sys.argv = [str(ROOT / script), *flags]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def start(log: Path, script: str, *flags):
-    process = context.Process(target=child, args=(str(log), script, [str(flag) for flag in flags]))
+    """Start a script in a process of its own, which prints to `log`."""
+    process = context.Process(target=run_in_child, args=(str(log), script, [str(flag) for flag in flags]))
     process.start()
     return process
 
 
-def finish(log: Path, script: str, *flags) -> float:
-    """Run to the end; return the seconds it took."""
+def run_to_end(log: Path, script: str, *flags) -> float:
+    """Run a script and return the seconds it took."""
     began = time.perf_counter()
     process = start(log, script, *flags)
     process.join(120)
@@ -51,9 +65,9 @@ def finish(log: Path, script: str, *flags) -> float:
 
 
 def kill_at_random_moments(log: Path, seconds: float, script: str, *flags):
-    """Start and kill, MOMENTS times; a run that comes to its end before is started, and found to be done, again."""
+    """Start a script and kill it within `seconds`, KILLS times; a run that finishes earlier is simply started again."""
     generator = random.Random(0)
-    for _ in range(MOMENTS):
+    for _ in range(KILLS):
         process = start(log, script, *flags)
         process.join(generator.uniform(0.02, seconds))
         if process.exitcode is None:
@@ -61,63 +75,54 @@ def kill_at_random_moments(log: Path, seconds: float, script: str, *flags):
         process.join()
 
 
-def same_run(a: Path, b: Path):
-    """The last checkpoints and the logged losses are the same, bit for bit."""
+def assert_same_run(a: Path, b: Path):
+    """Check that two runs have the same last checkpoint and the same logged losses, bit for bit."""
     (last_a, *_), (last_b, *_) = checkpoints(a / "checkpoints"), checkpoints(b / "checkpoints")
     assert last_a.name == last_b.name
-    states = [torch.load(path, weights_only=True) for path in (last_a, last_b)]
-    for part in ("model", "ema"):
-        for key, value in states[0][part].items():
-            assert torch.equal(value, states[1][part][key]), key
+    assert_same_weights(last_a, last_b)
     assert losses(a) == losses(b)
 
 
-def losses(run: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
-
-
 def test_training_killed_at_random_moments(features, tmp_path):
-    flags = ["--max-steps", 60, "--ckpt-every", 1, "--keep", 3]
-    seconds = finish(tmp_path / "log", "train_fast.py", *training_flags(features, tmp_path, "whole"), *flags)
-    killed = [*training_flags(features, tmp_path, "killed"), *flags, "--resume", "auto"]
+    flags = ["--max-steps=60", "--ckpt-every=1", "--keep=3"]
+    seconds = run_to_end(tmp_path / "log", "train_fast.py", *training_flags(features, tmp_path, "undisturbed"), *flags)
+    killed = [*training_flags(features, tmp_path, "killed"), *flags, "--resume=auto"]
     kill_at_random_moments(tmp_path / "log", seconds / 4, "train_fast.py", *killed)
-    assert all(find_corruption(path) is None for path in checkpoints(tmp_path / "killed/checkpoints")), (
-        "only whole files have names"
-    )
-    finish(tmp_path / "log", "train_fast.py", *killed)
-    same_run(tmp_path / "whole", tmp_path / "killed")
+    assert all(find_corruption(path) is None for path in checkpoints(tmp_path / "killed/checkpoints"))
+    run_to_end(tmp_path / "log", "train_fast.py", *killed)
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")
 
 
 def test_extraction_killed_at_random_moments(tmp_path):
     tree = make_images(tmp_path / "images", classes=5, per_class=900)
     flags = ["--data-path", tree, *PIXELS, "--features-path"]
-    seconds = finish(tmp_path / "log", "extract_features.py", *flags, tmp_path / "whole")
+    seconds = run_to_end(tmp_path / "log", "extract_features.py", *flags, tmp_path / "undisturbed")
     kill_at_random_moments(tmp_path / "log", seconds / 4, "extract_features.py", *flags, tmp_path / "killed")
-    finish(tmp_path / "log", "extract_features.py", *flags, tmp_path / "killed")
-    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    run_to_end(tmp_path / "log", "extract_features.py", *flags, tmp_path / "killed")
+    names = {path.name for path in (tmp_path / "undisturbed").iterdir()}
     assert names == {path.name for path in (tmp_path / "killed").iterdir() if not path.name.startswith(".")}
     for name in names:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+        assert (tmp_path / "undisturbed" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
 def test_sampling_killed_at_random_moments(trained, tmp_path):
-    flags = ["--ckpt", trained / "checkpoints/0000004.pt", "--num-fid-samples", 120, "--per-proc-batch-size", 10]
-    flags += ["--num-sampling-steps", 20, "--sample-dir", tmp_path, "--name"]
-    seconds = finish(tmp_path / "log", "sample_ddp.py", *flags, "whole")
+    flags = ["--ckpt", trained / "checkpoints/0000004.pt", "--num-fid-samples=120", "--per-proc-batch-size=10"]
+    flags += ["--num-sampling-steps=20", "--sample-dir", tmp_path, "--name"]
+    seconds = run_to_end(tmp_path / "log", "sample_ddp.py", *flags, "undisturbed")
     kill_at_random_moments(tmp_path / "log", seconds / 4, "sample_ddp.py", *flags, "killed")
-    finish(tmp_path / "log", "sample_ddp.py", *flags, "killed")
-    a, b = (np.load(tmp_path / which / "samples.npz") for which in ("whole", "killed"))
-    assert np.array_equal(a["arr_0"], b["arr_0"])
-    assert np.array_equal(a["arr_1"], b["arr_1"])
-    assert (tmp_path / "whole/grid.png").read_bytes() == (tmp_path / "killed/grid.png").read_bytes()
+    run_to_end(tmp_path / "log", "sample_ddp.py", *flags, "killed")
+    a, b = tmp_path / "undisturbed", tmp_path / "killed"
+    assert np.array_equal(sampled_images(a), sampled_images(b))
+    assert np.array_equal(np.load(a / "samples.npz")["arr_1"], np.load(b / "samples.npz")["arr_1"])
+    assert (a / "grid.png").read_bytes() == (b / "grid.png").read_bytes()
 
 
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(features, tmp_path, which):
-    """The signal goes to the whole process group, twice, as schedulers send it: the loader's processes live through it."""
-    flags = ["--max-steps", 300, "--ckpt-every", 1000, "--num-workers", 2]
-    finish(tmp_path / "log", "train_fast.py", *training_flags(features, tmp_path, "whole"), *flags)
-    stopped = [*training_flags(features, tmp_path, "stopped"), *flags, "--resume", "auto"]
+    """The signal is sent twice to the whole process group, as schedulers do; the DataLoader's workers ignore it."""
+    flags = ["--max-steps=300", "--ckpt-every=1000", "--num-workers=2"]
+    run_to_end(tmp_path / "log", "train_fast.py", *training_flags(features, tmp_path, "undisturbed"), *flags)
+    stopped = [*training_flags(features, tmp_path, "stopped"), *flags, "--resume=auto"]
     process = start(tmp_path / "log", "train_fast.py", *stopped)
     metrics = tmp_path / "stopped/metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
@@ -128,113 +133,81 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(features, tmp_pa
     assert process.exitcode == 0, (tmp_path / "log").read_text()[-3000:]
     assert f"stopped by {which.name}" in (tmp_path / "stopped/log.txt").read_text()
     assert len(checkpoints(tmp_path / "stopped/checkpoints")) == 1
-    finish(tmp_path / "log", "train_fast.py", *stopped)
-    same_run(tmp_path / "whole", tmp_path / "stopped")
+    run_to_end(tmp_path / "log", "train_fast.py", *stopped)
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "stopped")
+
+
+def torchrun(features: Path, tmp_path: Path, prefix: str, *more) -> subprocess.Popen:
+    """Start training on two processes; `more` are flags of torchrun."""
+    flags = [*training_flags(features, tmp_path, prefix), "--max-steps=400", "--ckpt-every=20", "--resume=auto"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more]
+    return subprocess.Popen([*command, ROOT / "train_fast.py", *flags], stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 def test_a_signal_to_one_process_of_two_stops_both(features, tmp_path):
     agent = torchrun(features, tmp_path, "signalled")
     wait_for(lambda: checkpoints(tmp_path / "signalled/checkpoints"))
-    os.kill(workers("signalled")[1], signal.SIGUSR1)
-    _, said = agent.communicate(timeout=90)
-    assert agent.returncode == 0, said[-3000:]
-    assert "stopped by another process" in said
+    os.kill(training_processes("signalled")[1], signal.SIGUSR1)
+    _, stderr = agent.communicate(timeout=90)
+    assert agent.returncode == 0, stderr[-3000:]
+    assert "stopped by another process" in stderr
     before = checkpoints(tmp_path / "signalled/checkpoints")[0]
     agent = torchrun(features, tmp_path, "signalled")
-    _, said = agent.communicate(timeout=90)
-    assert f"resumed from {before}" in said
+    _, stderr = agent.communicate(timeout=90)
+    assert f"resumed from {before}" in stderr
 
 
-def wait_for(condition, seconds: float = 60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
+def test_one_process_of_two_is_killed(features, tmp_path):
+    agent = torchrun(features, tmp_path, "killed")
+    wait_for(lambda: checkpoints(tmp_path / "killed/checkpoints"))
+    os.kill(training_processes("killed")[1], signal.SIGKILL)
+    _, stderr = agent.communicate(timeout=90)
+    assert agent.returncode != 0
+    assert "rank      : 1" in stderr
+    assert not training_processes("killed"), "no process is left"
 
 
-def test_a_full_disk_costs_a_checkpoint_and_no_more(features, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=True)
-    try:
-        flags = [*training_flags(features, disk, "run"), "--max-steps", 150, "--ckpt-every", 10, "--keep", 1]
-        process = start(tmp_path / "log", "train_fast.py", *flags)
-        wait_for(lambda: checkpoints(disk / "run/checkpoints"))
-        wait_for(lambda: fill(disk / "filler") or "COULD NOT SAVE" in (tmp_path / "log").read_text())
-        process.join(120)
-        said = (tmp_path / "log").read_text()
-        assert process.exitcode == 0, said[-3000:]
-        assert "COULD NOT SAVE" in said
-        assert "done" in said.splitlines()[-1]
-        left = checkpoints(disk / "run/checkpoints")
-        assert left
-        assert all(find_corruption(path) is None for path in left)
-        assert "not enough disk space" in run_again(
-            tmp_path, *training_flags(features, disk, "other"), "--max-steps", 2
-        )
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_one_process_of_two_is_killed_and_torchrun_restarts_the_run(features, tmp_path):
+    undisturbed = torchrun(features, tmp_path, "undisturbed")
+    undisturbed.communicate(timeout=120)
+    agent = torchrun(features, tmp_path, "restarted", "--max-restarts=1")
+    wait_for(lambda: checkpoints(tmp_path / "restarted/checkpoints"))
+    os.kill(training_processes("restarted")[1], signal.SIGKILL)
+    _, stderr = agent.communicate(timeout=120)
+    assert agent.returncode == 0, stderr[-3000:]
+    assert "resumed from" in stderr
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "restarted")
 
 
 def fill(path: Path):
+    """Fill the disk by writing to `path`."""
     with open(path, "ab", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(1 << 16))
 
 
-def run_again(tmp_path: Path, *flags) -> str:
-    process = start(tmp_path / "refused", "train_fast.py", *flags)
-    process.join(60)
-    assert process.exitcode == 2
-    return (tmp_path / "refused").read_text()
+def test_a_full_disk_costs_only_checkpoints(features, tmp_path):
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=True)
+    try:
+        flags = [*training_flags(features, disk, "run"), "--max-steps=150", "--ckpt-every=10", "--keep=1"]
+        process = start(log, "train_fast.py", *flags)
+        wait_for(lambda: checkpoints(disk / "run/checkpoints"))
+        wait_for(lambda: fill(disk / "filler") or "COULD NOT SAVE" in log.read_text())
+        process.join(120)
+        output = log.read_text()
+        assert process.exitcode == 0, output[-3000:]
+        assert "COULD NOT SAVE" in output
+        assert "done" in output.splitlines()[-1]
+        left = checkpoints(disk / "run/checkpoints")
+        assert left
+        assert all(find_corruption(path) is None for path in left)
 
-
-def torchrun(features: Path, tmp_path: Path, prefix: str, *more) -> subprocess.Popen:
-    flags = [*training_flags(features, tmp_path, prefix), "--max-steps", 400, "--ckpt-every", 20, "--resume", "auto"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        *more,
-        ROOT / "train_fast.py",
-    ]
-    return subprocess.Popen([*map(str, command), *map(str, flags)], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-
-
-def workers(prefix: str) -> list[int]:
-    """The training processes of a run: rank 0 first."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            environment = (entry / "environ").read_bytes().split(b"\0")
-        except (OSError, ValueError):
-            continue
-        ranks = [int(item[5:]) for item in environment if item.startswith(b"RANK=")]
-        if entry.name.isdigit() and prefix.encode() in words and ranks:
-            found.append((ranks[0], int(entry.name)))
-    return [pid for _, pid in sorted(found)]
-
-
-def test_one_process_dies(features, tmp_path):
-    agent = torchrun(features, tmp_path, "dies")
-    wait_for(lambda: checkpoints(tmp_path / "dies/checkpoints"))
-    os.kill(workers("dies")[1], signal.SIGKILL)
-    _, said = agent.communicate(timeout=90)
-    assert agent.returncode != 0
-    assert "rank      : 1" in said
-    assert not workers("dies"), "no orphan is left"
-
-
-def test_one_process_dies_and_torchrun_brings_the_run_back(features, tmp_path):
-    whole = torchrun(features, tmp_path, "whole")
-    whole.communicate(timeout=120)
-    agent = torchrun(features, tmp_path, "back", "--max-restarts=1")
-    wait_for(lambda: checkpoints(tmp_path / "back/checkpoints"))
-    os.kill(workers("back")[1], signal.SIGKILL)
-    _, said = agent.communicate(timeout=120)
-    assert agent.returncode == 0, said[-3000:]
-    assert "resumed from" in said
-    same_run(tmp_path / "whole", tmp_path / "back")
+        refused = tmp_path / "refused"
+        process = start(refused, "train_fast.py", *training_flags(features, disk, "other"), "--max-steps=2")
+        process.join(60)
+        assert process.exitcode == 2
+        assert "not enough disk space" in refused.read_text()
+    finally:
+        subprocess.run(["umount", disk], check=True)

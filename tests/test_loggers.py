@@ -7,10 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, make_images, run, training_flags
+from conftest import GOLDEN, ROOT, assert_same_weights, losses, make_images, run, training_flags
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import assert_same_weights, losses
 
 
 @pytest.fixture(scope="module")

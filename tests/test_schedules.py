@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 from conftest import golden
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffusion import create_diffusion, space_timesteps
 
@@ -37,3 +39,16 @@ def test_respacing_keeps_the_marginals():
 def test_unknown_schedule():
     with pytest.raises(ValueError, match="unknown noise schedule"):
         create_diffusion(noise_schedule="cubic")
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 2000))
+def test_spaced_timesteps_are_ascending_and_as_many_as_requested(counts, steps):
+    try:
+        timesteps = space_timesteps(steps, counts)
+    except ValueError:
+        assert any(count > steps // len(counts) for count in counts)
+    else:
+        assert len(timesteps) == sum(counts)
+        assert timesteps == sorted(set(timesteps))
+        assert timesteps[0] >= 0
+        assert timesteps[-1] < steps

@@ -3,27 +3,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import GOLDEN, run, training_flags
+from conftest import GOLDEN, assert_same_weights, losses, run, training_flags
 
-from checkpoint import load_model, read_checkpoint
+from checkpoint import load_model
 from models import DiT_models
-
-
-def losses(run_folder) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines]
-    assert steps == sorted(set(steps)), "every step is logged once"
-    return {line["step"]: line["loss"] for line in lines}
-
-
-def assert_same_weights(a, b, exact: bool = True):
-    a, b = read_checkpoint(a), read_checkpoint(b)
-    for part in ("model", "ema"):
-        for key, value in a[part].items():
-            if exact:
-                assert torch.equal(value, b[part][key]), f"{part}.{key}"
-            else:  # Adam turns the sign of a gradient that is all rounding into a whole step
-                torch.testing.assert_close(value, b[part][key], rtol=1e-3, atol=2e-4, msg=f"{part}.{key}")
 
 
 def test_what_a_run_leaves(trained, features):

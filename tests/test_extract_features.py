@@ -1,0 +1,123 @@
+"""Encoding a folder of images: what is written, resuming, unreadable and malicious images."""
+
+import struct
+import zlib
+
+import numpy as np
+import torch
+from conftest import PIXELS, make_images, run
+from PIL import Image
+
+from autoencoder import load_autoencoder
+from extract_features import center_crop
+from features import FeatureDataset
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_any_number_of_processes_writes_the_same_bytes(features, images, tmp_path):
+    run("extract_features.py", "--data-path", images, "--features-path", tmp_path / "two", *PIXELS, processes=2)
+    assert contents(tmp_path / "two") == contents(features)
+
+
+def test_an_interrupted_extraction_is_finished(features, images, tmp_path):
+    folder = tmp_path / "again"
+    flags = ("--data-path", images, "--features-path", folder, *PIXELS)
+    run("extract_features.py", *flags)
+    (folder / "index.json").unlink()
+    assert "mirror=True, not False" in run("extract_features.py", *flags, "--no-mirror", expect=2).stderr
+    before = (folder / "features-00000.npy").stat().st_mtime_ns
+    run("extract_features.py", *flags)
+    assert "nothing to do" in run("extract_features.py", *flags).stdout
+    assert contents(folder) == contents(features)
+    assert (folder / "features-00000.npy").stat().st_mtime_ns == before, "finished shards are not encoded again"
+    assert "seed=0, not 1" in run("extract_features.py", *flags, "--global-seed", 1, expect=2).stderr
+    (folder / "settings.json").unlink()
+    assert "already holds features" in run("extract_features.py", *flags, expect=2).stderr
+
+
+def test_unreadable_images(tmp_path):
+    tree = make_images(tmp_path / "images", classes=2, per_class=3)
+    (tree / "class0" / "1.png").write_bytes(b"not an image")
+    truncated = tree / "class1" / "2.png"
+    truncated.write_bytes(truncated.read_bytes()[:60])
+    flags = ("--data-path", tree, *PIXELS)
+    done = run("extract_features.py", *flags, "--features-path", tmp_path / "a", expect=1)
+    assert "class0/1.png" in done.stderr
+    assert "class1/2.png" in done.stderr
+    assert "2 images could not be read" in done.stderr
+    run("extract_features.py", *flags, "--features-path", tmp_path / "b", "--skip-bad", processes=2)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert FeatureDataset(tmp_path / "a").labels.tolist() == [0, 0, 1, 1]
+
+
+def png_header(side: int) -> bytes:
+    """Return a small PNG file that claims to have side x side pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def test_decompression_bombs_truncated_images_and_other_files(tmp_path):
+    tree = make_images(tmp_path / "images", classes=1, per_class=3)
+    Image.new("L", (1, 20_000_000)).save(tree / "class0/elongated.png")
+    (tree / "class0/bomb.png").write_bytes(png_header(60_000))
+    (tree / "class0/text.png").write_text("hello")
+    (tree / "class0/truncated.png").write_bytes((tree / "class0/0.png").read_bytes()[:70])
+    done = run("extract_features.py", "--data-path", tree, "--features-path", tmp_path / "f", *PIXELS, expect=1)
+    for reason in (
+        "bomb.png (DecompressionBombError",
+        "elongated.png (DecompressionBombError",
+        "text.png (UnidentifiedImageError",
+        "truncated.png (OSError",
+    ):
+        assert reason in done.stderr
+    assert len(FeatureDataset(tmp_path / "f")) == 3
+
+
+def test_latents_of_a_local_vae(vae, tmp_path):
+    tree = make_images(tmp_path / "images", per_class=3, size=16)
+    flags = (f"--data-path={tree}", f"--vae={vae}", "--image-size=16", "--num-workers=1", "--batch-size=4")
+    run("extract_features.py", *flags, "--features-path", tmp_path / "one", "--model", "DiT-T/2")
+    run("extract_features.py", *flags, "--features-path", tmp_path / "two", processes=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    dataset = FeatureDataset(tmp_path / "one")
+    assert (dataset.shape, dataset.scale, dataset.vae) == ((4, 8, 8), 0.5, str(vae))
+
+    autoencoder = load_autoencoder(str(vae))
+    image = torch.from_numpy(np.array(center_crop(Image.open(tree / "class0" / "0.png"), 16)))
+    pixels = image.permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        mean, std = autoencoder.moments(pixels)
+        posterior = autoencoder.vae.encode(pixels).latent_dist
+        torch.testing.assert_close(mean, posterior.mean * 0.5)
+        noise = (dataset[0][0] - mean[0]) / std[0]
+        assert autoencoder.decode(mean).shape == (1, 16, 16, 3)
+    assert 0.5 < noise.std() < 1.5, "one draw from the posterior"
+
+
+def test_draws_are_not_mixed_with_moments(moments, vae):
+    flags = (f"--data-path={moments.parent / 'images'}", f"--features-path={moments}", f"--vae={vae}")
+    stderr = run("extract_features.py", *flags, "--image-size=16", expect=2).stderr
+    assert "holds results with store=moments, not None" in stderr
+
+
+def test_pixels_have_no_moments(images, tmp_path):
+    flags = ["--data-path", images, "--features-path", tmp_path / "out", *PIXELS]
+    stderr = run("extract_features.py", *flags, "--store", "moments", expect=2).stderr
+    assert "nothing to draw" in stderr
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_center_crop():
+    image = Image.new("RGB", (300, 100))
+    image.paste((255, 0, 0), (100, 0, 200, 100))
+    crop = np.array(center_crop(image, 32))
+    assert crop.shape == (32, 32, 3)
+    assert (crop[:, 2:-2] == [255, 0, 0]).all()

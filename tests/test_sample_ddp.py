@@ -1,0 +1,209 @@
+"""Sampling from a checkpoint: what is written, what it depends on, resuming, and wrong input."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import FEW_SAMPLES, GOLDEN, make_images, run, sampled_images, training_flags
+from PIL import Image
+from torch._dynamo.utils import counters
+
+from checkpoint import load_model, save_checkpoint
+from diffusion import create_diffusion
+from diffusion.solvers import SOLVERS
+from distributed import SampleGenerators
+from sample_ddp import label_of
+
+
+def largest_difference(a: np.ndarray, b: np.ndarray) -> int:
+    return np.abs(a.astype(int) - b.astype(int)).max()
+
+
+def test_results(sampled):
+    x = sampled_images(sampled)
+    assert (x.shape, x.dtype) == ((14, 8, 8, 3), np.uint8)
+    assert sorted(path.name for path in sampled.iterdir()) == ["grid.png", "png", "samples.npz", "settings.json"]
+    assert np.array_equal(np.array(Image.open(sampled / "png" / "000009.png")), x[9])
+    labels = np.load(sampled / "samples.npz")["arr_1"]
+    assert labels.tolist() == [label_of(0, i, 3) for i in range(14)]
+    assert Image.open(sampled / "grid.png").width > 10 * 48
+
+
+def test_settings_are_recorded(ckpt, sampled):
+    settings = json.loads((sampled / "settings.json").read_text())
+    fingerprints = settings.pop("ckpt_fingerprint")
+    assert len(fingerprints) == 1
+    assert settings == {
+        "ckpt": [str(ckpt)],
+        "vae": "none",
+        "num_fid_samples": 14,
+        "sampler": "ddpm",
+        "num_sampling_steps": "8",
+        "cfg_scale": 1.5,
+        "cfg_all_channels": False,
+        "ema": True,
+        "global_seed": 0,
+        "per_proc_batch_size": 32,
+        "save_png": True,
+        "precision": "fp32",
+    }
+
+
+@pytest.mark.parametrize(
+    ("batch", "processes"),
+    [
+        (7, 1),
+        pytest.param(32, 2, marks=pytest.mark.slow, id="one batch for two processes"),
+        (5, 2),
+    ],
+)
+def test_a_sample_depends_on_its_index_only(ckpt, sampled, tmp_path, batch, processes):
+    flags = (f"--sample-dir={tmp_path}", "--name=other", f"--per-proc-batch-size={batch}")
+    run("sample_ddp.py", "--ckpt", ckpt, *FEW_SAMPLES, *flags, processes=processes)
+    assert largest_difference(sampled_images(tmp_path / "other"), sampled_images(sampled)) <= 1
+
+
+def test_a_solvers_sample_depends_on_its_index_only(ckpt, tmp_path):
+    flags = ("--ckpt", ckpt, *FEW_SAMPLES, "--sample-dir", tmp_path, "--sampler", "dpmpp")
+    run("sample_ddp.py", *flags, "--name", "one")
+    run("sample_ddp.py", *flags, "--name", "two", "--per-proc-batch-size", 5)
+    one, two = (sampled_images(tmp_path / name) for name in ("one", "two"))
+    assert largest_difference(one, two) <= 1
+    assert one.astype(int).std() > 10
+
+
+@torch.no_grad()
+def test_sampling_equals_the_plain_loop(ckpt, sampled):
+    """Folding, guidance and batching change nothing: sample 5 is repeated alone, with the unfolded model."""
+    model, _ = load_model(ckpt)
+    generators = SampleGenerators(0, [5])
+    noise = generators.randn((3, 8, 8)).expand(2, -1, -1, -1)
+    x = create_diffusion("8").p_sample_loop(
+        model.forward_with_cfg,
+        (2, 3, 8, 8),
+        noise=noise,
+        model_kwargs={"y": torch.tensor([label_of(0, 5, 3), 3]), "cfg_scale": 1.5},
+        step_noise=lambda step: generators.randn((3, 8, 8)).expand(2, -1, -1, -1),
+    )
+    expected = (127.5 * x[0] + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    assert largest_difference(expected, sampled_images(sampled)[5]) <= 1
+
+
+def test_interrupted_sampling_is_finished(ckpt, tmp_path):
+    flags = ("--ckpt", ckpt, *FEW_SAMPLES, f"--sample-dir={tmp_path}", "--name=again", "--per-proc-batch-size=7")
+    run("sample_ddp.py", *flags)
+    folder = tmp_path / "again"
+    done = sampled_images(folder)
+    (folder / "samples.npz").unlink()
+    (folder / "parts").mkdir()
+    # Changed samples show that the part is not sampled again.
+    np.save(folder / "parts" / "000000.npy", 255 - done[:7])
+    run("sample_ddp.py", *flags)
+    assert np.array_equal(sampled_images(folder), np.concatenate([255 - done[:7], done[7:]]))
+    assert "nothing to do" in run("sample_ddp.py", *flags).stdout
+    refused = run("sample_ddp.py", *flags, "--cfg-scale", 4, expect=2)
+    assert "cfg_scale=1.5, not 4.0" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--sampler", "ddim"),
+        *(("--sampler", name) for name in SOLVERS),
+        ("--cfg-scale", 1),
+        ("--cfg-all-channels", "--precision", "bf16"),
+        ("--no-ema",),
+    ],
+)
+def test_other_flags(ckpt, sampled, tmp_path, flags):
+    run("sample_ddp.py", "--ckpt", ckpt, *FEW_SAMPLES, "--sample-dir", tmp_path, *flags)
+    (folder,) = tmp_path.iterdir()
+    assert sampled_images(folder).shape == (14, 8, 8, 3)
+    # A model of pixels has three channels, which are all guided anyway.
+    if "--cfg-all-channels" not in flags:
+        assert not np.array_equal(sampled_images(folder), sampled_images(sampled))
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ((), "run-0000004-ddpm8-cfg1.5-seed0"),
+        (("--no-ema", "--sampler=ddim", "--cfg-scale=1", "--global-seed=3"), "run-0000004-raw-ddim8-cfg1.0-seed3"),
+    ],
+)
+def test_the_folder_is_named_after_the_checkpoint_and_the_settings(ckpt, tmp_path, flags, name):
+    run("sample_ddp.py", "--ckpt", ckpt, *FEW_SAMPLES, f"--sample-dir={tmp_path}", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--ckpt", "/nowhere.pt"), "no such file"),
+        (("--model", "RemixDiT-S/2"), "not RemixDiT-S/2"),
+        (("--num-classes", "10"), "was trained with 3"),
+        (("--num-sampling-steps", "2000"), "cannot keep 2000"),
+        (("--sampler", "dpmpp", "--num-sampling-steps", "ddim50"), "dpmpp takes a whole number of steps"),
+        (("--cfg-scale", "-1"), "at least 0"),
+        (("--name", "../x"), "plain folder name"),
+        (("--vae", "/no/such/vae"), "cannot load the VAE"),
+        (("--ckpt", str(GOLDEN / "remix_original_checkpoint.pt")), "number of heads"),
+    ],
+)
+def test_wrong_input(ckpt, tmp_path, flags, message):
+    done = run("sample_ddp.py", "--ckpt", ckpt, "--sample-dir", tmp_path / "out", *FEW_SAMPLES, *flags, expect=2)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_independent_experts(features, tmp_path):
+    files = []
+    for low, high in ((400, 1000), (0, 400)):
+        flags = training_flags(features, tmp_path, f"expert-{low}", "DiT-T/2")
+        run("train_fast.py", *flags, "--max-steps", 2, "--timesteps", low, high)
+        files.append(tmp_path / f"expert-{low}/checkpoints/0000002.pt")
+    run("sample_ddp.py", "--ckpt", *files, *FEW_SAMPLES, "--sample-dir", tmp_path, "--name", "both")
+    run("sample_ddp.py", "--ckpt", files[0], *FEW_SAMPLES, "--sample-dir", tmp_path, "--name", "alone")
+    assert not np.array_equal(sampled_images(tmp_path / "both"), sampled_images(tmp_path / "alone"))
+    for wrong, message in (
+        ((files[0], files[0]), "do not tile"),
+        ((files[0], GOLDEN / "dit.pt"), "holds no state dict"),
+    ):
+        done = run("sample_ddp.py", "--ckpt", *wrong, *FEW_SAMPLES, "--sample-dir", tmp_path / "no", expect=2)
+        assert message in done.stderr
+
+
+def test_latent_models_from_images_to_samples(vae, tmp_path):
+    tree = make_images(tmp_path / "images", size=16)
+    flags = (f"--data-path={tree}", f"--features-path={tmp_path / 'f'}", f"--vae={vae}", "--image-size=16")
+    run("extract_features.py", *flags, "--num-workers=0")
+    run("train_fast.py", *training_flags(tmp_path / "f", tmp_path, "latent"), "--max-steps", 3, "--num-classes", 9)
+    ckpt = tmp_path / "latent/checkpoints/0000003.pt"
+    state = torch.load(ckpt, weights_only=True)
+    noise = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
+    state["ema"]["backbone.final_layer.linear.weight"] += 0.3 * noise
+    save_checkpoint(ckpt, state)
+    flags = ("--ckpt", ckpt, *FEW_SAMPLES, "--sample-dir", tmp_path / "samples")
+    run("sample_ddp.py", *flags, "--name", "three")
+    run("sample_ddp.py", *flags, "--name", "four", "--cfg-all-channels")
+    three, four = (sampled_images(tmp_path / "samples" / name) for name in ("three", "four"))
+    assert three.shape == (14, 16, 16, 3)
+    assert not np.array_equal(three, four), "by default three of the four latent channels are guided"
+    labels = np.load(tmp_path / "samples/three/samples.npz")["arr_1"]
+    assert set(labels) <= {0, 1, 2}, "only classes that there were images of"
+    refused = run("sample_ddp.py", *flags, "--name", "pixels", "--vae", "none", expect=2).stderr
+    assert "denoises 4 channels" in refused
+    assert not (tmp_path / "samples/pixels").exists()
+
+
+@pytest.mark.slow
+def test_compiled_sampling_is_the_same_and_compiles_once(ckpt, sampled, tmp_path):
+    torch._dynamo.reset()
+    counters.clear()
+    flags = ("--ckpt", ckpt, *FEW_SAMPLES, "--sample-dir", tmp_path, "--compile", "--per-proc-batch-size", 4)
+    run("sample_ddp.py", *flags, "--name", "compiled")
+    assert largest_difference(sampled_images(tmp_path / "compiled"), sampled_images(sampled)) <= 1
+    # Four batches, the last one of two samples.
+    assert counters["stats"]["unique_graphs"] == 1
