@@ -73,6 +73,7 @@ def main(args: argparse.Namespace):
     n_shards = -(-len(images.samples) // SHARD_SIZE)
     missing = [shard for shard in range(n_shards) if not shard_path(folder, "features", shard).exists()]
     n_missing = sum(len(shard_images(shard, images)) for shard in missing)
+    # The features are float32, 4 bytes each.
     n_views = 2 if args.mirror else 1
     channels = (1 if args.grayscale else autoencoder.channels[-1]) * (2 if args.store == "moments" else 1)
     disk = check_disk(folder, n_missing * n_views * channels * side**2 * 4, "features to encode")

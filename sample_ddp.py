@@ -153,7 +153,7 @@ def check_data_flags(image_size: int | None, num_classes: int | None, config: di
 
 
 def trained_classes(config: dict) -> int:
-    """Return the number of classes that there were images of; the model may have more."""
+    """Return the number of classes in the training data; the model may have more."""
     return len(config["data"]["classes"] or []) or config["model"]["backbone"]["num_classes"]
 
 
@@ -203,7 +203,7 @@ def finished(folder: Path, record: dict) -> bool:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty: choose another --name or --sample-dir")
         return False
-    # The checkpoint may have been moved; its fingerprint is compared.
+    # The checkpoint may have been moved; its fingerprint is compared instead.
     check_settings(path, record, "choose another --name", ignored=("ckpt",))
     if not (folder / "samples.npz").exists():
         return False
@@ -373,8 +373,8 @@ if __name__ == "__main__":
         required=True,
         nargs="+",
         help="checkpoint of this project, of facebookresearch/DiT or of the original Remix-DiT, or a DiT in diffusers' "
-        "layout (a folder or a hub name). Several files are independent experts: plain DiTs of this project whose "
-        "--timesteps together cover all timesteps",
+        "layout (a folder or a hub name). Several files are independent experts: plain DiTs of this project, each "
+        "trained with other --timesteps, which together cover all timesteps",
     )
     group.add_argument(
         "--model",
@@ -413,8 +413,8 @@ if __name__ == "__main__":
     group.add_argument(
         "--num-sampling-steps",
         default="250",
-        help="number of steps; for ddpm and ddim also ddim50 (steps spaced as in the DDIM paper) or 10,15,20 (steps in "
-        "equal sections of the timesteps)",
+        help="number of steps; for ddpm and ddim also ddim50 (50 steps, spaced as in the DDIM paper) or 10,15,20 "
+        "(numbers of steps in equal sections of the timesteps)",
     )
     group.add_argument(
         "--sampler",
