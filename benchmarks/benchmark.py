@@ -33,7 +33,7 @@ from distributed import PRECISIONS, World, setup
 from features import SHARD_SIZE, FeatureDataset, write_index, write_shard
 from models import DiT_models, classifier_free_guidance
 from remix import FoldedRemixDiT, RemixDiT, RemixLinear
-from training.batches import sample_timesteps
+from training.batches import BatchSampler, sample_timesteps
 from training.plan import matmul_rate, training_flops
 from training.trainer import Trainer
 
@@ -243,7 +243,7 @@ def training(args, world: World, floors: dict) -> list[dict]:
             row["floor's speed / DiT"] = plain / row["floor ms"]
             rest = 5 * 4 * trained  # weights, their average, AdamW's moments, gradients
             row["peak GiB"] = (rest + peak_memory(world, partial(runs[name], args.warmup + args.rounds))) / 2**30
-            for stage in ("forward", "backward", "checks", "optimizer", "average"):
+            for stage in ("forward", "backward", "checks", "optimizer", "ema"):
                 row[f"{stage} %"] = 100 * median(rounds, stage) / median(rounds)
         rows.append(row)
     return rows
@@ -351,7 +351,6 @@ def sampling(args, world: World, floors: dict) -> list[dict]:
 def data(args, world: World, floors: dict) -> list[dict]:
     """Packed features as training reads them, by two processes: all shards open, or none, as among ImageNet's thousands."""
     import features
-    from train_fast import prefetched
 
     rows, kept_open = [], features.OPEN_SHARDS
     with tempfile.TemporaryDirectory() as folder:
@@ -361,12 +360,12 @@ def data(args, world: World, floors: dict) -> list[dict]:
             array = np.random.default_rng(shard).standard_normal((SHARD_SIZE, 2, *shape), np.float32)
             write_shard(folder, shard, array, np.zeros(SHARD_SIZE), [])
         write_index(folder, shards, vae="ema", scale=0.18215, image_size=8 * args.input_size, classes=["one"])
-        options = Namespace(global_batch_size=args.data_batch_size, global_seed=0, num_workers=2)
-        n, own = 5 if args.toy else 100, slice(0, args.data_batch_size)
+        sampler = BatchSampler(0, args.data_batch_size, world)
+        n = 5 if args.toy else 100
         for open_shards in (kept_open, 1):
             features.OPEN_SHARDS = open_shards
             try:
-                with prefetched(options, FeatureDataset(folder), range(n + 10), own, world) as batches:
+                with sampler.load(FeatureDataset(folder), range(n + 10), num_workers=2) as batches:
                     for _ in range(10):
                         next(batches)
                     start = time.perf_counter()

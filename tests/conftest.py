@@ -1,6 +1,7 @@
 """Fixtures: golden vectors, small image trees and features, and a way to run the scripts as users do."""
 
 import io
+import json
 import os
 import runpy
 import subprocess
@@ -123,17 +124,29 @@ def ckpt(trained, tmp_path_factory) -> Path:
 
 
 def training_flags(features: Path, results: Path, prefix: str, model: str = "RemixDiT-T/2") -> list:
-    flags = [
-        "--data-path",
-        features,
-        "--results-dir",
-        results,
-        "--prefix",
-        prefix,
-        "--model",
-        model,
-        "--num-workers",
-        0,
-    ]
-    remix = ["--n-basis", 2, "--n-experts", 6] if model.startswith("Remix") else []
-    return [*flags, *remix, "--global-batch-size", 12, "--log-every", 1, "--lr", 1e-3, "--ema-decay", 0.9]
+    """Flags of train_fast.py for a small run that reports every step."""
+    # test_faults.py finds a run's processes by the prefix as a separate word of their command lines.
+    flags = [f"--data-path={features}", f"--results-dir={results}", "--prefix", prefix, f"--model={model}"]
+    remix = ["--n-basis=2", "--n-experts=6"] if model.startswith("Remix") else []
+    size = ["--num-workers=0", "--global-batch-size=12", "--log-every=1", "--lr=1e-3", "--ema-decay=0.9"]
+    return [*flags, *remix, *size]
+
+
+def losses(run_folder: Path) -> dict[int, float]:
+    """The logged loss of each step of a run."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps)), "every step is logged once"
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def assert_same_weights(a: Path, b: Path, exact: bool = True):
+    """Check that two checkpoints hold the same weights and the same EMA."""
+    a, b = (torch.load(path, weights_only=True) for path in (a, b))
+    for part in ("model", "ema"):
+        for key, value in a[part].items():
+            if exact:
+                assert torch.equal(value, b[part][key]), f"{part}.{key}"
+            else:
+                # Where a gradient is nothing but rounding error, Adam turns its sign into a full step.
+                torch.testing.assert_close(value, b[part][key], rtol=1e-3, atol=2e-4, msg=f"{part}.{key}")

@@ -24,7 +24,7 @@ def test_every_part_is_measured(tmp_path):
     assert found["machine"]["device"] and found["machine"]["versions"] and found["machine"]["commit"]
     assert [row["model"] for row in found["training"]] == ["DiT, the usual way", "DiT", "RemixDiT G=1", "RemixDiT G=4"]
     for row in found["training"][1:]:
-        stages = [row[f"{stage} %"] for stage in ("forward", "backward", "checks", "optimizer", "average")]
+        stages = [row[f"{stage} %"] for stage in ("forward", "backward", "checks", "optimizer", "ema")]
         assert 80 < sum(stages) < 120  # medians need not add up
         assert 0 < row["floor ms"] < row["ms/step"]
         assert row["peak GiB"] > 0

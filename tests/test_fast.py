@@ -1,7 +1,6 @@
 """The fast paths: as right as the slow ones, compiled once, and without memory that grows with the number of bases."""
 
 import copy
-from argparse import Namespace
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from remix import (
     RemixDiT,
     RemixLinear,
 )
-from training.batches import microbatches, sample_timesteps
+from training.batches import BatchSampler, sample_timesteps
 from training.trainer import Trainer
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -119,7 +118,7 @@ def test_training_in_bf16_and_compiled_follows_fp32(device):
         for step in range(20):
             trainer.step(step, [a_batch(step, device=device)], 1e-4)
         ways.append(torch.cat([(model.state_dict()[key] - start[key]).flatten() for key in start]))
-        losses.append(trainer.window.read()[0]["loss"])
+        losses.append(trainer.stats.read()[0]["loss"])
     assert nn.functional.cosine_similarity(*ways, dim=0) > 0.9  # Adam's first steps are signs: rounding turns some
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
@@ -213,14 +212,12 @@ def test_a_training_step_does_not_wait_for_the_device(precision, compiled):
     trainer = Trainer(
         remix_dit("cuda"), create_diffusion(), world, lr=1e-4, clip_grad=1.0, precision=precision, compile=compiled
     )
-    args = Namespace(
-        global_seed=0, global_batch_size=8, n_experts=20, experts_per_batch=4, timesteps=(0, 1000), grad_accum=1
-    )
+    sampler = BatchSampler(0, 8, world, n_experts=20, experts_per_batch=4)
     batch = torch.randn(8, 4, 8, 8).pin_memory(), torch.zeros(8, dtype=torch.long).pin_memory()
 
     def step(number: int):
-        trainer.step(number, microbatches(args, number, batch, trainer.model, slice(0, 8), world))
-        trainer.window.longest_streak()
+        trainer.step(number, sampler.microbatches(number, batch))
+        trainer.stats.longest_streak()
 
     step(0)
     step(1)
