@@ -1,7 +1,6 @@
 import copy
 import math
 
-import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, golden, relative
@@ -185,42 +184,6 @@ def test_what_cannot_be(pretrained, wrong):
         RemixDiT(pretrained, **{"n_basis": 2, "n_experts": 4} | wrong)
 
 
-# The deal of experts and timesteps
-
-
-@pytest.mark.parametrize(("n_experts", "per_batch"), [(20, 1), (20, 8), (20, 16), (20, 20), (7, 4), (3, 6), (1, 1)])
-def test_deal_is_even(n_experts, per_batch):
-    owner = lambda t: (n_experts * (t + 1) - 1) // 1000  # noqa: E731
-    served = np.zeros(n_experts, dtype=int)
-    rounds = n_experts // math.gcd(n_experts, per_batch)
-    for step in range(3 * rounds):
-        groups = owner(sample_timesteps(0, step, 8 * per_batch, n_experts, per_batch)).reshape(per_batch, 8)
-        assert (groups == groups[:, :1]).all(), "a group must lie within one expert's timesteps"
-        assert len(set(groups[:, 0])) == min(per_batch, n_experts), "no expert is repeated while N allows"
-        np.add.at(served, groups[:, 0], 1)
-    assert (served == served[0]).all()
-
-
-def test_deal_depends_on_seed_and_step_alone():
-    assert np.array_equal(sample_timesteps(1, 5, 16, 20, 8), sample_timesteps(1, 5, 16, 20, 8))
-    assert not np.array_equal(sample_timesteps(1, 5, 16, 20, 8), sample_timesteps(2, 5, 16, 20, 8))
-    assert not np.array_equal(sample_timesteps(1, 5, 16, 20, 8), sample_timesteps(1, 6, 16, 20, 8))
-    with pytest.raises(ValueError, match="do not divide"):
-        sample_timesteps(0, 0, 10, 20, 4)
-
-
-@pytest.mark.parametrize("n_experts", [7, 20, 1000])
-@pytest.mark.parametrize("per_batch", [1, 8])
-def test_timesteps_are_uniform_in_the_long_run(n_experts, per_batch):
-    from scipy.stats import chisquare
-
-    batch = 8 * per_batch
-    rounds = 40 if n_experts == 1000 else 2000
-    steps = rounds // math.gcd(n_experts, per_batch) * n_experts // per_batch
-    drawn = [sample_timesteps(3, step, batch, n_experts, per_batch) for step in range(steps)]
-    assert chisquare(np.bincount(np.concatenate(drawn), minlength=1000)).pvalue > 1e-3
-
-
 def test_gradient_of_pi_is_dense_with_all_experts_in_a_batch(pretrained):
     model = RemixDiT(pretrained, n_basis=4, n_experts=6)
     for module in model.modules():
@@ -231,11 +194,6 @@ def test_gradient_of_pi_is_dense_with_all_experts_in_a_batch(pretrained):
         model.zero_grad()
         model(x, t, y, groups=per_batch).square().mean().backward()
         assert model.logits.grad.any(1).all().item() == dense
-
-
-def test_timesteps_of_an_independent_expert():
-    t = sample_timesteps(0, 0, 4000, timesteps=(125, 250))
-    assert (t.min(), t.max()) == (125, 249)
 
 
 @torch.no_grad()
