@@ -1,7 +1,7 @@
 """Draw figures of trained models as PNG. The numbers of each figure are written to a CSV file of the same name.
 
     python visualize.py coefficients outputs/RUN/checkpoints/0100000.pt
-    python visualize.py losses outputs/RUN/checkpoints/0100000.pt --pretrained pretrained/DiT.pt --data-path data/encoded
+    python visualize.py losses outputs/RUN/checkpoints/0100000.pt --pretrained DiT.pt --data-path data/encoded
     python visualize.py training outputs/RUN
     python visualize.py grids samples/A/samples.npz samples/B/samples.npz
 

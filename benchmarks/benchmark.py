@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -36,7 +35,7 @@ from distributed import PRECISIONS, World, setup
 from features import SHARD_SIZE, FeatureDataset, write_index, write_shard
 from models import DiT, DiT_models, classifier_free_guidance
 from remix import FoldedRemixDiT, RemixDiT, RemixLinear
-from training.batches import sample_timesteps
+from training.batches import BatchSampler, sample_timesteps
 from training.plan import matmul_rate, training_flops
 from training.trainer import Trainer
 
@@ -419,7 +418,6 @@ def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
     The shards all stay open, or one at a time, as with the thousands of shards of ImageNet.
     """
     import features
-    from train_fast import prefetched
 
     rows, default_open = [], features.OPEN_SHARDS
     with tempfile.TemporaryDirectory() as folder:
@@ -429,12 +427,12 @@ def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
             array = np.random.default_rng(shard).standard_normal((SHARD_SIZE, 2, *shape), np.float32)
             write_shard(folder, shard, array, np.zeros(SHARD_SIZE), [])
         write_index(folder, shards, vae="ema", scale=0.18215, image_size=8 * args.input_size, classes=["one"])
-        options = Namespace(global_batch_size=args.data_batch_size, global_seed=0, num_workers=2)
-        n, own = 5 if args.toy else 100, slice(0, args.data_batch_size)
+        sampler = BatchSampler(0, args.data_batch_size, world)
+        n = 5 if args.toy else 100
         for open_shards in (default_open, 1):
             features.OPEN_SHARDS = open_shards
             try:
-                with prefetched(options, FeatureDataset(folder), range(n + 10), own, world) as batches:
+                with sampler.load(FeatureDataset(folder), range(n + 10), num_workers=2) as batches:
                     for _ in range(10):
                         next(batches)
                     start = time.perf_counter()

@@ -176,32 +176,3 @@ def test_damaged_features(features, tmp_path, damage, message):
     damage(folder)
     with pytest.raises(UserError, match=message):
         FeatureDataset(folder)
-
-
-# Which images make up a batch
-
-
-def test_epochs_reach_every_image_once():
-    batches = list(GlobalBatches(10, 2, 4, seed=0, steps=range(10), rows=slice(0, 4)))
-    items = [item for batch in batches for item in batch]
-    for epoch in range(4):
-        part = items[10 * epoch : 10 * (epoch + 1)]
-        assert sorted(image for image, *_ in part) == list(range(10))
-        assert len({draw for *_, draw in part}) == 1
-    assert {view for _, view, _ in items} == {0, 1}
-    assert [image for image, *_ in items[:10]] != [image for image, *_ in items[10:20]]
-    assert len({draw for *_, draw in items}) == 4, "an epoch's draws are its own"
-
-
-def test_batches_depend_on_seed_and_step_alone():
-    whole = list(GlobalBatches(10, 2, 4, seed=3, steps=range(8), rows=slice(0, 4)))
-    halves = [
-        list(GlobalBatches(10, 2, 4, seed=3, steps=range(5, 8), rows=rows)) for rows in (slice(0, 2), slice(2, 4))
-    ]
-    assert [a + b for a, b in zip(*halves, strict=True)] == whole[5:]
-    assert whole != list(GlobalBatches(10, 2, 4, seed=4, steps=range(8), rows=slice(0, 4)))
-
-
-def test_a_batch_larger_than_the_data():
-    (batch,) = GlobalBatches(3, 1, 8, seed=0, steps=range(1), rows=slice(0, 8))
-    assert [sorted(image for image, *_ in part) for part in (batch[:3], batch[3:6])] == [[0, 1, 2]] * 2

@@ -1,5 +1,6 @@
-"""Pictures and loggers show a run, and change nothing about it."""
+"""Loggers and previews: they record everything about a run and do not change it."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -11,10 +12,16 @@ from conftest import GOLDEN, ROOT, assert_same_weights, losses, make_images, run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from checkpoint import load_model
+from diffusion.solvers import QUICK, make_sampler
+from distributed import seed_for
+from training.loggers import MetricLogger
+from training.previews import GUIDANCE
+
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory, features):
-    """The run `trained`, but with everything that can be shown, stopped after two steps and resumed."""
+    """The run `trained` with all loggers and previews, resumed after two steps."""
     path = tmp_path_factory.mktemp("shown")
     flags = [*training_flags(features, path, "run"), "--max-steps", 4, "--ckpt-every", 2, "--sample-every", 2]
     with pytest.MonkeyPatch.context() as patch:
@@ -25,13 +32,13 @@ def shown(tmp_path_factory, features):
     return path / "run"
 
 
-def test_pictures_and_loggers_leave_the_run_as_it_was(shown, trained):
+def test_previews_and_loggers_do_not_change_the_run(shown, trained):
     assert losses(shown) == losses(trained)
     assert_same_weights(shown / "checkpoints/0000004.pt", trained / "checkpoints/0000004.pt")
     assert {path.name for path in (shown / "samples").iterdir()} == {"0000002.png", "0000004.png"}
 
 
-def test_the_heat_map_is_visualize_s(shown, tmp_path):
+def test_the_heat_map_equals_that_of_visualize(shown, tmp_path):
     run("visualize.py", "coefficients", shown / "checkpoints/0000004.pt", "--out", tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes() == (shown / "coefficients/0000004.png").read_bytes()
 
@@ -50,7 +57,7 @@ def test_tensorboard_has_every_step_once(shown):
             assert (events.Images(name)[1].width, events.Images(name)[1].height) == image.size
 
 
-def test_wandb_goes_on_with_the_same_run(shown):
+def test_wandb_continues_the_same_run(shown):
     runs = list((shown / "wandb").glob("offline-run-*"))
     assert {path.name.rpartition("-")[2] for path in runs} == {(shown / "wandb-id.txt").read_text()}
     records = b"".join(path.read_bytes() for path in (shown / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -61,7 +68,7 @@ def test_wandb_goes_on_with_the_same_run(shown):
     assert {name.rpartition("_")[0] for name in pictures} >= {f"{kind}_4" for kind in ("samples", "coefficients")}
 
 
-def test_two_processes_wait_for_the_pictures(trained, features, tmp_path):
+def test_two_processes_with_previews(trained, features, tmp_path):
     flags = [*training_flags(features, tmp_path, "two"), "--max-steps", 4, "--sample-every", 1]
     run("train_fast.py", *flags, processes=2)
     assert_same_weights(trained / "checkpoints/0000004.pt", tmp_path / "two/checkpoints/0000004.pt", exact=False)
@@ -73,26 +80,18 @@ def test_samples_of_latents(vae, features, tmp_path):
     flags = ["--data-path", tree, "--vae", vae, "--image-size", 16, "--num-workers", 0]
     run("extract_features.py", *flags, "--features-path", tmp_path / "features")
     flags = [*training_flags(tmp_path / "features", tmp_path, "raw", "DiT-T/2"), "--max-steps", 1, "--sample-every", 1]
-    assert (
-        "does not decode"
-        in run("train_fast.py", *training_flags(features, tmp_path, "x"), "--vae", vae, expect=2).stderr
-    )
+    wrong = [*training_flags(features, tmp_path, "x"), f"--vae={vae}"]
+    assert "does not decode" in run("train_fast.py", *wrong, expect=2).stderr
     assert "three latent channels" in run("train_fast.py", *flags).stderr
     run("train_fast.py", *flags, "--prefix", "decoded", "--vae", vae)
     grids = [np.array(Image.open(tmp_path / name / "samples/0000001.png")) for name in ("raw", "decoded")]
-    assert grids[0].shape == grids[1].shape, "either is enlarged to tiles of 48 pixels"
+    assert grids[0].shape == grids[1].shape, "both are enlarged to tiles of 48 pixels"
     assert not np.array_equal(*grids)
-    assert not (tmp_path / "raw/coefficients").exists(), "a plain DiT has none"
+    assert not (tmp_path / "raw/coefficients").exists(), "a plain DiT has no coefficients"
 
 
-def test_samples_are_what_the_checkpoint_gives(shown, features):
-    """Pixel for pixel the sample of the averaged weights for that label and noise."""
-    from solvers import QUICK, make_sampler
-
-    from checkpoint import load_model
-    from distributed import seed_for
-    from training.previews import GUIDANCE
-
+def test_samples_equal_those_of_the_checkpoint(shown, features):
+    """The last tile is the sample of the EMA weights for that label and noise."""
     model, _ = load_model(shown / "checkpoints/0000004.pt")
     noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed_for(0, 15)))
     labels = torch.tensor([2, 3])
@@ -110,13 +109,11 @@ def test_samples_are_what_the_checkpoint_gives(shown, features):
     assert np.abs(np.array(grid.crop((*corner, corner[0] + 48, corner[1] + 48)), int) - np.array(tile, int)).max() <= 1
 
 
-def test_a_picture_that_cannot_be_written_costs_a_picture(features, tmp_path):
+def test_training_continues_if_a_picture_cannot_be_written(features, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/samples").write_text("in the way")
-    said = run(
-        "train_fast.py", *training_flags(features, tmp_path, "run"), "--max-steps", 2, "--sample-every", 1
-    ).stderr
-    assert said.count("COULD NOT DRAW") == 2
+    (tmp_path / "run/samples").write_text("a file instead of a folder")
+    flags = [*training_flags(features, tmp_path, "run"), "--max-steps=2", "--sample-every=1"]
+    assert run("train_fast.py", *flags).stderr.count("COULD NOT DRAW") == 2
     assert (tmp_path / "run/coefficients/0000002.png").exists()
     assert (tmp_path / "run/checkpoints/0000002.pt").exists()
 
@@ -137,27 +134,46 @@ def test_an_independent_expert_has_no_samples(features, tmp_path):
     ],
 )
 def test_wrong_input(features, tmp_path, monkeypatch, flags, message):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    said = run(
-        "train_fast.py", *training_flags(features, tmp_path / "out", "wrong"), "--max-steps", 1, *flags, expect=2
-    ).stderr
-    assert message in said
-    assert said.count("\n") == 1
+    # None makes an import fail, as if wandb were not installed.
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    all_flags = [*training_flags(features, tmp_path / "out", "wrong"), "--max-steps=1", *flags]
+    error = run("train_fast.py", *all_flags, expect=2).stderr
+    assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_wandb_without_a_key(features, tmp_path):
-    """In a process of its own: wandb reads its environment once."""
+    """The script runs in a separate process, because wandb reads the environment only once per process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     flags = [*training_flags(features, tmp_path, "run", "DiT-T/2"), "--max-steps", 1, "--log-to", "wandb"]
     done = subprocess.run(
         [sys.executable, "train_fast.py", *map(str, flags)],
         cwd=ROOT,
         env=environment | {"HOME": str(tmp_path)},
-        stdin=subprocess.DEVNULL,  # nobody there to ask
+        # wandb must not ask for a key on the terminal.
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2, done.stderr[-2000:]
     assert done.stderr.splitlines()[-1].startswith("train_fast.py: error: --log-to wandb:")
     assert "WANDB_MODE=offline" in done.stderr
+
+
+def test_a_logger_that_fails_is_reported_and_the_others_still_log(tmp_path, caplog):
+    class Recorder:
+        def __init__(self, failure: Exception | None = None):
+            self.failure, self.steps = failure, []
+
+        def log_metrics(self, step: int, metrics: dict):
+            if self.failure:
+                raise self.failure
+            self.steps.append(step)
+
+    broken, working = Recorder(OSError("no space left")), Recorder()
+    MetricLogger([broken, working], logging.getLogger("test")).log_metrics(3, {"loss": 1.0})
+    assert working.steps == [3]
+    assert [record.message for record in caplog.records] == [
+        "COULD NOT LOG to Recorder: no space left; training continues"
+    ]

@@ -5,16 +5,10 @@ import re
 import shlex
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, run
-
-from diffusion import create_diffusion
-from remix import RemixDiT_models
-from training.plan import activation_bytes
 
 RECIPE = ROOT / "recipes" / "run.sh"
 SIZES = ("S", "B", "L")
@@ -63,7 +57,7 @@ def test_the_scripts_accept_every_command_and_the_dry_run_confirms_the_hours(
         if model not in reports:
             reports[model] = run(script, *flags, "--dry-run").stdout
             assert re.search(
-                r"memory \w+ GPU: [\d.]+ GiB: [\d.]+ weights, .* AdamW's moments, [\d.]+ activ", reports[model]
+                r"memory per GPU: [\d.]+ GiB: [\d.]+ weights, .* AdamW's moments, [\d.]+ activ", reports[model]
             )
         else:
             assert "no such f" in run(script, *flags, expect=2).stderr, "only a file or a folder is missing"
@@ -76,7 +70,7 @@ def test_a_dry_run_as_users_run_it():
     printed = recipe("S", "4-20", "--dry-run").stdout
     assert printed.count("\n$ ") == 3
     assert "RemixDiT-S/2: 96.79 M parameters" in printed
-    assert re.search(r"100,091 steps of batch 256 on 8 GPUs, bf16, 16 experts \w+ batch", printed)
+    assert re.search(r"100,091 steps of batch 256 on 8 GPUs, bf16, 16 experts per batch", printed)
 
 
 def test_without_dry_run_the_commands_are_executed_in_order(tmp_path):
@@ -103,44 +97,3 @@ def test_help_names_every_size_and_run():
     assert "recipes/run.sh SIZE RUN [--dry-run]" in printed
     assert "S, B or L" in printed
     assert all(f"\n  {run} " in printed for run in RUNS)
-
-
-def test_a_dry_run_with_features_that_exist(features, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    said = run("train_fast.py", "--model", "DiT-T/2", "--data-path", features, "--max-steps", 3, "--dry-run").stdout
-    assert f"24 images of 3 classes as 3 x 8 x 8 (from {features})" in said
-    wrong = run("train_fast.py", "--data-path", "nowhere", "--image-size", 20, "--dry-run", expect=2)
-    assert wrong.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("size", "parameters", "gmacs"), [("S", 33, 6.06), ("B", 130, 23.01), ("L", 458, 80.71)])
-def test_sizes_and_costs_are_the_dit_paper_s(tmp_path, monkeypatch, size, parameters, gmacs):
-    """Peebles & Xie, arXiv 2212.09748, tables 1 and 4 (their Gflops are multiply-adds)."""
-    monkeypatch.chdir(tmp_path)
-    said = run("train_fast.py", "--model", f"DiT-{size}/2", "--data-path", "x", "--dry-run").stdout
-    assert float(re.search(r"([\d.]+) M parameters", said)[1]) == pytest.approx(parameters, abs=0.6)
-    assert float(re.search(r"([\d.]+) TFLOP a step", said)[1]) == pytest.approx(3 * 2 * gmacs * 256 / 1000, rel=0.01)
-
-
-def test_activations_are_what_autograd_keeps():
-    """Counted without computing as with real tensors."""
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    build = partial(RemixDiT_models["RemixDiT-T/2"], input_size=8, n_basis=2, n_experts=4)
-    model, diffusion = build(), create_diffusion()
-    x, t = torch.randn(8, 4, 8, 8), torch.arange(4).repeat_interleave(2) * 250
-    conditions = {"y": torch.zeros_like(t), "label_drop": t > 0, "groups": 4}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        graph = diffusion.training_losses(model, x, t, conditions, torch.randn_like(x))
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    real = sum(size for address, size in kept.items() if address not in weights)
-    del graph
-    with torch.device("meta"):
-        shapes = build()
-    counted = activation_bytes(shapes, diffusion, 8, 4, torch.bfloat16)
-    assert counted == pytest.approx(real, rel=0.02)

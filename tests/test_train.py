@@ -1,3 +1,5 @@
+"""train_fast.py: runs, resumed runs, several processes, and wrong input."""
+
 import json
 import shutil
 
@@ -19,15 +21,15 @@ def test_what_a_run_leaves(trained, features):
     assert (model.n_basis, model.n_experts, model.num_classes) == (2, 6, 3)
     metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     weights = [line["prior_weight"] / 1e-4 for line in metrics]
-    assert weights == pytest.approx([1, 0.75, 0.5, 0.25]), "the prior is annealed linearly to zero"
+    assert weights == pytest.approx([1, 0.75, 0.5, 0.25]), "the prior's weight falls linearly to zero"
     assert metrics[0]["lr"] == pytest.approx(1e-3)
     assert metrics[2]["lr"] == pytest.approx(0.75e-3), "halfway down the cosine from the peak to its half"
     assert "images/s" in (trained / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_are_one(trained, features, tmp_path, accumulate):
-    """The second case cuts the six groups of two across four microbatches of three."""
+def test_two_processes_train_as_one(trained, features, tmp_path, accumulate):
+    """With two microbatches per process, the six groups of two images are divided over four microbatches of three."""
     flags = training_flags(features, tmp_path, "two")
     run("train_fast.py", *flags, "--max-steps", 4, "--grad-accum", accumulate, processes=2)
     one, two = losses(trained), losses(tmp_path / "two")
@@ -37,29 +39,26 @@ def test_two_processes_are_one(trained, features, tmp_path, accumulate):
 
 @pytest.mark.parametrize("model", ["RemixDiT-T/2", "DiT-T/2"])
 def test_a_resumed_run_is_the_uninterrupted_one(features, tmp_path, model):
-    whole, resumed = (
-        training_flags(features, tmp_path, "whole", model),
-        training_flags(features, tmp_path, "resumed", model),
-    )
-    run("train_fast.py", *whole, "--max-steps", 6, "--ckpt-every", 4, "--log-every", 3)
+    schedule = ("--max-steps=6", "--ckpt-every=4", "--log-every=3")
+    run("train_fast.py", *training_flags(features, tmp_path, "whole", model), *schedule)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     (tmp_path / "resumed/checkpoints/0000006.pt").unlink()
-    done = run("train_fast.py", *resumed, "--max-steps", 6, "--ckpt-every", 4, "--log-every", 3, "--resume", "auto")
+    resumed = training_flags(features, tmp_path, "resumed", model)
+    done = run("train_fast.py", *resumed, *schedule, "--resume=auto")
     assert "0000004.pt" in done.stderr
-    assert losses(tmp_path / "whole") == losses(tmp_path / "resumed"), (
-        "bit for bit, the window across the checkpoint too"
-    )
+    # The checkpoint lies between two reports, whose means must not change.
+    assert losses(tmp_path / "whole") == losses(tmp_path / "resumed"), "bit for bit"
     assert_same_weights(tmp_path / "whole/checkpoints/0000006.pt", tmp_path / "resumed/checkpoints/0000006.pt")
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_resuming_with_another_number_of_processes(features, tmp_path, processes):
-    """The checkpoint lies between two lines of the log: what it keeps of the window must not count twice."""
-    how = ("--max-steps", 6, "--ckpt-every", 4, "--log-every", 6)
-    run("train_fast.py", *training_flags(features, tmp_path, "one"), *how)
+    """The checkpoint lies between two reports: the sums that it stores must not count several times."""
+    schedule = ("--max-steps=6", "--ckpt-every=4", "--log-every=6")
+    run("train_fast.py", *training_flags(features, tmp_path, "one"), *schedule)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "two/checkpoints/0000006.pt").unlink()
-    run("train_fast.py", *training_flags(features, tmp_path, "two"), *how, "--resume", "auto", processes=processes)
+    run("train_fast.py", *training_flags(features, tmp_path, "two"), *schedule, "--resume=auto", processes=processes)
     assert losses(tmp_path / "two")[6] == pytest.approx(losses(tmp_path / "one")[6], rel=1e-4)
 
 
@@ -69,19 +68,8 @@ def test_starting_from_a_pretrained_dit(features, tmp_path):
     torch.save({"ema": dit.state_dict()}, tmp_path / "dit.pt")
     for model in ("DiT-T/2", "RemixDiT-T/2"):
         prefix = model.replace("/", "-")
-        flags = training_flags(features, tmp_path, prefix, model)
-        run(
-            "train_fast.py",
-            *flags,
-            "--load-weight",
-            tmp_path / "dit.pt",
-            "--max-steps",
-            1,
-            "--lr",
-            1e-9,
-            "--coeff-lr",
-            0,
-        )
+        flags = [*training_flags(features, tmp_path, prefix, model), f"--load-weight={tmp_path / 'dit.pt'}"]
+        run("train_fast.py", *flags, "--max-steps=1", "--lr=1e-9", "--coeff-lr=0")
         trained, _ = load_model(tmp_path / prefix / "checkpoints/0000001.pt")
         expert = trained if model == "DiT-T/2" else trained.expert(5)
         for key, value in dit.state_dict().items():
@@ -90,10 +78,8 @@ def test_starting_from_a_pretrained_dit(features, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_learns_the_same(trained, features, tmp_path, precision):
-    flags = training_flags(features, tmp_path, precision)
-    run(
-        "train_fast.py", *flags, "--max-steps", 4, "--precision", precision, "--clip-grad", 10, "--mixer-scope", "local"
-    )
+    flags = [*training_flags(features, tmp_path, precision), f"--precision={precision}"]
+    run("train_fast.py", *flags, "--max-steps=4", "--clip-grad=10", "--mixer-scope=local")
     assert list(losses(tmp_path / precision).values()) == pytest.approx(list(losses(trained).values()), rel=0.05)
 
 
@@ -109,12 +95,12 @@ def test_every_mixer_and_scope_trains_and_resumes(features, tmp_path, mixer, sco
     assert_same_weights(tmp_path / "whole.pt", tmp_path / "run/checkpoints/0000002.pt")
 
 
-def test_collapse_would_be_seen(trained):
+def test_the_metrics_show_whether_bases_or_experts_collapse(trained):
     for line in map(json.loads, (trained / "metrics.jsonl").read_text().splitlines()):
         assert len(line["entropy"]) == 6
         assert all(0 < entropy < 0.694 for entropy in line["entropy"])
         assert [len(row) for row in line["coefficients"]] == [2] * 6
-        assert line["basis_distances"][0][1] == line["basis_distances"][1][0] > 0.1, "drawn separately"
+        assert line["basis_distances"][0][1] == line["basis_distances"][1][0] > 0.1, "the bases start different"
         assert line["expert_spread"] > 0
 
 
@@ -147,7 +133,7 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("prefix", "plain folder name", "--prefix", "../escape"),
         wrong("learning rate", "above 0", "--lr", "nan"),
         wrong("timesteps", "LO must be below HI", "--timesteps", "500", "500", model="DiT-T/2"),
-        wrong("timesteps of a RemixDiT", "trains on all of them", "--timesteps", "0", "500"),
+        wrong("timesteps of a RemixDiT", "trains on all timesteps", "--timesteps", "0", "500"),
         wrong("missing weights", "no such file", "--load-weight", "/nowhere.pt"),
         wrong("foreign weights", "number of heads", "--load-weight", str(GOLDEN / "remix_original_checkpoint.pt")),
         wrong("results", "Not a directory", "--results-dir", str(GOLDEN / "dit.pt")),
@@ -155,17 +141,17 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("resume nothing", "no such file", "--resume", "/nowhere.pt"),
         wrong("resume weights", "no training state", "--resume", str(GOLDEN / "dit.pt")),
         wrong("model", "invalid choice", model="DiT-Q/2"),
-        wrong("world", "cannot be dealt evenly to 2 processes", "--global-batch-size", "11", processes=2),
+        wrong("world", "cannot be divided equally among 2 processes", "--global-batch-size", "11", processes=2),
     ],
 )
 def test_wrong_input(features, tmp_path, flags, message, processes, model):
-    everything = [*training_flags(features, tmp_path / "out", "wrong", model), "--max-steps", 2, *flags]
-    done = run("train_fast.py", *everything, processes=processes, expect=2 if processes == 1 else 1)
-    said = [line for line in done.stderr.splitlines() if line.startswith("train_fast.py: error:")]
-    assert len(said) == 1
-    assert message in said[0]
+    all_flags = [*training_flags(features, tmp_path / "out", "wrong", model), "--max-steps", 2, *flags]
+    done = run("train_fast.py", *all_flags, processes=processes, expect=2 if processes == 1 else 1)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("train_fast.py: error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
     if processes == 1:
-        assert done.stderr.strip() == said[0]
+        assert done.stderr.strip() == errors[0]
     assert not (tmp_path / "out").exists()
 
 
@@ -174,13 +160,13 @@ def test_nothing_is_overwritten_or_mixed(trained, features, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "trained").rglob("*")}
     again = [*training_flags(features, tmp_path, "trained"), "--max-steps", 4]
     assert "already holds a run" in run("train_fast.py", *again, expect=2).stderr
-    for change, said in (
+    for change, message in (
         (("--max-steps", 8), "max_steps=4, this run asks for 8"),
         (("--global-seed", 1), "global_seed=0, this run asks for 1"),
         (("--n-basis", 3), "n_basis=2, this run asks for 3"),
         (("--model", "DiT-T/2"), "was trained with"),
     ):
-        assert said in run("train_fast.py", *again, "--resume", "auto", *change, expect=2).stderr
+        assert message in run("train_fast.py", *again, "--resume", "auto", *change, expect=2).stderr
     cut = tmp_path / "trained/checkpoints/0000009.pt"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "trained").rglob("*")} == before
     cut.write_bytes((trained / "checkpoints/0000004.pt").read_bytes()[:5000])

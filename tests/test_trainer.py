@@ -1,5 +1,4 @@
 import copy
-from argparse import Namespace
 from functools import partialmethod
 
 import pytest
@@ -10,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from diffusion import create_diffusion
 from distributed import World
-from training.batches import microbatches
+from training.batches import BatchSampler
 from training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -28,7 +27,7 @@ def test_training_in_bf16_and_compiled_follows_fp32(device):
         for step in range(20):
             trainer.step(step, [random_microbatch(step, device=device)], 1e-4)
         changes.append(torch.cat([(model.state_dict()[key] - start[key]).flatten() for key in start]))
-        losses.append(trainer.window.read()[0]["loss"])
+        losses.append(trainer.stats.read()[0]["loss"])
     # Adam's first steps are the signs of the gradients, and rounding changes some of the signs.
     assert nn.functional.cosine_similarity(*changes, dim=0) > 0.9
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
@@ -74,14 +73,12 @@ def test_a_training_step_does_not_wait_for_the_device(precision, compiled):
         precision=precision,
         compile=compiled,
     )
-    args = Namespace(
-        global_seed=0, global_batch_size=8, n_experts=20, experts_per_batch=4, timesteps=(0, 1000), grad_accum=1
-    )
+    sampler = BatchSampler(0, 8, world, n_experts=20, experts_per_batch=4)
     batch = torch.randn(8, 4, 8, 8).pin_memory(), torch.zeros(8, dtype=torch.long).pin_memory()
 
     def step(number: int):
-        trainer.step(number, microbatches(args, number, batch, trainer.model, slice(0, 8), world))
-        trainer.window.longest_streak()
+        trainer.step(number, sampler.microbatches(number, batch))
+        trainer.stats.longest_streak()
 
     step(0)
     step(1)

@@ -1,1 +1,1 @@
-"""Training: one step, what is drawn for it, statistics, previews, loggers and the dry run."""
+"""The parts of training: start of a run, random draws, one step, statistics, previews, loggers, dry run."""

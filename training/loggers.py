@@ -1,10 +1,11 @@
-"""Logging backends of a run: TensorBoard and Weights & Biases."""
+"""Loggers of a run's metrics and pictures: metrics.jsonl, TensorBoard and Weights & Biases."""
 
 import argparse
 import importlib.util
+import json
+import logging
 import os
 import uuid
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,88 +17,179 @@ LOGGERS = ("tensorboard", "wandb")
 
 
 def logger_names(text: str) -> list[str]:
-    """An argparse type: loggers, separated by commas, that are installed."""
+    """Parse a comma-separated list of installed loggers, as an argparse type."""
     names = text.split(",")
     for name in names:
         if name not in LOGGERS:
             raise argparse.ArgumentTypeError(
-                f"unknown logger {name!r}: use {' or '.join(LOGGERS)}, or both with a comma"
+                f"unknown logger {name!r}: use {' or '.join(LOGGERS)}, or both separated by a comma"
             )
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # a mere folder of that name, which wandb leaves about
+        # A folder named wandb, which wandb itself creates, is found too, but without an origin.
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
             raise argparse.ArgumentTypeError(f"{name} is not installed: pip install {name}")
     return names
 
 
-class MetricLogger:
-    """Sends a run's numbers and pictures to the loggers named; what one of them cannot take is reported, and not sent again.
+class MetricsFile:
+    """metrics.jsonl: one JSON object per report, with all metrics.
 
-    Raises UserError for a logger that cannot be started. A resumed run goes on in the same place.
+    When a run is resumed, the lines of the steps that will be repeated are removed, as are incomplete lines.
+
+    Args:
+        path: the file.
+        first_step: number of steps already done.
     """
 
-    def __init__(self, names: list[str] | None, run: Path, config: dict, first_step: int, logger):
-        names = names or []
-        self.logger, self.tensorboard, self.wandb = logger, None, None
-        if "tensorboard" in names:
-            from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, path: Path, first_step: int):
+        self.path = path
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(line for line in lines if self._is_before(line, first_step)))
 
-            self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=first_step + 1 if first_step else None)
-        if "wandb" in names:
-            self.wandb = start_wandb(run, config)
+    @staticmethod
+    def _is_before(line: str, first_step: int) -> bool:
+        """Return whether a line is complete and belongs to one of the steps already done."""
+        try:
+            return line.endswith("\n") and json.loads(line)["step"] <= first_step
+        except (ValueError, KeyError):
+            return False
 
-    def numbers(self, step: int, values: dict[str, float]):
-        with self._reporting():
-            if self.tensorboard:
-                for name, value in values.items():
-                    self.tensorboard.add_scalar(name, value, step)
-                self.tensorboard.flush()
-            if self.wandb:
-                self.wandb.log(values, step=step)
+    def log_metrics(self, step: int, metrics: dict):
+        # Arrays, such as the coefficients, are rounded to keep the file small.
+        rounded = {
+            name: np.round(value, 5).tolist() if isinstance(value, list) else value for name, value in metrics.items()
+        }
+        with open(self.path, "a") as file:
+            file.write(json.dumps(rounded) + "\n")
 
-    def picture(self, step: int, name: str, path: Path):
-        with self._reporting():
-            if self.tensorboard:
-                self.tensorboard.add_image(name, np.array(Image.open(path).convert("RGB")), step, dataformats="HWC")
-                self.tensorboard.flush()
-            if self.wandb:
-                import wandb
-
-                self.wandb.log({name: wandb.Image(str(path))}, step=step)
+    def log_image(self, step: int, name: str, path: Path):
+        pass
 
     def close(self):
-        with self._reporting():
-            if self.tensorboard:
-                self.tensorboard.close()
-            if self.wandb:
-                self.wandb.finish()
+        pass
 
-    @contextmanager
-    def _reporting(self):
+
+class TensorBoardLogger:
+    """TensorBoard, in the folder tensorboard/ of the run.
+
+    Args:
+        folder: the run's folder.
+        first_step: number of steps already done. TensorBoard hides what an interrupted run logged for later steps.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1 if first_step else None)
+
+    def log_metrics(self, step: int, metrics: dict):
+        for name, value in scalars(metrics).items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def log_image(self, step: int, name: str, path: Path):
+        self.writer.add_image(name, np.array(Image.open(path).convert("RGB")), step, dataformats="HWC")
+        self.writer.flush()
+
+    def close(self):
+        self.writer.close()
+
+
+class WandbLogger:
+    """Weights & Biases. The environment variable WANDB_PROJECT names the project.
+
+    Args:
+        folder: the run's folder. Its wandb-id.txt identifies the run, so that a resumed run continues the same one.
+        config: the run's configuration.
+
+    Raises:
+        UserError: if wandb cannot start.
+    """
+
+    def __init__(self, folder: Path, config: dict):
+        import wandb
+
+        id_file = folder / "wandb-id.txt"
+        if not id_file.exists():
+            with atomic_write(id_file) as temporary:
+                temporary.write_text(uuid.uuid4().hex[:8])
         try:
-            yield
-        except Exception as error:  # a full disk, a lost connection: a logger is not worth a run
-            self.logger.error(f"COULD NOT LOG: {first_line(error)}; training goes on")
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "remix-dit"),
+                name=folder.name,
+                id=id_file.read_text().strip(),
+                resume="allow",
+                dir=folder,
+                config=config,
+                # log.txt holds the output already.
+                settings=wandb.Settings(console="off"),
+            )
+        # Without a key or a connection wandb may raise any exception.
+        except Exception as error:
+            raise UserError(
+                f"--log-to wandb: {first_line(error)} (WANDB_MODE=offline needs neither a key nor a network)"
+            ) from None
+
+    def log_metrics(self, step: int, metrics: dict):
+        self.run.log(scalars(metrics), step=step)
+
+    def log_image(self, step: int, name: str, path: Path):
+        import wandb
+
+        self.run.log({name: wandb.Image(str(path))}, step=step)
+
+    def close(self):
+        self.run.finish()
 
 
-def start_wandb(run: Path, config: dict):
-    """Start the run of Weights & Biases that belongs to the folder, or go on with it; WANDB_PROJECT names the project."""
-    import wandb
+class MetricLogger:
+    """Passes metrics and pictures to several loggers.
 
-    record = run / "wandb-id.txt"
-    if not record.exists():
-        with atomic_write(record) as temporary:
-            temporary.write_text(uuid.uuid4().hex[:8])
-    try:
-        return wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "remix-dit"),
-            name=run.name,
-            id=record.read_text().strip(),
-            resume="allow",
-            dir=run,
-            config=config,
-            settings=wandb.Settings(console="off"),  # log.txt has it
-        )
-    except Exception as error:  # no key, no connection
-        raise UserError(
-            f"--log-to wandb: {first_line(error)} (WANDB_MODE=offline needs neither key nor network)"
-        ) from None
+    A logger that fails, for example because the disk is full, is reported, and training continues.
+
+    Args:
+        loggers: objects with the methods log_metrics, log_image and close, such as TensorBoardLogger.
+        log: the run's logger, which reports failures.
+    """
+
+    def __init__(self, loggers: list, log: logging.Logger):
+        self.loggers = loggers
+        self.log = log
+
+    def log_metrics(self, step: int, metrics: dict):
+        """Log the metrics of a step, from `training.statistics.build_metrics`."""
+        self._call_all("log_metrics", step, metrics)
+
+    def log_image(self, step: int, name: str, path: Path):
+        """Log a picture (a PNG file) of a step."""
+        self._call_all("log_image", step, name, path)
+
+    def close(self):
+        """Close all loggers."""
+        self._call_all("close")
+
+    def _call_all(self, method: str, *arguments):
+        """Call a method of every logger. A failure is reported and does not affect the other loggers."""
+        for logger in self.loggers:
+            try:
+                getattr(logger, method)(*arguments)
+            except Exception as error:
+                self.log.error(f"COULD NOT LOG to {type(logger).__name__}: {first_line(error)}; training continues")
+
+
+def open_loggers(names: list[str] | None, folder: Path, config: dict, first_step: int) -> list:
+    """Open metrics.jsonl and the loggers of --log-to."""
+    loggers = [MetricsFile(folder / "metrics.jsonl", first_step)]
+    if "tensorboard" in (names or []):
+        loggers.append(TensorBoardLogger(folder, first_step))
+    if "wandb" in (names or []):
+        loggers.append(WandbLogger(folder, config))
+    return loggers
+
+
+def scalars(metrics: dict) -> dict[str, float]:
+    """Return the metrics that are single numbers, and the mean of the experts' entropies."""
+    if "entropy" in metrics:
+        metrics = metrics | {"entropy": float(np.mean(metrics["entropy"]))}
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}

@@ -1,73 +1,260 @@
-"""What a training run will take, before it takes anything: sizes, memory and time, from shapes alone."""
+"""The plan of a training run: its settings, and the memory, disk space and time it will take (--dry-run)."""
 
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import UserError
-from distributed import PRECISIONS
+from checkpoint import checkpoints
+from common import UserError, check_disk
+from diffusion import GaussianDiffusion, create_diffusion
+from distributed import PRECISIONS, world_size
+from features import FeatureDataset
 from models import DiT
+from remix import RemixDiT
+from training.batches import count_groups
 
-PEAK = 312e12  # FLOP/s of an A100, bf16 products
-USED = 0.3  # of it: an assumption; wide models reach more, narrow ones less
+# Rate of bf16 matrix products of an A100, in FLOP/s.
+PEAK = 312e12
+# The part of PEAK that training is assumed to reach. Wide models reach more, narrow ones less.
+UTILISATION = 0.3
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings that determine a run, beside its model and data; the "training" part of a checkpoint's config.
+
+    Attributes:
+        max_steps: number of steps.
+        global_batch_size: images per step, over all processes.
+        experts_per_batch: experts per global batch; 1 for a plain DiT.
+        timesteps: lowest timestep, and highest timestep plus one.
+        lr: peak learning rate of the bases and shared weights.
+        coeff_lr: peak learning rate of the mixing logits.
+        ema_decay: EMA decay per step.
+        clip_grad: largest gradient norm; 0 for no clipping.
+        prior_strength: weight of the prior's cross-entropy at step 0.
+        prior_bonus: initial lead of the prior's basis in the mixing logits.
+        precision: precision of the matrix products.
+        global_seed: seed of all random draws.
+        load_weight: file that the weights at step 0 come from; None for random weights.
+    """
+
+    max_steps: int
+    global_batch_size: int
+    experts_per_batch: int
+    timesteps: list[int]
+    lr: float
+    coeff_lr: float
+    ema_decay: float
+    clip_grad: float
+    prior_strength: float
+    prior_bonus: float
+    precision: str
+    global_seed: int
+    load_weight: str | None
 
 
 class AssumedFeatures:
-    """Stands in for features that are not made yet: ImageNet's training set, through the published VAE."""
+    """Features that do not exist yet, for a dry run: ImageNet's training set, encoded by the published VAE.
 
-    def __init__(self, image_size: int = 256):
+    Args:
+        path: the folder that does not exist.
+        image_size: side of the images in pixels.
+
+    Raises:
+        UserError: if the VAE cannot encode images of that size.
+    """
+
+    def __init__(self, path: str, image_size: int = 256):
         if image_size % 8:
-            raise UserError(f"--image-size {image_size} is not a multiple of the VAE's 8")
-        self.image_size, self.shape, self.views = image_size, (4, image_size // 8, image_size // 8), 2
-        self.labels, self.classes = torch.tensor([0, 999]), None
-        self.vae, self.scale, self.store = None, None, "draw"
+            raise UserError(f"--image-size {image_size} is not a multiple of 8, which the VAE needs")
+        self.path = Path(path)
+        self.image_size = image_size
+        self.shape = (4, image_size // 8, image_size // 8)
+        self.labels = torch.tensor([0, 999])
+        self.classes = None
 
     def __len__(self) -> int:
         return 1_281_167
 
 
+def describe_run(
+    name: str,
+    model: DiT | RemixDiT,
+    dataset: FeatureDataset | AssumedFeatures,
+    settings: RunSettings,
+    devices: str,
+) -> list[str]:
+    """Return three lines that describe a run: its model, its data and its steps.
+
+    Args:
+        name: name of the model.
+        model: the model; its parameters may be on the meta device.
+        dataset: the encoded images.
+        settings: the settings of the run.
+        devices: the number and kind of the devices.
+    """
+    remix = isinstance(model, RemixDiT)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    shape = " x ".join(map(str, dataset.shape))
+    source = f"from {dataset.path}"
+    if isinstance(dataset, AssumedFeatures):
+        source = f"ImageNet, assumed because {dataset.path} does not exist"
+    experts = f", {settings.experts_per_batch} experts per batch" if remix else ""
+    batch = f"batch {settings.global_batch_size} on {devices}, {settings.precision}"
+    return [
+        f"{name}: {parameters:,.2f} M parameters, from {settings.load_weight or 'scratch'}",
+        f"{len(dataset):,} images of {model.num_classes:,} classes as {shape} ({source})",
+        f"{settings.max_steps:,} steps of {batch}{experts}",
+    ]
+
+
+def dry_run(
+    name: str,
+    model: DiT | RemixDiT,
+    dataset: FeatureDataset | AssumedFeatures,
+    settings: RunSettings,
+    grad_accum: int,
+    folder: Path,
+    n_checkpoints: int,
+) -> list[str]:
+    """Return the lines that --dry-run prints: the run, its memory, disk space and time. Nothing is computed.
+
+    Args:
+        name: name of the model.
+        model: the model on the meta device. It cannot be used afterwards.
+        dataset: the encoded images.
+        settings: the settings of the run.
+        grad_accum: microbatches per process and step.
+        folder: the run's folder.
+        n_checkpoints: number of checkpoints that the run needs space for.
+    """
+    lines = describe_run(name, model, dataset, settings, f"{world_size()} GPUs")
+    try:
+        disk = check_checkpoint_space(folder, model, n_checkpoints)
+    except UserError as error:
+        disk = f"on this machine: {error}"
+
+    remix = isinstance(model, RemixDiT)
+    backbone = model.backbone_config if remix else model.config
+    n_images = settings.global_batch_size // world_size() // grad_accum
+    groups = count_groups(n_images, settings.global_batch_size // settings.experts_per_batch) if remix else None
+    activations = activation_bytes(model, create_diffusion(), n_images, groups, PRECISIONS[settings.precision])
+    memory = static_memory(model) | {f"activations of {n_images} images (estimate, not compiled)": activations}
+    parts = ", ".join(f"{size / 2**30:.2f} {part}" for part, size in memory.items())
+    lines.append(f"memory per GPU: {sum(memory.values()) / 2**30:.1f} GiB: {parts}")
+    lines.append(disk)
+
+    flops = training_flops(backbone) * n_images * grad_accum
+    hours = settings.max_steps * flops / (UTILISATION * PEAK) / 3600
+    rate = f"{UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s, an A100's peak in bf16"
+    lines.append(f"time: {hours:,.2f} hours (estimate: {flops / 1e12:.2f} TFLOP per step and GPU, at {rate})")
+    return lines
+
+
+def count_checkpoints(
+    folder: Path, first_step: int, max_steps: int, every: int, keep: int | None, keep_every: int | None
+) -> int:
+    """Return the number of checkpoints that a run needs additional space for.
+
+    Args:
+        folder: the run's folder.
+        first_step: number of steps already done.
+        max_steps: number of steps of the run.
+        every: steps between checkpoints; one more is written after the last step.
+        keep: number of recent checkpoints to keep; None for all.
+        keep_every: number of steps, of which every checkpoint of a multiple is kept too.
+    """
+    count = -(-max_steps // every) - first_step // every
+    if keep:
+        always = range(keep_every, max_steps + 1, keep_every) if keep_every else range(0)
+        removable = sum(int(path.stem) not in always for path in checkpoints(folder / "checkpoints"))
+        kept = sum(step > first_step for step in always)
+        # A new checkpoint is written before the oldest one is deleted.
+        count = min(count, kept + keep + 1 - removable)
+    return max(1, count)
+
+
+def check_checkpoint_space(folder: Path, model: nn.Module, count: int) -> str:
+    """Check that a run's checkpoints fit on the disk.
+
+    Args:
+        folder: the run's folder.
+        model: the model in training.
+        count: number of checkpoints.
+
+    Returns:
+        One line with the needed and the free space.
+
+    Raises:
+        UserError: if they do not fit.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # float32: the weights, their EMA, and the two moments of AdamW.
+    size = 4 * (2 * parameters + 2 * trained)
+    return check_disk(folder, count * size, f"{count} more checkpoints of {size / 2**20:,.1f} MiB")
+
+
 def static_memory(model: nn.Module) -> dict[str, int]:
-    """Bytes that a GPU holds all along, by what for, in float32."""
+    """Return the bytes that a GPU holds during the whole run, in float32, by what they hold."""
     size = 4 * sum(p.numel() for p in model.parameters())
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"weights": size, "gradients": trained, "their average": size, "AdamW's moments": 2 * trained}
+    return {"weights": size, "gradients": trained, "EMA": size, "AdamW's moments": 2 * trained}
 
 
-def activation_bytes(model: nn.Module, diffusion, n_images: int, groups: int | None, precision: torch.dtype) -> int:
-    """Bytes that autograd keeps of the forward pass of `n_images` images, counted without computing.
+def activation_bytes(
+    model: DiT | RemixDiT, diffusion: GaussianDiffusion, n_images: int, groups: int | None, precision: torch.dtype
+) -> int:
+    """Count the bytes that autograd stores in the forward pass, without computing anything.
 
-    model is on the meta device, and is spoilt; torch.compile keeps less. groups: as `RemixDiT.forward`'s.
+    torch.compile stores less.
+
+    Args:
+        model: the model on the meta device. It cannot be used afterwards.
+        diffusion: the process that gives the training losses.
+        n_images: images per microbatch.
+        groups: number of equal groups of a RemixDiT's microbatch; None for a plain DiT.
+        precision: dtype of the matrix products.
     """
-    config = getattr(model, "backbone_config", None) or model.config
-    kept = {}
+    config = model.backbone_config if isinstance(model, RemixDiT) else model.config
+    stored = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+    def store(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        stored[storage._cdata] = storage.nbytes()
         return tensor
 
-    with FakeTensorMode(allow_non_fake_inputs=True):  # as if on a CPU, which unlike "meta" knows autocast
+    # The fake tensors pretend to be on a CPU, because the meta device does not support autocast.
+    with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
         x = torch.empty(n_images, config["in_channels"], config["input_size"], config["input_size"])
         t = torch.empty(n_images, dtype=torch.long)
         conditions = {"y": t, "label_drop": t > 0} | ({"groups": groups} if groups else {})
         with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor),
             torch.autocast("cpu", precision, enabled=precision != torch.float32),
         ):
-            graph = diffusion.training_losses(model, x, t, conditions, x)  # while it lives, no two storages share an id
+            # While the graph exists, no two storages have the same address.
+            graph = diffusion.training_losses(model, x, t, conditions, x)
         for parameter in model.parameters():
-            kept.pop(parameter.untyped_storage()._cdata, None)
+            stored.pop(parameter.untyped_storage()._cdata, None)
         del graph
-    return sum(kept.values())
+    return sum(stored.values())
 
 
 def training_flops(config: dict) -> int:
-    """FLOPs of a training step of a DiT(**config), per image: those of the matrix products, forward and twice that backward.
+    """Count the FLOPs of a training step per image: those of the matrix products, forward and twice as many backward.
 
-    A RemixDiT's are counted as its backbone's: mixing is not what it is for.
+    The FLOPs of a RemixDiT are counted as those of its backbone, without the mixing.
+
+    Args:
+        config: the keyword arguments of the DiT.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         dit = DiT(**config).eval()
@@ -77,7 +264,13 @@ def training_flops(config: dict) -> int:
 
 
 def matmul_rate(device: torch.device, precision: str, times: int = 3) -> float:
-    """FLOP/s of a large matrix product in "fp32" (TF32 where that is on), "fp64", "bf16" or "fp16": the best of `times`."""
+    """Measure the rate of a large matrix product, in FLOP/s: the best of several runs.
+
+    Args:
+        device: the device to measure.
+        precision: "fp32" (TF32 if that is enabled), "fp64", "bf16" or "fp16".
+        times: number of runs.
+    """
     side = 8192 if device.type == "cuda" else 1536
     a = torch.randn(side, side, device=device).to(torch.float64 if precision == "fp64" else PRECISIONS[precision])
     seconds = []

@@ -1,82 +1,142 @@
-"""Previews while training: grids of samples and heat maps of the coefficients."""
+"""Pictures while training: a grid of samples, and a heat map of the mixing coefficients."""
 
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from autoencoder import Pixels
-from common import first_line
+from autoencoder import Pixels, load_autoencoder
+from common import UserError, first_line
 from diffusion.solvers import QUICK, make_sampler
-from distributed import World, seed_for
+from distributed import SampleGenerators
+from features import FeatureDataset
 from figures import save_coefficients, save_grid
+from interop.shapes import PUBLISHED_VAE
 from models import DiT
 from remix import RemixDiT
-from training.loggers import MetricLogger
 
-SAMPLES = 16  # images of a grid
+# Number of images in a grid, and their guidance scale.
+SAMPLES = 16
 GUIDANCE = 1.5
 
 
+@dataclass(frozen=True)
 class SamplePreview:
-    """Draws samples/<step>.png, a grid of samples, and coefficients/<step>.png, a heat map, into a run's folder.
+    """Draws samples/<step>.png and coefficients/<step>.png in a run's folder.
 
-    Sample i's label and noise are the same each time, functions of the seed and i: one sees them change, and nothing else
-    that is random in the run does. autoencoder: what decodes the samples, or None to show three latent channels as colours.
-    A picture that cannot be made is reported; training does not end for it.
+    The label and noise of sample i depend only on the seed and i, so the grids of all steps show the same samples.
+    Drawing does not change any other random draw of the run. A plain DiT has no coefficients.
+
+    Attributes:
+        folder: the run's folder.
+        model_name: name of the model, for the title of the heat map.
+        seed: global seed of the run.
+        class_names: names of the classes; None to show their numbers.
+        autoencoder: decodes the samples; None to show three latent channels as colours.
+        process: keyword arguments of `create_diffusion`; None to draw no samples.
+        autocast: function that returns the context the model runs in.
+        log: the run's logger, which reports pictures that cannot be drawn.
     """
 
-    def __init__(self, run: Path, config: dict, autoencoder: Pixels | None, world: World, board: MetricLogger, logger):
-        self.run, self.world, self.board, self.logger = run, world, board, logger
-        self.autoencoder = autoencoder and autoencoder.to(world.device)
-        self.training, backbone = config["training"], config["model"]["backbone"]
-        self.title = f"{config['model']['name']}: mixing coefficients"
-        self.classes, self.n_classes = config["data"]["classes"], backbone["num_classes"]
-        self.shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
-        self.labels = torch.arange(SAMPLES) * self.n_classes // SAMPLES
-        self.process, self.loop = config["diffusion"], None
+    folder: Path
+    model_name: str
+    seed: int
+    class_names: list[str] | None
+    autoencoder: Pixels | None
+    process: dict | None
+    autocast: Callable[[], AbstractContextManager]
+    log: logging.Logger
 
-    def draw(self, step: int, model: DiT | RemixDiT):
-        """Draw what `model`, in eval mode, has learned by a step."""
-        jobs = {"samples": self._samples, "coefficients": self._coefficients}
-        if list(self.training["timesteps"]) != [0, 1000]:
-            del jobs["samples"]  # an independent expert cannot sample alone
-        if not isinstance(model, RemixDiT):
-            del jobs["coefficients"]
-        for name, job in jobs.items():
-            path = self.run / name / f"{step:07d}.png"
+    def draw(self, step: int, model: DiT | RemixDiT) -> dict[str, Path]:
+        """Draw the pictures of a step.
+
+        Args:
+            step: number of steps done.
+            model: the model to show, in eval mode.
+
+        Returns:
+            The files that were written, by their kind: "samples" or "coefficients".
+        """
+        kinds = {}
+        if self.process is not None:
+            kinds["samples"] = self._draw_samples
+        if isinstance(model, RemixDiT):
+            kinds["coefficients"] = self._draw_coefficients
+        pictures = {}
+        for kind, draw in kinds.items():
+            path = self.folder / kind / f"{step:07d}.png"
             try:
-                job(path, model)
-            except Exception as error:  # a full disk, or no memory left for the samples
-                self.logger.error(f"COULD NOT DRAW {path}: {first_line(error)}; training goes on")
-            else:
-                self.board.picture(step, name, path)
+                draw(path, model)
+                pictures[kind] = path
+            # For example a full disk, or too little GPU memory for the samples.
+            except Exception as error:
+                self.log.error(f"COULD NOT DRAW {path}: {first_line(error)}; training continues")
+        return pictures
 
-    def _coefficients(self, path: Path, model: RemixDiT):
-        save_coefficients(path, model, self.title)
+    def _draw_coefficients(self, path: Path, model: RemixDiT):
+        """Draw the heat map of the mixing coefficients."""
+        save_coefficients(path, model, f"{self.model_name}: mixing coefficients")
 
     @torch.no_grad()
-    def _samples(self, path: Path, model: DiT | RemixDiT):
-        if self.loop is None:  # it imports diffusers: not for runs that never draw
-            self.loop, _ = make_sampler(*QUICK, **self.process)
-        device = self.world.device
-        seeds = [seed_for(self.training["global_seed"], i) for i in range(SAMPLES)]
-        noise = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        labels = torch.cat([self.labels, torch.full_like(self.labels, self.n_classes)]).to(device)
+    def _draw_samples(self, path: Path, model: DiT | RemixDiT):
+        """Draw the grid of samples, with classifier-free guidance and few sampling steps."""
+        backbone = model.backbone_config if isinstance(model, RemixDiT) else model.config
+        device = next(model.parameters()).device
+        shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
+        noise = SampleGenerators(self.seed, range(SAMPLES)).randn(shape).to(device)
+        classes = torch.arange(SAMPLES) * model.num_classes // SAMPLES
+        # For guidance, the second half of the batch has the null class.
+        labels = torch.cat([classes, torch.full_like(classes, model.num_classes)]).to(device)
 
         def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            with self.world.autocast(self.training["precision"]):
+            with self.autocast():
                 return model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), labels, GUIDANCE)[: len(x)]
 
-        samples = self.loop(
-            denoise,
-            (SAMPLES, *self.shape),
-            noise=torch.stack(noise).to(device),
-            clip_denoised=self.autoencoder is not None and self.autoencoder.bounded,
-            device=device,
-        )
+        sample, _ = make_sampler(*QUICK, **self.process)
+        bounded = self.autoencoder is not None and self.autoencoder.bounded
+        samples = sample(denoise, noise.shape, noise=noise, clip_denoised=bounded, device=device)
+        captions = [self.class_names[c] if self.class_names else str(c) for c in classes.tolist()]
+        save_grid(path, self._decode(samples).cpu().numpy(), captions, columns=8)
+
+    def _decode(self, samples: torch.Tensor) -> torch.Tensor:
+        """Convert samples [n, C, H, W] to images [n, H, W, 3], uint8."""
         if self.autoencoder is None:
-            images = Pixels().decode(samples[:, : 3 if len(samples[0]) >= 3 else 1] / 3)  # latents are of unit variance
-        else:
-            images = torch.cat([self.autoencoder.decode(part) for part in samples.split(4)])
-        captions = [self.classes[label] if self.classes else str(label) for label in self.labels.tolist()]
-        save_grid(path, images.cpu().numpy(), captions, columns=8)
+            # Latents have unit variance: a third of them is mostly within [-1, 1].
+            return Pixels().decode(samples[:, : 3 if samples.shape[1] >= 3 else 1] / 3)
+        autoencoder = self.autoencoder.to(samples.device)
+        # Decoding needs much memory, so it takes a few samples at a time.
+        return torch.cat([autoencoder.decode(part) for part in samples.split(4)])
+
+
+def choose_decoder(
+    sample_every: int, timesteps: list[int], vae: str | None, dataset: FeatureDataset
+) -> tuple[Pixels | None, str]:
+    """Choose what decodes the samples that are drawn while training.
+
+    Args:
+        sample_every: steps between pictures; 0 for none.
+        timesteps: lowest timestep, and highest timestep plus one, of the run.
+        vae: name of the VAE; None to show latents as colours.
+        dataset: the encoded images.
+
+    Returns:
+        The decoder, or None if nothing is decoded; and a line that says what will be drawn.
+    """
+    if not sample_every:
+        return None, "no pictures (--sample-every 0)"
+    when = f"pictures every {sample_every:,} steps"
+    if timesteps != [0, 1000]:
+        return None, f"{when}, without samples: an expert for a part of the timesteps cannot sample alone"
+    name = vae or ("none" if dataset.vae == "none" else None)
+    if name is None:
+        return None, f"{when}; samples show three latent channels as colours (--vae decodes them)"
+    autoencoder = load_autoencoder(name)
+    if dataset.shape[0] not in autoencoder.channels:
+        raise UserError(
+            f"--vae {name} does not decode features of {dataset.shape[0]} channels, which {dataset.path} holds"
+        )
+    autoencoder.scale = dataset.scale or PUBLISHED_VAE["scale"]
+    return autoencoder, when

@@ -1,9 +1,10 @@
-"""One step of training: losses, gradients, AdamW, the weights' average. The host never waits for the device in it."""
+"""One training step: losses, gradients, the AdamW update and the EMA. The host never waits for the device."""
 
 import copy
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,15 +17,29 @@ from distributed import World
 from grouped_linear import choose_attention
 from models import DiT
 from remix import RemixDiT
-from training.statistics import PARTS, TrainingStats
+from training.statistics import LOSSES, TrainingStats
 
 
 class Trainer:
-    """A model in training with all that a checkpoint keeps of it.
+    """A model in training, with everything about it that a checkpoint stores.
 
-    lr and coeff_lr are the peak learning rates of the weights and of pi (set_progress lowers them), ema_decay the decay of
-    the weights' average a step; clip_grad is the largest gradient norm, 0 for none. Numbers that are not finite, on any
-    process, leave the weights as they are.
+    Args:
+        model: the model at step 0. It is moved to the device of `world` and trained in place.
+        diffusion: the process that gives the training losses.
+        world: this process's place among all processes.
+        lr: peak learning rate of the bases and shared weights.
+        coeff_lr: peak learning rate of the mixing logits.
+        ema_decay: EMA decay per step.
+        clip_grad: largest gradient norm; 0 for no clipping.
+        precision: precision of the matrix products: "fp32", "bf16" or "fp16".
+        compile: whether to compile the model.
+
+    Attributes:
+        ema: copy of the model with the EMA of the weights, in eval mode.
+        trained: the parameters that are trained.
+        ema_params: the parameters of `ema` that correspond to `trained`.
+        stats: running sums of the losses, and the non-finite steps.
+        mark: function that is called with the name of each stage of a step when the stage ends; for benchmarks.
     """
 
     def __init__(
@@ -39,86 +54,131 @@ class Trainer:
         precision: str = "fp32",
         compile: bool = False,
     ):
-        self.diffusion, self.world, self.clip_grad, self.precision = diffusion, world, clip_grad, precision
+        self.diffusion = diffusion
+        self.world = world
+        self.clip_grad = clip_grad
+        self.precision = precision
+        self.stats = TrainingStats(world)
+        self.mark = lambda stage: None
+
         self.model = model.to(world.device).train()
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.ema_params = [e for p, e in zip(model.parameters(), self.ema.parameters(), strict=True) if p.requires_grad]
-        self.average = get_ema_multi_avg_fn(ema_decay)
-        self.coefficients = [model.logits] if isinstance(model, RemixDiT) and model.logits.requires_grad else []
-        others = [p for p in self.trained if not any(p is c for c in self.coefficients)]
-        groups = [{"params": others, "peak_lr": lr}, {"params": self.coefficients, "peak_lr": coeff_lr}]
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        pairs = zip(model.parameters(), self.ema.parameters(), strict=True)
+        self.ema_params = [ema for parameter, ema in pairs if parameter.requires_grad]
+        self.update_ema = get_ema_multi_avg_fn(ema_decay)
+
+        # One-hot coefficients are fixed: their logits are not trained.
+        self.logits = [model.logits] if isinstance(model, RemixDiT) and model.logits.requires_grad else []
+        weights = [p for p in self.trained if not any(p is logits for logits in self.logits)]
+        groups = [{"params": weights, "peak_lr": lr}, {"params": self.logits, "peak_lr": coeff_lr}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0, fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-        self.window = TrainingStats(world)
+
         if compile:
             choose_attention(model, world.device)
-            model.compile(dynamic=False)  # sizes do not change, and a symbol in their place is slower
+            # The shapes do not change during a run, and symbolic sizes would be slower.
+            model.compile(dynamic=False)
         self.network = model
         if world.size > 1:
             self.network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.mark = lambda stage: None  # called at the end of each stage of a step, for who wants to time them
 
-    def state_dict(self) -> dict:
-        """The parts of a checkpoint; tensors are the live ones."""
+    def state_dict(self) -> dict[str, dict]:
+        """Return the weights, the EMA, the optimizer and the scaler for a checkpoint. The tensors are not copies."""
         parts = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
         return {name: part.state_dict() for name, part in parts.items()}
 
-    def load_state_dict(self, state: dict, source):
-        """Go on from a checkpoint's parts and its window; `source` names it in errors."""
-        load_weights(self.model, state["model"], source)
-        load_weights(self.ema, state["ema"], source)
+    def load_state_dict(self, state: dict, path: Path | str):
+        """Continue from a checkpoint.
+
+        Args:
+            state: the checkpoint: what `state_dict` returns, and the state of `stats` under "window".
+            path: the checkpoint's file, for error messages.
+
+        Raises:
+            UserError: if the weights do not fit the model.
+        """
+        load_weights(self.model, state["model"], path)
+        load_weights(self.ema, state["ema"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.window.load(state["window"])
+        self.stats.load_state_dict(state["window"])
 
     def set_progress(self, progress: float):
-        """Set the learning rates for a run done to this part: a cosine decay to half."""
+        """Set the learning rates by a cosine schedule, from their peak to half of it.
+
+        Args:
+            progress: completed part of the run, from 0 to 1.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * (0.75 + 0.25 * math.cos(math.pi * progress))
 
-    def step(self, step: int, microbatches: Iterable, prior_weight: float = 0.0):
-        """Train on a global batch's rows of this process: a list of (x, t, conditions, noise), for `training_losses`."""
+    def learning_rates(self) -> dict[str, float]:
+        """Return the current learning rates: "lr" of the bases and shared weights, "coeff_lr" of the mixing logits."""
+        weights, logits = self.optimizer.param_groups
+        return {"lr": weights["lr"], "coeff_lr": logits["lr"]}
+
+    def step(self, step: int, microbatches: Iterable[tuple[Tensor, Tensor, dict, Tensor]], prior_weight: float = 0.0):
+        """Train on this process's rows of one global batch.
+
+        A non-finite loss or gradient on any process leaves the weights and the optimizer unchanged on all processes.
+
+        Args:
+            step: the training step, from 0.
+            microbatches: (x, t, conditions, noise) of each microbatch, from `BatchSampler.microbatches`.
+            prior_weight: weight of the prior's cross-entropy in the loss.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(len(PARTS), device=self.world.device)
-        microbatches = list(microbatches)
+        losses = self._accumulate_gradients(list(microbatches), prior_weight)
+        norm, nonfinite = self._check_gradients(losses)
+        self.mark("checks")
+        self._update_weights(nonfinite)
+        self.mark("optimizer")
+        # After a non-finite step the EMA moves towards the unchanged weights.
+        self.update_ema(self.ema_params, self.trained, None)
+        self.stats.add(step, losses, norm, nonfinite)
+        self.mark("ema")
+
+    def _accumulate_gradients(self, microbatches: list, prior_weight: float) -> Tensor:
+        """Sum the gradients of the microbatches and return the mean losses [4], in the order of LOSSES."""
+        means = torch.zeros(len(LOSSES), device=self.world.device)
         for i, (x, t, conditions, noise) in enumerate(microbatches):
-            more_to_come = self.world.size > 1 and i < len(microbatches) - 1
-            with self.network.no_sync() if more_to_come else nullcontext():
+            # The processes exchange gradients once per step, after the last microbatch.
+            skip_exchange = self.world.size > 1 and i < len(microbatches) - 1
+            with self.network.no_sync() if skip_exchange else nullcontext():
                 with self.world.autocast(self.precision):
                     losses = self.diffusion.training_losses(self.network, x, t, conditions, noise)
-                parts = {name: value.mean() for name, value in losses.items()}
-                loss = parts["loss"]
-                if self.coefficients:
-                    parts["prior"] = self.model.prior_loss()
-                    loss = loss + prior_weight * parts["prior"]
+                # [B] -> []
+                losses = {name: values.mean() for name, values in losses.items()}
+                total = losses["loss"]
+                if self.logits:
+                    losses["prior"] = self.model.prior_loss()
+                    total = total + prior_weight * losses["prior"]
                 self.mark("forward")
-                self.scaler.scale(loss / len(microbatches)).backward()
+                self.scaler.scale(total / len(microbatches)).backward()
                 self.mark("backward")
-            for name, value in parts.items():
-                sums[PARTS.index(name)] += value.detach() / len(microbatches)
-        self._update(step, sums)
+            for name, loss in losses.items():
+                means[LOSSES.index(name)] += loss.detach() / len(microbatches)
+        return means
 
-    def _update(self, step: int, sums: Tensor):
-        """Update the weights and their average, unless a number is not finite.
+    def _check_gradients(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip the gradients, and return their norm [] and whether the step is non-finite on any process [], bool.
 
-        The host does not wait to know: a loss that is not finite on any process spoils a gradient on all, and where the
-        gradients' norm is not finite the fused step leaves the weights alone (their average then moves towards weights
-        that it has seen before).
+        If a loss is not finite on any process, a gradient is set to infinity on all processes. Then the norm is not
+        finite either, and it alone decides. The host does not wait for the device.
         """
-        flaws = self.world.sum((~sums.isfinite()).any().float())
-        self.trained[0].grad.masked_fill_(flaws > 0, math.inf)
+        n_processes_affected = self.world.sum((~losses.isfinite()).any().float())
+        self.trained[0].grad.masked_fill_(n_processes_affected > 0, math.inf)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained], foreach=True)
-        bad = ~norm.isfinite()
         if self.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.trained, self.clip_grad, norm, foreach=True)
-        self.mark("checks")
-        if not self.scaler.is_enabled():  # the scaler sets it itself
-            self.optimizer.found_inf = bad.float()
+        return norm, ~norm.isfinite()
+
+    def _update_weights(self, nonfinite: Tensor):
+        """Take an AdamW step, which on the device leaves the weights and moments unchanged if `nonfinite` is set."""
+        # The scaler of fp16 sets found_inf itself.
+        if not self.scaler.is_enabled():
+            self.optimizer.found_inf = nonfinite.float()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.mark("optimizer")
-        self.average(self.ema_params, self.trained, None)
-        self.window.add(step, sums, norm, bad)
-        self.mark("average")

@@ -1,0 +1,95 @@
+"""The random draws of a step: images, views, experts and timesteps."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from distributed import World
+from training.batches import BatchSampler, GlobalBatches, sample_timesteps
+
+
+def test_every_epoch_visits_every_image_once():
+    batches = list(GlobalBatches(10, 2, 4, seed=0, steps=range(10), rows=slice(0, 4)))
+    items = [item for batch in batches for item in batch]
+    for epoch in range(4):
+        part = items[10 * epoch : 10 * (epoch + 1)]
+        assert sorted(image for image, *_ in part) == list(range(10))
+        assert len({draw for *_, draw in part}) == 1
+    assert {view for _, view, _ in items} == {0, 1}
+    assert [image for image, *_ in items[:10]] != [image for image, *_ in items[10:20]]
+    assert len({draw for *_, draw in items}) == 4, "every epoch has draws of its own"
+
+
+def test_images_depend_only_on_seed_and_step():
+    whole = list(GlobalBatches(10, 2, 4, seed=3, steps=range(8), rows=slice(0, 4)))
+    halves = [
+        list(GlobalBatches(10, 2, 4, seed=3, steps=range(5, 8), rows=rows)) for rows in (slice(0, 2), slice(2, 4))
+    ]
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole[5:]
+    assert whole != list(GlobalBatches(10, 2, 4, seed=4, steps=range(8), rows=slice(0, 4)))
+
+
+def test_a_batch_larger_than_the_data():
+    (batch,) = GlobalBatches(3, 1, 8, seed=0, steps=range(1), rows=slice(0, 8))
+    assert [sorted(image for image, *_ in part) for part in (batch[:3], batch[3:6])] == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize(("n_experts", "per_batch"), [(20, 1), (20, 8), (20, 16), (20, 20), (7, 4), (3, 6), (1, 1)])
+def test_every_expert_is_used_equally_often(n_experts, per_batch):
+    used = np.zeros(n_experts, dtype=int)
+    rounds = n_experts // math.gcd(n_experts, per_batch)
+    for step in range(3 * rounds):
+        t = sample_timesteps(0, step, 8 * per_batch, n_experts, per_batch)
+        groups = ((n_experts * (t + 1) - 1) // 1000).reshape(per_batch, 8)
+        assert (groups == groups[:, :1]).all(), "a group must lie within one expert's timesteps"
+        assert len(set(groups[:, 0])) == min(per_batch, n_experts), "no expert is repeated while N allows"
+        np.add.at(used, groups[:, 0], 1)
+    assert (used == used[0]).all()
+
+
+def test_timesteps_depend_only_on_seed_and_step():
+    assert np.array_equal(sample_timesteps(1, 5, 16, 20, 8), sample_timesteps(1, 5, 16, 20, 8))
+    assert not np.array_equal(sample_timesteps(1, 5, 16, 20, 8), sample_timesteps(2, 5, 16, 20, 8))
+    assert not np.array_equal(sample_timesteps(1, 5, 16, 20, 8), sample_timesteps(1, 6, 16, 20, 8))
+    with pytest.raises(ValueError, match="do not divide"):
+        sample_timesteps(0, 0, 10, 20, 4)
+
+
+@pytest.mark.parametrize("n_experts", [7, 20, 1000])
+@pytest.mark.parametrize("per_batch", [1, 8])
+def test_timesteps_are_uniform_in_the_long_run(n_experts, per_batch):
+    from scipy.stats import chisquare
+
+    batch = 8 * per_batch
+    rounds = 40 if n_experts == 1000 else 2000
+    steps = rounds // math.gcd(n_experts, per_batch) * n_experts // per_batch
+    drawn = [sample_timesteps(3, step, batch, n_experts, per_batch) for step in range(steps)]
+    assert chisquare(np.bincount(np.concatenate(drawn), minlength=1000)).pvalue > 1e-3
+
+
+def test_timesteps_of_an_independent_expert():
+    t = sample_timesteps(0, 0, 4000, timesteps=(125, 250))
+    assert (t.min(), t.max()) == (125, 249)
+
+
+def test_two_processes_draw_the_two_halves_of_the_batch_of_one():
+    """With six groups of two images, each of the two processes' two microbatches of three needs three groups of one."""
+    x, y = torch.zeros(12, 3, 8, 8), torch.arange(12)
+
+    def draw(rank: int, size: int):
+        world = World(rank, size, torch.device("cpu"))
+        sampler = BatchSampler(5, 12, world, n_experts=20, experts_per_batch=6, label_dropout=0.5, grad_accum=2)
+        return sampler.microbatches(7, (x[sampler.rows], y[sampler.rows]))
+
+    whole, halves = draw(0, 1), [*draw(0, 2), *draw(1, 2)]
+    assert [conditions["groups"] for _, _, conditions, _ in whole] == [3, 3]
+    assert [conditions["groups"] for _, _, conditions, _ in halves] == [3, 3, 3, 3]
+    for part in (
+        lambda batch: batch[1],
+        lambda batch: batch[2]["y"],
+        lambda batch: batch[2]["label_drop"],
+        lambda batch: batch[3],
+    ):
+        assert torch.equal(torch.cat([part(batch) for batch in whole]), torch.cat([part(batch) for batch in halves]))
