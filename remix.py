@@ -2,7 +2,7 @@
 
 Expert i denoises the timesteps t with floor(i T / N) <= t < floor((i + 1) T / N). Its parameters are the average of the
 K bases' parameters beta, weighted by row i of the coefficients alpha: Theta = alpha beta with alpha = softmax(pi).
-Every expert has the parameters and the cost of a plain DiT.
+Every expert has the architecture and the cost of a plain DiT.
 """
 
 import bisect
@@ -100,7 +100,7 @@ class RemixDiT(nn.Module):
         prior_bonus: added to pi at the basis of the prior, in standard deviations of the noise.
 
     Raises:
-        ValueError: if n_basis, n_experts, mixer or scope is out of range.
+        ValueError: if n_basis or n_experts is out of range, or mixer or scope is unknown.
     """
 
     def __init__(
