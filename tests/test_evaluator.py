@@ -1,9 +1,12 @@
 """Scores against ADM's evaluator and the definitions, the evaluator's command, its cache and its input errors."""
 
+import io
 import json
+import os
 import re
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -555,3 +558,57 @@ def test_scores_with_inception(files, inception, tmp_path):
     divergence = (probs * (probs.log() - probs.mean(0).log())).sum(1).mean()
     assert scores["Inception Score"] == pytest.approx(divergence.exp().item(), rel=1e-4)
     assert scores["Inception Score"] > 1.001
+
+
+class Harmful:
+    """An object whose pickle makes a folder when it is loaded."""
+
+    folder = "/tmp/remix-dit-test-was-here"
+
+    def __reduce__(self):
+        return (os.mkdir, (self.folder,))
+
+
+def test_pickles_in_an_exported_program_are_not_loaded(tmp_path):
+    with (
+        zipfile.ZipFile(tmp_path / "p.pt2", "w") as archive,
+        archive.open("p/data/sample_inputs/model.pt", "w") as file,
+    ):
+        torch.save(Harmful(), file)
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((5, 8, 8, 3), np.uint8))
+    files = (tmp_path / "a.npz", tmp_path / "a.npz", "--weights", tmp_path / "p.pt2")
+    assert "cannot be loaded" in run("evaluator.py", *files, expect=2).stderr
+    assert not os.path.exists(Harmful.folder)
+
+
+def test_an_exported_network_that_declares_its_weights_as_pickles_is_refused(tmp_path):
+    """Since PyTorch 2.9, the configuration inside a program's file says which of its tensors are pickled."""
+    honest, harmful = tmp_path / "honest.pt2", tmp_path / "harmful.pt2"
+    torch.export.save(torch.export.export(torch.nn.Linear(3, 2), (torch.zeros(1, 3),)), honest)
+    pickled = io.BytesIO()
+    torch.save(Harmful(), pickled)
+    with zipfile.ZipFile(honest) as archive, zipfile.ZipFile(harmful, "w") as changed:
+        config = next(name for name in archive.namelist() if name.endswith("weights_config.json"))
+        entries = json.loads(archive.read(config))
+        entry = next(iter(entries["config"].values()))
+        entry["use_pickle"] = True
+        for name in archive.namelist():
+            content = pickled.getvalue() if name.endswith(f"/{entry['path_name']}") else archive.read(name)
+            changed.writestr(name, json.dumps(entries) if name == config else content)
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((5, 8, 8, 3), np.uint8))
+    files = (tmp_path / "a.npz", tmp_path / "a.npz", "--weights", harmful)
+    assert "holds pickles" in run("evaluator.py", *files, expect=2).stderr
+    assert not os.path.exists(Harmful.folder)
+
+
+def write_npz_header(path, shape):
+    """Write an .npz file whose arr_0 has a header with this shape and no data."""
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
+def test_npz_files_with_a_false_header_are_refused(tmp_path):
+    write_npz_header(tmp_path / "false.npz", (10, 10**6, 10**6, 3))
+    np.savez(tmp_path / "objects.npz", arr_0=np.array([{"a": 1}] * 9, dtype=object))
+    for path in (tmp_path / "false.npz", tmp_path / "objects.npz"):
+        assert "not as long" in run("evaluator.py", path, path, expect=2).stderr
