@@ -1,0 +1,428 @@
+"""Flow matching with stochastic interpolants: SiT's losses and samplers (Ma et al., arXiv 2401.08740).
+
+A path mixes data x_1 and noise eps to x_t = alpha x_1 + sigma eps. The time t is the number that the network sees:
+t = 1 is data and t = 0 is noise. Users set and read noise levels u = 1 - t instead.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .interpolants import DIFFUSION_FORMS, PATHS, TIME_SAMPLINGS, TimeDistribution, shift_noise_levels
+
+PREDICTIONS = ("velocity", "noise", "score")
+WEIGHTS = ("none", "velocity", "likelihood")
+FLOW_SAMPLERS = ("euler", "heun", "dopri5", "sde")
+LAST_STEPS = ("none", "mean", "euler", "tweedie")
+# Times keep this distance from experts' borders, so that rounding to float32 does not move them across.
+MARGIN = 2.0**-23
+
+
+class FixedSteps(NamedTuple):
+    """A fixed-step sampler as numbers on the host, so that no step waits for the device.
+
+    times: the n + 1 grid points, increasing. drift: one pair (a, b) per grid point; the drift is a x + b output. noise:
+    the standard deviations of the n steps' noise, or empty for an ODE. last: the pair (a, b) of the SDE's last step,
+    which gives the result a x + b output at the last grid point, or None.
+    """
+
+    method: str
+    times: list[float]
+    drift: list[tuple[float, float]]
+    noise: list[float]
+    last: tuple[float, float] | None
+
+    @property
+    def network_times(self) -> list[float]:
+        """The time of each network evaluation, in order."""
+        asked = self.times[:-1] if self.method == "euler" else [t for step in pairwise(self.times) for t in step]
+        return asked if self.last is None else [*asked, self.times[-1]]
+
+
+class FlowMatching:
+    """Losses and samplers of one stochastic interpolant. Names are matched without regard to case.
+
+    Args:
+        path: "linear", "GVP" or "VP".
+        prediction: what the network predicts: "velocity" (alpha' x_1 + sigma' eps), "noise" (eps) or "score".
+        weight: the loss weight of a noise or score prediction: "none", "velocity" (that of the velocity's error) or
+            "likelihood".
+        time_sampling: the distribution of training noise levels, "uniform" or "logit-normal" (arXiv 2403.03206).
+        time_mean: mean of logit(u) of logit-normal noise levels.
+        time_std: standard deviation of logit(u) of logit-normal noise levels.
+        shift: s > 0 moves noise levels u to s u / (1 + (s - 1) u), in training and in sampling (arXiv 2403.03206,
+            eq. 23).
+
+    Raises:
+        ValueError: A name is unknown, a number is out of range, or a weight is given for a velocity prediction.
+    """
+
+    def __init__(
+        self,
+        path: str = "linear",
+        prediction: str = "velocity",
+        weight: str = "none",
+        time_sampling: str = "uniform",
+        time_mean: float = 0.0,
+        time_std: float = 1.0,
+        shift: float = 1.0,
+    ):
+        self.path = _choose("path", path, PATHS)
+        self.prediction = _choose("prediction", prediction, PREDICTIONS)
+        self.weight = _choose("weight", weight, WEIGHTS)
+        if self.prediction == "velocity" and self.weight != "none":
+            raise ValueError(
+                f"weight {self.weight} needs a noise or score prediction; a velocity prediction takes none"
+            )
+        if not math.isfinite(time_mean):
+            raise ValueError(f"time_mean must be a finite number, not {time_mean}")
+        for name, value in (("time_std", time_std), ("shift", shift)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {value}")
+        time_sampling = _choose("time sampling", time_sampling, TIME_SAMPLINGS)
+        self.times = TimeDistribution(time_sampling, float(time_mean), float(time_std), float(shift))
+
+    # Times
+
+    def interval(self, training: bool = False, last_step_size: float = 0.0) -> tuple[float, float]:
+        """The times (t0, t1) that training or sampling uses. They are SiT's and avoid divisions by zero.
+
+        Args:
+            training: return the interval of training instead of sampling.
+            last_step_size: the part of the time that the SDE's last step covers.
+        """
+        if self.path == "VP":
+            t0, t1 = 0.0, 1 - (1e-5 if training else 1e-3)
+        elif self.prediction == "velocity":
+            t0, t1 = 0.0, 1.0
+        else:
+            t0, t1 = 1e-3, 1 - 1e-3
+        return t0, 1 - last_step_size if last_step_size else t1
+
+    def quantiles(self, n: int) -> list[float]:
+        """The n + 1 noise levels, from 0 to 1, that split the time distribution into n equally probable intervals."""
+        if n < 1:
+            raise ValueError(f"the number of intervals must be at least 1, not {n}")
+        return self.times.quantile(np.arange(n + 1) / n).tolist()
+
+    def sample_times(
+        self, uniform: np.ndarray, low: np.ndarray | float = 0.0, high: np.ndarray | float = 1.0
+    ) -> np.ndarray:
+        """Turn uniform random numbers into training times, by the inverse of the distribution function.
+
+        Args:
+            uniform: random numbers from 0 to 1, [B].
+            low: noise levels, [B] or one number. The distribution is restricted to the interval [low, high).
+            high: noise levels, [B] or one number.
+
+        Returns:
+            The times that the network sees, float32 [B].
+
+        Raises:
+            ValueError: An interval contains no training times.
+        """
+        t0, t1 = self.interval(training=True)
+        low, high = np.maximum(low, 1 - t1), np.minimum(high, 1 - t0)
+        start, end = self.times.cdf(low), self.times.cdf(high)
+        if not np.all(start < end):
+            limits = f"between {1 - t1:g} and {1 - t0:g}"
+            raise ValueError(f"an interval of noise levels contains no training times; they are drawn {limits}")
+        u = self.times.quantile(start + (end - start) * np.asarray(uniform, dtype=np.float64))
+        return (1 - np.clip(u, low + MARGIN, high - MARGIN)).astype(np.float32)
+
+    # Training
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Mix data x_start [B, ...] with noise at times t [B]: x_t = alpha x_1 + sigma eps (SiT, eq. 1)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        path = PATHS[self.path](t)
+        return _expand(path.alpha, x_start) * x_start + _expand(path.sigma, x_start) * noise
+
+    def training_losses(
+        self, model, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None, noise: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the training loss of each sample (SiT, section 2).
+
+        Args:
+            model: model(x_t, t, **model_kwargs) returns C channels, or 2C channels whose second half is dropped.
+            x_start: data, [B, C, H, W].
+            t: times, [B].
+            model_kwargs: further arguments of the model.
+            noise: the noise, like x_start. Default: drawn here.
+
+        Returns:
+            A dictionary with `loss`, [B].
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        out = _predict(model, self.q_sample(x_start, t, noise), t, model_kwargs)
+        path = PATHS[self.path](t)
+        if self.prediction == "velocity":
+            error = out - (_expand(path.d_alpha, out) * x_start + _expand(path.d_sigma, out) * noise)
+        elif self.prediction == "noise":
+            error = out - noise
+        else:  # the score is -eps / sigma
+            error = _expand(path.sigma, out) * out + noise
+        loss = error.square().flatten(1).mean(1)
+        if self.weight == "velocity":
+            loss = loss * (path.spread / path.alpha).square()
+        elif self.weight == "likelihood":
+            loss = loss * path.spread / (path.alpha * path.sigma)
+        return {"loss": loss}
+
+    # Sampling
+
+    def _velocity_and_noise(self, t: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The velocity and the noise at times t [n], each a pair (a, b), [n], that stands for a x + b output."""
+        path = PATHS[self.path](t)
+        zero, one = torch.zeros_like(t), torch.ones_like(t)
+        if self.prediction == "velocity":
+            # eps = (alpha' x - alpha v) / (alpha' sigma - alpha sigma')
+            return (zero, one), (path.d_alpha / path.spread, -path.alpha / path.spread)
+        eps = one if self.prediction == "noise" else -path.sigma
+        # v = alpha' / alpha x - (alpha' sigma - alpha sigma') / alpha eps
+        return (path.d_alpha / path.alpha, -path.spread / path.alpha * eps), (zero, eps)
+
+    def _grid(self, t0: float, t1: float, n: int) -> Tensor:
+        """The times from t0 to t1, float64 [n + 1] rounded to float32: an even grid of noise levels, shifted."""
+        start, end = shift_noise_levels(np.array([1 - t0, 1 - t1]), 1 / self.times.shift)
+        times = 1 - shift_noise_levels(np.linspace(start, end, n + 1), self.times.shift)
+        times[[0, -1]] = t0, t1
+        return torch.from_numpy(times.astype(np.float32)).double()
+
+    def ode_steps(self, method: str = "euler", steps: int = 250) -> FixedSteps:
+        """Prepare the steps of `ode_sample_loop` for the methods "euler" and "heun"."""
+        method = _choose("method", method, ("euler", "heun"))
+        times = self._grid(*self.interval(), _check_steps(steps, least=1))
+        velocity, _ = self._velocity_and_noise(times)
+        return FixedSteps(method, times.tolist(), _pairs(velocity), noise=[], last=None)
+
+    def sde_steps(
+        self,
+        method: str = "euler",
+        steps: int = 250,
+        form: str = "sigma",
+        last_step: str = "mean",
+        last_step_size: float = 0.04,
+    ) -> FixedSteps:
+        """Prepare the steps of `sde_sample_loop`, which explains the arguments."""
+        method = _choose("method", method, ("euler", "heun"))
+        form = _choose("diffusion form", form, DIFFUSION_FORMS)
+        last_step = _choose("last step", last_step, LAST_STEPS)
+        has_last = last_step != "none"
+        if has_last and not 0 < last_step_size < 1 - self.interval()[0]:
+            raise ValueError(f"last_step_size must be between 0 and {1 - self.interval()[0]:g}, not {last_step_size}")
+        n = _check_steps(steps, least=1 + has_last) - has_last
+        times = self._grid(*self.interval(last_step_size=last_step_size if has_last else 0.0), n)
+        path = PATHS[self.path](times)
+        if form == "SBDM" and path.alpha[0] == 0:
+            raise ValueError(
+                f"diffusion form SBDM divides by zero at t = 0, where velocities of the {self.path} path start: "
+                "choose another form, such as sigma"
+            )
+        if method == "heun" and path.sigma[-1] == 0:
+            raise ValueError("method heun divides by zero at t = 1: choose a last step, or method euler")
+
+        # The drift is v + D score, and the score is -eps / sigma.
+        velocity, noise = self._velocity_and_noise(times)
+        diffusion = DIFFUSION_FORMS[form](times, path)
+        drift = tuple(v - diffusion / path.sigma * eps for v, eps in zip(velocity, noise, strict=True))
+        if last_step == "tweedie":
+            # E[x_1 | x_t] = (x - sigma eps) / alpha
+            last = (1 - path.sigma * noise[0]) / path.alpha, -path.sigma * noise[1] / path.alpha
+        else:
+            slope = velocity if last_step == "euler" else drift
+            last = 1 + last_step_size * slope[0], last_step_size * slope[1]
+        stds = (2 * diffusion[:-1] * times.diff()).sqrt()
+        return FixedSteps(method, times.tolist(), _pairs(drift), stds.tolist(), _pairs(last)[-1] if has_last else None)
+
+    @torch.no_grad()
+    def ode_sample_loop(
+        self,
+        model,
+        shape,
+        noise: Tensor | None = None,
+        method: str = "euler",
+        steps: int = 250,
+        model_kwargs: dict | None = None,
+        device=None,
+        progress: bool = False,
+        step_noise: Callable[[int], Tensor] | None = None,
+        borders: Iterable[float] = (),
+    ) -> Tensor:
+        """Draw samples by the probability-flow ODE dx = v dt (SiT, eq. 2).
+
+        Args:
+            model: as in `training_losses`.
+            shape: shape of the samples, (B, C, H, W).
+            noise: the noise at the start, of that shape. Default: drawn here.
+            method: "euler", "heun" (two network evaluations per step) or "dopri5" (adaptive steps, common to the batch,
+                with atol 1e-6 and rtol 1e-3).
+            steps: number of steps of euler and heun.
+            model_kwargs: further arguments of the model.
+            device: device of the noise that is drawn here.
+            progress: whether to show a progress bar.
+            step_noise: not called. It is accepted so that both loops take the same arguments.
+            borders: noise levels at which dopri5 restarts: the experts' borders. Other methods ignore it.
+
+        Returns:
+            The samples, of `shape`.
+
+        Raises:
+            ValueError: A name is unknown, or the number of steps is wrong.
+        """
+        method = _choose("method", method, ("euler", "heun", "dopri5"))
+        x = torch.randn(*shape, device=device) if noise is None else noise
+        if method == "dopri5":
+            return self._dopri5(model, x, model_kwargs, progress, borders)
+        return _run(self.ode_steps(method, steps), model, x, model_kwargs, progress)
+
+    @torch.no_grad()
+    def sde_sample_loop(
+        self,
+        model,
+        shape,
+        noise: Tensor | None = None,
+        method: str = "euler",
+        steps: int = 250,
+        model_kwargs: dict | None = None,
+        device=None,
+        progress: bool = False,
+        form: str = "sigma",
+        last_step: str = "mean",
+        last_step_size: float = 0.04,
+        step_noise: Callable[[int], Tensor] | None = None,
+    ) -> Tensor:
+        """Draw samples by the SDE dx = (v + D score) dt + sqrt(2 D) dW (SiT, section 2).
+
+        Args:
+            model, shape, noise, model_kwargs, device, progress: as in `ode_sample_loop`.
+            method: "euler" (Euler-Maruyama) or "heun" (each step adds its noise, then takes Heun's step of the drift).
+            steps: number of steps, the last step included.
+            form: the diffusion coefficient D: "constant", "SBDM", "sigma", "linear", "decreasing" or
+                "increasing-decreasing".
+            last_step: a step without noise to t = 1: "mean" (along the drift), "euler" (along the velocity), "tweedie"
+                (the expected data), or "none".
+            last_step_size: the part of the time that the last step covers.
+            step_noise: step_noise(i) returns the i-th step's standard normal noise. Default: drawn here.
+
+        Returns:
+            The samples, of `shape`.
+
+        Raises:
+            ValueError: A name is unknown, a number is out of range, or the drift is infinite at a time that is needed.
+        """
+        plan = self.sde_steps(method, steps, form, last_step, last_step_size)
+        x = torch.randn(*shape, device=device) if noise is None else noise
+        return _run(plan, model, x, model_kwargs, progress, step_noise)
+
+    def make_sampler(self, name: str, steps: int | str, **options) -> tuple[Callable[..., Tensor], list[float] | None]:
+        """Prepare a sampler by name, as `diffusion.solvers.make_sampler` does for Gaussian diffusion.
+
+        Args:
+            name: "euler", "heun", "dopri5" or "sde".
+            steps: number of steps, an integer or its digits. dopri5 ignores it.
+            options: for "sde" the arguments of `sde_steps`, otherwise `borders`.
+
+        Returns:
+            A loop that takes (model, shape, noise=, model_kwargs=, device=, progress=, step_noise=), and the time of
+            each network evaluation in order. The times are None for dopri5, which chooses them while it runs.
+
+        Raises:
+            ValueError: As in `ode_sample_loop` and `sde_sample_loop`.
+        """
+        name = _choose("sampler", name, FLOW_SAMPLERS)
+        if name == "dopri5":
+            return partial(self.ode_sample_loop, method=name, **options), None
+        steps = int(steps) if str(steps).isdecimal() else steps
+        if name == "sde":
+            plan = self.sde_steps(steps=steps, **options)
+            return partial(self.sde_sample_loop, steps=steps, **options), plan.network_times
+        plan = self.ode_steps(name, steps)
+        return partial(self.ode_sample_loop, method=name, steps=steps, **options), plan.network_times
+
+    def _dopri5(self, model, x: Tensor, model_kwargs: dict | None, progress: bool, borders: Iterable[float]) -> Tensor:
+        """Integrate the ODE with adaptive steps, one interval between borders after the other."""
+        from torchdiffeq import odeint  # not needed by any other sampler
+
+        def velocity(first: float, last: float, t: Tensor, x: Tensor) -> Tensor:
+            t = t.clamp(first, last)
+            (a, b), _ = self._velocity_and_noise(t)
+            return a * x + b * _predict(model, x, t.expand(len(x)), model_kwargs)
+
+        t0, t1 = self.interval()
+        inner = sorted({1 - border for border in borders if t0 < 1 - border < t1})
+        points = list(pairwise([t0, *inner, t1]))
+        for start, end in tqdm(points, desc="sampling", leave=False, disable=not progress):
+            # The network sees no time outside this interval, which belongs to one expert.
+            first = start + MARGIN if start in inner else start
+            last = end - MARGIN if end in inner else end
+            times = torch.tensor([start, end], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+            settings = dict(method="dopri5", atol=1e-6, rtol=1e-3, options={"step_t": times[1:]})
+            x = odeint(partial(velocity, first, last), x, times, **settings)[-1]
+        return x
+
+
+def _run(
+    plan: FixedSteps, model, x: Tensor, model_kwargs: dict | None, progress: bool, step_noise: Callable | None = None
+) -> Tensor:
+    """Take the steps of a fixed-step sampler from x."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+
+    def evaluate(x: Tensor, i: int, pair: tuple[float, float]) -> Tensor:
+        t = torch.full((len(x),), plan.times[i], device=x.device, dtype=dtype)
+        return pair[0] * x + pair[1] * _predict(model, x, t, model_kwargs)
+
+    n = len(plan.times) - 1
+    for i in tqdm(range(n), desc="sampling", leave=False, disable=not progress):
+        h = plan.times[i + 1] - plan.times[i]
+        draw = 0.0
+        if plan.noise:
+            draw = plan.noise[i] * (torch.randn_like(x) if step_noise is None else step_noise(i))
+        if plan.method == "euler":
+            x = x + h * evaluate(x, i, plan.drift[i]) + draw
+        else:
+            x = x + draw
+            slope = evaluate(x, i, plan.drift[i])
+            x = x + h / 2 * (slope + evaluate(x + h * slope, i + 1, plan.drift[i + 1]))
+    return x if plan.last is None else evaluate(x, n, plan.last)
+
+
+def _predict(model, x: Tensor, t: Tensor, model_kwargs: dict | None) -> Tensor:
+    """The network's output at x [B, C, ...] and t [B], without the second half of 2C channels."""
+    out = model(x, t, **(model_kwargs or {})).to(x.dtype)
+    channels = x.shape[1]
+    if out.shape[1] not in (channels, 2 * channels):
+        raise ValueError(f"the model must return {channels} or {2 * channels} channels, it returns {out.shape[1]}")
+    return out[:, :channels]
+
+
+def _expand(coefficient: Tensor, like: Tensor) -> Tensor:
+    """A coefficient [B] in the dtype of `like` [B, ...], shaped to broadcast over it."""
+    return coefficient.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def _pairs(coefficients: tuple[Tensor, Tensor]) -> list[tuple[float, float]]:
+    """Two tensors [n] as a list of n pairs."""
+    return list(zip(*(row.tolist() for row in coefficients), strict=True))
+
+
+def _check_steps(steps: int, least: int) -> int:
+    """The number of steps, if it is a whole number and not less than `least`."""
+    if not isinstance(steps, int) or steps < least:
+        raise ValueError(f"the number of steps must be a whole number and at least {least}, not {steps!r}")
+    return steps
+
+
+def _choose(what: str, name: str, choices: Iterable[str]) -> str:
+    """The one of the choices that has this name."""
+    known = {choice.lower(): choice for choice in choices}
+    if str(name).lower() not in known:
+        raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(known.values())}")
+    return known[str(name).lower()]
