@@ -8,7 +8,9 @@ Every expert has the architecture and the cost of a plain DiT.
 import bisect
 import copy
 from functools import partial
+from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,9 +100,13 @@ class RemixDiT(nn.Module):
         num_timesteps: number of timesteps T of the diffusion process.
         mixed_layers: names, within a block, of the linear layers to mix.
         prior_bonus: added to pi at the basis of the prior, in standard deviations of the noise.
+        boundaries: N + 1 increasing noise levels. Expert i denoises the levels from boundaries[i] up to
+            boundaries[i + 1], without its end except for the last expert. They run from 0 to `num_timesteps` for
+            Gaussian diffusion, where the noise level is the timestep t, or from 0 to 1 for a flow, where it is 1 - t.
+            By default, equal intervals of the timesteps of Gaussian diffusion.
 
     Raises:
-        ValueError: if n_basis or n_experts is out of range, or mixer or scope is unknown.
+        ValueError: if n_basis or n_experts is out of range, mixer or scope is unknown, or boundaries do not fit.
     """
 
     def __init__(
@@ -113,6 +119,7 @@ class RemixDiT(nn.Module):
         num_timesteps: int = 1000,
         mixed_layers: tuple[str, ...] = MIXED_LAYERS,
         prior_bonus: float = 3.0,
+        boundaries: list[float] | None = None,
     ):
         super().__init__()
         if n_basis < 1:
@@ -123,8 +130,11 @@ class RemixDiT(nn.Module):
             raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, but it is {mixer!r}")
         if scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, but it is {scope!r}")
+        if boundaries is not None:
+            check_boundaries(boundaries, n_experts, num_timesteps)
         self.n_basis = n_basis
         self.n_experts = n_experts
+        self.boundaries = None if boundaries is None else list(boundaries)
         self.num_timesteps = num_timesteps
         self.mixer = mixer
         self.scope = scope
@@ -150,13 +160,17 @@ class RemixDiT(nn.Module):
             logits = logits.softmax(-1)
         like = self.backbone.final_layer.linear.weight
         self.register_buffer("prior", prior.to(like.device), persistent=False)
+        inner = torch.tensor(self.boundaries[1:-1] if self.boundaries else [], dtype=torch.float32)
+        self.register_buffer("inner_boundaries", inner.to(like.device), persistent=False)  # [N - 1] or empty
         self.logits = nn.Parameter(logits.to(like).contiguous(), requires_grad=mixer != "one-hot")  # pi
 
     @property
     def config(self) -> dict:
         """The keyword arguments that build this model from its backbone."""
         names = ("n_basis", "n_experts", "mixer", "scope", "num_timesteps")
-        return {name: getattr(self, name) for name in names} | {"mixed_layers": list(self.mixed_layers)}
+        config = {name: getattr(self, name) for name in names} | {"mixed_layers": list(self.mixed_layers)}
+        # Omitted for the default, so that configs written by earlier versions still match.
+        return config if self.boundaries is None else config | {"boundaries": self.boundaries}
 
     @property
     def backbone_config(self) -> dict:
@@ -171,9 +185,18 @@ class RemixDiT(nn.Module):
     def num_classes(self) -> int:
         return self.backbone.num_classes
 
-    def expert_index(self, t: Tensor | int) -> Tensor | int:
-        """Return the index of the expert that owns each timestep t: the last i with floor(i T / N) <= t."""
-        return (self.n_experts * (t + 1) - 1) // self.num_timesteps
+    def expert_index(self, t: Tensor | int | float) -> Tensor | int:
+        """Return the index of the expert that owns each time t, a tensor or a number.
+
+        By default it is the last i with floor(i T / N) <= t. With boundaries it is the last i whose boundary is not
+        above the noise level of t.
+        """
+        if self.boundaries is None:
+            return (self.n_experts * (t + 1) - 1) // self.num_timesteps
+        if isinstance(t, Tensor):
+            level = 1 - t.float() if self.boundaries[-1] == 1 else t.float()
+            return torch.bucketize(level, self.inner_boundaries, right=True)
+        return find_interval(self.boundaries, t)
 
     def coefficients(self) -> Tensor:
         """Return the coefficients alpha [N, K], or [depth, N, K] if the scope is local."""
@@ -298,6 +321,36 @@ class RemixDiT(nn.Module):
             torch._foreach_add_(folded, torch._foreach_mul([basis[k] for basis in bases], [row[k] for row in rows]))
 
 
+def check_boundaries(boundaries: list[float], n_experts: int, num_timesteps: int = 1000):
+    """Check the boundaries of a RemixDiT.
+
+    Raises:
+        ValueError: unless they are `n_experts` + 1 increasing numbers from 0 to `num_timesteps`, or to 1 for a flow.
+    """
+    if len(boundaries) != n_experts + 1:
+        raise ValueError(f"{n_experts} experts need {n_experts + 1} boundaries, but there are {len(boundaries)}")
+    if boundaries[0] != 0 or boundaries[-1] not in (1, num_timesteps):
+        raise ValueError(
+            f"boundaries must run from 0 to {num_timesteps}, or from 0 to 1 for a flow, "
+            f"but they run from {boundaries[0]:g} to {boundaries[-1]:g}"
+        )
+    if any(low >= high for low, high in pairwise(boundaries)):
+        raise ValueError(f"boundaries must increase, but they are {', '.join(f'{b:g}' for b in boundaries)}")
+
+
+def find_interval(boundaries: list[float], t: float) -> int:
+    """Return the index of the interval between boundaries that the time t belongs to.
+
+    The numbers are rounded to float32 as in tensors, so that host and device find the same expert.
+
+    Args:
+        boundaries: increasing noise levels, up to 1 for a flow, whose noise level is 1 - t.
+        t: the time that the network sees.
+    """
+    level = np.float32(1) - np.float32(t) if boundaries[-1] == 1 else np.float32(t)
+    return bisect.bisect_right([np.float32(boundary) for boundary in boundaries[1:-1]], level)
+
+
 class ExpertSwitch(nn.Module):
     """Base class of models for sampling that run one plain DiT at a time, selected by the timestep.
 
@@ -305,15 +358,15 @@ class ExpertSwitch(nn.Module):
     `for_timestep` and runs the result, so that the host does not wait for the device.
     """
 
-    def expert_index(self, t: int) -> int:
-        """Return the index of the expert that owns timestep t of the original process."""
+    def expert_index(self, t: float) -> int:
+        """Return the index of the expert that owns the time t: a timestep of the original process, or a flow's time."""
         raise NotImplementedError
 
     def select(self, i: int) -> DiT:
         """Return expert i. It is valid until the next call."""
         raise NotImplementedError
 
-    def for_timestep(self, timestep: int) -> DiT:
+    def for_timestep(self, timestep: float) -> DiT:
         """Return the expert that owns a timestep of the original process. It is valid until the next call."""
         return self.select(self.expert_index(timestep))
 
@@ -344,7 +397,7 @@ class FoldedRemixDiT(ExpertSwitch):
         self.dit = remix.expert(0)
         self.folded = 0
 
-    def expert_index(self, t: int) -> int:
+    def expert_index(self, t: float) -> int:
         return self.remix.expert_index(t)
 
     def select(self, i: int) -> DiT:
@@ -355,20 +408,24 @@ class FoldedRemixDiT(ExpertSwitch):
 
 
 class IndependentExperts(ExpertSwitch):
-    """Plain DiTs that were trained separately, each on its own interval of timesteps (a baseline of the paper).
+    """Plain DiTs that were trained separately, each on its own interval of noise levels (a baseline of the paper).
 
     Args:
-        models: the experts.
-        bounds: ascending timesteps [len(models) + 1], starting at 0. Model i owns bounds[i] <= t < bounds[i + 1].
+        models: the N experts.
+        boundaries: N + 1 increasing noise levels, as in `RemixDiT`.
+
+    Raises:
+        ValueError: if the boundaries do not fit.
     """
 
-    def __init__(self, models: list[DiT], bounds: list[int]):
+    def __init__(self, models: list[DiT], boundaries: list[float]):
         super().__init__()
+        check_boundaries(boundaries, len(models), boundaries[-1])
         self.models = nn.ModuleList(models)
-        self.bounds = list(bounds)
+        self.boundaries = list(boundaries)
 
-    def expert_index(self, t: int) -> int:
-        return bisect.bisect_right(self.bounds, t, 1, len(self.bounds) - 1) - 1
+    def expert_index(self, t: float) -> int:
+        return find_interval(self.boundaries, t)
 
     def select(self, i: int) -> DiT:
         return self.models[i]
@@ -384,11 +441,12 @@ def _from_scratch(
     num_timesteps: int = 1000,
     mixed_layers: tuple[str, ...] = MIXED_LAYERS,
     prior_bonus: float = 3.0,
+    boundaries: list[float] | None = None,
     **backbone,
 ) -> RemixDiT:
     """Build a RemixDiT with separately drawn bases on a DiT of the registry."""
     dit = DiT_models[backbone_name](**backbone)
-    remix = RemixDiT(dit, n_basis, n_experts, mixer, scope, num_timesteps, mixed_layers, prior_bonus)
+    remix = RemixDiT(dit, n_basis, n_experts, mixer, scope, num_timesteps, mixed_layers, prior_bonus, boundaries)
     remix.reset_bases()
     return remix
 

@@ -360,3 +360,20 @@ def test_sampling_compiles_once_for_all_experts(device, kind):
         expected = classifier_free_guidance(lambda x, t, y: remix(x, t, y, groups=1), x, ts, y, 1.5)
         assert relative(fast(model.for_timestep(t), x, ts, y, 1.5, 3), expected) < 1e-4
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_boundaries_assign_noise_levels_to_experts(pretrained):
+    gaussian = RemixDiT(pretrained, 2, 2, boundaries=[0, 875, 1000])
+    assert gaussian.expert_index(torch.tensor([0, 874, 875, 999])).tolist() == [0, 0, 1, 1]
+    flow = RemixDiT(pretrained, 2, 4, boundaries=[0, 0.1, 0.5, 0.875, 1])
+    t = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    t[:3] = torch.tensor([0.0, 0.5, 1.0])
+    experts = flow.expert_index(t)
+    assert experts[:3].tolist() == [3, 2, 0], "noise levels are 1 - t"
+    assert [flow.expert_index(float(time)) for time in t] == experts.tolist()
+
+
+@pytest.mark.parametrize("boundaries", [[0, 1000], [0, 500, 400, 1000], [0, 500, 500, 1000], [10, 500, 700, 1000]])
+def test_invalid_boundaries(pretrained, boundaries):
+    with pytest.raises(ValueError, match="boundaries"):
+        RemixDiT(pretrained, 2, 3, boundaries=boundaries)
