@@ -34,7 +34,8 @@ from models import DiT
 from remix import ExpertSwitch, FoldedRemixDiT, IndependentExperts, RemixDiT
 
 FORMAT = "remix-dit"
-VERSION = 1
+# Version 2 changed the random draws of training: a file of version 1 has the same content, but cannot be resumed from.
+VERSION = 2
 
 
 def build_model(config: dict) -> DiT | RemixDiT:

@@ -5,7 +5,7 @@
 
 The run's folder is outputs/<prefix>/. It holds checkpoints/<step>.pt, log.txt, metrics.jsonl and config.json. The
 images, timesteps, experts and noise of a step depend only on the seed, the step and the place in the global batch. They
-depend neither on the number of processes nor on when the run was resumed.
+depend neither on the device, nor on the number of processes, nor on when the run was resumed.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def main(args: argparse.Namespace):
             progress = step / settings.max_steps
             prior_weight = settings.prior_strength * (1 - progress)
             trainer.set_progress(progress)
-            trainer.step(step, sampler.microbatches(step, next(batches)), prior_weight)
+            trainer.step(step, sampler.microbatches(next(batches)), prior_weight)
             timer.add(settings.global_batch_size)
             step += 1
 
@@ -443,7 +443,13 @@ if __name__ == "__main__":
 
     add = parser.add_argument_group("speed and reports").add_argument
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the model (default: on GPUs only)")
-    add("--num-workers", type=number(int, 0), default=4, metavar="N", help="processes that read features, per process")
+    add(
+        "--num-workers",
+        type=number(int, 0),
+        default=4,
+        metavar="N",
+        help="processes that read features and draw noise, per process",
+    )
     add(
         "--max-bad-steps",
         type=positive_int,

@@ -413,7 +413,7 @@ def sampling(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
 
 
 def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
-    """Measure how fast two processes read packed features as in training.
+    """Measure how fast two processes read packed features and draw noise as in training.
 
     The shards all stay open, or one at a time, as with the thousands of shards of ImageNet.
     """
@@ -437,7 +437,7 @@ def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
                         next(batches)
                     start = time.perf_counter()
                     for _ in tqdm(range(n), desc="loading", disable=None):
-                        next(batches)[0].to(world.device, non_blocking=True)
+                        sampler.microbatches(next(batches))
                     rate = n * args.data_batch_size / (time.perf_counter() - start)
             finally:
                 features.OPEN_SHARDS = default_open

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from distributed import World
-from training.batches import BatchSampler, GlobalBatches, sample_timesteps
+from features import FeatureDataset
+from training.batches import (
+    BatchSampler,
+    GlobalBatches,
+    Stream,
+    draw_label_dropout,
+    draw_noise,
+    row_generators,
+    sample_timesteps,
+)
 
 
 def test_every_epoch_visits_every_image_once():
@@ -81,7 +90,7 @@ def test_two_processes_draw_the_two_halves_of_the_batch_of_one():
     def draw(rank: int, size: int):
         world = World(rank, size, torch.device("cpu"))
         sampler = BatchSampler(5, 12, world, n_experts=20, experts_per_batch=6, label_dropout=0.5, grad_accum=2)
-        return sampler.microbatches(7, (x[sampler.rows], y[sampler.rows]))
+        return sampler.microbatches(sampler.draw(7, x[sampler.rows], y[sampler.rows]))
 
     whole, halves = draw(0, 1), [*draw(0, 2), *draw(1, 2)]
     assert [conditions["groups"] for _, _, conditions, _ in whole] == [3, 3]
@@ -93,3 +102,48 @@ def test_two_processes_draw_the_two_halves_of_the_batch_of_one():
         lambda batch: batch[3],
     ):
         assert torch.equal(torch.cat([part(batch) for batch in whole]), torch.cat([part(batch) for batch in halves]))
+
+
+def test_a_row_draws_the_same_alone_and_among_others():
+    noise = draw_noise(3, 5, range(8), (4, 6, 5))
+    dropout = draw_label_dropout(3, 5, range(8), 0.5)
+    for row in range(8):
+        # 120 is no multiple of the number of values that Philox makes at once.
+        assert np.array_equal(draw_noise(3, 5, range(row, row + 1), (4, 6, 5))[0], noise[row])
+        counters = np.array([0, row, Stream.NOISE, 0], np.uint64)
+        philox = np.random.Philox(key=np.array([3, 5], np.uint64), counter=counters)
+        assert np.array_equal(np.random.Generator(philox).standard_normal((4, 6, 5), np.float32), noise[row])
+    assert np.array_equal(draw_label_dropout(3, 5, range(2, 7), 0.5), dropout[2:7])
+
+
+def test_rows_steps_seeds_and_streams_draw_differently():
+    positions = [
+        (seed, step, row, stream) for seed in (0, 2**63 - 1) for step in (0, 9) for row in (0, 7) for stream in Stream
+    ]
+    first = {next(row_generators(a, b, range(c, c + 1), d)).random() for a, b, c, d in positions}
+    assert len(first) == len(positions)
+
+
+def test_noise_is_standard_normal_and_independent():
+    from scipy.stats import kstest
+
+    noise = np.stack([draw_noise(1, step, range(32), (256,)) for step in range(8)]).astype(np.float64)
+    assert kstest(noise.ravel(), "norm").pvalue > 1e-3
+    # Neighbours along each axis: steps, rows and elements.
+    for axis in range(3):
+        a, b = np.split(noise, 2, axis=axis)
+        assert abs((a * b).mean()) < 4 / a.size**0.5
+    dropped = [draw_label_dropout(1, step, range(32), 0.1).mean() for step in range(200)]
+    assert np.mean(dropped) == pytest.approx(0.1, abs=0.015)
+
+
+def test_worker_processes_draw_what_this_process_draws(features):
+    sampler = BatchSampler(5, 12, World(1, 2, torch.device("cpu")), n_experts=20, experts_per_batch=6)
+    runs = []
+    for num_workers in (0, 2):
+        with sampler.load(FeatureDataset(features), range(3, 7), num_workers) as batches:
+            runs.append(list(batches))
+    assert len(runs[0]) == len(runs[1]) == 4
+    for alone, worker in zip(*runs, strict=True):
+        assert alone.noise.shape == alone.x.shape == (6, 3, 8, 8)
+        assert all(torch.equal(a, b) for a, b in zip(alone, worker, strict=True))

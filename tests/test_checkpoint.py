@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import run, training_flags
+from conftest import GOLDEN, run, training_flags
 
 from checkpoint import (
     CheckpointWriter,
@@ -196,3 +196,17 @@ def test_resume_refuses_damaged_checkpoints_only(features, tmp_path):
     assert "none of the checkpoints" in run("train_fast.py", *flags, "--resume", "auto", expect=2).stderr
     stderr = run("train_fast.py", *flags, "--resume", folder / "0000004.pt", expect=2).stderr
     assert "is not a complete checkpoint" in stderr
+
+
+def test_files_of_version_1_can_be_loaded_but_not_resumed_from(features, tmp_path):
+    """Version 1 drew other random numbers in training, so a resumed run would be neither the old run nor a new one."""
+    path = GOLDEN / "version1.pt"
+    model, config = load_model(path)
+    ema = torch.load(path, weights_only=True)["ema"]
+    assert all(torch.equal(value, ema[key]) for key, value in model.state_dict().items())
+    assert config["training"]["max_steps"] == 10
+    stderr = run("train_fast.py", *training_flags(features, tmp_path, "run"), "--resume", path, expect=2).stderr
+    assert "earlier version" in stderr
+    assert "--load-weight" in stderr
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

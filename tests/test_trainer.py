@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from diffusion import create_diffusion
 from distributed import World
-from training.batches import BatchSampler
+from training.batches import BatchSampler, StepBatch
 from training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -74,10 +74,11 @@ def test_a_training_step_does_not_wait_for_the_device(precision, compiled):
         compile=compiled,
     )
     sampler = BatchSampler(0, 8, world, n_experts=20, experts_per_batch=4)
-    batch = torch.randn(8, 4, 8, 8).pin_memory(), torch.zeros(8, dtype=torch.long).pin_memory()
+    x, y = torch.randn(8, 4, 8, 8), torch.zeros(8, dtype=torch.long)
+    batches = [StepBatch(*(part.pin_memory() for part in sampler.draw(number, x, y))) for number in range(6)]
 
     def step(number: int):
-        trainer.step(number, sampler.microbatches(number, batch))
+        trainer.step(number, sampler.microbatches(batches[number]))
         trainer.stats.longest_streak()
 
     step(0)

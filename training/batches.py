@@ -1,45 +1,119 @@
 """Everything that is drawn for a training step: images and views, timesteps, experts, label dropout and noise.
 
 Every draw is a function of the global seed, the step and the place in the global batch. It depends neither on the
-number of processes nor on when the run was resumed.
+number of processes, nor on when the run was resumed, nor on the device: all random numbers are drawn on CPUs, in the
+processes that read the images.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from distributed import World, ignore_signals, seed_for
 from features import FeatureDataset
 
 
 class Stream(IntEnum):
-    """Independent streams of random numbers; a stream's number is the last part of its seed.
+    """Independent streams of random numbers; a stream's number is a part of its seed.
 
-    Other values would change the draws of every run. Two draws have no stream number: the noise of a step is seeded
-    with (seed, step), and the draws from the VAE's posterior in an epoch with (seed, epoch).
+    Other values would change the draws of every run. One draw has no stream number: the draws from the VAE's posterior
+    in an epoch are seeded with (seed, epoch).
 
     Attributes:
         IMAGE_ORDER: order and views of the images of an epoch, seeded with (seed, epoch, stream).
         EXPERTS: permutation of the experts, seeded with (seed, round, stream).
         TIMESTEPS: timesteps of a step, seeded with (seed, step, stream).
-        LABEL_DROPOUT: labels dropped in a step, seeded with (seed, step, stream).
+        LABEL_DROPOUT: label dropout of a row of a step, from `row_generators`.
+        NOISE: noise of a row of a step, from `row_generators`.
     """
 
     IMAGE_ORDER = 0
     EXPERTS = 1
     TIMESTEPS = 2
     LABEL_DROPOUT = 3
+    NOISE = 4
+
+
+class StepBatch(NamedTuple):
+    """What one process trains on in one step: its rows of the global batch, R in number.
+
+    Attributes:
+        x: features [R, C, H, W], float32.
+        y: labels [R], int64.
+        t: timesteps [R], int64.
+        label_drop: whether the label is replaced by the null class [R], bool.
+        noise: standard normal noise [R, C, H, W], float32.
+    """
+
+    x: Tensor
+    y: Tensor
+    t: Tensor
+    label_drop: Tensor
+    noise: Tensor
+
+
+def row_generators(seed: int, step: int, rows: range, stream: Stream) -> Iterator[np.random.Generator]:
+    """Iterate over the random generators of some rows of a step's global batch.
+
+    Row r's generator is NumPy's Generator on Philox4x64-10 with the key (seed, step) and the initial counter
+    (0, r, stream, 0), whose first number is the lowest. Therefore any rows can be drawn without the others, and each
+    row has 2^66 random 64-bit numbers of its own.
+
+    Args:
+        seed: global seed.
+        step: the training step, from 0.
+        rows: indices of the rows in the global batch.
+        stream: what is drawn.
+
+    Yields:
+        The generator of each row. It is one object, so each must be used before the next row's is requested.
+    """
+    philox = np.random.Philox(key=np.array([seed, step], np.uint64))
+    generator = np.random.Generator(philox)
+    # Setting the state takes a few microseconds, and a new Philox several times as long.
+    state = philox.state
+    for row in rows:
+        state["state"]["counter"][:] = 0, row, stream, 0
+        philox.state = state
+        yield generator
+
+
+def draw_noise(seed: int, step: int, rows: range, shape: tuple[int, ...]) -> np.ndarray:
+    """Draw the noise of some rows of a step's global batch.
+
+    Row r's noise is the first standard_normal(shape, float32) of its generator (see `row_generators`).
+
+    Returns:
+        Standard normal noise [number of rows, *shape], float32.
+    """
+    noise = np.empty((len(rows), *shape), np.float32)
+    for row, generator in zip(noise, row_generators(seed, step, rows, Stream.NOISE), strict=True):
+        generator.standard_normal(out=row, dtype=np.float32)
+    return noise
+
+
+def draw_label_dropout(seed: int, step: int, rows: range, probability: float) -> np.ndarray:
+    """Draw which labels of some rows of a step's global batch are replaced by the null class.
+
+    Row r's label is replaced if the first random() of its generator (see `row_generators`) is below `probability`.
+
+    Returns:
+        Whether each label is replaced [number of rows], bool.
+    """
+    generators = row_generators(seed, step, rows, Stream.LABEL_DROPOUT)
+    return np.array([generator.random() < probability for generator in generators])
 
 
 class GlobalBatches:
-    """The images of each global batch, as a DataLoader's batch sampler.
+    """The images of each global batch.
 
     Each epoch visits all images in a new random order. The epochs are concatenated and cut into batches, so no image is
     dropped or repeated. Each visit draws one of the image's views. An item is (image, view, draw), where `draw` selects
@@ -188,22 +262,23 @@ class BatchSampler:
         return slice(rank * self.batch_size // size, (rank + 1) * self.batch_size // size)
 
     @contextmanager
-    def load(self, dataset: FeatureDataset, steps: range, num_workers: int) -> Iterator[Iterator]:
-        """Read this process's images of every step in advance; the reading processes end with the context.
+    def load(self, dataset: FeatureDataset, steps: range, num_workers: int) -> Iterator[Iterator[StepBatch]]:
+        """Prepare this process's part of every step in advance; the preparing processes end with the context.
 
         Args:
             dataset: the encoded images.
-            steps: the steps to read images for.
-            num_workers: number of reading processes; with 0 this process reads.
+            steps: the steps to prepare.
+            num_workers: number of processes that read images and draw random numbers; with 0 this process does.
 
         Yields:
-            An iterator of (features [rows, C, H, W], labels [rows]), one pair per step.
+            An iterator of one StepBatch per step, in host memory, which is pinned if this process has a GPU.
         """
         images = GlobalBatches(len(dataset), dataset.views, self.batch_size, self.seed, steps, self.rows)
         batches = iter(
             DataLoader(
-                dataset,
-                batch_sampler=images,
+                _StepDataset(dataset, self),
+                sampler=zip(steps, images, strict=True),
+                batch_size=None,
                 collate_fn=_identity,
                 num_workers=num_workers,
                 pin_memory=self.world.device.type == "cuda",
@@ -224,45 +299,57 @@ class BatchSampler:
             self.seed, step, self.batch_size, n_experts, self.experts_per_batch, self.timestep_range
         )
 
-    def label_drop(self, step: int) -> np.ndarray:
-        """Draw which labels of a step's global batch are replaced by the null class: [batch_size], bool."""
-        generator = np.random.default_rng([self.seed, step, Stream.LABEL_DROPOUT])
-        return generator.random(self.batch_size) < self.label_dropout
-
-    def noise(self, step: int, shape: tuple[int, ...]) -> Tensor:
-        """Draw the noise of a step's global batch on the device: [batch_size, *shape], float32."""
-        device = self.world.device
-        generator = torch.Generator(device).manual_seed(seed_for(self.seed, step))
-        return torch.randn((self.batch_size, *shape), generator=generator, device=device)
-
-    def microbatches(self, step: int, batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor, dict, Tensor]]:
-        """Add a step's random draws to this process's images and divide them into microbatches.
-
-        Every process draws for the whole global batch and keeps its own rows. The host does not wait for the device.
+    def draw(self, step: int, x: Tensor, y: Tensor) -> StepBatch:
+        """Add a step's random draws to this process's images.
 
         Args:
             step: the training step, from 0.
-            batch: features [rows, C, H, W] and labels [rows] of this process.
+            x: features [R, C, H, W] of this process's rows.
+            y: labels [R].
+        """
+        rows = range(self.batch_size)[self.rows]
+        label_drop = draw_label_dropout(self.seed, step, rows, self.label_dropout)
+        noise = draw_noise(self.seed, step, rows, x.shape[1:])
+        # The copy does not keep the other processes' rows in memory.
+        t = self.timesteps(step)[self.rows].copy()
+        return StepBatch(x, y, *map(torch.from_numpy, (t, label_drop, noise)))
+
+    def microbatches(self, batch: StepBatch) -> list[tuple[Tensor, Tensor, dict, Tensor]]:
+        """Divide a step's batch into microbatches on the device. The host does not wait for the device.
+
+        Args:
+            batch: this process's part of the step, from `load` or `draw`.
 
         Returns:
             For each of the `grad_accum` microbatches (x, t, conditions, noise), as `training_losses` takes them:
-            x [B, C, H, W], t [B], the model's keyword arguments, noise [B, C, H, W], on the device.
+            x [B, C, H, W], t [B], the model's keyword arguments, noise [B, C, H, W].
         """
-        x, y = batch
-        t = torch.from_numpy(self.timesteps(step)[self.rows])
-        label_drop = torch.from_numpy(self.label_drop(step)[self.rows])
-        noise = self.noise(step, x.shape[1:])[self.rows]
-        if self.world.device.type == "cuda":
-            t, label_drop = t.pin_memory(), label_drop.pin_memory()
-        x, t, y, label_drop = (part.to(self.world.device, non_blocking=True) for part in (x, t, y, label_drop))
+        parts = (part.to(self.world.device, non_blocking=True).chunk(self.grad_accum) for part in batch)
         microbatches = []
-        chunks = (tensor.chunk(self.grad_accum) for tensor in (x, t, y, label_drop, noise))
-        for x, t, y, label_drop, noise in zip(*chunks, strict=True):
+        for x, y, t, label_drop, noise in zip(*parts, strict=True):
             conditions = {"y": y, "label_drop": label_drop}
             if self.n_experts is not None:
                 conditions["groups"] = count_groups(len(x), self.batch_size // self.experts_per_batch)
             microbatches.append((x, t, conditions, noise))
         return microbatches
+
+
+class _StepDataset(Dataset):
+    """The steps of a run as a dataset: an item is addressed as (step, images) and is a StepBatch.
+
+    Args:
+        dataset: the encoded images.
+        sampler: draws the steps' random numbers.
+    """
+
+    def __init__(self, dataset: FeatureDataset, sampler: BatchSampler):
+        self.dataset = dataset
+        # A process group cannot be sent to a worker process, and drawing needs none.
+        self.sampler = replace(sampler, world=replace(sampler.world, hosts=None))
+
+    def __getitem__(self, item: tuple[int, list[tuple[int, int, int]]]) -> StepBatch:
+        step, images = item
+        return self.sampler.draw(step, *self.dataset.__getitems__(images))
 
 
 def _identity(batch):

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from checkpoint import checkpoints, find_corruption, load_model, model_config, read_checkpoint
+from checkpoint import VERSION, checkpoints, find_corruption, load_model, model_config, read_checkpoint
 from common import UserError
 from features import FeatureDataset
 from interop.shapes import PUBLISHED_VAE
@@ -90,7 +90,8 @@ def find_resume(
         with a description of the damage.
 
     Raises:
-        UserError: if the folder holds another run, or the checkpoint has another configuration or cannot be read.
+        UserError: if the folder holds another run, or the checkpoint has another configuration or an earlier
+            version, or cannot be read.
     """
     present = checkpoints(folder / "checkpoints")
     path, damaged = resume, {}
@@ -108,6 +109,11 @@ def find_resume(
     state = read_checkpoint(path, mmap=False, verify=True)
     if not {"config", "step", "model", "ema", "optimizer", "scaler", "window"} <= state.keys():
         raise UserError(f"--resume {path} holds weights but no training state: use it with --load-weight")
+    if state.get("version", 0) < VERSION:
+        raise UserError(
+            f"--resume {path} was written by an earlier version of this code, which drew other random numbers: "
+            "use --load-weight with another --prefix to start a new run from its weights"
+        )
     before, now = flatten(state["config"]), flatten(config)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and key != "training.load_weight":
