@@ -5,7 +5,7 @@ A checkpoint is a dict of plain types and tensors, written by torch.save and rea
     format, version     identify the format
     config              everything that is needed to build the model again, in four parts:
         model           the argument of `build_model`
-        diffusion       the keyword arguments of `create_diffusion`
+        diffusion       the keyword arguments of `create_process`; without "process" it is Gaussian diffusion
         data            image size, classes, autoencoder and scale of the latents
         training        the options of the training run
     step                number of completed training steps
@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common import UserError, atomic_write, first_line
+from diffusion import NOISE_LEVELS
 from interop import diffusers, dit, original
 from models import DiT
 from remix import ExpertSwitch, FoldedRemixDiT, IndependentExperts, RemixDiT
@@ -339,6 +340,26 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path):
         raise UserError(f"{path} does not fit the model: {reason[:300]}") from None
 
 
+def choose_process(path, config: dict, process: str | None):
+    """Let the user say which process a file of another project belongs to, in the config that was read from it.
+
+    Args:
+        path: the file, for error messages.
+        config: the config of the file. Its part "diffusion" is replaced if the file does not record its process.
+        process: "gaussian" or "flow"; None to use what the config says.
+
+    Raises:
+        UserError: if the file records another process.
+    """
+    recorded = config["diffusion"].get("process", "gaussian")
+    if process in (None, recorded):
+        return
+    # The config of a file without one is determined from its tensors: it has no training options.
+    if config["training"] or "process" in config["diffusion"] or config["model"]["remix"]:
+        raise UserError(f"--process {process}, but {path} was trained with --process {recorded}")
+    config["diffusion"] = {"process": process}
+
+
 def load_denoiser(
     paths: list, ema: bool = True, allow_pickle: bool = False, **overrides
 ) -> tuple[DiT | ExpertSwitch, dict]:
@@ -369,9 +390,12 @@ def load_denoiser(
             )
         if model.config != loaded[0][1].config:
             raise UserError(f"{path} and {loaded[0][0]} hold models of different shapes")
+        if config["diffusion"] != loaded[0][2]["diffusion"]:
+            raise UserError(f"{path} and {loaded[0][0]} were trained with different processes")
     loaded.sort(key=lambda item: item[2]["training"]["timesteps"])
     intervals = [config["training"]["timesteps"] for _, _, config in loaded]
     bounds = [intervals[0][0], *(high for _, high in intervals)]
-    if intervals != [list(pair) for pair in pairwise(bounds)] or (bounds[0], bounds[-1]) != (0, 1000):
-        raise UserError(f"the experts' timesteps {intervals} do not tile the range from 0 to 1000")
+    lowest, highest = NOISE_LEVELS[loaded[0][2]["diffusion"].get("process", "gaussian")]
+    if intervals != [list(pair) for pair in pairwise(bounds)] or (bounds[0], bounds[-1]) != (lowest, highest):
+        raise UserError(f"the experts' timesteps {intervals} do not tile the range from {lowest} to {highest}")
     return IndependentExperts([model for _, model, _ in loaded], bounds).eval(), loaded[0][2]

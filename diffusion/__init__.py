@@ -1,14 +1,25 @@
 """Gaussian diffusion and flow matching: schedules, paths, losses and samplers, written from the equations."""
 
-from .flow import FlowMatching
+from .flow import FLOW_SAMPLERS, FlowMatching
 from .gaussian import GaussianDiffusion, create_diffusion
 from .schedules import beta_schedule, respace, space_timesteps
-from .solvers import QUICK, SAMPLERS, SOLVERS, make_sampler
+from .solvers import (
+    NOISE_LEVELS,
+    PROCESS_SAMPLERS,
+    QUICK,
+    SAMPLERS,
+    SOLVERS,
+    create_process,
+    make_sampler,
+)
 
 # The counterpart of create_diffusion: a flow is built from its arguments alone.
 create_flow = FlowMatching
 
 __all__ = [
+    "FLOW_SAMPLERS",
+    "NOISE_LEVELS",
+    "PROCESS_SAMPLERS",
     "QUICK",
     "SAMPLERS",
     "SOLVERS",
@@ -17,6 +28,7 @@ __all__ = [
     "beta_schedule",
     "create_diffusion",
     "create_flow",
+    "create_process",
     "make_sampler",
     "respace",
     "space_timesteps",

@@ -1,4 +1,4 @@
-"""Samplers by name: DDPM, DDIM, and solvers of the probability-flow ODE from the diffusers library."""
+"""Samplers by name: DDPM, DDIM, solvers of the probability-flow ODE from the diffusers library, and those of flows."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .flow import FLOW_SAMPLERS, FlowMatching
 from .gaussian import GaussianDiffusion, create_diffusion
 
 # Name of each solver: its class in diffusers, and the arguments of the class.
@@ -20,25 +21,58 @@ SOLVERS = {
 }
 SAMPLERS = ("ddpm", "ddim", *SOLVERS)
 
-# Sampler and number of steps for previews. studies/README.md, "Samplers", compares the samplers.
-QUICK = ("dpmpp", "20")
+# What sample_ddp.py can do with each process. The first sampler is the default.
+PROCESS_SAMPLERS = {"gaussian": SAMPLERS, "flow": FLOW_SAMPLERS}
+# Sampler and number of steps for previews. studies/README.md, "Samplers" and "Flow matching", compares the samplers.
+QUICK = {"gaussian": ("dpmpp", "20"), "flow": ("heun", "10")}
+# Lowest and highest noise level: the timestep t of Gaussian diffusion, and 1 - t of a flow's time t.
+NOISE_LEVELS = {"gaussian": [0, 1000], "flow": [0, 1]}
 
 
-def make_sampler(name: str, steps: str, **options) -> tuple[Callable[..., Tensor], list[int]]:
+def create_process(process: str = "gaussian", **options) -> GaussianDiffusion | FlowMatching:
+    """Build the process that a checkpoint's config specifies.
+
+    Args:
+        process: "gaussian" or "flow".
+        **options: the arguments of `create_diffusion` or of `FlowMatching`.
+
+    Raises:
+        ValueError: if the process is unknown or its options are invalid.
+    """
+    if process not in PROCESS_SAMPLERS:
+        raise ValueError(f"unknown process {process!r}: choose from {', '.join(PROCESS_SAMPLERS)}")
+    return FlowMatching(**options) if process == "flow" else create_diffusion(**options)
+
+
+def make_sampler(
+    name: str, steps: str, process: str = "gaussian", solver: dict | None = None, **options
+) -> tuple[Callable[..., Tensor], list[int] | list[float] | None]:
     """Build a sampler.
 
     Args:
-        name: one of `SAMPLERS`.
-        steps: for "ddpm" and "ddim" the `timestep_respacing` of `create_diffusion`, for a solver the number of steps.
-        **options: the other arguments of `create_diffusion`.
+        name: a sampler of the process, see `PROCESS_SAMPLERS`.
+        steps: for "ddpm" and "ddim" the `timestep_respacing` of `create_diffusion`, otherwise the number of steps.
+        process: "gaussian" or "flow".
+        solver: the options of `FlowMatching.make_sampler`. Gaussian diffusion has none.
+        **options: the other arguments of `create_diffusion`, or those of `FlowMatching`.
 
     Returns:
-        A function with the arguments of `GaussianDiffusion.p_sample_loop`, and the timesteps for which it calls the
-        model, in this order.
+        A function with the arguments of `GaussianDiffusion.p_sample_loop`, and the timesteps or times for which it
+        calls the model, in this order. Flows ignore `clip_denoised`. The times of "dopri5" are None, because it chooses
+        them while it runs.
 
     Raises:
-        ValueError: if the steps or options are invalid.
+        ValueError: if the process does not have this sampler, or if the steps or options are invalid.
     """
+    if process == "flow":
+        loop, times = FlowMatching(**options).make_sampler(name, steps, **(solver or {}))
+
+        def sample_loop(model, shape, *, clip_denoised: bool = False, **arguments) -> Tensor:
+            return loop(model, shape, **arguments)
+
+        return sample_loop, times
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r} of Gaussian diffusion: choose from {', '.join(SAMPLERS)}")
     if name not in SOLVERS:
         diffusion = create_diffusion(steps, **options)
         loop = diffusion.ddim_sample_loop if name == "ddim" else diffusion.p_sample_loop

@@ -36,7 +36,7 @@ class SamplePreview:
         seed: global seed of the run.
         class_names: names of the classes; None to show their numbers.
         autoencoder: decodes the samples; None to show three latent channels as colours.
-        process: keyword arguments of `create_diffusion`; None to draw no samples.
+        process: keyword arguments of `create_process`; None to draw no samples.
         autocast: function that returns the context the model runs in.
         log: the run's logger, which reports pictures that cannot be drawn.
     """
@@ -95,7 +95,7 @@ class SamplePreview:
             with self.autocast():
                 return model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), labels, GUIDANCE)[: len(x)]
 
-        sample, _ = make_sampler(*QUICK, **self.process)
+        sample, _ = make_sampler(*QUICK[self.process.get("process", "gaussian")], **self.process)
         bounded = self.autoencoder is not None and self.autoencoder.bounded
         samples = sample(denoise, noise.shape, noise=noise, clip_denoised=bounded, device=device)
         captions = [self.class_names[c] if self.class_names else str(c) for c in classes.tolist()]
