@@ -22,7 +22,8 @@ for stage in "$@"; do
   case $stage in
     # The compiled, fused and bf16 paths equal the plain ones, never wait for the device, and compile once.
     checks)
-      python -m pytest tests/test_grouped_linear.py tests/test_trainer.py tests/test_models.py -q -p no:cacheprovider 2>&1 | tee "$OUT/gpu-checks.txt" || failed=1 ;;
+      python -m pytest tests/test_grouped_linear.py tests/test_trainer.py tests/test_remix.py tests/test_models.py \
+        -q -p no:cacheprovider 2>&1 | tee "$OUT/gpu-checks.txt" || failed=1 ;;
     b)
       training --model B/2 --batch-size 256 --experts-per-batch 4 8
       training --model B/2 --batch-size 32 --experts-per-batch 4 8 --skip-usual ;;

@@ -1,0 +1,66 @@
+"""The splits of the digits, and the commands and tables of the study of the paper's tables."""
+
+import csv
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "studies"))
+
+import digits
+import tables
+
+
+def test_splits_are_disjoint_and_stratified():
+    splits = digits.split_digits()
+    assert {name: len(images) for name, (images, _) in splits.items()} == digits.SPLITS
+    assert sum(len(images) for images, _ in splits.values()) == 1797
+    for _, labels in splits.values():
+        assert np.bincount(labels).min() / len(labels) > 0.09
+
+
+def test_every_split_is_always_the_same():
+    for name, (images, labels) in digits.split_digits().items():
+        again = digits.split_digits()[name]
+        assert np.array_equal(images, again[0])
+        assert np.array_equal(labels, again[1])
+
+
+@pytest.fixture
+def commands(monkeypatch) -> list[list[str]]:
+    """The commands that the study would run."""
+    recorded = []
+    monkeypatch.setattr(tables, "run", lambda script, *words: recorded.append([script, *map(str, words)]))
+    return recorded
+
+
+@pytest.mark.parametrize("name", ["pretrained", *tables.VARIANTS])
+def test_every_variant_trains_what_it_returns(name, commands, tmp_path):
+    checkpoints, steps = tables.train(tmp_path, name, seed=1, pretraining=160, finetuning=80)
+    assert len(commands) == len(checkpoints) == (8 if name == "independent-8" else 1)
+    trained = []
+    for command, checkpoint in zip(commands, checkpoints, strict=True):
+        flags = dict(word.removeprefix("--").split("=", 1) for word in command if "=" in word)
+        trained.append(int(flags["max-steps"]))
+        assert checkpoint == tmp_path / "runs" / flags["prefix"] / "checkpoints" / f"{trained[-1]:07d}.pt"
+        assert flags["global-seed"] == ("1" if name == "pretrained" else "1001")
+    assert sum(trained) == steps
+
+
+def test_equal_flops_take_fewer_steps():
+    """16 groups of 4 bases in a batch of 80 images of 4 tokens: 20 % more FLOPs than a plain DiT."""
+    assert tables.relative_flops(n_basis=4, n_experts=20) == pytest.approx(1.2)
+
+
+def test_the_readme_holds_the_tables_of_the_results():
+    with open(ROOT / "studies" / "results.csv", newline="") as file:
+        rows = [
+            {key: value if key == "variant" else float(value) for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+    assert list(rows[0]) == tables.COLUMNS
+    readme = (ROOT / "studies" / "README.md").read_text().partition(tables.MARK)[2]
+    for title, names in tables.TABLES.items():
+        assert tables.markdown_table(title, names, rows) in readme
