@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grouped_linear import linear_per_group, mix_weights
+from grouped_linear import mixed_linear
 from models import DiT, DiT_models, classifier_free_guidance
 
 
@@ -49,14 +49,7 @@ class RemixLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply mixture g to the g-th of the G equal parts of the batch, x [B, ..., in] -> [B, ..., out]."""
         alpha = self.batch_coefficients.alpha[self.row]  # [G, K]
-        weight, bias = self.mix(alpha)  # [G, out, in], [G, out]
-        return linear_per_group(x, weight, bias)  # [B, ..., out]
-
-    def mix(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix the bases, Theta_G = alpha_G beta: alpha [G, K] -> weight [G, out, in] and bias [G, out]."""
-        # Autocast would round the bases before they are averaged, and the differences between them are small.
-        with torch.autocast(alpha.device.type, enabled=False):
-            return mix_weights(alpha, self.weight), alpha @ self.bias
+        return mixed_linear(x, alpha, self.weight, self.bias)  # [B, ..., out]
 
     def reset_parameters(self):
         """Draw each basis separately, with the initialization of a single linear layer."""
