@@ -7,6 +7,8 @@ from conftest import DEVICES, GOLDEN, golden, random_remix_dit, relative
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from checkpoint import load_model
 from diffusion import create_diffusion
@@ -105,6 +107,24 @@ def test_folded_experts_equal_mixed_experts(remix):
     assert relative(remix.expert(0)(x, ts, y), mixed) > 1e-3, "the experts of this test must be different"
     with pytest.raises(ValueError, match="must belong to one expert"):
         folded(*batch([0, 999]))
+
+
+def test_changing_the_expert_neither_waits_for_the_device_nor_copies_the_weights(remix):
+    # Tensors on the meta device have no numbers: a transfer to the host would be an error.
+    folded = FoldedRemixDiT(remix).to("meta")
+    new_tensors = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            result = operation(*args, **(kwargs or {}))
+            is_new = not operation.is_view and not operation._schema.is_mutable
+            new_tensors.extend(tree_leaves(result) if is_new else [])
+            return result
+
+    with Record():
+        folded.for_timestep(999)
+    assert folded.folded == 5
+    assert not new_tensors
 
 
 @torch.no_grad()
