@@ -380,3 +380,31 @@ def test_sampling_compiles_once_for_all_experts(device, kind):
         expected = classifier_free_guidance(lambda x, t, y: remix(x, t, y, groups=1), x, ts, y, 1.5)
         assert relative(fast(model.for_timestep(t), x, ts, y, 1.5, 3), expected) < 1e-4
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("exact_products")
+def test_gradients_of_a_model_in_bf16_are_accurate_for_nearly_equal_bases(compiled):
+    """The bases are 0.1 % apart. The reference is the same model in float64, on inputs that bf16 can represent."""
+    model = random_remix_dit(width=64).eval()
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, RemixLinear):
+            for bases in (module.weight, module.bias):
+                bases.data = bases.data[:1] + 1e-3 * bases.data[:1].std() * torch.randn_like(bases)
+    x, grad = torch.randn(16, 4, 8, 8).bfloat16(), torch.randn(16, 8, 8, 8).bfloat16()
+    t = torch.tensor([10, 260, 510, 760]).repeat_interleave(4)
+    y = torch.arange(16) % 10
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        clone = copy.deepcopy(model).to(dtype)
+        if compiled and dtype == torch.float32:
+            clone.compile(dynamic=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            out = clone(x.to(dtype), t, y, groups=4)
+        out.backward(grad.to(out.dtype))
+        mixed = [layer for layer in clone.modules() if isinstance(layer, RemixLinear)]
+        bases = torch.cat([layer.weight.grad.flatten() for layer in mixed])
+        gradients.append((clone.logits.grad, bases, torch.cat([layer.bias.grad.flatten() for layer in mixed])))
+    for reference, gradient in zip(*gradients, strict=True):
+        assert relative(gradient, reference) < 0.02
