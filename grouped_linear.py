@@ -1,50 +1,149 @@
 """Fast implementations of what remix.py computes: mixing the bases, and linear layers on the groups of a batch.
 
-The results do not depend on the implementation, except for rounding. benchmarks/README.md has the measurements.
+The results do not depend on the implementation, except for rounding. benchmarks/README.md has the measurements, and
+benchmarks/h100_kernels.py prints the kernels that the compiler writes for a GPU.
 """
 
 import torch
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
+# From this number of groups on, the backward pass mixes the weights again instead of keeping them in memory.
+RECOMPUTED_GROUPS = 8
 
-def mix_weights(alpha: Tensor, weight: Tensor) -> Tensor:
-    """Compute one weighted sum of the bases' weights for each of G groups: Theta_G = alpha_G beta.
-
-    Args:
-        alpha: coefficients [G, K].
-        weight: weights [K, out, in] of the K bases.
-
-    Returns:
-        Mixed weights [G, out, in].
-    """
-    if torch.compiler.is_compiling():
-        # The compiler fuses this into one pass over the bases and never stores the [G, K, out, in] product.
-        return (alpha[:, :, None, None] * weight).sum(1)
-    return (alpha @ weight.flatten(1)).view(-1, *weight.shape[1:])
+# The compiler (seen in PyTorch 2.11) writes a concatenation of more tensors than this as one kernel that loads every
+# base once and stores all mixtures. It writes a shorter one as a kernel that loads the bases again for each mixture.
+SHORT_CONCATENATION = 8
 
 
-def linear_per_group(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Apply linear layer g to the g-th of G equal contiguous groups of the batch.
+def mixed_linear(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Mix K linear layers into one for each of G groups, and apply mixture g to the g-th equal part of the batch.
+
+    Theta_G = alpha_G beta (paper, section 3.2) and its gradients are sums in float32. Bases are nearly equal, and the
+    gradient of alpha depends on their differences, which a product in bf16 or TF32 would lose. Mixtures are rounded
+    once, to the dtype of the output.
 
     Args:
-        x: input [B, ..., in]; G divides B.
-        weight: weights [G, out, in].
-        bias: biases [G, out].
+        x: input [B, ..., in]. G divides B.
+        alpha: coefficients [G, K], float32.
+        weight: weights [K, out, in] of the bases, float32.
+        bias: biases [K, out] of the bases, float32.
 
     Returns:
         Output [B, ..., out], in the autocast dtype if autocast is enabled, otherwise in the dtype of x.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    kernel = grouped_linear if device == "cpu" else batched_linear
-    return kernel(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    return MixedLinearFunction.apply(x.to(dtype), alpha, weight, bias)
 
 
-def batched_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Compute `linear_per_group` by one batched matrix product, for GPUs, which one small group would not fill."""
-    out = torch.bmm(x.reshape(len(weight), -1, x.shape[-1]), weight.transpose(1, 2)) + bias.unsqueeze(1)
+class MixedLinearFunction(torch.autograd.Function):
+    """See `mixed_linear`. Eager and compiled code use this function. The products have the dtype of x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        theta = mix(alpha, weight, x.dtype)  # [G, out, in]
+        keep = len(alpha) < RECOMPUTED_GROUPS
+        ctx.save_for_backward(x, alpha, weight, bias, theta if keep else None)
+        return linear_per_group(x, theta, mix(alpha, bias, x.dtype))  # [B, ..., out]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, alpha, weight, bias, theta = ctx.saved_tensors
+        if theta is None:
+            theta = mix(in_backward(alpha, grad), weight, x.dtype)
+        grad_x, grad_theta, grad_theta_bias = linear_per_group_backward(grad.to(x.dtype), x, theta)
+        grad_theta = grad_theta.float()  # [G, out, in]
+        grad_alpha = None
+        if ctx.needs_input_grad[1]:
+            grad_alpha = products(grad_theta, weight) + products(grad_theta_bias, bias)  # [G, K]
+        # d loss / d beta = alpha_G^T (d loss / d Theta_G), [K, out, in] and [K, out]
+        return grad_x, grad_alpha, mix(alpha.T, grad_theta), mix(alpha.T, grad_theta_bias)
+
+
+# A custom operator, because the compiler would keep the mixtures of the forward pass instead of mixing again. It cannot
+# compute the result of this operator before `grad`.
+@torch.library.custom_op("remix::in_backward", mutates_args=())
+def in_backward(alpha: Tensor, grad: Tensor) -> Tensor:
+    """Return a copy of alpha that exists only in the backward pass, in which `grad` is computed."""
+    return alpha.clone()
+
+
+@in_backward.register_fake
+def _(alpha, grad):
+    return torch.empty_like(alpha)
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Tell whether the implementations for CPUs are used for a tensor."""
+    return tensor.device.type == "cpu"
+
+
+def mix(alpha: Tensor, tensors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Compute G weighted sums of K tensors in float32, without a matrix product, which may run in TF32.
+
+    Args:
+        alpha: coefficients [G, K].
+        tensors: K weights [K, out, in] or K biases [K, out].
+        dtype: dtype that each sum is rounded to.
+
+    Returns:
+        The sums [G, out, in] or [G, out].
+    """
+    if tensors.ndim == 2:
+        return (alpha[:, :, None] * tensors).sum(1).to(dtype)
+    if torch.compiler.is_compiling():
+        if on_cpu(tensors):
+            # The compiler fuses this into one pass over the tensors and never stores the [G, K, out, in] products.
+            return (alpha[:, :, None, None] * tensors).sum(1).to(dtype)
+        n_parts = SHORT_CONCATENATION // len(alpha) + 1 if len(alpha) > 1 else 1
+        parts = tensors.tensor_split(n_parts, dim=1)  # n_parts tensors [K, out / n_parts, in]
+        sums = [sum(alpha[g, k] * part[k] for k in range(len(tensors))) for g in range(len(alpha)) for part in parts]
+        return torch.cat([part.to(dtype) for part in sums]).view(-1, *tensors.shape[1:])
+    sums = alpha[:, 0, None, None] * tensors[0]
+    for k in range(1, len(tensors)):
+        sums.addcmul_(alpha[:, k, None, None], tensors[k])
+    return sums.to(dtype)
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Compute the inner product of each of G tensors with each of K tensors in float32.
+
+    Args:
+        a: G weights [G, out, in] or biases [G, out].
+        b: K weights [K, out, in] or biases [K, out].
+
+    Returns:
+        The products [G, K].
+    """
+    # One sum per output feature first. A single sum would lose the differences between nearly equal bases to rounding,
+    # and a GPU would run it on as few blocks as there are products.
+    if a.ndim == 2:
+        return (a[:, None] * b).sum(2)
+    # The compiler fuses these sums into one kernel, which loads each number once for all products.
+    rows = [(x * y).sum(1) for x in a for y in b]  # G * K tensors [out]
+    return torch.stack(rows).sum(1).view(len(a), len(b))
+
+
+def linear_per_group(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply linear layer g, weight [G, out, in] and bias [G, out], to the g-th of G equal parts of x [B, ..., in]."""
+    if on_cpu(x):
+        return grouped_linear(x, weight, bias)
+    parts = x.reshape(len(weight), -1, x.shape[-1])  # [G, B / G * ..., in]
+    out = torch.bmm(parts, weight.transpose(1, 2)) + bias.unsqueeze(1)
     return out.view(*x.shape[:-1], -1)
+
+
+def linear_per_group_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of x, of weight [G, out, in] (contiguous) and of bias [G, out] (float32)."""
+    if on_cpu(x):
+        return grouped_linear_backward(grad, x, weight)
+    grads = grad.reshape(len(weight), -1, grad.shape[-1])  # [G, B / G * ..., out]
+    parts = x.reshape(len(weight), -1, x.shape[-1])  # [G, B / G * ..., in]
+    grad_x = torch.bmm(grads, weight).view(x.shape)
+    # This order of the factors gives a contiguous result, which `products` and `mix` read without a stride.
+    grad_weight = torch.bmm(grads.transpose(1, 2), parts)
+    return grad_x, grad_weight, grads.sum(1, dtype=torch.float32)
 
 
 # A custom operator, because torch.compile would turn the writes into parts of one output into copies.
@@ -68,7 +167,7 @@ def grouped_linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Te
     for g in range(len(weight)):
         torch.mm(grads[g], weight[g], out=grad_x[g])
         torch.mm(grads[g].T, groups[g], out=grad_weight[g])
-    return grad_x.view(x.shape), grad_weight, grads.sum(1)
+    return grad_x.view(x.shape), grad_weight, grads.sum(1, dtype=torch.float32)
 
 
 @grouped_linear.register_fake
@@ -78,13 +177,7 @@ def _(x, weight, bias):
 
 @grouped_linear_backward.register_fake
 def _(grad, x, weight):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])
-
-
-grouped_linear.register_autograd(
-    lambda ctx, grad: grouped_linear_backward(grad, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
-)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2], dtype=torch.float32)
 
 
 def choose_attention(model: nn.Module, device: torch.device):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grouped_linear import linear_per_group, mix_weights
+from grouped_linear import mixed_linear
 from models import DiT, DiT_models, classifier_free_guidance
 
 
@@ -51,14 +51,7 @@ class RemixLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply mixture g to the g-th of the G equal parts of the batch, x [B, ..., in] -> [B, ..., out]."""
         alpha = self.batch_coefficients.alpha[self.row]  # [G, K]
-        weight, bias = self.mix(alpha)  # [G, out, in], [G, out]
-        return linear_per_group(x, weight, bias)  # [B, ..., out]
-
-    def mix(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix the bases, Theta_G = alpha_G beta: alpha [G, K] -> weight [G, out, in] and bias [G, out]."""
-        # Autocast would round the bases before they are averaged, and the differences between them are small.
-        with torch.autocast(alpha.device.type, enabled=False):
-            return mix_weights(alpha, self.weight), alpha @ self.bias
+        return mixed_linear(x, alpha, self.weight, self.bias)  # [B, ..., out]
 
     def reset_parameters(self):
         """Draw each basis separately, with the initialization of a single linear layer."""
@@ -308,17 +301,23 @@ class RemixDiT(nn.Module):
         """
         if not 0 <= i < self.n_experts:
             raise IndexError(f"the expert index must be from 0 to {self.n_experts - 1}, but it is {i}")
-        alpha = self._coefficients_per_row()[:, i].tolist()
-        folded, bases, rows = [], [], []
+        self._fold(dit, self._coefficients_per_row()[:, i].tolist())
+
+    @torch.no_grad()
+    def _fold(self, dit: DiT, alpha: list[list[float]]):
+        """Write the mixed weights for the coefficients alpha [1 or depth][K] into `dit`, in place.
+
+        There is no matrix product, which GPUs may compute in TF32, and no temporary copy of the weights.
+        """
+        layers_of_row = {}
         for name, layer in self._mixed():
-            linear = dit.get_submodule(name)
-            folded += [linear.weight, linear.bias]
-            bases += [layer.weight, layer.bias]
-            rows += [alpha[layer.row]] * 2
-        # All layers are mixed at once, without a matrix product, because GPUs may compute it in TF32.
-        torch._foreach_zero_(folded)
-        for k in range(self.n_basis):
-            torch._foreach_add_(folded, torch._foreach_mul([basis[k] for basis in bases], [row[k] for row in rows]))
+            layers_of_row.setdefault(layer.row, []).append((dit.get_submodule(name), layer))
+        for row, layers in layers_of_row.items():
+            folded = [tensor for linear, _ in layers for tensor in (linear.weight, linear.bias)]
+            torch._foreach_zero_(folded)
+            for k in range(self.n_basis):
+                bases = [tensor[k] for _, layer in layers for tensor in (layer.weight, layer.bias)]
+                torch._foreach_add_(folded, bases, alpha=alpha[row][k])
 
 
 def check_boundaries(boundaries: list[float], n_experts: int, num_timesteps: int = 1000):
@@ -389,11 +388,16 @@ class ExpertSwitch(nn.Module):
 
 
 class FoldedRemixDiT(ExpertSwitch):
-    """A RemixDiT as one plain DiT. Its weights are overwritten whenever the expert changes."""
+    """A RemixDiT as one plain DiT. Its weights are overwritten whenever the expert changes.
+
+    The parameters of the RemixDiT must not change afterwards.
+    """
 
     def __init__(self, remix: RemixDiT):
         super().__init__()
         self.remix = remix
+        # On the host, [N][1 or depth][K], so that a change of the expert does not wait for the device.
+        self.alpha = remix._coefficients_per_row().transpose(0, 1).tolist()
         self.dit = remix.expert(0)
         self.folded = 0
 
@@ -402,7 +406,7 @@ class FoldedRemixDiT(ExpertSwitch):
 
     def select(self, i: int) -> DiT:
         if i != self.folded:
-            self.remix.fold_(self.dit, i)
+            self.remix._fold(self.dit, self.alpha[i])
             self.folded = i
         return self.dit
 

@@ -7,6 +7,8 @@ from conftest import DEVICES, GOLDEN, golden, random_remix_dit, relative
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from checkpoint import load_model
 from diffusion import create_diffusion
@@ -105,6 +107,24 @@ def test_folded_experts_equal_mixed_experts(remix):
     assert relative(remix.expert(0)(x, ts, y), mixed) > 1e-3, "the experts of this test must be different"
     with pytest.raises(ValueError, match="must belong to one expert"):
         folded(*batch([0, 999]))
+
+
+def test_changing_the_expert_neither_waits_for_the_device_nor_copies_the_weights(remix):
+    # Tensors on the meta device have no numbers: a transfer to the host would be an error.
+    folded = FoldedRemixDiT(remix).to("meta")
+    new_tensors = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            result = operation(*args, **(kwargs or {}))
+            is_new = not operation.is_view and not operation._schema.is_mutable
+            new_tensors.extend(tree_leaves(result) if is_new else [])
+            return result
+
+    with Record():
+        folded.for_timestep(999)
+    assert folded.folded == 5
+    assert not new_tensors
 
 
 @torch.no_grad()
@@ -377,3 +397,31 @@ def test_boundaries_assign_noise_levels_to_experts(pretrained):
 def test_invalid_boundaries(pretrained, boundaries):
     with pytest.raises(ValueError, match="boundaries"):
         RemixDiT(pretrained, 2, 3, boundaries=boundaries)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("exact_products")
+def test_gradients_of_a_model_in_bf16_are_accurate_for_nearly_equal_bases(compiled):
+    """The bases are 0.1 % apart. The reference is the same model in float64, on inputs that bf16 can represent."""
+    model = random_remix_dit(width=64).eval()
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, RemixLinear):
+            for bases in (module.weight, module.bias):
+                bases.data = bases.data[:1] + 1e-3 * bases.data[:1].std() * torch.randn_like(bases)
+    x, grad = torch.randn(16, 4, 8, 8).bfloat16(), torch.randn(16, 8, 8, 8).bfloat16()
+    t = torch.tensor([10, 260, 510, 760]).repeat_interleave(4)
+    y = torch.arange(16) % 10
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        clone = copy.deepcopy(model).to(dtype)
+        if compiled and dtype == torch.float32:
+            clone.compile(dynamic=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            out = clone(x.to(dtype), t, y, groups=4)
+        out.backward(grad.to(out.dtype))
+        mixed = [layer for layer in clone.modules() if isinstance(layer, RemixLinear)]
+        bases = torch.cat([layer.weight.grad.flatten() for layer in mixed])
+        gradients.append((clone.logits.grad, bases, torch.cat([layer.bias.grad.flatten() for layer in mixed])))
+    for reference, gradient in zip(*gradients, strict=True):
+        assert relative(gradient, reference) < 0.02
