@@ -194,8 +194,11 @@ def test_latent_models_from_images_to_samples(vae, tmp_path):
     run("train_fast.py", *training_flags(tmp_path / "f", tmp_path, "latent"), "--max-steps", 3, "--num-classes", 9)
     ckpt = tmp_path / "latent/checkpoints/0000003.pt"
     state = torch.load(ckpt, weights_only=True)
-    noise = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
-    state["ema"]["backbone.final_layer.linear.weight"] += 0.3 * noise
+    # Both layers are zero at initialization: without the second one the label would hardly change the output.
+    generator = torch.Generator().manual_seed(0)
+    for name in ("linear", "adaLN_modulation.1"):
+        weight = state["ema"][f"backbone.final_layer.{name}.weight"]
+        weight += 0.3 * torch.randn(weight.shape, generator=generator)
     save_checkpoint(ckpt, state)
     flags = ("--ckpt", ckpt, *FEW_SAMPLES, "--sample-dir", tmp_path / "samples")
     run("sample_ddp.py", *flags, "--name", "three")
