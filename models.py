@@ -24,18 +24,22 @@ class TimestepEmbedder(nn.Module):
 
     Args:
         hidden_size: size D of the embedding.
-        frequencies: number of sinusoids, half of them cosines.
+        frequencies: number of sinusoids F, half of them cosines.
+        shift: shift s of the frequencies 10000^(-i / (F/2 - s)) for i = 0..F/2 - 1. It is 0 in the published DiT, and 1
+            in diffusers' class.
     """
 
-    def __init__(self, hidden_size: int, frequencies: int = 256):
+    def __init__(self, hidden_size: int, frequencies: int = 256, shift: int = 0):
         super().__init__()
+        self.shift = shift
         self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         self.frequencies = frequencies
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed the timesteps t [B] -> [B, D]."""
         half = self.frequencies // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        index = torch.arange(half, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10000) * index / (half - self.shift))
         angles = t[:, None].float() * frequencies[None]  # [B, frequencies / 2]
         embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, frequencies]
         return self.mlp(embedding.to(self.mlp[0].weight.dtype))  # [B, D]
@@ -137,6 +141,7 @@ class DiT(nn.Module):
         num_classes: number of classes. The null class has this index.
         learn_sigma: predict the variance too (Improved DDPM, arXiv 2102.09672, eq. 15). The output then has 2C
             channels: the noise, then the interpolation value of the variance.
+        frequency_shift: see `TimestepEmbedder`.
 
     Raises:
         ValueError: if the sizes are not divisible as described.
@@ -154,6 +159,7 @@ class DiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        frequency_shift: int = 0,
     ):
         super().__init__()
         if input_size % patch_size:
@@ -174,13 +180,17 @@ class DiT(nn.Module):
             num_classes=num_classes,
             learn_sigma=learn_sigma,
         )
+        # Omitted for the default, so that configs written by earlier versions still match.
+        if frequency_shift:
+            self.config["frequency_shift"] = frequency_shift
         self.patch_size = patch_size
         self.in_channels = in_channels
         self.num_classes = num_classes
+        self.frequency_shift = frequency_shift
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, shift=frequency_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         positions = sincos_positions(hidden_size, input_size // patch_size)
         # A parameter rather than a buffer, as in the published checkpoints.

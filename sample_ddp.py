@@ -31,12 +31,14 @@ from tqdm import tqdm
 from autoencoder import Pixels, load_autoencoder
 from checkpoint import fingerprint, load_denoiser
 from common import (
+    TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
     UserError,
     atomic_write,
     check_disk,
     check_settings,
     folder_name,
+    frequency_override,
     number,
     positive_int,
     remove_leftovers,
@@ -98,6 +100,7 @@ def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is used.
     settings = SampleSettings(**{field.name: getattr(args, field.name) for field in fields(SampleSettings)})
     overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
+    overrides |= frequency_override(args.timestep_frequencies)
     model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
     check_data_flags(args.image_size, args.num_classes, config, args.ckpt[0])
     vae = args.vae or config["data"]["vae"]
@@ -105,6 +108,9 @@ def main(args: argparse.Namespace):
     folder = Path(args.sample_dir) / (args.name or default_name(args.ckpt[0], settings))
     fingerprints = [fingerprint(path) for path in args.ckpt]
     record = {"ckpt": args.ckpt, "ckpt_fingerprint": fingerprints, "vae": vae, **asdict(settings)}
+    # Omitted for the default, as in the config.
+    if shift := config["model"]["backbone"].get("frequency_shift"):
+        record["frequency_shift"] = shift
     if finished(folder, record):
         return
     total, size = settings.num_fid_samples, settings.per_proc_batch_size
@@ -388,6 +394,7 @@ if __name__ == "__main__":
         type=positive_int,
         help="number of attention heads; required only for a checkpoint of another project that fits no --model",
     )
+    group.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     group.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,
