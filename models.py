@@ -24,9 +24,8 @@ class TimestepEmbedder(nn.Module):
 
     Args:
         hidden_size: size D of the embedding.
-        frequencies: number of sinusoids F, half of them cosines.
-        shift: shift s of the frequencies 10000^(-i / (F/2 - s)) for i = 0..F/2 - 1. It is 0 in the published DiT, and 1
-            in diffusers' class.
+        frequencies: number of sinusoids, half of them cosines.
+        shift: see `sinusoid_frequencies`.
     """
 
     def __init__(self, hidden_size: int, frequencies: int = 256, shift: int = 0):
@@ -37,12 +36,19 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed the timesteps t [B] -> [B, D]."""
-        half = self.frequencies // 2
-        index = torch.arange(half, dtype=torch.float32, device=t.device)
-        frequencies = torch.exp(-math.log(10000) * index / (half - self.shift))
-        angles = t[:, None].float() * frequencies[None]  # [B, frequencies / 2]
+        frequencies = sinusoid_frequencies(self.frequencies, t.device, self.shift)
+        angles = t[:, None].float() * frequencies  # [B, frequencies / 2]
         embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, frequencies]
         return self.mlp(embedding.to(self.mlp[0].weight.dtype))  # [B, D]
+
+
+def sinusoid_frequencies(n: int, device=None, shift: int = 0) -> Tensor:
+    """Return the frequencies 10000^(-i / (n / 2 - shift)) of n sinusoids, the first half of which are cosines, [n / 2].
+
+    `shift` is 0 in the published DiT, and 1 in diffusers' class.
+    """
+    half = n // 2
+    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / (half - shift))
 
 
 class LabelEmbedder(nn.Module):

@@ -39,6 +39,7 @@ from common import (
     check_settings,
     folder_name,
     frequency_override,
+    lock_folder,
     number,
     positive_int,
     remove_leftovers,
@@ -103,6 +104,7 @@ def main(args: argparse.Namespace):
     overrides |= frequency_override(args.timestep_frequencies)
     model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
     check_data_flags(args.image_size, args.num_classes, config, args.ckpt[0])
+    check_original_flags(args.n_basis, args.n_experts, args.tf32, config, args.ckpt[0])
     vae = args.vae or config["data"]["vae"]
     pipeline = make_pipeline(model, config, settings, vae, args.ckpt[0])
     folder = Path(args.sample_dir) / (args.name or default_name(args.ckpt[0], settings))
@@ -113,6 +115,7 @@ def main(args: argparse.Namespace):
         record["frequency_shift"] = shift
     if finished(folder, record):
         return
+    lock_folder(folder, "--name")
     total, size = settings.num_fid_samples, settings.per_proc_batch_size
     batches = [range(i, min(i + size, total)) for i in range(0, total, size)]
     missing = [numbers for numbers in batches if not part_path(folder, numbers).exists()]
@@ -156,6 +159,19 @@ def check_data_flags(image_size: int | None, num_classes: int | None, config: di
     ):
         if given not in (None, trained):
             raise UserError(f"--{flag} {given}, but {ckpt} was trained with {trained}")
+
+
+def check_original_flags(n_basis: int | None, n_experts: int | None, tf32: bool, config: dict, ckpt: str):
+    """Raise UserError if flags that only the original repository needs contradict the checkpoint or this script."""
+    mixing = config["model"]["remix"]
+    for flag, given, key in (("n-basis", n_basis, "n_basis"), ("n-experts", n_experts, "n_experts")):
+        recorded = f"was trained with {mixing[key]}" if mixing else "is a plain DiT"
+        if given is not None and (mixing or {}).get(key) != given:
+            raise UserError(f"--{flag} {given}, but {ckpt} {recorded}: leave the flag out, the checkpoint replaces it")
+    if not tf32:
+        raise UserError(
+            "--no-tf32: --precision replaces it; for fp32 without TF32 set NVIDIA_TF32_OVERRIDE=0 in the environment"
+        )
 
 
 def trained_classes(config: dict) -> int:
@@ -206,7 +222,8 @@ def finished(folder: Path, record: dict) -> bool:
     """Return whether a folder holds all samples of these settings. Raises UserError if it holds other files."""
     path = folder / "settings.json"
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        # A run that was killed at its start leaves hidden files behind.
+        if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UserError(f"{folder} is not empty: choose another --name or --sample-dir")
         return False
     # The checkpoint may have been moved; its fingerprint is compared instead.
@@ -449,6 +466,14 @@ if __name__ == "__main__":
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="run the model through torch.compile (default: on GPUs, if there are at least 1000 steps in total)",
+    )
+    group = parser.add_argument_group(
+        "flags of the original repository", "They are not needed, and are compared with the checkpoint."
+    )
+    group.add_argument("--n-basis", type=positive_int, metavar="K", help="number of bases")
+    group.add_argument("--n-experts", type=positive_int, metavar="N", help="number of experts")
+    group.add_argument(
+        "--tf32", action=argparse.BooleanOptionalAction, default=True, help="--precision fp32 always allows TF32"
     )
     group = parser.add_argument_group("results")
     group.add_argument("--sample-dir", default="samples", help="parent folder of the results")

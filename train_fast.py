@@ -23,6 +23,7 @@ from common import (
     UserError,
     folder_name,
     frequency_override,
+    lock_folder,
     number,
     positive_int,
     remove_leftovers,
@@ -74,6 +75,7 @@ def main(args: argparse.Namespace):
     torch.manual_seed(settings.global_seed)
     model = make_model(args.model, shape, mixing, settings.prior_bonus, settings.load_weight, args.trust_pickle)
     config = run_config(args.model, model, dataset, args.image_size, settings)
+    lock_folder(folder, "--prefix")
     resume_path, state, damaged = find_resume(args.resume, folder, config)
     step = state["step"] if state else 0
     autoencoder, preview_note = choose_decoder(args.sample_every, settings.timesteps, args.vae, dataset)
@@ -484,4 +486,5 @@ if __name__ == "__main__":
         "latents are shown as colours)",
     )
     add("--trust-pickle", action="store_true", help="allow --load-weight to run code: only for files of your own")
+    add("--strict", action="store_true", help="no effect: --load-weight must always fit (a flag of the original)")
     run_script(main, parser)

@@ -6,7 +6,7 @@ This project's DiT has the same parameter names and shapes, so that the tensors 
 import torch
 from torch import Tensor
 
-from common import atomic_write, warn
+from common import atomic_write
 from interop.shapes import backbone_from_shapes, find_state_dict, make_config, stored_model_name
 from models import DiT
 
@@ -22,7 +22,5 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
 
 def write(path, models: dict[str, DiT], config: dict):
     """Write plain DiTs as one file, their state dicts under the keys of `models`. `interop` documents the arguments."""
-    if any(model.frequency_shift for model in models.values()):
-        warn(f"{path} cannot record the timestep frequencies: load it with --timestep-frequencies diffusers")
     with atomic_write(path) as temporary:
         torch.save({key: model.state_dict() for key, model in models.items()}, temporary)

@@ -43,12 +43,13 @@ def _state_dict(model: DiT | RemixDiT) -> dict[str, Tensor]:
             "the original Remix-DiT supports softmax mixers of global scope over attention and MLP layers only"
         )
     # Its experts have T // N timesteps each, and its prior gives N // K experts to every basis.
-    if model.num_timesteps % model.n_experts or model.n_experts % model.n_basis or model.boundaries is not None:
+    numbers = f"K={model.n_basis}, N={model.n_experts}"
+    if model.num_timesteps % model.n_experts or model.n_experts % model.n_basis:
         raise UserError(
-            f"the original Remix-DiT supports only equal intervals, where N divides {model.num_timesteps} and K divides "
-            f"N: this model has K={model.n_basis}, N={model.n_experts}"
-            + (" and boundaries of its own" if model.boundaries is not None else "")
+            f"the original needs an N that divides {model.num_timesteps}, and a K that divides N, not {numbers}"
         )
+    if model.boundaries is not None:
+        raise UserError(f"the original Remix-DiT supports only intervals of equal length, not these of {numbers}")
     if model.backbone.frequency_shift:
         raise UserError("the original Remix-DiT supports only the timestep frequencies of the published DiT")
     return {
