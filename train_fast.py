@@ -18,9 +18,11 @@ import torch
 
 from checkpoint import CheckpointWriter
 from common import (
+    TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
     UserError,
     folder_name,
+    frequency_override,
     lock_folder,
     number,
     positive_int,
@@ -59,7 +61,7 @@ STOP_CHECK = 4
 def main(args: argparse.Namespace):
     # Check all input before any device or process group is used.
     dataset = open_features(args.data_path, args.image_size, assume=args.dry_run)
-    shape = model_shape(dataset, args.num_classes)
+    shape = model_shape(dataset, args.num_classes) | frequency_override(args.timestep_frequencies)
     settings = resolve_settings(args, len(dataset))
     mixing = mixing_options(args)
     folder = Path(args.results_dir) / (args.prefix or default_prefix(args.model, mixing))
@@ -370,6 +372,7 @@ if __name__ == "__main__":
         help="initial weights: a checkpoint of a DiT or a RemixDiT, or a DiT in diffusers' layout (a folder, or a name "
         "on the Hugging Face hub such as facebook/DiT-XL-2-256) (default: random weights)",
     )
+    add("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     add("--n-basis", type=positive_int, default=4, metavar="K", help="basis models")
     add("--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="experts, one per timestep interval")
     add("--mixer", choices=MIXERS, default="softmax", help="how the mixing logits become coefficients")
@@ -483,4 +486,5 @@ if __name__ == "__main__":
         "latents are shown as colours)",
     )
     add("--trust-pickle", action="store_true", help="allow --load-weight to run code: only for files of your own")
+    add("--strict", action="store_true", help="no effect: --load-weight must always fit (a flag of the original)")
     run_script(main, parser)

@@ -27,7 +27,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import load_model
-from common import ArgumentParser, UserError, atomic_write, positive_int, run_script, seed_int
+from common import (
+    TIMESTEP_FREQUENCIES_FLAG,
+    ArgumentParser,
+    UserError,
+    atomic_write,
+    frequency_override,
+    positive_int,
+    run_script,
+    seed_int,
+)
 from diffusion import create_diffusion
 from features import FeatureDataset
 from figures import intervals, save_coefficients, save_grid
@@ -46,15 +55,16 @@ def main(args: argparse.Namespace):
     elif args.figure == "training":
         draw_training(out, Path(args.run) / "metrics.jsonl")
     else:
-        heads = {"num_heads": args.num_heads} if args.num_heads else {}
-        model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **heads)
+        overrides = {"num_heads": args.num_heads} if args.num_heads else {}
+        overrides |= frequency_override(args.timestep_frequencies)
+        model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **overrides)
         if not isinstance(model, RemixDiT):
             raise UserError(f"{args.ckpt} holds a plain DiT, which has no mixing coefficients")
         name = config["model"]["name"]
         if args.figure == "coefficients":
             draw_coefficients(out, model, name)
         else:
-            pretrained, _ = load_model(args.pretrained, allow_pickle=args.trust_pickle, **heads)
+            pretrained, _ = load_model(args.pretrained, allow_pickle=args.trust_pickle, **overrides)
             if not isinstance(pretrained, DiT) or pretrained.config != model.backbone_config:
                 raise UserError(f"{args.pretrained} is not the plain DiT that {args.ckpt} was trained from")
             x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
@@ -253,6 +263,7 @@ if __name__ == "__main__":
         figure.add_argument(
             "--trust-pickle", action="store_true", help="load pickles, which can run code: only for your own files"
         )
+        figure.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     losses.add_argument("--pretrained", required=True, help="checkpoint of the DiT that the training started from")
     losses.add_argument("--data-path", required=True, help="encoded images, preferably not those of the training")
     losses.add_argument("--images", type=positive_int, default=256, help="number of images")

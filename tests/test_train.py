@@ -72,7 +72,7 @@ def test_starting_from_a_pretrained_dit(features, tmp_path):
     for model in ("DiT-T/2", "RemixDiT-T/2"):
         prefix = model.replace("/", "-")
         flags = [*training_flags(features, tmp_path, prefix, model), f"--load-weight={tmp_path / 'dit.pt'}"]
-        run("train_fast.py", *flags, "--max-steps=1", "--lr=1e-9", "--coeff-lr=0")
+        run("train_fast.py", *flags, "--max-steps=1", "--lr=1e-9", "--coeff-lr=0", "--strict")
         trained, _ = load_model(tmp_path / prefix / "checkpoints/0000001.pt")
         expert = trained if model == "DiT-T/2" else trained.expert(5)
         for key, value in dit.state_dict().items():

@@ -24,7 +24,7 @@ def make_model(
 
     Args:
         name: name of the model, of DiT_models or RemixDiT_models.
-        shape: keyword arguments of the DiT, from `model_shape`.
+        shape: keyword arguments of the DiT, from `model_shape`, and its frequency_shift if the user gives one.
         mixing: keyword arguments of the RemixDiT, from `mixing_options`; None for a plain DiT.
         prior_bonus: initial lead of the prior's basis in the mixing logits.
         load_weight: file of the initial weights; None for random weights.
@@ -46,7 +46,8 @@ def load_initial_model(
     name: str, shape: dict, mixing: dict | None, prior_bonus: float, path: str, allow_pickle: bool
 ) -> DiT | RemixDiT:
     """Load the weights at step 0 and check that they fit the model; the arguments are those of `make_model`."""
-    loaded, _ = load_model(path, allow_pickle=allow_pickle, verify=True)
+    overrides = {key: value for key, value in shape.items() if key == "frequency_shift"}
+    loaded, _ = load_model(path, allow_pickle=allow_pickle, verify=True, **overrides)
     loaded_config = loaded.backbone_config if isinstance(loaded, RemixDiT) else loaded.config
     needed_config = DiT_models[name.removeprefix("Remix")](**shape).config
     for key, value in needed_config.items():
