@@ -29,7 +29,16 @@ from common import (
     write_json,
 )
 from diffusion import create_diffusion
-from distributed import PRECISIONS, StopSignal, World, rank0_logger, restore_signals, setup, world_size
+from distributed import (
+    PRECISIONS,
+    StopSignal,
+    World,
+    is_first_process,
+    rank0_logger,
+    restore_signals,
+    setup,
+    world_size,
+)
 from features import FeatureDataset
 from models import DiT, DiT_models
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models
@@ -46,7 +55,7 @@ from training.plan import (
     training_flops,
 )
 from training.previews import SamplePreview, choose_decoder
-from training.start import find_resume, make_model, run_config
+from training.start import choose_sharding, find_resume, make_model, read_resume, run_config
 from training.statistics import NonFiniteSteps, ThroughputTimer, build_metrics, memory_gib, report_line
 from training.trainer import Trainer
 
@@ -72,26 +81,30 @@ def main(args: argparse.Namespace):
     torch.manual_seed(settings.global_seed)
     model = make_model(args.model, shape, mixing, settings.prior_bonus, settings.load_weight, args.trust_pickle)
     config = run_config(args.model, model, dataset, args.image_size, settings)
-    resume_path, state, damaged = find_resume(args.resume, folder, config)
+    shard, traffic = choose_sharding(args.shard_bases, model, settings, args.grad_accum)
+    # One process compares the checkpoint with its checksums. The others wait for it in `setup`.
+    resume_path, state, damaged = find_resume(args.resume, folder, config) if is_first_process() else (None, None, {})
     step = state["step"] if state else 0
     autoencoder, preview_note = choose_decoder(args.sample_every, settings.timesteps, args.vae, dataset)
-    n_checkpoints = count_checkpoints(folder, step, settings.max_steps, **saving)
-    disk_note = check_checkpoint_space(folder, model, n_checkpoints)
+    disk_note = None
+    if is_first_process():
+        n_checkpoints = count_checkpoints(folder, step, settings.max_steps, **saving)
+        disk_note = check_checkpoint_space(folder, model, n_checkpoints)
 
     # Join the other processes and prepare the run's folder.
     world = setup()
     stop = StopSignal()
-    if not world.same(step):
-        raise UserError(
-            "the processes found different checkpoints: all nodes need the same --results-dir on a shared file system"
-        )
+    resume_path = world.from_main(resume_path)
+    if resume_path and not world.is_main:
+        state = read_resume(resume_path, config)
+        step = state["step"]
     if world.is_main:
         prepare_folder(folder, config, damaged)
     log = rank0_logger(world, folder / "log.txt")
     compiled = torch.cuda.is_available() if args.compile is None else args.compile
     devices = f"{world.size} x {world.device.type}{', compiled' if compiled else ''}"
     description = describe_run(args.model, model, dataset, settings, devices)
-    log_introduction(log, description, damaged, [disk_note, preview_note, *advice(model, settings)])
+    log_introduction(log, description, damaged, [*traffic, disk_note, preview_note, *advice(model, settings)])
 
     # Set up the training state.
     trainer = Trainer(
@@ -104,6 +117,7 @@ def main(args: argparse.Namespace):
         clip_grad=settings.clip_grad,
         precision=settings.precision,
         compile=compiled,
+        shard=shard,
     )
     if state:
         trainer.load_state_dict(state, resume_path)
@@ -122,6 +136,7 @@ def main(args: argparse.Namespace):
             autoencoder,
             config["diffusion"] if settings.timesteps == ALL_TIMESTEPS else None,
             partial(world.autocast, settings.precision),
+            world.device,
             log,
         )
     flops_per_image = training_flops(config["model"]["backbone"])
@@ -150,26 +165,33 @@ def main(args: argparse.Namespace):
             if step % args.log_every == 0 or finished:
                 losses, nonfinite = trainer.stats.read()
                 images_per_s = timer.read()
+                schedule = trainer.learning_rates() | {"prior_weight": prior_weight}
+                performance = {
+                    "images_per_s": images_per_s,
+                    "mfu": images_per_s * flops_per_image / peak_flops_per_s,
+                    "memory_gib": memory_gib(world.device),
+                }
+                # Each process measures the distances between its own rows of sharded bases.
+                metrics = build_metrics(step, losses, nonfinite, model, schedule, performance)
                 if world.is_main:
-                    schedule = trainer.learning_rates() | {"prior_weight": prior_weight}
-                    performance = {
-                        "images_per_s": images_per_s,
-                        "mfu": images_per_s * flops_per_image / peak_flops_per_s,
-                        "memory_gib": memory_gib(world.device),
-                    }
-                    metrics = build_metrics(step, losses, nonfinite, model, schedule, performance)
                     loggers.log_metrics(step, metrics)
                     log.info(report_line(metrics, settings.max_steps, settings.global_batch_size))
             if step % args.ckpt_every == 0 or finished or stopped:
                 with timer.paused():
+                    # There may be host memory for one copy of the state only.
+                    writer.wait()
                     window = trainer.stats.state_dict()
+                    saved = {"config": config, "step": step, "window": window} | trainer.state_dict()
                     if world.is_main:
-                        writer.save(step, {"config": config, "step": step, "window": window} | trainer.state_dict())
-            if previews and step % args.sample_every == 0:
+                        writer.save(step, saved)
+                    del saved
+            if args.sample_every and step % args.sample_every == 0:
                 # The other processes wait for this one in their next step.
                 with timer.paused():
-                    for kind, path in previews.draw(step, trainer.ema).items():
+                    ema = trainer.whole_ema()
+                    for kind, path in previews.draw(step, ema).items() if previews else ():
                         loggers.log_image(step, kind, path)
+                    del ema
 
     # End.
     writer.wait()
@@ -443,6 +465,12 @@ if __name__ == "__main__":
 
     add = parser.add_argument_group("speed and reports").add_argument
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the model (default: on GPUs only)")
+    add(
+        "--shard-bases",
+        action=argparse.BooleanOptionalAction,
+        help="each process owns a part of every basis, and the processes exchange the mixtures instead of the "
+        "gradients of the bases (default: if that sends less)",
+    )
     add(
         "--num-workers",
         type=number(int, 0),

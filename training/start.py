@@ -5,10 +5,13 @@ from pathlib import Path
 
 from checkpoint import VERSION, checkpoints, find_corruption, load_model, model_config, read_checkpoint
 from common import UserError
+from distributed import PRECISIONS, world_size
 from features import FeatureDataset
 from interop.shapes import PUBLISHED_VAE
 from models import DiT, DiT_models
 from remix import RemixDiT, RemixDiT_models
+from sharding import bytes_sent, can_shard
+from training.batches import count_groups
 from training.plan import RunSettings
 
 
@@ -75,10 +78,48 @@ def run_config(
     return {"model": model_config(name, model), "diffusion": {}, "data": data, "training": asdict(settings)}
 
 
+def choose_sharding(
+    requested: bool | None, model: DiT | RemixDiT, settings: RunSettings, grad_accum: int
+) -> tuple[bool, list[str]]:
+    """Decide whether the bases are sharded over the processes.
+
+    Args:
+        requested: --shard-bases or --no-shard-bases; None to choose what sends less.
+        model: the model at step 0.
+        settings: the settings of the run.
+        grad_accum: microbatches per process and step.
+
+    Returns:
+        The decision, and a line that gives its traffic; no line for one process.
+
+    Raises:
+        UserError: if sharding is requested but not possible.
+    """
+    size = world_size()
+    if size == 1 or not isinstance(model, RemixDiT):
+        if requested and size > 1:
+            raise UserError("--shard-bases: a DiT has no bases")
+        return False, []
+    n_images = settings.global_batch_size // size // grad_accum
+    groups = grad_accum * count_groups(n_images, settings.global_batch_size // settings.experts_per_batch)
+    itemsize = PRECISIONS[settings.precision].itemsize
+    whole = bytes_sent(model, size, groups, itemsize, sharded=False)
+    if not can_shard(model, size):
+        if requested:
+            raise UserError(f"--shard-bases: {size} processes do not divide the outputs of every mixed layer")
+        return False, [f"bases not sharded: a process sends {whole / 2**20:,.1f} MiB per step"]
+    sharded = bytes_sent(model, size, groups, itemsize, sharded=True)
+    shard = sharded < whole if requested is None else requested
+    sent = [f"{sharded / 2**20:,.1f} MiB per step if they are", f"{whole / 2**20:,.1f} MiB if they are not"]
+    return shard, [f"bases {'' if shard else 'not '}sharded: a process sends {', '.join(sent)}"]
+
+
 def find_resume(
     resume: str | None, folder: Path, config: dict
 ) -> tuple[Path | str | None, dict | None, dict[Path, str]]:
     """Find and read the checkpoint to resume from, and check that it belongs to the same run.
+
+    The whole file is read to compare it with its checksums, so only one process should call this.
 
     Args:
         resume: a checkpoint, or "auto" for the newest undamaged one of the run; None for a new run.
@@ -106,7 +147,22 @@ def find_resume(
         return None, None, {}
     if present and present[0].parent.resolve() != Path(path).resolve().parent:
         raise UserError(f"{folder} already holds a different run from that of --resume {path}: use another --prefix")
-    state = read_checkpoint(path, mmap=False, verify=True)
+    # The newest checkpoint has been compared with its checksums already.
+    return path, read_resume(path, config, verify=resume != "auto"), damaged
+
+
+def read_resume(path: Path | str, config: dict, verify: bool = False) -> dict:
+    """Read the checkpoint to resume from, mapped into memory, and check that it belongs to the same run.
+
+    Args:
+        path: the checkpoint.
+        config: configuration of this run.
+        verify: compare all parts of the file with their checksums first.
+
+    Raises:
+        UserError: see `find_resume`.
+    """
+    state = read_checkpoint(path, verify=verify)
     if not {"config", "step", "model", "ema", "optimizer", "scaler", "window"} <= state.keys():
         raise UserError(f"--resume {path} holds weights but no training state: use it with --load-weight")
     if state.get("version", 0) < VERSION:
@@ -120,7 +176,7 @@ def find_resume(
             raise UserError(
                 f"--resume {path} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}"
             )
-    return path, state, damaged
+    return state
 
 
 def newest_checkpoint(present: list[Path]) -> tuple[Path | None, dict[Path, str]]:

@@ -103,14 +103,14 @@ class TrainingStats:
         return known
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state of all processes together, for a checkpoint.
+        """Return the state of all processes together, for a checkpoint, in host memory.
 
         Every process must call this. Each process then continues from its share of the state, as it would after loading
         the checkpoint, so that a resumed run stays equal to an uninterrupted one.
         """
         state = {"sums": self.world.sum(self.sums), "bad": self._sum_nonfinite()}
         self.load_state_dict(state)
-        return state
+        return {name: value.cpu() for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]):
         """Continue from a state of all processes, of which each process takes an equal share."""
