@@ -21,6 +21,7 @@ from common import (
     ArgumentParser,
     UserError,
     folder_name,
+    lock_folder,
     number,
     positive_int,
     remove_leftovers,
@@ -82,18 +83,17 @@ def main(args: argparse.Namespace):
     model = make_model(args.model, shape, mixing, settings.prior_bonus, settings.load_weight, args.trust_pickle)
     config = run_config(args.model, model, dataset, args.image_size, settings)
     shard, traffic = choose_sharding(args.shard_bases, model, settings, args.grad_accum)
-    # One process compares the checkpoint with its checksums. The others wait for it in `setup`.
-    resume_path, state, damaged = find_resume(args.resume, folder, config) if is_first_process() else (None, None, {})
+    lock_folder(folder, "--prefix")
+    resume_path, state, damaged = find_resume(args.resume, folder, config)
     step = state["step"] if state else 0
     autoencoder, preview_note = choose_decoder(args.sample_every, settings.timesteps, args.vae, dataset)
-    disk_note = None
-    if is_first_process():
-        n_checkpoints = count_checkpoints(folder, step, settings.max_steps, **saving)
-        disk_note = check_checkpoint_space(folder, model, n_checkpoints)
+    n_checkpoints = count_checkpoints(folder, step, settings.max_steps, **saving)
+    disk_note = check_checkpoint_space(folder, model, n_checkpoints) if is_first_process() else None
 
     # Join the other processes and prepare the run's folder.
     world = setup()
     stop = StopSignal()
+    # Rank 0 has compared the checkpoint with its checksums.
     resume_path = world.from_main(resume_path)
     if resume_path and not world.is_main:
         state = read_resume(resume_path, config)

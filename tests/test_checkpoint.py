@@ -156,7 +156,7 @@ def test_which_checkpoints_are_kept(features, tmp_path):
     flags = [*training_flags(features, tmp_path, "run"), "--max-steps=9", "--ckpt-every=1"]
     run("train_fast.py", *flags, "--keep=2", "--keep-every=4")
     assert [int(path.stem) for path in checkpoints(tmp_path / "run/checkpoints")] == [9, 8, 4]
-    assert "--keep-every goes with" in run("train_fast.py", *flags, "--keep-every=4", "--prefix=no", expect=2).stderr
+    assert "--keep-every needs --keep" in run("train_fast.py", *flags, "--keep-every=4", "--prefix=no", expect=2).stderr
 
 
 def test_a_new_checkpoint_is_never_deleted(features, tmp_path):

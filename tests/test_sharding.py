@@ -1,6 +1,5 @@
 """sharding.py: gradients, norms, losses and bytes of several processes with and without sharded bases."""
 
-import math
 import os
 from pathlib import Path
 
@@ -58,7 +57,7 @@ def train(world: World, accumulate: int = 1, steps: int = 20, **options) -> dict
     trainer._update_weights = record
     for step in range(steps):
         trainer.step(step, microbatches(world, step, accumulate), 1e-4)
-        means, nonfinite = trainer.stats.read()
+        means, _ = trainer.stats.read()
         losses.append(means["loss"])
     return {"gradients": gradients, "losses": losses}
 
@@ -73,7 +72,11 @@ def compare(world: World, folder: Path, compiled: bool):
                 for name, gradient in expected["gradients"].items():
                     error = relative(found["gradients"][name], gradient)
                     print(shard, accumulate, name, error)
-                print(shard, accumulate, max(abs(a / b - 1) for a, b in zip(found["losses"], expected["losses"])))
+                print(
+                    shard,
+                    accumulate,
+                    max(abs(a / b - 1) for a, b in zip(found["losses"], expected["losses"], strict=True)),
+                )
 
 
 @pytest.mark.parametrize("size", [2, 4])

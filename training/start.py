@@ -5,7 +5,7 @@ from pathlib import Path
 
 from checkpoint import VERSION, checkpoints, find_corruption, load_model, model_config, read_checkpoint
 from common import UserError
-from distributed import PRECISIONS, world_size
+from distributed import PRECISIONS, is_first_process, world_size
 from features import FeatureDataset
 from interop.shapes import PUBLISHED_VAE
 from models import DiT, DiT_models
@@ -119,7 +119,8 @@ def find_resume(
 ) -> tuple[Path | str | None, dict | None, dict[Path, str]]:
     """Find and read the checkpoint to resume from, and check that it belongs to the same run.
 
-    The whole file is read to compare it with its checksums, so only one process should call this.
+    The whole file is read to compare it with its checksums. Therefore only the first process does this. The others get
+    its path later and call `read_resume`.
 
     Args:
         resume: a checkpoint, or "auto" for the newest undamaged one of the run; None for a new run.
@@ -127,13 +128,15 @@ def find_resume(
         config: configuration of this run.
 
     Returns:
-        The checkpoint's path and content, both None for a new run; and the newer checkpoints that are damaged, each
-        with a description of the damage.
+        The checkpoint's path and content, both None for a new run and on all processes but the first; and the newer
+        checkpoints that are damaged, each with a description of the damage.
 
     Raises:
         UserError: if the folder holds another run, or the checkpoint has another configuration or an earlier
             version, or cannot be read.
     """
+    if not is_first_process():
+        return None, None, {}
     present = checkpoints(folder / "checkpoints")
     path, damaged = resume, {}
     if resume == "auto":

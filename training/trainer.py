@@ -21,7 +21,6 @@ from remix import RemixDiT
 from sharding import gather_model, gather_rows, own_rows, shard_bases, sharded_parameters
 from training.statistics import LOSSES, TrainingStats
 
-
 # DDP cuts a compiled graph where its buckets end, and exchanges a bucket while the next one is computed.
 BUCKETS = 4
 
