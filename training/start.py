@@ -165,6 +165,9 @@ def read_resume(path: Path | str, config: dict, verify: bool = False) -> dict:
     Raises:
         UserError: see `find_resume`.
     """
+    if not Path(path).is_file():
+        where = "" if is_first_process() else ": all nodes need the same --results-dir on a shared file system"
+        raise UserError(f"{path}: no such file{where}")
     state = read_checkpoint(path, verify=verify)
     if not {"config", "step", "model", "ema", "optimizer", "scaler", "window"} <= state.keys():
         raise UserError(f"--resume {path} holds weights but no training state: use it with --load-weight")

@@ -194,7 +194,13 @@ class Trainer:
             microbatches: (x, t, conditions, noise) of each microbatch, from `BatchSampler.microbatches`.
             prior_weight: weight of the prior's cross-entropy in the loss.
         """
-        losses = self._accumulate_gradients(list(microbatches), prior_weight)
+        microbatches = list(microbatches)
+        if self.world.size > 1 and len(microbatches) > 1 and self.replicated[0].grad is None:
+            # DDP makes the gradients parts of its buckets in the first exchange, and of new buckets in the second one.
+            # Sums over microbatches before that would be a second copy of all gradients.
+            for _ in range(2):
+                self._accumulate_gradients(microbatches[:1], prior_weight)
+        losses = self._accumulate_gradients(microbatches, prior_weight)
         norm, nonfinite = self._check_gradients(losses)
         self.mark("checks")
         self._update_weights(nonfinite)
@@ -206,7 +212,7 @@ class Trainer:
 
     def _accumulate_gradients(self, microbatches: list, prior_weight: float) -> Tensor:
         """Sum the gradients of the microbatches and return the mean losses [4], in the order of LOSSES."""
-        # Gradients that are parts of DDP's buckets are kept, because others would be a second copy of them.
+        # With several microbatches, the gradients stay parts of DDP's buckets.
         self.optimizer.zero_grad(set_to_none=self.world.size == 1 or len(microbatches) == 1)
         means = torch.zeros(len(LOSSES), device=self.world.device)
         for i, (x, t, conditions, noise) in enumerate(microbatches):
