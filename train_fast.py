@@ -21,6 +21,7 @@ from common import (
     ArgumentParser,
     UserError,
     folder_name,
+    lock_folder,
     number,
     positive_int,
     run_script,
@@ -82,6 +83,7 @@ def main(args: argparse.Namespace):
     torch.manual_seed(settings.global_seed)
     model = make_model(args.model, shape, mixing, settings.prior_bonus, settings.load_weight, args.trust_pickle)
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
+    lock_folder(folder, "--prefix")
     resume_path, state, damaged = find_resume(args.resume, folder, config)
     step = state["step"] if state else 0
     can_sample = settings.timesteps == NOISE_LEVELS[args.process]
