@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import FEW_SAMPLES, GOLDEN, make_images, run, sampled_images, training_flags
+from conftest import FEW_SAMPLES, GOLDEN, locked, make_images, run, sampled_images, training_flags
 from PIL import Image
 from torch._dynamo.utils import counters
 
@@ -71,6 +71,18 @@ def test_a_solvers_sample_depends_on_its_index_only(ckpt, tmp_path):
     one, two = (sampled_images(tmp_path / name) for name in ("one", "two"))
     assert largest_difference(one, two) <= 1
     assert one.astype(int).std() > 10
+
+
+def test_a_second_run_into_the_same_folder_is_refused(ckpt, tmp_path):
+    flags = ("--ckpt", ckpt, *FEW_SAMPLES, "--sample-dir", tmp_path, "--name", "one")
+    with locked(tmp_path / "one") as writer:
+        stderr = run("sample_ddp.py", *flags, expect=2).stderr
+        assert f"is in use by process {writer.pid}" in stderr
+        assert stderr.count("\n") == 1
+    # A writer that was killed leaves its lock file behind.
+    assert [path.name for path in (tmp_path / "one").iterdir()] == [".lock"]
+    run("sample_ddp.py", *flags)
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["grid.png", "samples.npz", "settings.json"]
 
 
 @torch.no_grad()
@@ -182,8 +194,11 @@ def test_latent_models_from_images_to_samples(vae, tmp_path):
     run("train_fast.py", *training_flags(tmp_path / "f", tmp_path, "latent"), "--max-steps", 3, "--num-classes", 9)
     ckpt = tmp_path / "latent/checkpoints/0000003.pt"
     state = torch.load(ckpt, weights_only=True)
-    noise = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
-    state["ema"]["backbone.final_layer.linear.weight"] += 0.3 * noise
+    # Both layers are zero at initialization: without the second one the label would hardly change the output.
+    generator = torch.Generator().manual_seed(0)
+    for name in ("linear", "adaLN_modulation.1"):
+        weight = state["ema"][f"backbone.final_layer.{name}.weight"]
+        weight += 0.3 * torch.randn(weight.shape, generator=generator)
     save_checkpoint(ckpt, state)
     flags = ("--ckpt", ckpt, *FEW_SAMPLES, "--sample-dir", tmp_path / "samples")
     run("sample_ddp.py", *flags, "--name", "three")
