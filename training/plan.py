@@ -15,7 +15,7 @@ from diffusion import FlowMatching, GaussianDiffusion, create_process
 from distributed import PRECISIONS, world_size
 from features import FeatureDataset
 from models import DiT
-from remix import RemixDiT
+from remix import RemixDiT, RemixLinear
 from training.batches import count_groups
 
 # Rate of bf16 matrix products of an A100, in FLOP/s.
@@ -274,6 +274,20 @@ def training_flops(config: dict) -> int:
         x = torch.empty(1, dit.in_channels, config["input_size"], config["input_size"])
         dit(x, torch.empty(1), torch.empty(1, dtype=torch.long))
     return 3 * counter.get_total_flops()
+
+
+def mixing_flops(model: RemixDiT, n_groups: int) -> int:
+    """Count the FLOPs that mixing adds to a training step: Theta = alpha beta, and the gradients of alpha and of beta.
+
+    They depend neither on the number of images nor on their size.
+
+    Args:
+        model: the model; its parameters may be on the meta device.
+        n_groups: number of groups of the batch, each with one expert.
+    """
+    # [K, out, in] and [K, out]
+    bases = sum(p.numel() for module in model.modules() if isinstance(module, RemixLinear) for p in module.parameters())
+    return 3 * 2 * n_groups * bases
 
 
 def matmul_rate(device: torch.device, precision: str, times: int = 3) -> float:
