@@ -1,4 +1,4 @@
-"""The start of a run: the model at step 0, the run's configuration, and the checkpoint to resume from."""
+"""The start of a run: the features, the model at step 0, the run's configuration, and the checkpoint to resume from."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +9,52 @@ from features import FeatureDataset
 from interop.shapes import PUBLISHED_VAE
 from models import DiT, DiT_models
 from remix import RemixDiT, RemixDiT_models
-from training.plan import RunSettings
+from training.plan import AssumedFeatures, RunSettings
+
+
+def open_features(path: str, image_size: int | None, assume: bool) -> FeatureDataset | AssumedFeatures:
+    """Open the encoded images and check their size.
+
+    Args:
+        path: folder of features.
+        image_size: side of the images in pixels that the user expects; None to accept any.
+        assume: if the folder does not exist, assume ImageNet's features.
+
+    Returns:
+        The dataset; or the number, shape and labels of ImageNet's features if they are assumed.
+
+    Raises:
+        UserError: if the folder holds no features, or features of images of another size.
+    """
+    if assume and not Path(path).exists():
+        return AssumedFeatures(path, image_size or 256)
+    dataset = FeatureDataset(path)
+    if image_size and dataset.image_size and image_size != dataset.image_size:
+        raise UserError(f"--image-size {image_size}, but {path} holds features of {dataset.image_size}-pixel images")
+    return dataset
+
+
+def model_shape(dataset: FeatureDataset | AssumedFeatures, num_classes: int | None) -> dict:
+    """Return the keyword arguments of a DiT that depend on the data.
+
+    Args:
+        dataset: the encoded images.
+        num_classes: number of classes; None for that of the dataset, or 1000 if the dataset does not record it.
+
+    Raises:
+        UserError: if a label is not below the number of classes, or the features are not square.
+    """
+    channels, height, width = dataset.shape
+    num_classes = num_classes or (len(dataset.classes) if dataset.classes else 1000)
+    low, high = dataset.labels.min(), dataset.labels.max()
+    if low < 0 or high >= num_classes:
+        raise UserError(
+            f"{dataset.path} has labels from {low} to {high}, but the model has labels from 0 to {num_classes - 1}: "
+            "set --num-classes"
+        )
+    if height != width:
+        raise UserError(f"{dataset.path} holds features of {height} x {width} pixels, which are not square")
+    return dict(input_size=height, in_channels=channels, num_classes=num_classes)
 
 
 def make_model(
@@ -118,7 +163,8 @@ def find_resume(
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and key != "training.load_weight":
             raise UserError(
-                f"--resume {path} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}"
+                f"--resume {path} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}: "
+                "use the same settings, or start a new run with --load-weight and another --prefix"
             )
     return path, state, damaged
 
