@@ -3,11 +3,12 @@
 A checkpoint is a dict of plain types and tensors, written by torch.save and read with torch.load(weights_only=True):
 
     format, version     identify the format
-    config              everything that is needed to build the model again, in four parts:
+    config              everything that is needed to build the model again, in parts:
         model           the argument of `build_model`
         diffusion       the keyword arguments of `create_process`; without "process" it is Gaussian diffusion
         data            image size, classes, autoencoder and scale of the latents
         training        the options of the training run
+        source          only for a file of another project whose weights were changed when they were read: the changes
     step                number of completed training steps
     model, ema          state dicts of the raw weights and of their exponential moving average (EMA)
     optimizer, scaler   state of the optimizer and of the gradient scaler
@@ -30,7 +31,8 @@ from torch import Tensor, nn
 
 from common import UserError, atomic_write, first_line
 from diffusion import NOISE_LEVELS
-from interop import diffusers, dit, original
+from hub import local_file
+from interop import diffusers, dit, original, sit
 from models import DiT
 from remix import ExpertSwitch, FoldedRemixDiT, IndependentExperts, RemixDiT
 
@@ -143,7 +145,7 @@ def read_checkpoint(path, allow_pickle: bool = False, mmap: bool = True, verify:
     store in their files, is the only class that is allowed besides tensors.
 
     Args:
-        path: the file.
+        path: the file, or hf:OWNER/REPOSITORY/FILE for a file on the Hugging Face hub.
         allow_pickle: also read pickles of other classes, which can execute code.
         mmap: map the tensors into memory, so that each is read from disk when it is used.
         verify: compare all parts of the file with their checksums first.
@@ -154,7 +156,7 @@ def read_checkpoint(path, allow_pickle: bool = False, mmap: bool = True, verify:
     Raises:
         UserError: if the file is missing, damaged, from a newer version of this code, or not a dict.
     """
-    path = Path(path)
+    path = Path(local_file(path))
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix == ".safetensors":
@@ -234,10 +236,11 @@ def fingerprint(path) -> str:
     For a zip file it is the hash of the checksums that the file stores, which is fast even if the file is large.
 
     Args:
-        path: a file, or a folder or hub name in diffusers' layout.
+        path: a file (also hf:OWNER/REPOSITORY/FILE), or a folder or hub name in diffusers' layout.
     """
     if files := diffusers.find_transformer(path):
         return " ".join(map(fingerprint, files))
+    path = local_file(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             parts = [(part.filename, part.CRC, part.file_size) for part in archive.infolist()]
@@ -252,8 +255,9 @@ def load_model(
     """Load a model for inference.
 
     Args:
-        path: a checkpoint of this project, of facebookresearch/DiT (a state dict, also under "ema" or "model") or of
-            the original Remix-DiT, or a DiT in diffusers' layout (a folder or a name on the Hugging Face hub).
+        path: a checkpoint of this project, of facebookresearch/DiT or willisma/SiT (a state dict, also under "ema" or
+            "model"), of REPA or of the original Remix-DiT, or a DiT in diffusers' layout (a folder or a name on the
+            Hugging Face hub). hf:OWNER/REPOSITORY/FILE is a file on the hub.
         ema: load the EMA weights if the file has them, otherwise the raw weights.
         allow_pickle: let the file execute code.
         verify: compare the file with its checksums first.
@@ -295,8 +299,8 @@ def _read_own(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, di
     return config, content["ema" if ema else "model"]
 
 
-# An original Remix-DiT has all the tensor names of a published DiT, and therefore is tried before it.
-READERS = (diffusers.read, _read_own, original.read, dit.read)
+# Files of an original Remix-DiT and of SiT have all the tensor names of a published DiT, and are tried before it.
+READERS = (diffusers.read, _read_own, original.read, sit.read, dit.read)
 
 
 def _read_any(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[str, Tensor]]:

@@ -1,15 +1,25 @@
-"""Input errors, atomic file writes and argument parsing shared by all scripts."""
+"""Input errors, atomic file writes, locks of folders and argument parsing shared by all scripts."""
 
 import argparse
+import fcntl
 import json
 import math
 import os
 import shutil
+import signal
+import socket
 import sys
-from contextlib import contextmanager
+import threading
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
+
+# The file in a folder of results that its writer locks; it exists while the writer runs, or after it was killed.
+LOCK = ".lock"
+# The locks that this process holds: the locked file, its path, and whether the lock created the folder.
+_locks = []
 
 
 class UserError(ValueError):
@@ -59,13 +69,15 @@ def run_script(main, parser: ArgumentParser):
     """Parse the command line and run a script's main function.
 
     A UserError, or an OSError that names a file, ends every rank with a one-line message and exit code 2.
-    Ctrl-C ends the script with exit code 130.
+    Ctrl-C ends the script with exit code 130. The folders that the script locked are unlocked at the end.
 
     Args:
         main: function that takes the parsed arguments (argparse.Namespace).
         parser: parser of the script's flags.
     """
     args = parser.parse_args()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with_torchrun, args=(os.getppid(),), daemon=True).start()
     try:
         main(args)
     except UserError as error:
@@ -81,8 +93,27 @@ def run_script(main, parser: ArgumentParser):
         fail(parser.prog, f"{error.filename}: {error.strerror}", everywhere=True)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        _unlock_folders()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _end_with_torchrun(torchrun: int, patience: float = 30):
+    """Wait until torchrun is gone, then end this process, so that it does not go on beside a new run.
+
+    torchrun itself ends its processes in the same way: SIGTERM, after which training saves a checkpoint, and SIGKILL if
+    the process has not ended within 30 seconds.
+
+    Args:
+        torchrun: process id of torchrun, this process's parent.
+        patience: time between the signals, in seconds.
+    """
+    while os.getppid() == torchrun:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(patience)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def number(kind, low=-math.inf, high=math.inf, *, above=False):
@@ -173,6 +204,56 @@ def check_disk(folder, needed: int, what: str) -> str:
     if needed > free:
         raise UserError(f"not enough disk space for {estimate}")
     return estimate
+
+
+def lock_folder(folder, flag: str):
+    """Lock a folder of results until the script ends, so that no second run writes to it.
+
+    Rank 0 holds the lock for all ranks. The operating system releases it when the process ends, even if it is killed.
+    On a shared file system the lock holds for all hosts, if the file system supports that.
+
+    Args:
+        folder: the folder; it is created if it does not exist.
+        flag: the flag that selects the folder, for the error message.
+
+    Raises:
+        UserError: if another process has locked the folder; the message names the process and its host.
+    """
+    if int(os.environ.get("RANK", 0)):
+        return
+    path, created = Path(folder) / LOCK, not Path(folder).exists()
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115, the lock ends when the file is closed
+        try:
+            # Unlike flock, lockf does not pass the lock on to the processes of a DataLoader.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            writer = path.read_text().strip() or "another process"
+            raise UserError(f"{folder} is in use by {writer}: end that run, or choose another {flag}") from None
+        except OSError as error:
+            print(f"{folder} cannot be locked ({error.strerror}): start no second run with it", file=sys.stderr)
+            return
+        # The previous writer may have deleted the file between its opening and its locking.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()
+    _locks.append((file, path, created))
+    # The lock holds on a full disk too, without the writer's name.
+    with suppress(OSError):
+        file.truncate(0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def _unlock_folders():
+    """Release all locks; a folder that was created for a lock and holds nothing else is removed."""
+    while _locks:
+        file, path, created = _locks.pop()
+        with suppress(OSError):
+            path.unlink()
+            if created:
+                path.parent.rmdir()
+        file.close()
 
 
 def remove_leftovers(*folders: Path):

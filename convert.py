@@ -2,11 +2,13 @@
 
     python convert.py outputs/RUN/checkpoints/0100000.pt original.pt --to original
     python convert.py outputs/RUN/checkpoints/0100000.pt expert3.pt --to dit --expert 3
+    python convert.py outputs/RUN/checkpoints/0100000.pt expert3.pt --to sit --expert 3
     python convert.py outputs/RUN/checkpoints/0100000.pt remix.safetensors --to safetensors
     python convert.py outputs/RUN/checkpoints/0100000.pt remix --to diffusers --vae ema
 
 original: a file of the original Remix-DiT repository, with state dicts under "ema" and "model".
 dit: a file of facebookresearch/DiT, with the same keys: a plain DiT, or one expert of a RemixDiT folded into a DiT.
+sit: a training checkpoint of willisma/SiT, likewise, from a model that was trained with --process flow.
 safetensors: the EMA weights and the config. Loading a .safetensors file never executes code.
 diffusers: a folder with the EMA weights: a pipeline for a RemixDiT, a DiTTransformer2DModel for a DiT or an --expert.
 """
@@ -15,9 +17,10 @@ import argparse
 from pathlib import Path
 
 from autoencoder import Latents, load_autoencoder
-from checkpoint import load_model, save_safetensors
+from checkpoint import choose_process, load_model, save_safetensors
 from common import ArgumentParser, UserError, number, positive_int, run_script
-from interop import diffusers, dit, original
+from diffusion import NOISE_LEVELS
+from interop import diffusers, dit, original, sit
 from models import DiT
 from remix import RemixDiT
 
@@ -28,15 +31,18 @@ def main(args: argparse.Namespace):
     if args.vae and args.to != "diffusers":
         raise UserError(f"--vae is stored in a pipeline: use it with --to diffusers, not --to {args.to}")
 
-    keys = ("ema", "model") if args.to in ("original", "dit") else ("ema",)
+    keys = ("ema", "model") if args.to in ("original", "dit", "sit") else ("ema",)
     models, config = load_models(args.ckpt, keys, args.trust_pickle, args.num_heads)
-    if args.to == "dit" or (args.to == "diffusers" and args.expert is not None):
+    choose_process(args.ckpt, config, args.process)
+    if args.to in ("dit", "sit") or (args.to == "diffusers" and args.expert is not None):
         models = {key: fold_expert(model, args.expert, args.ckpt) for key, model in models.items()}
 
     if args.to == "original":
         original.write(args.out, models, config)
     elif args.to == "dit":
         dit.write(args.out, models, config)
+    elif args.to == "sit":
+        sit.write(args.out, models, config)
     elif args.to == "safetensors":
         save_safetensors(args.out, models["ema"], config)
     else:
@@ -80,9 +86,10 @@ if __name__ == "__main__":
     parser.add_argument("out", help="the file to write, or the folder for diffusers")
     parser.add_argument(
         "--to",
-        choices=["original", "dit", "safetensors", "diffusers"],
+        choices=["original", "dit", "sit", "safetensors", "diffusers"],
         required=True,
-        help="the format: of the original Remix-DiT, of facebookresearch/DiT, safetensors, or a folder for diffusers",
+        help="the format: of the original Remix-DiT, facebookresearch/DiT, willisma/SiT, safetensors, or a folder for "
+        "diffusers",
     )
     parser.add_argument(
         "--trust-pickle",
@@ -90,7 +97,12 @@ if __name__ == "__main__":
         help="let the checkpoint execute code: use this only for files that you made yourself",
     )
     parser.add_argument(
-        "--expert", type=number(int, 0), help="the expert to fold into a DiT, with --to dit or --to diffusers"
+        "--expert", type=number(int, 0), help="the expert to fold into a DiT, with --to dit, sit or diffusers"
+    )
+    parser.add_argument(
+        "--process",
+        choices=[*NOISE_LEVELS],
+        help="what the model was trained for, if the file does not say it: a bare state dict of SiT is a flow",
     )
     parser.add_argument(
         "--vae", help="the VAE to store in the pipeline of --to diffusers: ema, mse, a hub name or a local folder"

@@ -32,6 +32,7 @@ from common import (
     UserError,
     check_disk,
     check_settings,
+    lock_folder,
     number,
     positive_int,
     remove_leftovers,
@@ -70,6 +71,7 @@ def main(args: argparse.Namespace):
         return report_skipped(folder, args.skip_bad, print)
     autoencoder = load_autoencoder(args.vae)
     side = features_side(args.image_size, autoencoder, args.model)
+    lock_folder(folder, "--features-path")
     n_shards = -(-len(images.samples) // SHARD_SIZE)
     missing = [shard for shard in range(n_shards) if not shard_path(folder, "features", shard).exists()]
     n_missing = sum(len(shard_images(shard, images)) for shard in missing)

@@ -34,11 +34,15 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed the timesteps t [B] -> [B, D]."""
-        half = self.frequencies // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angles = t[:, None].float() * frequencies[None]  # [B, frequencies / 2]
+        angles = t[:, None].float() * sinusoid_frequencies(self.frequencies, t.device)  # [B, frequencies / 2]
         embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, frequencies]
         return self.mlp(embedding.to(self.mlp[0].weight.dtype))  # [B, D]
+
+
+def sinusoid_frequencies(n: int, device=None) -> Tensor:
+    """Return the frequencies 10000^(-i / (n / 2)) of n sinusoids, the first half of which are cosines, [n / 2]."""
+    half = n // 2
+    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
 
 
 class LabelEmbedder(nn.Module):

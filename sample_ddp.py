@@ -37,6 +37,7 @@ from common import (
     check_disk,
     check_settings,
     folder_name,
+    lock_folder,
     number,
     positive_int,
     remove_leftovers,
@@ -107,6 +108,7 @@ def main(args: argparse.Namespace):
     record = {"ckpt": args.ckpt, "ckpt_fingerprint": fingerprints, "vae": vae, **asdict(settings)}
     if finished(folder, record):
         return
+    lock_folder(folder, "--name")
     total, size = settings.num_fid_samples, settings.per_proc_batch_size
     batches = [range(i, min(i + size, total)) for i in range(0, total, size)]
     missing = [numbers for numbers in batches if not part_path(folder, numbers).exists()]
@@ -200,7 +202,8 @@ def finished(folder: Path, record: dict) -> bool:
     """Return whether a folder holds all samples of these settings. Raises UserError if it holds other files."""
     path = folder / "settings.json"
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        # A run that was killed at its start leaves hidden files behind.
+        if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UserError(f"{folder} is not empty: choose another --name or --sample-dir")
         return False
     # The checkpoint may have been moved; its fingerprint is compared instead.

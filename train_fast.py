@@ -22,6 +22,7 @@ from common import (
     ArgumentParser,
     UserError,
     folder_name,
+    lock_folder,
     number,
     positive_int,
     remove_leftovers,
@@ -74,6 +75,7 @@ def main(args: argparse.Namespace):
     torch.manual_seed(settings.global_seed)
     model = make_model(args.model, shape, mixing, settings.prior_bonus, settings.load_weight, args.trust_pickle)
     config = run_config(args.model, model, dataset, args.image_size, settings)
+    lock_folder(folder, "--prefix")
     resume_path, state, damaged = find_resume(args.resume, folder, config)
     step = state["step"] if state else 0
     autoencoder, preview_note = choose_decoder(args.sample_every, settings.timesteps, args.vae, dataset)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from common import LocalError, UserError, first_line
+from hub import offline
 from interop.shapes import backbone_from_shapes, make_config
 from models import DiT, sincos_positions
 from remix import RemixDiT
@@ -101,7 +102,8 @@ def _download(name: str) -> Path:
         # A .bin file is a pickle, downloaded only where there is no .safetensors file.
         for weights in WEIGHTS:
             places = [weights, f"transformer/{weights}"]
-            folder = Path(snapshot_download(name, allow_patterns=["config.json", "transformer/config.json", *places]))
+            patterns = ["config.json", "transformer/config.json", *places]
+            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline()))
             if any((folder / place).is_file() for place in places):
                 break
         return folder

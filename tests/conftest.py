@@ -2,13 +2,14 @@
 
 import io
 import json
+import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 # Two processes on two cores must not compete for them.
@@ -20,6 +21,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+
+from common import lock_folder  # noqa: E402
 
 torch.set_num_threads(1)
 GOLDEN = ROOT / "tests" / "golden"
@@ -73,6 +76,27 @@ def run(script: str, *flags, processes: int = 1, expect: int = 0) -> subprocess.
         done = subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
+
+
+@contextmanager
+def locked(folder: Path):
+    """Lock a folder in another process, as a run that writes to it does, and yield that process."""
+    context = multiprocessing.get_context("fork")
+    ready, process = context.Event(), None
+
+    def hold():
+        lock_folder(folder, "--name")
+        ready.set()
+        time.sleep(300)
+
+    process = context.Process(target=hold)
+    process.start()
+    try:
+        assert ready.wait(30)
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def wait_for(condition: Callable, seconds: float = 60):

@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import socket
 
 import pytest
+from conftest import locked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import ArgumentParser, UserError, atomic_write, check_settings, number, remove_leftovers
+import common
+from common import ArgumentParser, UserError, atomic_write, check_settings, lock_folder, number, remove_leftovers
 
 
 @given(st.text(max_size=12))
@@ -54,6 +57,27 @@ def test_temporary_files_of_killed_writers_are_removed(tmp_path):
         (tmp_path / name).write_text("content")
     remove_leftovers(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_is_locked_until_its_writer_ends(tmp_path):
+    folder = tmp_path / "outputs/run"
+    with locked(folder) as writer:
+        message = f"process {writer.pid} on {socket.gethostname()}: end that run, or choose another --prefix"
+        with pytest.raises(UserError, match=message):
+            lock_folder(folder, "--prefix")
+        writer.kill()
+        writer.join()
+        lock_folder(folder, "--prefix")
+        common._unlock_folders()
+        assert folder.is_dir(), "only a folder that its own lock created is removed"
+    folder.rmdir()
+    for content in ((), ("file",)):
+        lock_folder(folder, "--prefix")
+        for name in content:
+            (folder / name).touch()
+        common._unlock_folders()
+        assert sorted(folder.glob("*")) == [folder / name for name in content]
+        assert folder.exists() == bool(content)
 
 
 def test_results_of_other_settings_are_refused(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from conftest import run, training_flags
 
 from checkpoint import load_model
+from models import DiT_models
 
 
 def test_to_the_original_format_and_back(ckpt, tmp_path):
@@ -34,6 +35,14 @@ def test_an_expert_becomes_a_dit(ckpt, tmp_path):
     assert torch.equal(expert.blocks[1].mlp.fc1.weight, load_model(ckpt)[0].expert(4).blocks[1].mlp.fc1.weight)
 
 
+def test_a_bare_state_dict_becomes_a_file_of_sit(tmp_path):
+    """Only the user knows that a bare state dict is a flow. The file that is written says it."""
+    torch.save(DiT_models["DiT-T/4"](input_size=8).state_dict(), tmp_path / "bare.pt")
+    run("convert.py", tmp_path / "bare.pt", tmp_path / "sit.pt", "--to", "sit", "--process", "flow")
+    _, config = load_model(tmp_path / "sit.pt")
+    assert config["diffusion"]["process"] == "flow"
+
+
 def test_to_safetensors_and_back(trained, tmp_path):
     ckpt = trained / "checkpoints/0000004.pt"
     run("convert.py", ckpt, tmp_path / "a.safetensors", "--to", "safetensors")
@@ -50,6 +59,9 @@ def test_to_safetensors_and_back(trained, tmp_path):
     [
         (("--to=dit",), "choose one with --expert"),
         (("--to=dit", "--expert=6"), "0 to 5"),
+        (("--to=sit",), "choose one with --expert"),
+        (("--to=sit", "--expert=0"), "trained with Gaussian diffusion"),
+        (("--to=safetensors", "--process=flow"), "was trained with --process gaussian"),
         (("--to=safetensors", "--vae=ema"), "--vae is stored in a pipeline"),
         (("--to=diffusers", "--expert=2", "--vae=ema"), "the folder of one DiT"),
         (("--to=diffusers", "--expert=9"), "0 to 5"),

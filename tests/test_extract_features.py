@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import torch
-from conftest import PIXELS, make_images, run
+from conftest import PIXELS, locked, make_images, run
 from PIL import Image
 
 from autoencoder import load_autoencoder
@@ -36,6 +36,15 @@ def test_an_interrupted_extraction_is_finished(features, images, tmp_path):
     assert "seed=0, not 1" in run("extract_features.py", *flags, "--global-seed", 1, expect=2).stderr
     (folder / "settings.json").unlink()
     assert "already holds features" in run("extract_features.py", *flags, expect=2).stderr
+
+
+def test_a_second_extraction_into_the_same_folder_is_refused(images, tmp_path):
+    with locked(tmp_path / "encoded") as writer:
+        flags = ("--data-path", images, "--features-path", tmp_path / "encoded", *PIXELS)
+        stderr = run("extract_features.py", *flags, expect=2).stderr
+    assert f"is in use by process {writer.pid}" in stderr
+    assert stderr.count("\n") == 1
+    assert [path.name for path in (tmp_path / "encoded").iterdir()] == [".lock"]
 
 
 def test_unreadable_images(tmp_path):

@@ -137,6 +137,20 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(features, tmp_pa
     assert_same_run(tmp_path / "undisturbed", tmp_path / "stopped")
 
 
+def test_two_runs_with_the_same_folder(features, tmp_path):
+    """Started together, one of them trains undisturbed and the other is refused."""
+    flags = ["--max-steps=60", "--ckpt-every=20"]
+    run_to_end(tmp_path / "log", "train_fast.py", *training_flags(features, tmp_path, "alone"), *flags)
+    logs = [tmp_path / "first", tmp_path / "second"]
+    runs = [start(log, "train_fast.py", *training_flags(features, tmp_path, "shared"), *flags) for log in logs]
+    for process in runs:
+        process.join(120)
+    assert sorted(process.exitcode for process in runs) == [0, 2]
+    (writer, _), (_, refused) = sorted(zip(runs, logs, strict=True), key=lambda pair: pair[0].exitcode)
+    assert f"is in use by process {writer.pid} on" in refused.read_text()
+    assert_same_run(tmp_path / "alone", tmp_path / "shared")
+
+
 def torchrun(features: Path, tmp_path: Path, prefix: str, *more) -> subprocess.Popen:
     """Start training on two processes; `more` are flags of torchrun."""
     flags = [*training_flags(features, tmp_path, prefix), "--max-steps=400", "--ckpt-every=20", "--resume=auto"]
@@ -177,6 +191,33 @@ def test_one_process_of_two_is_killed_and_torchrun_restarts_the_run(features, tm
     assert agent.returncode == 0, stderr[-3000:]
     assert "resumed from" in stderr
     assert_same_run(tmp_path / "undisturbed", tmp_path / "restarted")
+
+
+def test_training_ends_when_torchrun_is_killed(features, tmp_path):
+    """A run that is started too early is refused; one that is started later resumes where the first one stopped."""
+    undisturbed = torchrun(features, tmp_path, "undisturbed")
+    undisturbed.communicate(timeout=120)
+    agent = torchrun(features, tmp_path, "orphaned")
+    wait_for(lambda: checkpoints(tmp_path / "orphaned/checkpoints"))
+    orphans = training_processes("orphaned")
+    assert len(orphans) == 2
+    for pid in orphans:
+        os.kill(pid, signal.SIGSTOP)
+    agent.kill()
+    early = torchrun(features, tmp_path, "orphaned")
+    _, stderr = early.communicate(timeout=90)
+    assert early.returncode != 0
+    assert f"is in use by process {orphans[0]} on" in stderr
+    for pid in orphans:
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: not training_processes("orphaned"))
+    agent.communicate()
+    assert "stopped by" in (tmp_path / "orphaned/log.txt").read_text()
+    before = checkpoints(tmp_path / "orphaned/checkpoints")[0]
+    resumed = torchrun(features, tmp_path, "orphaned")
+    _, stderr = resumed.communicate(timeout=120)
+    assert f"resumed from {before}" in stderr
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "orphaned")
 
 
 def fill(path: Path):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import FEW_SAMPLES, GOLDEN, make_images, run, sampled_images, training_flags
+from conftest import FEW_SAMPLES, GOLDEN, locked, make_images, run, sampled_images, training_flags
 from PIL import Image
 from torch._dynamo.utils import counters
 
@@ -71,6 +71,18 @@ def test_a_solvers_sample_depends_on_its_index_only(ckpt, tmp_path):
     one, two = (sampled_images(tmp_path / name) for name in ("one", "two"))
     assert largest_difference(one, two) <= 1
     assert one.astype(int).std() > 10
+
+
+def test_a_second_run_into_the_same_folder_is_refused(ckpt, tmp_path):
+    flags = ("--ckpt", ckpt, *FEW_SAMPLES, "--sample-dir", tmp_path, "--name", "one")
+    with locked(tmp_path / "one") as writer:
+        stderr = run("sample_ddp.py", *flags, expect=2).stderr
+        assert f"is in use by process {writer.pid}" in stderr
+        assert stderr.count("\n") == 1
+    # A writer that was killed leaves its lock file behind.
+    assert [path.name for path in (tmp_path / "one").iterdir()] == [".lock"]
+    run("sample_ddp.py", *flags)
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["grid.png", "samples.npz", "settings.json"]
 
 
 @torch.no_grad()

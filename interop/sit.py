@@ -1,0 +1,97 @@
+"""Files of SiT (willisma/SiT) and of REPA (sihyun-yu/REPA), whose models are flows with the network of a DiT.
+
+A training checkpoint of SiT holds state dicts under "ema" and "model", and the arguments of the training run under
+"args", which tell it from a DiT's. A bare state dict of SiT cannot be told from a DiT's: `dit` reads it, and the user
+says that it is a flow (--process flow).
+
+REPA's time s is 0 for data and 1 for noise, and its network predicts the velocity noise - data. At SiT's time t = 1 - s
+the same flow has the velocity v(x, t) = -v_REPA(x, 1 - t). Both changes are linear maps of single layers, so that
+`read` makes them in the weights, and nothing else needs to know of REPA's convention.
+"""
+
+import argparse
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from common import UserError, atomic_write
+from interop.shapes import backbone_from_shapes, find_state_dict, make_config
+from models import DiT, DiT_models, sinusoid_frequencies
+
+# Our names of the paths -> SiT's and REPA's. REPA's cosine path is the generalized variance-preserving one.
+SIT_PATHS = {"linear": "Linear", "GVP": "GVP", "VP": "VP"}
+REPA_PATHS = {"linear": "linear", "GVP": "cosine"}
+# The heads that REPA trains beside the network, to predict the features of an image encoder.
+PROJECTORS = "projectors."
+REPA_CHANGES = "REPA: the network is called at 1 - t and its output is negated, both as a change of the weights"
+
+
+def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[str, Tensor]] | None:
+    """Read a training checkpoint of SiT or a checkpoint of REPA. `interop` documents the arguments and the result.
+
+    The config's part "source" says how the weights of a REPA model were changed.
+    """
+    args = content.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    state = find_state_dict(content, ema)
+    projectors = [key for key in state if key.startswith(PROJECTORS)]
+    repa = bool(projectors) or "encoder_depth" in args
+    backbone = backbone_from_shapes(state)
+    if backbone is None or not (repa or {"path_type", "prediction"} <= args.keys()):
+        return None
+    name = str(args.get("model")).replace("SiT-", "DiT-")
+    config = make_config(path, backbone, None, ({"model": name} if name in DiT_models else {}) | overrides)
+    if not repa:
+        config["diffusion"] = _process(path, SIT_PATHS, args) | {"weight": args.get("loss_weight") or "none"}
+        return config, state
+    config["diffusion"] = _process(path, REPA_PATHS, {"path_type": "linear", **args, "prediction": "velocity"})
+    config["source"] = REPA_CHANGES
+    if projectors and int(os.environ.get("RANK", 0)) == 0:
+        n_parameters = sum(state[key].numel() for key in projectors)
+        print(f"{path}: left out REPA's projector heads ({n_parameters:,} parameters)", file=sys.stderr)
+    return config, _repa_to_sit({key: value for key, value in state.items() if key not in projectors})
+
+
+def _process(path, paths: dict[str, str], args: dict) -> dict:
+    """Return the "diffusion" part of a config for training arguments, whose path types `paths` lists."""
+    for ours, theirs in paths.items():
+        if theirs == args["path_type"]:
+            return {"process": "flow", "path": ours, "prediction": args["prediction"]}
+    raise UserError(f"{path} was trained with the unknown path type {args['path_type']!r}")
+
+
+def _repa_to_sit(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Change the weights of REPA's v_REPA(x, s) to those of v(x, t) = -v_REPA(x, 1 - t).
+
+    The first layer of the time embedding reads cos(f s) and sin(f s), which the addition theorems write as sums of
+    cos(f t) and sin(f t) with s = 1 - t.
+    """
+    first = state["t_embedder.mlp.0.weight"]  # [D, frequencies], the cosines before the sines
+    f = sinusoid_frequencies(first.shape[1]).double()
+    cosines, sines = first.double().chunk(2, dim=1)
+    rotated = torch.cat([cosines * f.cos() + sines * f.sin(), cosines * f.sin() - sines * f.cos()], dim=1)
+    negated = {key: -state[key] for key in ("final_layer.linear.weight", "final_layer.linear.bias")}
+    return state | negated | {"t_embedder.mlp.0.weight": rotated.to(first.dtype)}
+
+
+def write(path, models: dict[str, DiT], config: dict):
+    """Write flow DiTs as a training checkpoint of SiT. `interop` documents the arguments.
+
+    The arguments of the training run are stored as a dict, which torch.load reads without further permission.
+    """
+    process, name = config["diffusion"], config["model"]["name"]
+    if process.get("process") != "flow":
+        raise UserError("a file of SiT holds a flow, and this model was trained with Gaussian diffusion")
+    weight = process.get("weight", "none")
+    args = {
+        "model": name.removeprefix("Remix").replace("DiT-", "SiT-"),
+        "image_size": config["data"]["image_size"],
+        "num_classes": config["model"]["backbone"]["num_classes"],
+        "path_type": SIT_PATHS[process.get("path", "linear")],
+        "prediction": process.get("prediction", "velocity"),
+        "loss_weight": None if weight == "none" else weight,
+    }
+    with atomic_write(path) as temporary:
+        torch.save({key: model.state_dict() for key, model in models.items()} | {"args": args}, temporary)
