@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 # The file in a folder of results that its writer locks; it exists while the writer runs, or after it was killed.
 LOCK = ".lock"
-# The locks that this process holds: the locked file, its path, and whether the lock created the folder.
+# The locks that this process holds: the locked file, its path, and the folders that were created for it.
 _locks = []
 
 
@@ -221,7 +221,8 @@ def lock_folder(folder, flag: str):
     """
     if int(os.environ.get("RANK", 0)):
         return
-    path, created = Path(folder) / LOCK, not Path(folder).exists()
+    path = Path(folder) / LOCK
+    created = [parent for parent in path.parents if not parent.exists()]
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")  # noqa: SIM115, the lock ends when the file is closed
@@ -246,13 +247,13 @@ def lock_folder(folder, flag: str):
 
 
 def _unlock_folders():
-    """Release all locks; a folder that was created for a lock and holds nothing else is removed."""
+    """Release all locks; folders that were created for a lock and hold nothing else are removed."""
     while _locks:
         file, path, created = _locks.pop()
         with suppress(OSError):
             path.unlink()
-            if created:
-                path.parent.rmdir()
+            for parent in created:
+                parent.rmdir()
         file.close()
 
 
