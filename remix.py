@@ -411,6 +411,11 @@ class FoldedRemixDiT(ExpertSwitch):
         self.dit = remix.expert(0)
         self.folded = 0
 
+    @property
+    def boundaries(self) -> list[float] | None:
+        """See `RemixDiT`."""
+        return self.remix.boundaries
+
     def expert_index(self, t: float) -> int:
         return self.remix.expert_index(t)
 

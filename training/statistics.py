@@ -16,8 +16,9 @@ from diffusion import GaussianDiffusion
 from distributed import World, seed_for
 from models import DiT
 from remix import RemixDiT
+from training.batches import BatchSampler
 
-# The parts of the loss, in the order of the tensors that hold them. "loss" is the sum of "mse" and "vb".
+# The parts of the loss of Gaussian diffusion, in the order of the tensors that hold them. "loss" is "mse" plus "vb".
 LOSSES = ("loss", "mse", "vb", "prior")
 
 
@@ -48,12 +49,14 @@ class TrainingStats:
 
     Args:
         world: this process's place among all processes.
+        names: names of the losses.
     """
 
-    def __init__(self, world: World):
+    def __init__(self, world: World, names: tuple[str, ...] = LOSSES):
         self.world = world
+        self.names = names
         # One sum per part of the loss, and the number of steps that were added.
-        self.sums = torch.zeros(len(LOSSES) + 1, device=world.device)
+        self.sums = torch.zeros(len(names) + 1, device=world.device)
         # The fields of NonFiniteSteps as one tensor. Its loss is this process's share.
         self.nonfinite = torch.zeros(len(NonFiniteSteps._fields), device=world.device)
         self.host_copy = None
@@ -64,7 +67,7 @@ class TrainingStats:
 
         Args:
             step: the training step, from 0.
-            losses: mean losses over this process's rows [4], in the order of LOSSES.
+            losses: mean losses over this process's rows, in the order of `names`.
             norm: gradient norm [].
             nonfinite: whether the loss or the gradient is not finite on any process [], bool.
         """
@@ -124,12 +127,12 @@ class TrainingStats:
         Every process must call this. The host waits for the device.
 
         Returns:
-            A dict from each name in LOSSES to the mean over the finite steps, or to None if there was no finite step;
+            A dict from each name in `names` to the mean over the finite steps, or to None if there was no finite step;
             and the non-finite steps of all processes.
         """
         *sums, steps = self.world.sum(self.sums.clone()).tolist()
         self.sums.zero_()
-        means = {name: value / steps if steps else None for name, value in zip(LOSSES, sums, strict=True)}
+        means = {name: value / steps if steps else None for name, value in zip(self.names, sums, strict=True)}
         return means, NonFiniteSteps(*self._sum_nonfinite().tolist())
 
     def _sum_nonfinite(self) -> Tensor:
@@ -139,14 +142,18 @@ class TrainingStats:
 
 
 class ThroughputTimer:
-    """Measures images per second of training. The time of pauses, such as writing a checkpoint, does not count.
+    """Measures the speed of training. The time of pauses, such as writing a checkpoint, does not count.
 
     Args:
         device: the device that trains.
+        flops_per_image: FLOPs of a training step per image, from `plan.training_flops`.
+        peak_flops_per_s: FLOP/s of a large matrix product on all devices together, from `plan.matmul_rate`.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, flops_per_image: float, peak_flops_per_s: float):
         self.device = device
+        self.flops_per_image = flops_per_image
+        self.peak_flops_per_s = peak_flops_per_s
         self.images = 0
         self.start = time.perf_counter()
 
@@ -163,12 +170,17 @@ class ThroughputTimer:
         yield
         self.start += time.perf_counter() - paused_at
 
-    def read(self) -> float:
-        """Return the images per second since the last call. The device must have finished its steps."""
+    def read(self) -> dict[str, float]:
+        """Return the speed since the last call. The device must have finished its steps.
+
+        Returns:
+            "images_per_s"; "mfu", the part of `peak_flops_per_s` that is used; and "memory_gib", from `memory_gib`.
+        """
         now = time.perf_counter()
         images_per_s = self.images / (now - self.start)
         self.images, self.start = 0, now
-        return images_per_s
+        mfu = images_per_s * self.flops_per_image / self.peak_flops_per_s
+        return {"images_per_s": images_per_s, "mfu": mfu, "memory_gib": memory_gib(self.device)}
 
 
 def build_metrics(
@@ -187,7 +199,7 @@ def build_metrics(
         nonfinite: non-finite steps so far, from `TrainingStats.read`.
         model: the model in training.
         schedule: values that change during the run: "lr", "coeff_lr" and "prior_weight".
-        performance: "images_per_s", "mfu" and "memory_gib".
+        performance: "images_per_s", "mfu" and "memory_gib", from `ThroughputTimer.read`.
     """
     metrics = {"step": step, **losses, "bad_steps": int(nonfinite.count), **schedule, **performance}
     if isinstance(model, RemixDiT):
@@ -234,7 +246,7 @@ def report_line(metrics: dict, max_steps: int, batch_size: int) -> str:
         max_steps: number of steps of the run.
         batch_size: images per global batch.
     """
-    means = [f"{name} {metrics[name]:.4f}" for name in ("loss", "mse") if metrics[name] is not None]
+    means = [f"{name} {metrics[name]:.4f}" for name in ("loss", "mse") if metrics.get(name) is not None]
     parts = [f"step {metrics['step']:07d}/{max_steps:07d}", *(means or ["no finite loss"])]
     if "entropy" in metrics:
         parts += [f"entropy {np.mean(metrics['entropy']):.3f}", f"spread {metrics['expert_spread']:.4f}"]
@@ -249,6 +261,23 @@ def report_line(metrics: dict, max_steps: int, batch_size: int) -> str:
         f"{timedelta(seconds=round(remaining))} left",
     ]
     return "  ".join(parts)
+
+
+def explain_failure(nonfinite: NonFiniteSteps, sampler: BatchSampler, model: DiT | RemixDiT) -> str:
+    """Return a description of the non-finite steps that ended the run."""
+    t = sampler.timesteps(int(nonfinite.step))
+    times = (
+        f"noise levels {1 - t.max():.4f} to {1 - t.min():.4f}" if sampler.flow else f"timesteps {t.min()} to {t.max()}"
+    )
+    experts = ""
+    if isinstance(model, RemixDiT):
+        experts = f"experts {sorted(set(model.expert_index(torch.from_numpy(t)).tolist()))}, "
+    return (
+        f"{nonfinite.longest_streak:.0f} steps in a row had a loss or gradient that is not finite; "
+        f"the last, step {nonfinite.step:.0f}: {experts}{times}, "
+        f"loss {nonfinite.loss}, gradient norm {nonfinite.norm}. These steps did not change the weights. The run ends. "
+        "--resume repeats these steps. To change a setting, start a new run from a checkpoint with --load-weight"
+    )
 
 
 @torch.no_grad()
