@@ -107,6 +107,18 @@ def test_the_metrics_show_whether_bases_or_experts_collapse(trained):
         assert line["expert_spread"] > 0
 
 
+def test_deterministic_algorithms_and_recomputed_activations_change_no_loss(trained, features, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    flags = ("--max-steps=4", "--deterministic", "--checkpoint-activations")
+    try:
+        run("train_fast.py", *training_flags(features, tmp_path, "other"), *flags)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses(tmp_path / "other") == losses(trained), "bit for bit"
+    assert_same_weights(trained / "checkpoints/0000004.pt", tmp_path / "other/checkpoints/0000004.pt")
+
+
 @pytest.mark.slow
 def test_compiled_training_is_the_same(trained, features, tmp_path):
     run("train_fast.py", *training_flags(features, tmp_path, "compiled"), "--max-steps", 4, "--compile")
