@@ -415,7 +415,7 @@ def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
         shape = (4, args.input_size, args.input_size)
         for shard in range(shards):
             array = np.random.default_rng(shard).standard_normal((SHARD_SIZE, 2, *shape), np.float32)
-            write_shard(folder, shard, array, np.zeros(SHARD_SIZE), [])
+            write_shard(folder, shard, array, np.zeros(SHARD_SIZE), {})
         write_index(folder, shards, vae="ema", scale=0.18215, image_size=8 * args.input_size, classes=["one"])
         sampler = BatchSampler(0, args.data_batch_size, world)
         n = 5 if args.toy else 100
@@ -461,19 +461,20 @@ def extraction(args: argparse.Namespace, world: World, floors: dict) -> list[dic
         images = ImageFolder(f"{folder}/images")
         autoencoder = load_autoencoder(f"{folder}/vae").to(world.device)
         encoder = Encoder(autoencoder, store="draw", mirror=True, seed=0, device=world.device)
+        crops = Crops(images, size, False)
         reader = DataLoader(
-            Crops(images, size, False),
+            crops,
             batch,
             num_workers=min(12, torch.multiprocessing.cpu_count()),
             collate_fn=join,
             pin_memory=world.device.type == "cuda",
         )
         ready = list(reader)
-        encode_images(images, ready[:2], encoder)
+        encode_images(crops, ready[:2], encoder)
         seconds = {
-            "VAE alone": timed(lambda: encode_images(images, ready, encoder))[1],
+            "VAE alone": timed(lambda: encode_images(crops, ready, encoder))[1],
             "readers alone": timed(lambda: list(reader))[1],
-            "both": timed(lambda: encode_images(images, reader, encoder))[1],
+            "both": timed(lambda: encode_images(crops, reader, encoder))[1],
         }
     setting = f"VAE of widths {widths}, {size} pixels, {reader.num_workers} readers"
     return [
