@@ -65,8 +65,8 @@ def train(trainer: Trainer, steps: range, grad_accum: int = 1) -> dict:
     world, result = trainer.world, {"losses": []}
     check = trainer._check_gradients
 
-    def record(losses):
-        norm, nonfinite = check(losses)
+    def record():
+        norm, nonfinite = check()
         gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
         for name in trainer.shards:
             gradients[name] = gather_rows(gradients[name], world.rank, world.size)
@@ -185,8 +185,9 @@ def check_bytes(world: World):
         trainer.step(1, parts)
         with CountBytes(world.size) as counter:
             trainer.step(2, parts)
-        # Neither the experts nor the two numbers that are summed for the norm are mixtures or gradients.
-        small = counter.sent.pop("experts", 0) + bytes_sent(nn.Linear(1, 1), world.size, 0, 4, sharded=False)
+        # Neither the experts nor the norm of the shards' gradients are mixtures or gradients.
+        number = nn.Linear(1, 1, bias=False)
+        small = counter.sent.pop("experts", 0) + bytes_sent(number, world.size, 0, 4, sharded=False)
         case = f"shard={shard}, grad_accum={grad_accum}, {precision}, K={n_basis}"
         assert expected <= counter.sent.total() <= expected + small, f"{case}: {counter.sent}, expected {expected}"
         # The mixing logits have a column per basis.
