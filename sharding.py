@@ -51,28 +51,6 @@ def can_shard(model: DiT | RemixDiT, size: int) -> bool:
     return isinstance(model, RemixDiT) and all(layer.out_features % size == 0 for _, layer in model.mixed())
 
 
-def bytes_sent(model: DiT | RemixDiT, size: int, groups: int, itemsize: int, sharded: bool) -> int:
-    """Count the bytes that each process sends in a training step to exchange mixtures and gradients.
-
-    A ring sends 2 (R - 1) / R of what it reduces, in float32. An all-to-all sends (R - 1) / R of the mixtures in the
-    forward pass, and as much of their gradients in the backward pass.
-
-    Args:
-        model: the model before it is sharded; its parameters may be on the meta device.
-        size: number of processes R.
-        groups: groups per process and step, over all microbatches.
-        itemsize: bytes per number of a mixture: 4 in fp32, otherwise 2.
-        sharded: whether the bases are sharded.
-    """
-    replicated = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    mixture = 0
-    if sharded:
-        layers = [layer for _, layer in model.mixed()]
-        mixture = sum((layer.in_features + 1) * layer.out_features for layer in layers)
-        replicated -= model.n_basis * mixture
-    return 2 * (4 * replicated + groups * itemsize * mixture) * (size - 1) // size
-
-
 class ShardedCoefficients(BatchCoefficients):
     """The coefficients of the groups of all processes, and the exchanges in flight.
 

@@ -48,6 +48,7 @@ from training.plan import (
     Parallelism,
     RunSettings,
     check_checkpoint_space,
+    choose_sharding,
     count_checkpoints,
     describe_run,
     dry_run,
@@ -57,7 +58,6 @@ from training.plan import (
 from training.previews import SamplePreview, choose_decoder
 from training.start import (
     check_noise_levels,
-    choose_sharding,
     find_resume,
     make_batch_sampler,
     make_model,
@@ -93,14 +93,15 @@ def main(args: argparse.Namespace):
         with torch.device("meta"):
             model = make_model(args.model, shape, mixing, settings.prior_bonus)
         n_checkpoints = count_checkpoints(folder, 0, settings.max_steps, **saving)
-        parallelism = Parallelism(world_size(), args.grad_accum, False, args.checkpoint_activations)
+        shard, _ = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
+        parallelism = Parallelism(world_size(), args.grad_accum, shard, args.checkpoint_activations)
         print("\n".join(dry_run(args.model, model, dataset, settings, process, parallelism, folder, n_checkpoints)))
         return
     # This seed is for the initial weights and mixing logits. The draws of each step have seeds of their own.
     torch.manual_seed(settings.global_seed)
     model = make_model(args.model, shape, mixing, settings.prior_bonus, settings.load_weight, args.trust_pickle)
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
-    shard, traffic = choose_sharding(args.shard_bases, model, settings, args.grad_accum)
+    shard, traffic = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
     lock_folder(folder, "--prefix")
     resume_path, state, damaged = find_resume(args.resume, folder, config)
     step = state["step"] if state else 0

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import multiprocessing
 import re
 from collections import Counter
 from dataclasses import fields
@@ -12,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import random_remix_dit, relative
-from torch import nn
 from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
@@ -25,10 +25,9 @@ from diffusion import create_diffusion
 from distributed import World
 from models import DiT_models
 from remix import MIXED_LAYERS, MODULATION, RemixDiT, RemixDiT_models
-from sharding import bytes_sent, can_shard, gather_rows
+from sharding import can_shard, gather_rows
 from training.batches import BatchSampler
-from training.plan import RunSettings
-from training.start import choose_sharding
+from training.plan import Parallelism, RunSettings, bytes_sent, choose_sharding, count_parameters
 from training.trainer import BUCKETS, Trainer, bucket_mib
 
 BATCH = 16
@@ -39,7 +38,9 @@ WHOLE_AND_SHARDED = list(product((False, True), (1, 2)))  # (shard, grad_accum)
 def in_processes(size: int, function, *arguments):
     """Run function(world, *arguments) in `size` processes of one gloo group."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    start_processes(_process, (size, store.port, function, *arguments), nprocs=size, start_method="fork")
+    # The processes are forks of a server that has imported this module. Other tests may have started threads here.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    start_processes(_process, (size, store.port, function, *arguments), nprocs=size, start_method="forkserver")
 
 
 def _process(rank: int, size: int, port: int, function, *arguments):
@@ -178,7 +179,9 @@ def check_bytes(world: World):
         model = RemixDiT(random_remix_dit().expert(0), n_basis, 20)
         parts = microbatches(world, 0, grad_accum)
         groups = sum(conditions["groups"] for _, _, conditions, _ in parts)
-        expected = bytes_sent(model, world.size, groups, 4 if precision == "fp32" else 2, shard)
+        trained, bases, mixture = count_parameters(model)
+        width = 4 if precision == "fp32" else 2
+        expected = bytes_sent(trained, bases, groups * mixture, width, Parallelism(world.size, sharded=shard))
         trainer = make_trainer(world, model, shard=shard, precision=precision)
         # DDP arranges its buckets in the first two steps.
         trainer.step(0, parts)
@@ -186,13 +189,12 @@ def check_bytes(world: World):
         with CountBytes(world.size) as counter:
             trainer.step(2, parts)
         # Neither the experts nor the norm of the shards' gradients are mixtures or gradients.
-        number = nn.Linear(1, 1, bias=False)
-        small = counter.sent.pop("experts", 0) + bytes_sent(number, world.size, 0, 4, sharded=False)
+        small = counter.sent.pop("experts", 0) + bytes_sent(1, 0, 0, 4, Parallelism(world.size))
         case = f"shard={shard}, grad_accum={grad_accum}, {precision}, K={n_basis}"
         assert expected <= counter.sent.total() <= expected + small, f"{case}: {counter.sent}, expected {expected}"
         # The mixing logits have a column per basis.
-        logits = nn.Linear(n_basis, model.n_experts, bias=False)
-        sent[shard, grad_accum, precision, n_basis] = expected - bytes_sent(logits, world.size, 0, 4, sharded=False)
+        logits = bytes_sent(model.logits.numel(), 0, 0, 4, Parallelism(world.size))
+        sent[shard, grad_accum, precision, n_basis] = counter.sent.total() - logits
     for shard, grad_accum, precision in product((False, True), (1, 2), ("fp32", "bf16")):
         four, eight = (sent[shard, grad_accum, precision, n_basis] for n_basis in (4, 8))
         assert (four == eight) == shard
@@ -251,17 +253,16 @@ def test_every_model_of_the_registry_can_be_sharded(name):
     assert not can_shard(model.backbone, 2)
 
 
-def test_bases_are_sharded_if_that_sends_less(monkeypatch):
+def test_bases_are_sharded_if_that_sends_less():
     with torch.device("meta"):
         model = RemixDiT_models["RemixDiT-S/2"](n_basis=4)
 
-    def choose(experts_per_batch: int, requested: bool | None = None, model=model, **settings):
+    def choose(experts_per_batch: int, requested: bool | None = None, model=model, size=8, **settings):
         names = [field.name for field in fields(RunSettings)]
         values = dict.fromkeys(names) | {"global_batch_size": 256, "experts_per_batch": experts_per_batch}
-        return choose_sharding(requested, model, RunSettings(**values | {"precision": "bf16"} | settings), 1)[0]
+        return choose_sharding(requested, model, RunSettings(**values | {"precision": "bf16"} | settings), size, 1)[0]
 
     # With K = 4 bases, up to seven groups per process send less in bf16, and up to three in fp32.
-    monkeypatch.setenv("WORLD_SIZE", "8")
     assert choose(16)
     assert choose(32)
     assert not choose(64)
@@ -271,10 +272,9 @@ def test_bases_are_sharded_if_that_sends_less(monkeypatch):
     assert choose(16, precision="fp32")
     with pytest.raises(UserError, match="a DiT has no bases"):
         choose(16, requested=True, model=DiT_models["DiT-T/2"]())
-    monkeypatch.setenv("WORLD_SIZE", "5")
-    assert not choose(5, global_batch_size=255)
+    assert not choose(5, size=5, global_batch_size=255)
     with pytest.raises(UserError, match="5 processes do not divide"):
-        choose(5, requested=True, global_batch_size=255)
+        choose(5, requested=True, size=5, global_batch_size=255)
 
 
 @pytest.mark.slow

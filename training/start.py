@@ -7,13 +7,12 @@ from pathlib import Path
 from checkpoint import VERSION, checkpoints, find_corruption, load_model, model_config, read_checkpoint
 from common import UserError, number, remove_leftovers, write_json
 from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
-from distributed import PRECISIONS, World, is_first_process, world_size
+from distributed import World, is_first_process
 from features import FeatureDataset
 from interop.shapes import PUBLISHED_VAE
 from models import DiT, DiT_models
 from remix import RemixDiT, RemixDiT_models
-from sharding import bytes_sent, can_shard
-from training.batches import BatchSampler, count_groups, sample_timesteps
+from training.batches import BatchSampler, sample_timesteps
 from training.plan import AssumedFeatures, RunSettings
 
 
@@ -188,42 +187,6 @@ def make_batch_sampler(
         boundaries=model.boundaries if remix else None,
         flow=diffusion if isinstance(diffusion, FlowMatching) else None,
     )
-
-
-def choose_sharding(
-    requested: bool | None, model: DiT | RemixDiT, settings: RunSettings, grad_accum: int
-) -> tuple[bool, list[str]]:
-    """Decide whether the bases are sharded over the processes.
-
-    Args:
-        requested: --shard-bases or --no-shard-bases; None to choose what sends less.
-        model: the model at step 0.
-        settings: the settings of the run.
-        grad_accum: microbatches per process and step.
-
-    Returns:
-        The decision, and a line that gives its traffic; no line for one process.
-
-    Raises:
-        UserError: if sharding is requested but not possible.
-    """
-    size = world_size()
-    if size == 1 or not isinstance(model, RemixDiT):
-        if requested and size > 1:
-            raise UserError("--shard-bases: a DiT has no bases")
-        return False, []
-    n_images = settings.global_batch_size // size // grad_accum
-    groups = grad_accum * count_groups(n_images, settings.global_batch_size // settings.experts_per_batch)
-    itemsize = PRECISIONS[settings.precision].itemsize
-    whole = bytes_sent(model, size, groups, itemsize, sharded=False)
-    if not can_shard(model, size):
-        if requested:
-            raise UserError(f"--shard-bases: {size} processes do not divide the outputs of every mixed layer")
-        return False, [f"bases not sharded: a process sends {whole / 2**20:,.1f} MiB per step"]
-    sharded = bytes_sent(model, size, groups, itemsize, sharded=True)
-    shard = sharded < whole if requested is None else requested
-    sent = [f"{sharded / 2**20:,.1f} MiB per step if they are", f"{whole / 2**20:,.1f} MiB if they are not"]
-    return shard, [f"bases {'' if shard else 'not '}sharded: a process sends {', '.join(sent)}"]
 
 
 def find_resume(
