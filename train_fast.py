@@ -338,7 +338,7 @@ def make_parser() -> ArgumentParser:
     add(
         "--dry-run",
         action="store_true",
-        help="print the run's size and disk space, and estimates of its memory and time on GPUs, and end; needs neither "
+        help="print the run's size and disk space and estimates of its memory and time on GPUs, and end; needs neither "
         "GPUs nor data; the environment variable WORLD_SIZE sets the number of GPUs",
     )
 
