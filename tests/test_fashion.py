@@ -1,10 +1,10 @@
 """The study of Fashion-MNIST on a few fake images: its splits, its VAE, the runner of its tables, and its page."""
 
+import argparse
 import csv
 import gzip
 import json
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -211,20 +211,23 @@ def test_all_variants_of_the_tables_exist():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", fashion_page.SETTINGS)
-def test_the_runner_computes_only_what_is_missing(setting, prepared, monkeypatch):
-    command = ["1", f"--setting={setting}", "--seeds", 0, "--jobs=1", "--quick", f"--work={prepared}"]
-    flags = list(map(str, command))
-    subprocess.run([sys.executable, "studies/fashion_tables.py", *flags], cwd=ROOT, check=True)
+def test_the_runner_computes_only_what_is_missing(setting, prepared, monkeypatch, capsys):
+    monkeypatch.setattr(fashion_tables, "TABLES", {1: {"part": ["independent-8", "remix-4-20"]}})
+    args = argparse.Namespace(
+        table=1, setting=setting, seeds=[0], jobs=1, quick=True, work=prepared, out="-", source=None
+    )
+    fashion_tables.main(args)
     out = prepared / "quick" / "results"
     table = out / f"{setting}.csv"
     rows = fashion_page.read_results(table)
-    assert len(rows) == 8
+    assert [row["variant"] for row in rows] == ["pretrained", "continued", "independent-8", "remix-4-20"]
     assert all(row["fid"] > 0 and row["test_error"] > 0 for row in rows)
     assert fashion_page.page_tables(out) in (out / "README.md").read_text()
 
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
-    again = [sys.executable, "studies/fashion_tables.py", *flags]
-    assert b"1 results are missing" in subprocess.run(again, cwd=ROOT, check=True, capture_output=True).stdout
+    capsys.readouterr()
+    fashion_tables.main(args)
+    assert "1 results are missing" in capsys.readouterr().out
     assert fashion_page.read_results(table) == rows, "the same result, from the checkpoints that exist"
 
 
