@@ -136,7 +136,8 @@ def main(args: argparse.Namespace):
     with output_to(study.runs / "data.log"):
         prepare(study, args.source)
 
-    names = ["continued"]
+    # First the variants that the others are compared with.
+    names = ["continued", "remix-4-20"]
     for part in TABLES[args.table].values():
         names += [name for name in part if name not in names]
     done = {(row["variant"], row["seed"]) for row in read_results(study.table)}
