@@ -204,6 +204,14 @@ def test_the_flops_of_mixing_are_counted(study):
     )
 
 
+def test_the_images_of_a_timestep_are_of_many_classes(study, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runs, "load_denoiser", lambda paths: (lambda x, t, y: seen.append(y) or x, {"diffusion": {}}))
+    runs.heldout_errors([], study.features("train"), range(4), per_timestep=10)
+    assert all(len(labels.unique()) >= 4 for labels in seen)
+    assert (torch.cat(seen).bincount(minlength=10) == 4).all(), "four timesteps of 10 images use all 40"
+
+
 def test_all_variants_of_the_tables_exist():
     names = {name for table in fashion_page.TABLES.values() for part in table.values() for name in part}
     assert names | {"pretrained", "continued"} == set(fashion_tables.VARIANTS)
