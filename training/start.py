@@ -135,7 +135,7 @@ def load_initial_model(
     loaded, config = load_model(path, allow_pickle=allow_pickle, verify=True)
     # A flow may start from a DiT, which has learned other features of the same images. The reverse is a mistake.
     trained = config["diffusion"] if config["diffusion"].get("process") == "flow" else {}
-    for key in trained.keys() & {"process", "path", "prediction"}:
+    for key in ("process", "path", "prediction") if trained else ():
         if trained[key] != process.get(key):
             run = process.get(key, "gaussian")
             raise UserError(f"--load-weight {path} was trained with {key}={trained[key]}, this run has {run}")
