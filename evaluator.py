@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import ArgumentParser, UserError, atomic_write, positive_int, run_script, write_json
+from images import describe_kinds, is_image, read_image
 
 # Precision and Recall measure the distance from each point to this nearest neighbour.
 NEIGHBOURS = 3
@@ -38,7 +38,6 @@ STANDARD_COUNT = 50_000
 # A larger covariance matrix does not fit into memory.
 MAX_FEATURES = 20_000
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 EXTRA_SCORES = {"kid": "KID", "fd-dinov2": "FD-DINOv2"}
 
 
@@ -49,6 +48,7 @@ def main(args: argparse.Namespace):
     paths = [args.reference, *args.samples]
     for path in paths:
         check_file(path)
+        print_left_out(path)
     if args.weights and not Path(args.weights).is_file():
         raise UserError(f"--weights {args.weights}: no such file")
 
@@ -736,19 +736,26 @@ def read_images(path, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def list_images(folder) -> list[Path]:
-    """Return the PNG and JPEG files at any depth below a folder, sorted."""
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    """Return the image files at any depth below a folder, sorted."""
+    return sorted(path for path in Path(folder).rglob("*") if is_image(path) and path.is_file())
+
+
+def print_left_out(folder):
+    """Print how many files below a folder are not read because they are of other kinds."""
+    others = [path for path in Path(folder).rglob("*") if not is_image(path) and path.is_file()]
+    if others:
+        print(f"note: files of other kinds in {folder} are left out: {describe_kinds(others)}", file=sys.stderr)
 
 
 def read_folder(folder, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
     """Read the images of a folder in batches, as read_images."""
     paths = list_images(folder)
     if len(paths) <= NEIGHBOURS:
-        raise UserError(f"{folder} holds {len(paths)} images (.png, .jpg), expected at least {NEIGHBOURS + 1}")
+        raise UserError(f"{folder} holds {len(paths)} images, expected at least {NEIGHBOURS + 1}")
     first, shape = paths[0], None
     with ThreadPoolExecutor() as threads:
         for i in range(0, len(paths), batch_size):
-            images = list(threads.map(read_image, paths[i : i + batch_size]))
+            images = list(threads.map(read_pixels, paths[i : i + batch_size]))
             shape = shape or images[0].shape
             for path, image in zip(paths[i : i + batch_size], images, strict=True):
                 if image.shape != shape:
@@ -757,13 +764,10 @@ def read_folder(folder, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
             yield np.stack(images), len(paths)
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read an image of at most 8 bits per channel as uint8 [H, W, 3]."""
+def read_pixels(path: Path) -> np.ndarray:
+    """Read an image as uint8 [H, W, 3]."""
     try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF" or image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"mode {image.mode}, {image.width}x{image.height}")
-            return np.asarray(image.convert("RGB"))
+        return np.asarray(read_image(path))
     # A decoder may raise any error on a damaged file.
     except Exception as error:
         raise UserError(f"{path} cannot be read as an image: {type(error).__name__}: {str(error)[:200]}") from None

@@ -7,6 +7,8 @@ Every expert has the architecture and the cost of a plain DiT.
 
 import bisect
 import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 
@@ -23,6 +25,17 @@ class BatchCoefficients:
     """The coefficients of the current batch, shared by all mixed layers."""
 
     alpha: Tensor | None = None  # [1 or depth, G, K] while RemixDiT.forward runs
+
+    def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Return two contexts for code that runs now and again in the backward pass: the second restores the batch."""
+        return nullcontext(), self._restored(vars(self).copy())
+
+    @contextmanager
+    def _restored(self, batch: dict) -> Iterator[None]:
+        current = vars(self).copy()
+        vars(self).update(batch)
+        yield
+        vars(self).update(current)
 
 
 class RemixLinear(nn.Module):

@@ -169,6 +169,18 @@ def test_the_metrics_show_whether_bases_or_experts_collapse(trained):
         assert line["expert_spread"] > 0
 
 
+def test_deterministic_algorithms_and_recomputed_activations_change_no_loss(trained, features, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    flags = ("--max-steps=4", "--deterministic", "--checkpoint-activations")
+    try:
+        run("train_fast.py", *training_flags(features, tmp_path, "other"), *flags)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses(tmp_path / "other") == losses(trained), "bit for bit"
+    assert_same_weights(trained / "checkpoints/0000004.pt", tmp_path / "other/checkpoints/0000004.pt")
+
+
 @pytest.mark.slow
 def test_compiled_training_is_the_same(trained, features, tmp_path):
     run("train_fast.py", *training_flags(features, tmp_path, "compiled"), "--max-steps", 4, "--compile")
@@ -191,7 +203,7 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("missing data", "no such folder", "--data-path", "/nowhere"),
         wrong("no features", "holds no features", "--data-path", str(GOLDEN)),
         wrong("image size", "holds features of 8-pixel images", "--image-size", "16"),
-        wrong("classes", "labels up to 2", "--num-classes", "2"),
+        wrong("classes", "labels from 0 to 2", "--num-classes", "2"),
         wrong("K", "at least 1", "--n-basis", "0"),
         wrong("N", "at least 1 and at most 1000", "--n-experts", "1001"),
         wrong("groups", "does not divide", "--experts-per-batch", "5"),
@@ -263,7 +275,7 @@ def with_nan(tmp_path_factory):
     path = tmp_path_factory.mktemp("nan")
     rows = np.random.default_rng(0).normal(size=(48, 1, 3, 8, 8))
     rows[5] = np.nan
-    write_shard(path, 0, rows, np.arange(48) % 3, [])
+    write_shard(path, 0, rows, np.arange(48) % 3, {})
     write_index(path, 1, vae="none", scale=1.0, image_size=8, classes=["a", "b", "c"])
     return path
 
@@ -288,7 +300,7 @@ def test_a_nan_on_one_process_of_two_is_skipped_on_both(with_nan, tmp_path):
 
 def test_too_many_non_finite_steps_in_a_row_end_the_run(tmp_path):
     rows = np.full((48, 1, 3, 8, 8), np.nan)
-    write_shard(tmp_path / "f", 0, rows, np.arange(48) % 3, [])
+    write_shard(tmp_path / "f", 0, rows, np.arange(48) % 3, {})
     write_index(tmp_path / "f", 1, vae="none", scale=1.0, image_size=8, classes=["a", "b", "c"])
     flags = training_flags(tmp_path / "f", tmp_path, "nan")
     stderr = run("train_fast.py", *flags, "--max-steps=50", "--max-bad-steps=5", "--ckpt-every=2", expect=1).stderr

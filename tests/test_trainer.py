@@ -60,6 +60,44 @@ def test_each_number_of_groups_is_compiled_separately(monkeypatch):
     assert counters["stats"]["unique_graphs"] == 3
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_recomputed_activations_give_the_same_steps_with_less_memory(compiled):
+    """Two microbatches per step, each of other experts: the backward pass needs the coefficients of its own batch."""
+    weights, losses, stored = [], [], []
+    for recompute in (False, True):
+        model, sizes = random_remix_dit(), {}
+
+        def store(tensor: torch.Tensor, sizes: dict = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        world, options = World(0, 1, torch.device("cpu")), {"compile": compiled, "checkpoint_activations": recompute}
+        trainer = Trainer(model, create_diffusion(), world, lr=1e-3, **options)
+        with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
+            for step in range(0, 6, 2):
+                trainer.step(step, [random_microbatch(step), random_microbatch(step + 1)], 1e-4)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        losses.append(trainer.stats.read()[0]["loss"])
+        stored.append(sum(sizes.values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if compiled else 0)
+    assert torch.allclose(weights[1], weights[0], atol=1e-4 if compiled else 0)
+    assert stored[1] < 0.5 * stored[0]
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_but_the_statistics():
+    model = random_remix_dit()
+    trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-3)
+    before = copy.deepcopy(model.state_dict())
+    x, *rest = random_microbatch()
+    x[3, 0, 0, 0] = torch.inf
+    trainer.step(7, [random_microbatch(), (x, *rest)])
+    assert trainer.stats.longest_streak() == 1
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    losses, nonfinite = trainer.stats.read()
+    assert losses["loss"] is None
+    assert nonfinite.step == 7
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("bf16", True)])
 def test_a_training_step_does_not_wait_for_the_device(precision, compiled):
