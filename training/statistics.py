@@ -333,15 +333,16 @@ def noise_errors(
         Errors [number of timesteps], float32.
     """
     errors = []
+    is_flow = isinstance(diffusion, FlowMatching)
     for t in timesteps:
-        is_flow = isinstance(diffusion, FlowMatching)
         number = round(1000 * (1 - t)) if is_flow else int(t)
         rows = (torch.arange(per_timestep) + number * per_timestep) % len(x)
         noise = torch.randn(x[rows].shape, generator=torch.Generator().manual_seed(seed_for(seed, number))).to(x.device)
         ts = torch.full((per_timestep,), float(t) if is_flow else number, device=x.device)
         if is_flow:
-            errors.append(diffusion.training_losses(model, x[rows], ts, {"y": y[rows]}, noise)["loss"].mean())
-            continue
-        noisy = diffusion.q_sample(x[rows], ts, noise)
-        errors.append((model(noisy, ts, y[rows])[:, : x.shape[1]] - noise).square().mean())
+            error = diffusion.training_losses(model, x[rows], ts, {"y": y[rows]}, noise)["loss"]
+        else:
+            noisy = diffusion.q_sample(x[rows], ts, noise)
+            error = (model(noisy, ts, y[rows])[:, : x.shape[1]] - noise).square()
+        errors.append(error.mean())
     return torch.stack(errors)
