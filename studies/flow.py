@@ -180,8 +180,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--evaluations", type=int, nargs="+", default=EVALUATIONS, help="network evaluations per sample"
     )
-    parser.add_argument("--train", type=int, default=4000, help="training steps")
-    parser.add_argument("--samples", type=int, default=1000, help="samples for FID")
+    parser.add_argument("--train", type=int, default=3000, help="training steps")
+    parser.add_argument("--samples", type=int, default=500, help="samples for FID")
     parser.add_argument("--work", default="outputs/studies", help="folder of the runs, samples and scores")
     parser.add_argument("--out", default="studies/results/flow", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="few steps and samples, to test that it runs")
