@@ -338,8 +338,8 @@ def make_parser() -> ArgumentParser:
     add(
         "--dry-run",
         action="store_true",
-        help="print the run's size, memory, disk space and time, and end; needs neither GPUs nor data; the environment "
-        "variable WORLD_SIZE sets the number of GPUs",
+        help="print the run's size and disk space and estimates of its memory and time on GPUs, and end; needs neither "
+        "GPUs nor data; the environment variable WORLD_SIZE sets the number of GPUs",
     )
 
     add = parser.add_argument_group("model").add_argument
