@@ -103,7 +103,7 @@ run "${launch[@]}" extract_features.py --data-path data/imagenet/train --feature
 case $experiment in
   pretraining)
     name=DiT-$size-${steps%000000}M
-    train --model "DiT-$size/2" --max-steps $steps --prefix "$name" --ckpt-every 50000 --keep 2
+    train --model "DiT-$size/2" --max-steps "$steps" --prefix "$name" --ckpt-every 50000 --keep 2
     checkpoints=("outputs/$name/checkpoints/$steps.pt") ;;
   continued)
     name=$kind-$size-continued-100K
