@@ -136,13 +136,16 @@ def main(args: argparse.Namespace):
     with output_to(study.runs / "data.log"):
         prepare(study, args.source)
 
-    names = ["continued"]
+    # First the variants that the others are compared with.
+    names = ["continued", "remix-4-20"]
     for part in TABLES[args.table].values():
         names += [name for name in part if name not in names]
     done = {(row["variant"], row["seed"]) for row in read_results(study.table)}
     missing = {(name, seed) for seed in args.seeds for name in ["pretrained", *names]} - done
     print(f"{len(missing)} results are missing in {study.table}")
-    workers = ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"))
+    # Each run has a process of its own, which loads the code as it is then.
+    spawn = multiprocessing.get_context("spawn")
+    workers = ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1)
     with workers, tqdm(total=sum(cost(study, name) for name, _ in missing), unit="step", smoothing=0) as bar:
         # A group of seeds is finished before the next one begins. Its pretrained models are the first.
         for first in range(0, len(args.seeds), args.jobs):

@@ -1,10 +1,10 @@
 """The study of Fashion-MNIST on a few fake images: its splits, its VAE, the runner of its tables, and its page."""
 
+import argparse
 import csv
 import gzip
 import json
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -204,6 +204,14 @@ def test_the_flops_of_mixing_are_counted(study):
     )
 
 
+def test_the_images_of_a_timestep_are_of_many_classes(study, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runs, "load_denoiser", lambda paths: (lambda x, t, y: seen.append(y) or x, {"diffusion": {}}))
+    runs.heldout_errors([], study.features("train"), range(4), per_timestep=10)
+    assert all(len(labels.unique()) >= 4 for labels in seen)
+    assert (torch.cat(seen).bincount(minlength=10) == 4).all(), "four timesteps of 10 images use all 40"
+
+
 def test_all_variants_of_the_tables_exist():
     names = {name for table in fashion_page.TABLES.values() for part in table.values() for name in part}
     assert names | {"pretrained", "continued"} == set(fashion_tables.VARIANTS)
@@ -211,20 +219,23 @@ def test_all_variants_of_the_tables_exist():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", fashion_page.SETTINGS)
-def test_the_runner_computes_only_what_is_missing(setting, prepared, monkeypatch):
-    command = ["1", f"--setting={setting}", "--seeds", 0, "--jobs=1", "--quick", f"--work={prepared}"]
-    flags = list(map(str, command))
-    subprocess.run([sys.executable, "studies/fashion_tables.py", *flags], cwd=ROOT, check=True)
+def test_the_runner_computes_only_what_is_missing(setting, prepared, monkeypatch, capsys):
+    monkeypatch.setattr(fashion_tables, "TABLES", {1: {"part": ["independent-8", "remix-4-20"]}})
+    args = argparse.Namespace(
+        table=1, setting=setting, seeds=[0], jobs=1, quick=True, work=prepared, out="-", source=None
+    )
+    fashion_tables.main(args)
     out = prepared / "quick" / "results"
     table = out / f"{setting}.csv"
     rows = fashion_page.read_results(table)
-    assert len(rows) == 8
+    assert [row["variant"] for row in rows] == ["pretrained", "continued", "remix-4-20", "independent-8"]
     assert all(row["fid"] > 0 and row["test_error"] > 0 for row in rows)
     assert fashion_page.page_tables(out) in (out / "README.md").read_text()
 
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
-    again = [sys.executable, "studies/fashion_tables.py", *flags]
-    assert b"1 results are missing" in subprocess.run(again, cwd=ROOT, check=True, capture_output=True).stdout
+    capsys.readouterr()
+    fashion_tables.main(args)
+    assert "1 results are missing" in capsys.readouterr().out
     assert fashion_page.read_results(table) == rows, "the same result, from the checkpoints that exist"
 
 
