@@ -56,7 +56,8 @@ def main(args: argparse.Namespace):
     machine = describe_machine(world)
     floors = measure_floors(world, args.precision)
     results = {"machine": machine, "settings": vars(args), "floors": floors}
-    lines = [f"# {name}", "", "`" + " ".join(["python", *sys.argv]) + "`", ""]
+    launcher = "python" if world.size == 1 else f"torchrun --nproc_per_node={world.size}"
+    lines = [f"# {name}", "", f"`{' '.join([launcher, *sys.argv])}`", ""]
     # Two spaces at the end of a line are a line break in Markdown.
     lines += [f"{key}: {value}  " for key, value in machine.items()]
     lines += [f"copy bandwidth: {floors['copy_gb_s']:.1f} GB/s (bytes read and written)  "]
@@ -272,7 +273,8 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
         # In float32: weights, EMA, AdamW's two moments and gradients.
         static[name] = 5 * 4 * sum(p.numel() for p in trainer.trained)
 
-    if not args.skip_usual:
+    # The usual loop has one process.
+    if not args.skip_usual and world.size == 1:
         runs[USUAL], clocks[USUAL] = usual_training(dit, diffusion, batch, args.steps, world)
     add("DiT", copy.deepcopy(dit), None)
     for groups in args.experts_per_batch:

@@ -40,6 +40,17 @@ def test_every_part_is_measured(tmp_path):
     assert all(f"## {part}" in report for part in ("training", "sampling", "data", "extraction", "evaluator"))
 
 
+@pytest.mark.slow
+def test_training_is_measured_on_several_processes(tmp_path):
+    settings = flags(parts=("training",), precision="fp32", compile=False, warmup=1, rounds=2, experts_per_batch=(2,))
+    run("benchmarks/benchmark.py", *TOY, *settings, *flags(out=tmp_path, name="two"), processes=2)
+    results = json.loads((tmp_path / "two.json").read_text())
+    assert results["machine"]["device"].startswith("2 x ")
+    assert [row["model"] for row in results["training"]] == ["DiT", "RemixDiT G=2"]
+    for row in results["training"]:
+        assert row["images/s"] == pytest.approx(2 * 4 / row["ms/step"] * 1e3)
+
+
 def test_error_for_groups_that_do_not_divide_the_batch(tmp_path):
     settings = flags(experts_per_batch=(3,), parts=("training",), out=tmp_path)
     assert "does not divide" in run("benchmarks/benchmark.py", *TOY, *settings, expect=2).stderr

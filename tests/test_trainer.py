@@ -7,8 +7,10 @@ from conftest import DEVICES, random_microbatch, random_remix_dit
 from torch import nn
 from torch._dynamo.utils import counters
 
-from diffusion import create_diffusion
+from diffusion import create_diffusion, create_flow
 from distributed import World
+from models import DiT
+from remix import RemixDiT
 from training.batches import BatchSampler, StepBatch
 from training.trainer import Trainer
 
@@ -34,19 +36,34 @@ def test_training_in_bf16_and_compiled_follows_fp32(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_fifty_steps_with_changing_experts_compile_once(device):
+def test_fifty_steps_with_changing_experts_and_weights_of_the_prior_compile_once(device):
     world = World(0, 1, torch.device(device))
     trainer = Trainer(random_remix_dit(device), create_diffusion(), world, lr=1e-4, precision="bf16", compile=True)
     experts_seen = set()
     for step in range(52):
         batch = random_microbatch(step, device=device)
         experts_seen.add(tuple(trainer.model.expert_index(batch[1]).tolist()))
-        trainer.step(step, [batch])
+        trainer.step(step, [batch], prior_weight=1e-4 * (1 - step / 52))
         if step == 1:
             warm = counters["stats"]["unique_graphs"]
     assert len(experts_seen) > 10
     assert counters["stats"]["unique_graphs"] == warm == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_model_and_loss_of_a_flow_are_one_graph(monkeypatch, checkpoint_activations):
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    flow = create_flow()
+    model = RemixDiT(DiT(8, 2, 4, 32, 2, 2, num_classes=10), n_basis=4, n_experts=20, boundaries=flow.quantiles(20))
+    options = {"compile": True, "checkpoint_activations": checkpoint_activations}
+    trainer = Trainer(model, flow, World(0, 1, torch.device("cpu")), lr=1e-4, precision="bf16", **options)
+    for step in range(4):
+        x, t, conditions, noise = random_microbatch(step)
+        trainer.step(step, [(x, 1 - (t + 0.5) / 1000, conditions, noise)], prior_weight=1e-4 * (1 - step / 4))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert trainer.stats.read()[0]["loss"] > 0
 
 
 def test_each_number_of_groups_is_compiled_separately(monkeypatch):
