@@ -91,9 +91,14 @@ class CheckpointWriter:
         self.thread = None
 
     def save(self, step: int, state: dict):
-        """Copy a state to host memory and start writing it, after the previous checkpoint has been written."""
+        """Start writing a state, after the previous checkpoint has been written.
+
+        Args:
+            step: number of steps done.
+            state: the content, in host memory. It must not be changed afterwards.
+        """
         self.wait()
-        self.thread = threading.Thread(target=self._write, args=(self.folder / f"{step:07d}.pt", _host_copy(state)))
+        self.thread = threading.Thread(target=self._write, args=(self.folder / f"{step:07d}.pt", state))
         self.thread.start()
 
     def wait(self):
@@ -126,15 +131,6 @@ class CheckpointWriter:
         for path in older[self.keep :] if self.keep else []:
             if not (self.keep_every and int(path.stem) % self.keep_every == 0):
                 path.unlink(missing_ok=True)
-
-
-def _host_copy(state):
-    """Copy all tensors of nested dicts and lists to host memory."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: _host_copy(value) for key, value in state.items()}
-    return [_host_copy(value) for value in state] if isinstance(state, list) else state
 
 
 def read_checkpoint(path, allow_pickle: bool = False, mmap: bool = True, verify: bool = False) -> dict:
@@ -347,7 +343,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path):
 
 
 def choose_process(path, config: dict, process: str | None):
-    """Let the user say which process a file of another project belongs to, in the config that was read from it.
+    """Set the diffusion process in the config of a file of another project, which does not record it.
 
     Args:
         path: the file, for error messages.
@@ -383,7 +379,7 @@ def load_denoiser(
 
     Raises:
         UserError: if a file cannot be loaded, or if several files are not independent experts of one architecture
-            whose intervals tile the timesteps.
+            whose intervals cover all timesteps exactly once.
     """
     loaded = [(path, *load_model(path, ema, allow_pickle, **overrides)) for path in paths]
     if len(loaded) == 1:
@@ -392,7 +388,7 @@ def load_denoiser(
     for path, model, config in loaded:
         if isinstance(model, RemixDiT) or not config["training"]:
             raise UserError(
-                f"{path} is not an independent expert (a DiT from train_fast.py --timesteps): specify it alone"
+                f"{path} is not an independent expert (a DiT from train_fast.py --timesteps): give only one --ckpt"
             )
         if model.config != loaded[0][1].config:
             raise UserError(f"{path} and {loaded[0][0]} hold models of different shapes")
@@ -403,5 +399,7 @@ def load_denoiser(
     bounds = [intervals[0][0], *(high for _, high in intervals)]
     lowest, highest = NOISE_LEVELS[loaded[0][2]["diffusion"].get("process", "gaussian")]
     if intervals != [list(pair) for pair in pairwise(bounds)] or (bounds[0], bounds[-1]) != (lowest, highest):
-        raise UserError(f"the experts' timesteps {intervals} do not tile the range from {lowest} to {highest}")
+        raise UserError(
+            f"the experts' timesteps {intervals} do not cover the range from {lowest} to {highest} exactly once"
+        )
     return IndependentExperts([model for _, model, _ in loaded], bounds).eval(), loaded[0][2]

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 # From this number of groups on, the backward pass mixes the weights again instead of keeping them in memory.
 RECOMPUTED_GROUPS = 8
 
-# The compiler (seen in PyTorch 2.11) writes a concatenation of more tensors than this as one kernel that loads every
-# base once and stores all mixtures. It writes a shorter one as a kernel that loads the bases again for each mixture.
+# In PyTorch 2.11, the compiler turns a concatenation of more tensors than this into one kernel, which loads every basis
+# once and stores all mixtures. With fewer tensors, its kernel loads the bases again for each mixture.
 SHORT_CONCATENATION = 8
 
 
 def mixed_linear(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Mix K linear layers into one for each of G groups, and apply mixture g to the g-th equal part of the batch.
 
-    Theta_G = alpha_G beta (paper, section 3.2) and its gradients are sums in float32. Bases are nearly equal, and the
-    gradient of alpha depends on their differences, which a product in bf16 or TF32 would lose. Mixtures are rounded
-    once, to the dtype of the output.
+    The mixtures Theta_G = alpha_G beta (paper, section 3.2) and the gradients of alpha and beta are summed in float32.
+    Bases are nearly equal, and the gradient of alpha depends on their differences, which a product in bf16 or TF32
+    would lose. Mixtures are rounded once, to the dtype of the output. Their own gradients have the dtype of x.
 
     Args:
         x: input [B, ..., in]. G divides B.
@@ -32,9 +32,15 @@ def mixed_linear(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tens
     Returns:
         Output [B, ..., out], in the autocast dtype if autocast is enabled, otherwise in the dtype of x.
     """
+    # DDP counts each argument of the function several times when it decides where to cut a compiled graph.
+    weight, bias = weight.view(weight.shape), bias.view(bias.shape)
+    return MixedLinearFunction.apply(x.to(product_dtype(x)), alpha, weight, bias)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products with x: the autocast dtype if autocast is enabled, otherwise that of x."""
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return MixedLinearFunction.apply(x.to(dtype), alpha, weight, bias)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class MixedLinearFunction(torch.autograd.Function):
@@ -61,8 +67,23 @@ class MixedLinearFunction(torch.autograd.Function):
         return grad_x, grad_alpha, mix(alpha.T, grad_theta), mix(alpha.T, grad_theta_bias)
 
 
-# A custom operator, because the compiler would keep the mixtures of the forward pass instead of mixing again. It cannot
-# compute the result of this operator before `grad`.
+class LinearPerGroupFunction(torch.autograd.Function):
+    """`linear_per_group` for weights that are mixed already. x, weight and bias have one dtype."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear_per_group(x, weight, bias)  # [B, ..., out]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = linear_per_group_backward(grad.to(x.dtype), x, weight)
+        return grad_x, grad_weight, grad_bias.to(x.dtype)
+
+
+# A custom operator, because the compiler would keep the mixtures of the forward pass instead of mixing again. The
+# compiler must compute this operator in the backward pass, because its input `grad` exists only there.
 @torch.library.custom_op("remix::in_backward", mutates_args=())
 def in_backward(alpha: Tensor, grad: Tensor) -> Tensor:
     """Return a copy of alpha that exists only in the backward pass, in which `grad` is computed."""

@@ -3,9 +3,10 @@
     torchrun --nnodes=1 --nproc_per_node=8 train_fast.py --model RemixDiT-S/2 --load-weight pretrained/DiT_S_2_2M.pt \\
         --data-path data/imagenet_encoded --epochs 20 --prefix RemixDiT-S-4-20-100K --n-basis 4 --n-experts 20
 
-The run's folder is outputs/<prefix>/. It holds checkpoints/<step>.pt, log.txt, metrics.jsonl and config.json. The
-images, timesteps, experts and noise of a step depend only on the seed, the step and the place in the global batch. They
-depend neither on the device, nor on the number of processes, nor on when the run was resumed.
+The run's folder is outputs/<prefix>/. It holds config.json, log.txt, metrics.jsonl, checkpoints/<step>.pt, and the
+pictures samples/<step>.png and coefficients/<step>.png. The images, timesteps, experts and noise of a step depend only
+on the seed, the step and the position in the global batch. They depend neither on the device, nor on the number of
+processes, nor on when the run was resumed.
 """
 
 import argparse
@@ -26,22 +27,30 @@ from common import (
     lock_folder,
     number,
     positive_int,
-    remove_leftovers,
     run_script,
     seed_int,
-    write_json,
 )
-from diffusion import create_diffusion
-from distributed import PRECISIONS, StopSignal, World, rank0_logger, restore_signals, setup, world_size
-from features import FeatureDataset
+from diffusion import NOISE_LEVELS, PROCESS_SAMPLERS, FlowMatching, GaussianDiffusion, create_process
+from diffusion.flow import PREDICTIONS, WEIGHTS
+from diffusion.interpolants import PATHS, TIME_SAMPLINGS
+from distributed import (
+    PRECISIONS,
+    StopSignal,
+    is_first_process,
+    rank0_logger,
+    restore_signals,
+    setup,
+    use_deterministic_algorithms,
+    world_size,
+)
 from models import DiT, DiT_models
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models
-from training.batches import BatchSampler
 from training.loggers import MetricLogger, logger_names, open_loggers
 from training.plan import (
-    AssumedFeatures,
+    Parallelism,
     RunSettings,
     check_checkpoint_space,
+    choose_sharding,
     count_checkpoints,
     describe_run,
     dry_run,
@@ -49,71 +58,99 @@ from training.plan import (
     training_flops,
 )
 from training.previews import SamplePreview, choose_decoder
-from training.start import find_resume, make_model, run_config
-from training.statistics import NonFiniteSteps, ThroughputTimer, build_metrics, memory_gib, report_line
+from training.start import (
+    check_noise_levels,
+    find_resume,
+    make_batch_sampler,
+    make_model,
+    model_shape,
+    noise_level,
+    open_features,
+    prepare_folder,
+    read_resume,
+    run_config,
+)
+from training.statistics import ThroughputTimer, build_metrics, explain_failure, report_line
 from training.trainer import Trainer
 
-ALL_TIMESTEPS = [0, 1000]
-# Several processes agree every STOP_CHECK steps whether to stop. Their hosts wait for each other to agree.
+# The flags that have a meaning for flows only, by their names in `FlowMatching`.
+FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
+# With several processes, the decision to stop is exchanged every STOP_CHECK steps only, because in the exchange each
+# process waits for all others.
 STOP_CHECK = 4
 
 
 def main(args: argparse.Namespace):
+    """Train a model as the flags say; see `make_parser`."""
     # Check all input before any device or process group is used.
     dataset = open_features(args.data_path, args.image_size, assume=args.dry_run)
     shape = model_shape(dataset, args.num_classes) | frequency_override(args.timestep_frequencies)
-    settings = resolve_settings(args, len(dataset))
-    mixing = mixing_options(args)
+    process = process_options(args)
+    diffusion = create_process(**process)
+    settings = resolve_settings(args, len(dataset), diffusion)
+    mixing = mixing_options(args, diffusion)
     folder = Path(args.results_dir) / (args.prefix or default_prefix(args.model, mixing))
     saving = {"every": args.ckpt_every, "keep": args.keep, "keep_every": args.keep_every}
     if args.dry_run:
         with torch.device("meta"):
             model = make_model(args.model, shape, mixing, settings.prior_bonus)
         n_checkpoints = count_checkpoints(folder, 0, settings.max_steps, **saving)
-        print("\n".join(dry_run(args.model, model, dataset, settings, args.grad_accum, folder, n_checkpoints)))
+        shard, _ = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
+        parallelism = Parallelism(world_size(), args.grad_accum, shard, args.checkpoint_activations)
+        print("\n".join(dry_run(args.model, model, dataset, settings, process, parallelism, folder, n_checkpoints)))
         return
+    # This seed is for the initial weights and mixing logits. The draws of each step have seeds of their own.
     torch.manual_seed(settings.global_seed)
-    model = make_model(args.model, shape, mixing, settings.prior_bonus, settings.load_weight, args.trust_pickle)
-    config = run_config(args.model, model, dataset, args.image_size, settings)
+    weights = (settings.load_weight, args.trust_pickle, process)
+    model = make_model(args.model, shape, mixing, settings.prior_bonus, *weights)
+    config = run_config(args.model, model, dataset, args.image_size, settings, process)
+    shard, traffic = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
     lock_folder(folder, "--prefix")
     resume_path, state, damaged = find_resume(args.resume, folder, config)
     step = state["step"] if state else 0
-    autoencoder, preview_note = choose_decoder(args.sample_every, settings.timesteps, args.vae, dataset)
+    can_sample = settings.timesteps == NOISE_LEVELS[args.process]
+    autoencoder, preview_note = choose_decoder(args.sample_every, can_sample, args.vae, dataset)
     n_checkpoints = count_checkpoints(folder, step, settings.max_steps, **saving)
-    disk_note = check_checkpoint_space(folder, model, n_checkpoints)
+    disk_note = check_checkpoint_space(folder, model, n_checkpoints) if is_first_process() else None
 
     # Join the other processes and prepare the run's folder.
+    if args.deterministic:
+        use_deterministic_algorithms()
     world = setup()
     stop = StopSignal()
-    if not world.same(step):
-        raise UserError(
-            "the processes found different checkpoints: all nodes need the same --results-dir on a shared file system"
-        )
+    # Rank 0 has compared the checkpoint with its checksums.
+    resume_path = world.from_main(resume_path)
+    if resume_path and not world.is_main:
+        state = read_resume(resume_path, config)
+        step = state["step"]
     if world.is_main:
         prepare_folder(folder, config, damaged)
     log = rank0_logger(world, folder / "log.txt")
     compiled = torch.cuda.is_available() if args.compile is None else args.compile
     devices = f"{world.size} x {world.device.type}{', compiled' if compiled else ''}"
-    description = describe_run(args.model, model, dataset, settings, devices)
-    log_introduction(log, description, damaged, [disk_note, preview_note, *advice(model, settings)])
+    description = describe_run(args.model, model, dataset, settings, process, devices)
+    log_introduction(log, description, damaged, [*traffic, disk_note, preview_note, *advice(model, settings)])
 
     # Set up the training state.
     trainer = Trainer(
         model,
-        create_diffusion(**config["diffusion"]),
+        diffusion,
         world,
         lr=settings.lr,
         coeff_lr=settings.coeff_lr,
+        coeff_lr_end=settings.coeff_lr_end,
         ema_decay=settings.ema_decay,
         clip_grad=settings.clip_grad,
         precision=settings.precision,
         compile=compiled,
+        checkpoint_activations=args.checkpoint_activations,
+        shard=shard,
     )
     if state:
         trainer.load_state_dict(state, resume_path)
         log.info(f"resumed from {resume_path}")
     del state
-    sampler = make_batch_sampler(settings, model, world, args.grad_accum)
+    sampler = make_batch_sampler(settings, model, diffusion, world, args.grad_accum)
     writer = CheckpointWriter(folder / "checkpoints", log, args.keep, args.keep_every)
     loggers = MetricLogger(open_loggers(args.log_to, folder, config, step) if world.is_main else [], log)
     previews = None
@@ -124,15 +161,14 @@ def main(args: argparse.Namespace):
             settings.global_seed,
             dataset.classes,
             autoencoder,
-            config["diffusion"] if settings.timesteps == ALL_TIMESTEPS else None,
+            process if can_sample else None,
             partial(world.autocast, settings.precision),
+            world.device,
             log,
         )
-    flops_per_image = training_flops(config["model"]["backbone"])
-    peak_flops_per_s = matmul_rate(world.device, settings.precision) * world.size
-
     # Train. `step` counts the steps that are done.
-    timer = ThroughputTimer(world.device)
+    peak_flops_per_s = matmul_rate(world.device, settings.precision) * world.size
+    timer = ThroughputTimer(world.device, training_flops(config["model"]["backbone"]), peak_flops_per_s)
     failed = stopped = False
     done = step == settings.max_steps
     with closing(loggers), sampler.load(dataset, range(step, settings.max_steps), args.num_workers) as batches:
@@ -144,38 +180,42 @@ def main(args: argparse.Namespace):
             timer.add(settings.global_batch_size)
             step += 1
 
-            # Decide together with the other processes whether this was the last step.
+            # Decide together with the other processes whether this was the last step. `finished` and `failed` are the
+            # same on all processes, so either all of them or none makes the second exchange.
             finished = step == settings.max_steps
             if world.size == 1 or step % STOP_CHECK == 0 or finished:
-                failed = world.any(trainer.stats.longest_streak() >= args.max_bad_steps)
-                stopped = not (failed or finished) and world.any(stop.requested is not None)
+                streak = trainer.stats.longest_streak()
+                failed, stopped = world.any(streak >= args.max_bad_steps, stop.requested is not None)
+                stopped = stopped and not (failed or finished)
             done = finished or failed or stopped
 
             if step % args.log_every == 0 or finished:
                 losses, nonfinite = trainer.stats.read()
-                images_per_s = timer.read()
+                speed = timer.read()
+                schedule = trainer.learning_rates() | {"prior_weight": prior_weight}
+                # Each process measures the distances between its own rows of sharded bases.
+                metrics = build_metrics(step, losses, nonfinite, model, schedule, speed)
                 if world.is_main:
-                    schedule = trainer.learning_rates() | {"prior_weight": prior_weight}
-                    performance = {
-                        "images_per_s": images_per_s,
-                        "mfu": images_per_s * flops_per_image / peak_flops_per_s,
-                        "memory_gib": memory_gib(world.device),
-                    }
-                    metrics = build_metrics(step, losses, nonfinite, model, schedule, performance)
                     loggers.log_metrics(step, metrics)
                     log.info(report_line(metrics, settings.max_steps, settings.global_batch_size))
             if step % args.ckpt_every == 0 or finished or stopped:
                 with timer.paused():
-                    window = trainer.stats.state_dict()
+                    # There may be host memory for one copy of the state only.
+                    writer.wait()
+                    stats = trainer.stats.state_dict()
+                    saved = {"config": config, "step": step, "window": stats} | trainer.state_dict()
                     if world.is_main:
-                        writer.save(step, {"config": config, "step": step, "window": window} | trainer.state_dict())
-            if previews and step % args.sample_every == 0:
+                        writer.save(step, saved)
+                    del saved
+            if args.sample_every and step % args.sample_every == 0:
                 # The other processes wait for this one in their next step.
                 with timer.paused():
-                    for kind, path in previews.draw(step, trainer.ema).items():
+                    ema = trainer.whole_ema()
+                    for kind, path in previews.draw(step, ema).items() if previews else ():
                         loggers.log_image(step, kind, path)
+                    del ema
 
-    # End.
+    # Wait until the last checkpoint is written, and report how the run ended.
     writer.wait()
     restore_signals()
     if failed:
@@ -190,42 +230,33 @@ def main(args: argparse.Namespace):
         log.info("done")
 
 
-def open_features(path: str, image_size: int | None, assume: bool) -> FeatureDataset | AssumedFeatures:
-    """Open the encoded images and check their size.
-
-    Args:
-        path: folder of features.
-        image_size: side of the images in pixels that the user expects; None to accept any.
-        assume: if the folder does not exist, assume ImageNet's features.
-    """
-    if assume and not Path(path).exists():
-        return AssumedFeatures(path, image_size or 256)
-    dataset = FeatureDataset(path)
-    if image_size and dataset.image_size and image_size != dataset.image_size:
-        raise UserError(f"--image-size {image_size}, but {path} holds features of {dataset.image_size}-pixel images")
-    return dataset
-
-
-def model_shape(dataset: FeatureDataset | AssumedFeatures, num_classes: int | None) -> dict:
-    """Return the keyword arguments of a DiT that depend on the data.
-
-    Args:
-        dataset: the encoded images.
-        num_classes: number of classes; None for that of the dataset, or 1000 if the dataset does not record it.
-    """
-    channels, height, width = dataset.shape
-    num_classes = num_classes or (len(dataset.classes) if dataset.classes else 1000)
-    if dataset.labels.min() < 0 or dataset.labels.max() >= num_classes:
-        raise UserError(f"{dataset.path} has labels up to {dataset.labels.max()}, beyond --num-classes {num_classes}")
-    if height != width:
-        raise UserError(f"{dataset.path} holds features of {height} x {width} pixels, which are not square")
-    return dict(input_size=height, in_channels=channels, num_classes=num_classes)
+def process_options(args: argparse.Namespace) -> dict:
+    """Return the keyword arguments of `create_process` that the flags give."""
+    options = {name: value for name in FLOW_OPTIONS if (value := getattr(args, name)) is not None}
+    if args.process == "gaussian":
+        if options:
+            raise UserError("--path, --prediction, --weight and --time-* need --process flow")
+        return {}
+    if options.keys() & {"time_mean", "time_std"} and args.time_sampling != "logit-normal":
+        raise UserError("--time-mean and --time-std need --time-sampling logit-normal")
+    try:
+        return {"process": "flow", **FlowMatching(**options).config}
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
-def mixing_options(args: argparse.Namespace) -> dict | None:
+def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | FlowMatching) -> dict | None:
     """Return the keyword arguments of a RemixDiT that the flags give, or None for a plain DiT."""
     if args.model not in RemixDiT_models:
+        if args.boundaries:
+            raise UserError(f"--boundaries needs a RemixDiT, not {args.model}")
         return None
+    boundaries = args.boundaries
+    if boundaries:
+        check_noise_levels("--boundaries", boundaries, args.process, diffusion, complete=True)
+    elif isinstance(diffusion, FlowMatching):
+        # Rounded, so that other versions of SciPy give the same.
+        boundaries = [round(level, 9) for level in diffusion.quantiles(args.n_experts)]
     mixed_layers = [*MIXED_LAYERS, MODULATION] if args.mix_modulation else [*MIXED_LAYERS]
     return dict(
         n_basis=args.n_basis,
@@ -233,6 +264,7 @@ def mixing_options(args: argparse.Namespace) -> dict | None:
         mixer=args.mixer,
         scope=args.mixer_scope,
         mixed_layers=mixed_layers,
+        boundaries=boundaries,
     )
 
 
@@ -241,12 +273,18 @@ def default_prefix(name: str, mixing: dict | None) -> str:
     return name.replace("/", "-") + (f"-{mixing['n_basis']}-{mixing['n_experts']}" if mixing else "")
 
 
-def resolve_settings(args: argparse.Namespace, n_images: int) -> RunSettings:
+def resolve_settings(
+    args: argparse.Namespace, n_images: int, diffusion: GaussianDiffusion | FlowMatching
+) -> RunSettings:
     """Check that the flags fit together, and fill in the defaults that depend on other flags or on the data.
 
     Args:
         args: the flags.
         n_images: number of images of the dataset.
+        diffusion: the process.
+
+    Raises:
+        UserError: if flags contradict each other, or a number does not divide the batch size as it must.
     """
     batch_size = args.global_batch_size
     if batch_size % (world_size() * args.grad_accum):
@@ -256,24 +294,26 @@ def resolve_settings(args: argparse.Namespace, n_images: int) -> RunSettings:
         )
     if args.keep_every and (not args.keep or args.keep_every % args.ckpt_every):
         raise UserError("--keep-every needs --keep, and must be a multiple of --ckpt-every")
-    low, high = args.timesteps
-    if low >= high:
-        raise UserError(f"--timesteps {low} {high}: LO must be below HI")
     remix = args.model in RemixDiT_models
-    if remix and args.timesteps != ALL_TIMESTEPS:
-        raise UserError(f"--timesteps {low} {high}: a RemixDiT trains on all timesteps")
+    timesteps = args.timesteps or NOISE_LEVELS[args.process]
+    if remix and timesteps != NOISE_LEVELS[args.process]:
+        raise UserError("--timesteps: a RemixDiT trains on all timesteps")
+    check_noise_levels("--timesteps", timesteps, args.process, diffusion)
     # The default must not depend on the number of processes, because that must not change a run's results.
     divisors = [n for n in range(1, min(16, args.n_experts) + 1) if batch_size % n == 0]
     experts_per_batch = (args.experts_per_batch or max(divisors)) if remix else 1
     if batch_size % experts_per_batch:
         raise UserError(f"--experts-per-batch {experts_per_batch} does not divide --global-batch-size {batch_size}")
+    lr = args.lr or (2e-5 if args.load_weight else 1e-4)
+    coeff_lr_end = min(lr / 2, args.coeff_lr) if args.coeff_lr_end is None else args.coeff_lr_end
     return RunSettings(
         max_steps=args.max_steps or max(1, args.epochs * n_images // batch_size),
         global_batch_size=batch_size,
         experts_per_batch=experts_per_batch,
-        timesteps=args.timesteps,
-        lr=args.lr or (2e-5 if args.load_weight else 1e-4),
+        timesteps=timesteps,
+        lr=lr,
         coeff_lr=args.coeff_lr,
+        coeff_lr_end=coeff_lr_end if remix else None,
         ema_decay=args.ema_decay,
         clip_grad=args.clip_grad,
         prior_strength=args.prior_strength,
@@ -285,19 +325,10 @@ def resolve_settings(args: argparse.Namespace, n_images: int) -> RunSettings:
     )
 
 
-def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
-    """Create or clean up the run's folder, and write its config.json. Damaged checkpoints are renamed."""
-    for path in damaged:
-        path.rename(path.with_suffix(".pt.damaged"))
-    remove_leftovers(folder, folder / "checkpoints", folder / "samples", folder / "coefficients")
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config)
-
-
 def advice(model: DiT | RemixDiT, settings: RunSettings) -> list[str]:
     """Return advice about the settings, if there is any."""
-    if isinstance(model, RemixDiT) and settings.experts_per_batch < min(4, model.n_experts):
-        return ["few experts per batch: the model learns better with more of them (--experts-per-batch)"]
+    if isinstance(model, RemixDiT) and settings.experts_per_batch < min(8, model.n_experts):
+        return ["fewer than 8 experts per batch: in studies/README.md, more of them gave a lower error"]
     return []
 
 
@@ -308,37 +339,8 @@ def log_introduction(log: logging.Logger, description: list[str], damaged: dict[
         log.info(line)
 
 
-def make_batch_sampler(settings: RunSettings, model: DiT | RemixDiT, world: World, grad_accum: int) -> BatchSampler:
-    """Return what draws the batches of the run."""
-    remix = isinstance(model, RemixDiT)
-    backbone = model.backbone_config if remix else model.config
-    return BatchSampler(
-        settings.global_seed,
-        settings.global_batch_size,
-        world,
-        n_experts=model.n_experts if remix else None,
-        experts_per_batch=settings.experts_per_batch,
-        timestep_range=tuple(settings.timesteps),
-        label_dropout=backbone["class_dropout_prob"],
-        grad_accum=grad_accum,
-    )
-
-
-def explain_failure(nonfinite: NonFiniteSteps, sampler: BatchSampler, model: DiT | RemixDiT) -> str:
-    """Return a description of the non-finite steps that ended the run."""
-    t = sampler.timesteps(int(nonfinite.step))
-    experts = ""
-    if isinstance(model, RemixDiT):
-        experts = f"experts {sorted(set(model.expert_index(torch.from_numpy(t)).tolist()))}, "
-    return (
-        f"{nonfinite.longest_streak:.0f} steps in a row had a loss or gradient that is not finite; "
-        f"the last, step {nonfinite.step:.0f}: {experts}timesteps {t.min()} to {t.max()}, "
-        f"loss {nonfinite.loss}, gradient norm {nonfinite.norm}. These steps did not change the weights. The run ends. "
-        "A resumed run repeats these steps, unless a setting is changed"
-    )
-
-
-if __name__ == "__main__":
+def make_parser() -> ArgumentParser:
+    """Return the parser of the flags."""
     parser = ArgumentParser(description="Train a DiT or a RemixDiT on features from extract_features.py.")
 
     add = parser.add_argument_group("run").add_argument
@@ -348,14 +350,14 @@ if __name__ == "__main__":
     add(
         "--resume",
         metavar="PATH|auto",
-        help="checkpoint to resume from; auto: the run's newest one, or none for a new run",
+        help="checkpoint to resume from; auto: the newest undamaged one of this run, or a new run if there is none",
     )
     add("--global-seed", type=seed_int, default=0, metavar="SEED", help="seed of all random draws")
     add(
         "--dry-run",
         action="store_true",
-        help="print the run's size, memory, disk space and time, and end; needs neither GPUs nor data; the environment "
-        "variable WORLD_SIZE sets the number of GPUs",
+        help="print the run's size and disk space and estimates of its memory and time on GPUs, and end; needs neither "
+        "GPUs nor data; the environment variable WORLD_SIZE sets the number of GPUs",
     )
 
     add = parser.add_argument_group("model").add_argument
@@ -369,49 +371,84 @@ if __name__ == "__main__":
     add(
         "--load-weight",
         metavar="PATH",
-        help="initial weights: a checkpoint of a DiT or a RemixDiT, or a DiT in diffusers' layout (a folder, or a name "
-        "on the Hugging Face hub such as facebook/DiT-XL-2-256) (default: random weights)",
+        help="initial weights: a checkpoint of a DiT, SiT or RemixDiT, hf:OWNER/REPOSITORY/FILE for one on the Hugging "
+        "Face hub, or a DiT in diffusers' layout (a folder, or a hub name such as facebook/DiT-XL-2-256) (default: "
+        "random weights)",
     )
     add("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
-    add("--n-basis", type=positive_int, default=4, metavar="K", help="basis models")
-    add("--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="experts, one per timestep interval")
-    add("--mixer", choices=MIXERS, default="softmax", help="how the mixing logits become coefficients")
+    add("--n-basis", type=positive_int, default=4, metavar="K", help="number of basis models")
+    add("--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="number of experts")
+    add(
+        "--boundaries",
+        type=noise_level,
+        nargs="+",
+        metavar="LEVEL",
+        help="N + 1 increasing noise levels that bound the experts' intervals: timesteps from 0 to 1000, or from 0 to "
+        "1 for flows. Experts are sampled equally often: boundaries other than the default change the density of the "
+        "training times (default: intervals of equal probability)",
+    )
+    add(
+        "--mixer",
+        choices=MIXERS,
+        default="softmax",
+        help="coefficients: softmax of the logits, the logits themselves (raw), or one-hot",
+    )
     add(
         "--mixer-scope",
         choices=SCOPES,
         default="global",
-        help="one set of coefficients for all blocks, or one per block",
+        help="global: one set of coefficients for all blocks; local: one per block",
     )
-    add("--mix-modulation", action="store_true", help="mix the adaLN layer of each block too, beside its four linears")
+    add("--mix-modulation", action="store_true", help="also mix the adaLN layer of each block")
     add(
         "--timesteps",
-        type=number(int, 0, 1000),
+        type=noise_level,
         nargs=2,
         metavar=("LO", "HI"),
-        default=ALL_TIMESTEPS,
-        help="train a plain DiT on the timesteps LO to HI - 1 only, as one of several independent experts",
+        help="train a plain DiT on the timesteps LO to HI - 1 only, or on a flow's noise levels LO to HI, as one of "
+        "several independent experts (default: all)",
     )
-    add("--image-size", type=positive_int, metavar="PIXELS", help="must match the features (default: theirs, or 256)")
-    add("--num-classes", type=positive_int, metavar="N", help="number of classes (default: the features', or 1000)")
+    add("--image-size", type=positive_int, metavar="PIXELS", help="side of the images, to check the features")
+    add("--num-classes", type=positive_int, metavar="N", help="number of classes (default: that of the features)")
+
+    add = parser.add_argument_group("process").add_argument
+    add("--process", choices=PROCESS_SAMPLERS, default="gaussian", help="Gaussian diffusion, or flow matching")
+    add("--path", choices=PATHS, help="path of a flow between noise and data (default: linear)")
+    add("--prediction", choices=PREDICTIONS, help="what the model of a flow predicts (default: velocity)")
+    add("--weight", choices=WEIGHTS, help="loss weight of a noise or score prediction (default: none)")
+    add("--time-sampling", choices=TIME_SAMPLINGS, help="distribution of a flow's noise levels (default: uniform)")
+    add("--time-mean", type=number(float), metavar="MEAN", help="mean of logit-normal noise levels (default: 0)")
+    add("--time-std", type=number(float, 0, above=True), metavar="STD", help="their standard deviation (default: 1)")
+    add(
+        "--time-shift",
+        type=number(float, 0, above=True),
+        dest="shift",
+        metavar="S",
+        help="move a flow's noise levels u to S u / (1 + (S - 1) u), in training and in sampling (default: 1)",
+    )
 
     add = parser.add_argument_group("training").add_argument
     add(
         "--epochs",
         type=positive_int,
         default=20,
-        help="passes over the images; on ImageNet 20 are the published 100k steps",
+        help="passes over the images; 20 passes over ImageNet are the published 100,000 steps",
     )
     add("--max-steps", type=positive_int, metavar="STEPS", help="number of steps, instead of --epochs")
     add(
-        "--global-batch-size", type=positive_int, default=256, metavar="IMAGES", help="images per step of all processes"
+        "--global-batch-size",
+        type=positive_int,
+        default=256,
+        metavar="IMAGES",
+        help="images per step, on all processes together",
     )
-    add("--grad-accum", type=positive_int, default=1, metavar="N", help="microbatches per process and step")
+    add("--grad-accum", type=positive_int, default=1, metavar="N", help="microbatches per step on each process")
     add(
         "--experts-per-batch",
         type=positive_int,
         metavar="E",
-        help="experts per global batch, each on an equal part of it; with the paper's 1 each step has one noise level, "
-        "and the mixing logits get a sparse gradient (default: the largest divisor of the batch up to 16 and N)",
+        help="experts per global batch, each on an equal part of it; with 1, all images of a step have timesteps of "
+        "one interval (default: the largest divisor of the batch size that is at most 16 and N)",
     )
     add(
         "--lr",
@@ -420,6 +457,12 @@ if __name__ == "__main__":
         "otherwise DiT's 1e-4)",
     )
     add("--coeff-lr", type=number(float, 0), default=1e-2, metavar="LR", help="peak learning rate of the mixing logits")
+    add(
+        "--coeff-lr-end",
+        type=number(float, 0),
+        metavar="LR",
+        help="final learning rate of the mixing logits (default: half of --lr, as published, but not above --coeff-lr)",
+    )
     add(
         "--prior-strength",
         type=number(float, 0),
@@ -431,8 +474,8 @@ if __name__ == "__main__":
         "--prior-bonus",
         type=number(float, 0),
         default=3.0,
-        metavar="STD",
-        help="initial lead of the prior's basis in the mixing logits, in standard deviations of their noise",
+        metavar="BONUS",
+        help="number added to the initial logit of each expert's basis in the prior, which is floor(i K / N)",
     )
     add("--ema-decay", type=number(float, 0, 1), default=0.9999, metavar="DECAY", help="EMA decay per step")
     add(
@@ -443,17 +486,36 @@ if __name__ == "__main__":
         help="largest gradient norm; 0 for no clipping",
     )
     add(
-        "--precision", choices=PRECISIONS, help="precision of the matrix products (default: bf16 on GPUs, fp32 on CPUs)"
+        "--precision",
+        choices=PRECISIONS,
+        help="precision of the matrix products; fp32 is TF32 on GPUs (default: bf16 on GPUs, fp32 on CPUs)",
     )
 
     add = parser.add_argument_group("speed and reports").add_argument
-    add("--compile", action=argparse.BooleanOptionalAction, help="compile the model (default: on GPUs only)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile model and loss (default: on GPUs only)")
+    add(
+        "--checkpoint-activations",
+        action="store_true",
+        help="compute the activations of each block again in the backward pass: less memory, about a third more time",
+    )
+    add(
+        "--deterministic",
+        action="store_true",
+        help="slower algorithms on GPUs whose results do not vary from run to run, so that a resumed run can equal an "
+        "uninterrupted one bit for bit; on CPUs this is always so",
+    )
+    add(
+        "--shard-bases",
+        action=argparse.BooleanOptionalAction,
+        help="each process owns a part of every basis, and the processes exchange the mixtures instead of the "
+        "gradients of the bases (default: if that sends less)",
+    )
     add(
         "--num-workers",
         type=number(int, 0),
         default=4,
         metavar="N",
-        help="processes that read features and draw noise, per process",
+        help="processes that read features and draw noise, per training process",
     )
     add(
         "--max-bad-steps",
@@ -470,7 +532,7 @@ if __name__ == "__main__":
         "--keep-every",
         type=positive_int,
         metavar="STEPS",
-        help="with --keep: keep those of every multiple of STEPS too",
+        help="with --keep: also keep checkpoints of every multiple of STEPS",
     )
     add(
         "--sample-every",
@@ -482,9 +544,17 @@ if __name__ == "__main__":
     add(
         "--vae",
         metavar="NAME",
-        help="VAE that decodes the samples: ema, mse, a name on the Hugging Face hub or a folder (default: none, then "
-        "latents are shown as colours)",
+        help="VAE that decodes the samples: ema, mse, a name on the Hugging Face hub or a folder (default: show three "
+        "latent channels as colours)",
     )
-    add("--trust-pickle", action="store_true", help="allow --load-weight to run code: only for files of your own")
+    add(
+        "--trust-pickle",
+        action="store_true",
+        help="allow pickles in --load-weight, which can execute code: only for files that you trust",
+    )
     add("--strict", action="store_true", help="no effect: --load-weight must always fit (a flag of the original)")
-    run_script(main, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, make_parser())

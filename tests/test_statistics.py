@@ -16,7 +16,7 @@ def test_non_finite_steps_are_counted_apart_from_the_losses():
     stats = TrainingStats(World(0, 1, torch.device("cpu")))
     for step, loss in enumerate([1.0, float("nan"), 2.0, float("inf"), float("nan"), 3.0, float("inf")]):
         losses = torch.tensor([loss, 10 * loss, 0.0, 0.5])
-        stats.add(step, losses, norm=torch.tensor(loss), nonfinite=~torch.tensor(loss).isfinite())
+        stats.add(step, losses, norm=torch.tensor(loss))
         assert stats.longest_streak() == (0, 1, 1, 1, 2, 2, 2)[step]
     saved = stats.state_dict()
     assert {name: value.shape for name, value in saved.items()} == {"sums": (5,), "bad": (6,)}
@@ -49,10 +49,12 @@ def test_the_metrics_and_the_line_of_a_report(name):
 def test_pauses_do_not_count_as_training_time(monkeypatch):
     clock = iter([100.0, 101.0, 151.0, 152.0, 162.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    timer = ThroughputTimer(torch.device("cpu"))
+    timer = ThroughputTimer(torch.device("cpu"), flops_per_image=2.0, peak_flops_per_s=8.0)
     timer.add(30)
     with timer.paused():
         pass
-    assert timer.read() == pytest.approx(30 / 2)
+    assert timer.read()["images_per_s"] == pytest.approx(30 / 2)
     timer.add(40)
-    assert timer.read() == pytest.approx(40 / 10)
+    speed = timer.read()
+    assert speed["images_per_s"] == pytest.approx(40 / 10)
+    assert speed["mfu"] == pytest.approx(4 * 2 / 8)

@@ -6,7 +6,7 @@ processes that read the images.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diffusion import FlowMatching
 from distributed import World, ignore_signals, seed_for
 from features import FeatureDataset
 
@@ -48,7 +49,7 @@ class StepBatch(NamedTuple):
     Attributes:
         x: features [R, C, H, W], float32.
         y: labels [R], int64.
-        t: timesteps [R], int64.
+        t: timesteps [R], int64, or the times of a flow [R], float32.
         label_drop: whether the label is replaced by the null class [R], bool.
         noise: standard normal noise [R, C, H, W], float32.
     """
@@ -64,7 +65,7 @@ def row_generators(seed: int, step: int, rows: range, stream: Stream) -> Iterato
     """Iterate over the random generators of some rows of a step's global batch.
 
     Row r's generator is NumPy's Generator on Philox4x64-10 with the key (seed, step) and the initial counter
-    (0, r, stream, 0), whose first number is the lowest. Therefore any rows can be drawn without the others, and each
+    (0, r, stream, 0), least significant word first. Therefore any rows can be drawn without the others, and each
     row has 2^66 random 64-bit numbers of its own.
 
     Args:
@@ -74,7 +75,8 @@ def row_generators(seed: int, step: int, rows: range, stream: Stream) -> Iterato
         stream: what is drawn.
 
     Yields:
-        The generator of each row. It is one object, so each must be used before the next row's is requested.
+        The generator of each row. It is the same object with another state each time, so finish the draws of a row
+        before the next row is requested.
     """
     philox = np.random.Philox(key=np.array([seed, step], np.uint64))
     generator = np.random.Generator(philox)
@@ -91,6 +93,12 @@ def draw_noise(seed: int, step: int, rows: range, shape: tuple[int, ...]) -> np.
 
     Row r's noise is the first standard_normal(shape, float32) of its generator (see `row_generators`).
 
+    Args:
+        seed: global seed.
+        step: the training step, from 0.
+        rows: indices of the rows in the global batch.
+        shape: shape of an image or latent, (C, H, W).
+
     Returns:
         Standard normal noise [number of rows, *shape], float32.
     """
@@ -105,6 +113,12 @@ def draw_label_dropout(seed: int, step: int, rows: range, probability: float) ->
 
     Row r's label is replaced if the first random() of its generator (see `row_generators`) is below `probability`.
 
+    Args:
+        seed: global seed.
+        step: the training step, from 0.
+        rows: indices of the rows in the global batch.
+        probability: probability that a label is replaced.
+
     Returns:
         Whether each label is replaced [number of rows], bool.
     """
@@ -116,8 +130,9 @@ class GlobalBatches:
     """The images of each global batch.
 
     Each epoch visits all images in a new random order. The epochs are concatenated and cut into batches, so no image is
-    dropped or repeated. Each visit draws one of the image's views. An item is (image, view, draw), where `draw` selects
-    the draw from the VAE's posterior and is the same for a whole epoch.
+    dropped or repeated. Each time an image is used, one of its views is drawn at random: the image or, if stored, its
+    mirror image. An item is (image, view, draw). `draw` is the number of the draw from the VAE's posterior. It is the
+    same for a whole epoch.
 
     Args:
         n_images: number of images of the dataset.
@@ -187,13 +202,16 @@ def sample_timesteps(
     batch_size: int,
     n_experts: int = 1,
     experts_per_batch: int = 1,
-    timesteps: tuple[int, int] = (0, 1000),
+    timesteps: tuple[float, float] = (0, 1000),
+    boundaries: Sequence[float] | None = None,
+    flow: FlowMatching | None = None,
 ) -> np.ndarray:
     """Draw the timesteps of a global batch (arXiv 2412.05628, algorithm 2, with several experts per batch).
 
     The batch consists of `experts_per_batch` equal contiguous groups. Each group's timesteps are drawn uniformly from
     the interval of one expert. If the intervals cannot be equal, their lengths differ by one timestep. With one expert
-    this is the usual uniform draw.
+    this is the usual uniform draw. The times of a flow are drawn in the same way from its distribution of times,
+    restricted to the interval of the group's expert.
 
     Args:
         seed: global seed.
@@ -201,21 +219,31 @@ def sample_timesteps(
         batch_size: images per global batch.
         n_experts: number of experts N, whose intervals divide `timesteps`.
         experts_per_batch: number of groups.
-        timesteps: lowest timestep, and highest timestep plus one.
+        timesteps: lowest timestep, and highest timestep plus one; for a flow the lowest and highest noise level.
+        boundaries: the N + 1 noise levels between which the experts' intervals lie; None for intervals of equal length.
+        flow: the process, if it is a flow.
 
     Returns:
-        Timesteps [batch_size], int64.
+        Timesteps [batch_size], int64, or the times of a flow as the network sees them [batch_size], float32.
 
     Raises:
-        ValueError: if `experts_per_batch` does not divide `batch_size`.
+        ValueError: if `experts_per_batch` does not divide `batch_size`, or if an expert's interval is empty.
     """
     if batch_size % experts_per_batch:
         raise ValueError(f"{experts_per_batch} experts do not divide a batch of {batch_size}")
     experts = sample_experts(seed, step, n_experts, experts_per_batch).repeat(batch_size // experts_per_batch)
-    start, length = timesteps[0], timesteps[1] - timesteps[0]
-    low = start + experts * length // n_experts
-    high = start + (experts + 1) * length // n_experts
-    return np.random.default_rng([seed, step, Stream.TIMESTEPS]).integers(low, high)
+    generator = np.random.default_rng([seed, step, Stream.TIMESTEPS])
+    if boundaries is None:
+        parts = np.arange(n_experts + 1) * (timesteps[1] - timesteps[0])
+        boundaries = timesteps[0] + (parts / n_experts if flow else parts // n_experts)
+    boundaries = np.asarray(boundaries)
+    if flow:
+        return flow.sample_times(generator.random(batch_size), boundaries[experts], boundaries[experts + 1])
+    # The first timestep of each expert, with boundaries rounded to float32 as in `RemixDiT.expert_index`.
+    first = np.ceil(boundaries.astype(np.float32)).astype(np.int64)
+    if (first[:-1] >= first[1:]).any():
+        raise ValueError("an interval between boundaries contains no timestep")
+    return generator.integers(first[experts], first[experts + 1])
 
 
 def count_groups(n_images: int, group_size: int) -> int:
@@ -241,9 +269,11 @@ class BatchSampler:
         world: this process's place among all processes.
         n_experts: number of experts of a RemixDiT; None for a plain DiT.
         experts_per_batch: experts per global batch.
-        timestep_range: lowest timestep, and highest timestep plus one.
+        timestep_range: lowest timestep, and highest timestep plus one; for a flow the lowest and highest noise level.
         label_dropout: probability that a label is replaced by the null class.
         grad_accum: microbatches per process and step.
+        boundaries: the noise levels between the experts' intervals; None for intervals of equal length.
+        flow: the process, if it is a flow.
     """
 
     seed: int
@@ -251,9 +281,11 @@ class BatchSampler:
     world: World
     n_experts: int | None = None
     experts_per_batch: int = 1
-    timestep_range: tuple[int, int] = (0, 1000)
+    timestep_range: tuple[float, float] = (0, 1000)
     label_dropout: float = 0.0
     grad_accum: int = 1
+    boundaries: Sequence[float] | None = None
+    flow: FlowMatching | None = None
 
     @property
     def rows(self) -> slice:
@@ -293,11 +325,10 @@ class BatchSampler:
                 batches._shutdown_workers()
 
     def timesteps(self, step: int) -> np.ndarray:
-        """Draw the timesteps of a step's global batch: [batch_size], int64."""
-        n_experts = self.n_experts or 1
-        return sample_timesteps(
-            self.seed, step, self.batch_size, n_experts, self.experts_per_batch, self.timestep_range
-        )
+        """Draw the timesteps of a step's global batch: [batch_size], see `sample_timesteps`."""
+        experts = self.n_experts or 1, self.experts_per_batch
+        intervals = self.timestep_range, self.boundaries
+        return sample_timesteps(self.seed, step, self.batch_size, *experts, *intervals, self.flow)
 
     def draw(self, step: int, x: Tensor, y: Tensor) -> StepBatch:
         """Add a step's random draws to this process's images.

@@ -1,15 +1,99 @@
-"""The start of a run: the model at step 0, the run's configuration, and the checkpoint to resume from."""
+"""The start of a run: its data, the model at step 0, its configuration, and the checkpoint to resume from."""
 
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 from checkpoint import VERSION, checkpoints, find_corruption, load_model, model_config, read_checkpoint
-from common import UserError
+from common import UserError, number, remove_leftovers, write_json
+from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
+from distributed import World, is_first_process
 from features import FeatureDataset
 from interop.shapes import PUBLISHED_VAE
 from models import DiT, DiT_models
 from remix import RemixDiT, RemixDiT_models
-from training.plan import RunSettings
+from training.batches import BatchSampler, sample_timesteps
+from training.plan import AssumedFeatures, RunSettings
+
+
+def open_features(path: str, image_size: int | None, assume: bool) -> FeatureDataset | AssumedFeatures:
+    """Open the encoded images and check their size.
+
+    Args:
+        path: folder of features.
+        image_size: side of the images in pixels that the user expects; None to accept any.
+        assume: if the folder does not exist, assume ImageNet's features.
+
+    Returns:
+        The dataset; or the number, shape and labels of ImageNet's features if they are assumed.
+
+    Raises:
+        UserError: if the folder holds no features, or features of images of another size.
+    """
+    if assume and not Path(path).exists():
+        return AssumedFeatures(path, image_size or 256)
+    dataset = FeatureDataset(path)
+    if image_size and dataset.image_size and image_size != dataset.image_size:
+        raise UserError(f"--image-size {image_size}, but {path} holds features of {dataset.image_size}-pixel images")
+    return dataset
+
+
+def model_shape(dataset: FeatureDataset | AssumedFeatures, num_classes: int | None) -> dict:
+    """Return the keyword arguments of a DiT that depend on the data.
+
+    Args:
+        dataset: the encoded images.
+        num_classes: number of classes; None for that of the dataset, or 1000 if the dataset does not record it.
+
+    Raises:
+        UserError: if a label is not below the number of classes, or the features are not square.
+    """
+    channels, height, width = dataset.shape
+    num_classes = num_classes or (len(dataset.classes) if dataset.classes else 1000)
+    low, high = dataset.labels.min(), dataset.labels.max()
+    if low < 0 or high >= num_classes:
+        raise UserError(
+            f"{dataset.path} has labels from {low} to {high}, but the model has labels from 0 to {num_classes - 1}: "
+            "set --num-classes"
+        )
+    if height != width:
+        raise UserError(f"{dataset.path} holds features of {height} x {width} pixels, which are not square")
+    return dict(input_size=height, in_channels=channels, num_classes=num_classes)
+
+
+def noise_level(text: str) -> float:
+    """Convert a string to a noise level, as an argparse type; whole numbers become integers."""
+    value = number(float, 0, 1000)(text)
+    return int(value) if value.is_integer() else value
+
+
+def check_noise_levels(
+    flag: str, levels: list[float], process: str, diffusion: GaussianDiffusion | FlowMatching, complete: bool = False
+):
+    """Check the noise levels that a flag gives.
+
+    Args:
+        flag: the flag, for error messages.
+        levels: the noise levels.
+        process: "gaussian" or "flow".
+        diffusion: the process of that name.
+        complete: whether they must begin and end with the lowest and the highest noise level.
+
+    Raises:
+        UserError: unless they increase, are in the process's range, and each interval between them contains times.
+    """
+    given = f"{flag} {' '.join(f'{level:g}' for level in levels)}"
+    if any(low >= high for low, high in pairwise(levels)):
+        raise UserError(f"{given}: the noise levels must increase")
+    lowest, highest = NOISE_LEVELS[process]
+    if levels[-1] > highest or (complete and [levels[0], levels[-1]] != [lowest, highest]):
+        raise UserError(f"{given}: the noise levels run from {lowest} to {highest} with --process {process}")
+    n = len(levels) - 1
+    try:
+        flow = diffusion if process == "flow" else None
+        sample_timesteps(0, 0, n, n, n, boundaries=levels, flow=flow)
+    except ValueError as error:
+        raise UserError(f"{given}: {error}") from None
 
 
 def make_model(
@@ -19,6 +103,7 @@ def make_model(
     prior_bonus: float,
     load_weight: str | None = None,
     allow_pickle: bool = False,
+    process: dict | None = None,
 ) -> DiT | RemixDiT:
     """Build the model at step 0.
 
@@ -29,10 +114,11 @@ def make_model(
         prior_bonus: initial lead of the prior's basis in the mixing logits.
         load_weight: file of the initial weights; None for random weights.
         allow_pickle: whether that file may run code.
+        process: keyword arguments of `create_process`, which a file that is a flow must fit.
     """
     try:
         if load_weight:
-            return load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle)
+            return load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle, process or {})
         if mixing:
             return RemixDiT_models[name](**shape, **mixing, prior_bonus=prior_bonus)
         return DiT_models[name](**shape)
@@ -43,28 +129,41 @@ def make_model(
 
 
 def load_initial_model(
-    name: str, shape: dict, mixing: dict | None, prior_bonus: float, path: str, allow_pickle: bool
+    name: str, shape: dict, mixing: dict | None, prior_bonus: float, path: str, allow_pickle: bool, process: dict
 ) -> DiT | RemixDiT:
-    """Load the weights at step 0 and check that they fit the model; the arguments are those of `make_model`."""
+    """Load the weights at step 0 and check that they fit the run; the arguments are those of `make_model`."""
     overrides = {key: value for key, value in shape.items() if key == "frequency_shift"}
-    loaded, _ = load_model(path, allow_pickle=allow_pickle, verify=True, **overrides)
+    loaded, config = load_model(path, allow_pickle=allow_pickle, verify=True, **overrides)
+    # A flow may start from a DiT, which has learned other features of the same images. The reverse is a mistake.
+    trained = config["diffusion"] if config["diffusion"].get("process") == "flow" else {}
+    for key in ("process", "path", "prediction") if trained else ():
+        if trained[key] != process.get(key):
+            run = process.get(key, "gaussian")
+            raise UserError(f"--load-weight {path} was trained with {key}={trained[key]}, this run has {run}")
     loaded_config = loaded.backbone_config if isinstance(loaded, RemixDiT) else loaded.config
     needed_config = DiT_models[name.removeprefix("Remix")](**shape).config
     for key, value in needed_config.items():
-        if loaded_config[key] != value:
+        # Flows do not use the variance half of the output, which REPA's networks do not have.
+        if loaded_config[key] != value and not (process and key == "learn_sigma"):
             raise UserError(f"--load-weight {path} has {key}={loaded_config[key]}, this run needs {value}")
     if not isinstance(loaded, RemixDiT):
         return RemixDiT(loaded, **mixing, prior_bonus=prior_bonus) if mixing else loaded
     if not mixing:
         raise UserError(f"--load-weight {path} holds a RemixDiT, which cannot start a {name}")
     for key, value in mixing.items():
-        if loaded.config[key] != value:
-            raise UserError(f"--load-weight {path} has {key}={loaded.config[key]}, this run asks for {value}")
+        # A config without boundaries has the default.
+        if loaded.config.get(key) != value:
+            raise UserError(f"--load-weight {path} has {key}={loaded.config.get(key)}, this run asks for {value}")
     return loaded
 
 
 def run_config(
-    name: str, model: DiT | RemixDiT, dataset: FeatureDataset, image_size: int | None, settings: RunSettings
+    name: str,
+    model: DiT | RemixDiT,
+    dataset: FeatureDataset,
+    image_size: int | None,
+    settings: RunSettings,
+    process: dict,
 ) -> dict:
     """Return the configuration that, together with the data, determines the run; every checkpoint stores it."""
     vae = {"vae": dataset.vae, "scale": dataset.scale} if dataset.vae else PUBLISHED_VAE
@@ -73,7 +172,31 @@ def run_config(
     # Omitted for the default, so that checkpoints written by earlier versions still match.
     if dataset.store != "draw":
         data["store"] = dataset.store
-    return {"model": model_config(name, model), "diffusion": {}, "data": data, "training": asdict(settings)}
+    return {"model": model_config(name, model), "diffusion": process, "data": data, "training": asdict(settings)}
+
+
+def make_batch_sampler(
+    settings: RunSettings,
+    model: DiT | RemixDiT,
+    diffusion: GaussianDiffusion | FlowMatching,
+    world: World,
+    grad_accum: int,
+) -> BatchSampler:
+    """Return what draws the batches of the run."""
+    remix = isinstance(model, RemixDiT)
+    backbone = model.backbone_config if remix else model.config
+    return BatchSampler(
+        settings.global_seed,
+        settings.global_batch_size,
+        world,
+        n_experts=model.n_experts if remix else None,
+        experts_per_batch=settings.experts_per_batch,
+        timestep_range=tuple(settings.timesteps),
+        label_dropout=backbone["class_dropout_prob"],
+        grad_accum=grad_accum,
+        boundaries=model.boundaries if remix else None,
+        flow=diffusion if isinstance(diffusion, FlowMatching) else None,
+    )
 
 
 def find_resume(
@@ -81,19 +204,24 @@ def find_resume(
 ) -> tuple[Path | str | None, dict | None, dict[Path, str]]:
     """Find and read the checkpoint to resume from, and check that it belongs to the same run.
 
+    The whole file is read to compare it with its checksums. Therefore only the first process does this. The others get
+    its path later and call `read_resume`.
+
     Args:
         resume: a checkpoint, or "auto" for the newest undamaged one of the run; None for a new run.
         folder: the run's folder.
         config: configuration of this run.
 
     Returns:
-        The checkpoint's path and content, both None for a new run; and the newer checkpoints that are damaged, each
-        with a description of the damage.
+        The checkpoint's path and content, both None for a new run and on all processes but the first; and the newer
+        checkpoints that are damaged, each with a description of the damage.
 
     Raises:
         UserError: if the folder holds another run, or the checkpoint has another configuration or an earlier
             version, or cannot be read.
     """
+    if not is_first_process():
+        return None, None, {}
     present = checkpoints(folder / "checkpoints")
     path, damaged = resume, {}
     if resume == "auto":
@@ -107,7 +235,25 @@ def find_resume(
         return None, None, {}
     if present and present[0].parent.resolve() != Path(path).resolve().parent:
         raise UserError(f"{folder} already holds a different run from that of --resume {path}: use another --prefix")
-    state = read_checkpoint(path, mmap=False, verify=True)
+    # The newest checkpoint has been compared with its checksums already.
+    return path, read_resume(path, config, verify=resume != "auto"), damaged
+
+
+def read_resume(path: Path | str, config: dict, verify: bool = False) -> dict:
+    """Read the checkpoint to resume from, mapped into memory, and check that it belongs to the same run.
+
+    Args:
+        path: the checkpoint.
+        config: configuration of this run.
+        verify: compare all parts of the file with their checksums first.
+
+    Raises:
+        UserError: see `find_resume`.
+    """
+    if not Path(path).is_file():
+        where = "" if is_first_process() else ": all nodes need the same --results-dir on a shared file system"
+        raise UserError(f"{path}: no such file{where}")
+    state = read_checkpoint(path, verify=verify)
     if not {"config", "step", "model", "ema", "optimizer", "scaler", "window"} <= state.keys():
         raise UserError(f"--resume {path} holds weights but no training state: use it with --load-weight")
     if state.get("version", 0) < VERSION:
@@ -115,13 +261,20 @@ def find_resume(
             f"--resume {path} was written by an earlier version of this code, which drew other random numbers: "
             "use --load-weight with another --prefix to start a new run from its weights"
         )
+    trained, asked = (part["diffusion"].get("process", "gaussian") for part in (state["config"], config))
+    if trained != asked:
+        raise UserError(f"--resume {path} was trained with --process {trained}, this run asks for {asked}")
     before, now = flatten(state["config"]), flatten(config)
+    if "training.coeff_lr_end" not in before and config["model"]["remix"]:
+        # Earlier versions had no such option.
+        before["training.coeff_lr_end"] = before["training.coeff_lr"] / 2
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and key != "training.load_weight":
             raise UserError(
-                f"--resume {path} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}"
+                f"--resume {path} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}: "
+                "use the same settings, or start a new run with --load-weight and another --prefix"
             )
-    return path, state, damaged
+    return state
 
 
 def newest_checkpoint(present: list[Path]) -> tuple[Path | None, dict[Path, str]]:
@@ -144,3 +297,12 @@ def flatten(config: dict, prefix: str = "") -> dict:
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return flat
+
+
+def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
+    """Create or clean up the run's folder, and write its config.json. Damaged checkpoints are renamed."""
+    for path in damaged:
+        path.rename(path.with_suffix(".pt.damaged"))
+    remove_leftovers(folder, folder / "checkpoints", folder / "samples", folder / "coefficients")
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
