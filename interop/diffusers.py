@@ -329,7 +329,9 @@ def is_pipeline(model: DiT | RemixDiT, config: dict) -> bool:
 def _flow(config: dict) -> dict | None:
     """Return the settings of a flow, or None for Gaussian diffusion."""
     process = config["diffusion"]
-    return {key: process[key] for key in process if key != "process"} if process.get("process") == "flow" else None
+    if process.get("process") != "flow":
+        return None
+    return {"path": "linear", "prediction": "velocity"} | {key: process[key] for key in FLOW_OPTIONS if key in process}
 
 
 def _plain_transformer(dit: DiT, config: dict):
@@ -401,7 +403,7 @@ def _transformer_arguments(dit: DiT, config: dict) -> dict:
     if not torch.allclose(dit.pos_embed[0], positions, atol=1e-5):
         raise UserError("diffusers supports only DiTs with the published position embedding")
     flow = _flow(config)
-    if flow and (flow.get("path", "linear"), flow.get("prediction", "velocity")) != ("linear", "velocity"):
+    if flow and (flow["path"], flow["prediction"]) != ("linear", "velocity"):
         raise UserError("of flows, only those with a linear path and a velocity prediction can be exported")
     if flow is None and (changed := set(config["diffusion"]) - {"learn_sigma"}):
         raise UserError(
