@@ -58,15 +58,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(features, tmp_path, model):
     assert_same_weights(tmp_path / "whole/checkpoints/0000006.pt", tmp_path / "resumed/checkpoints/0000006.pt")
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_resuming_with_another_number_of_processes(features, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "flag"), [(2, "--shard-bases"), (4, "--no-shard-bases")])
+def test_resuming_with_another_number_of_processes(features, tmp_path, processes, flag):
     """The checkpoint lies between two reports: the sums that it stores must not count several times."""
     schedule = ("--max-steps=6", "--ckpt-every=4", "--log-every=6")
     run("train_fast.py", *training_flags(features, tmp_path, "one"), *schedule)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "two/checkpoints/0000006.pt").unlink()
-    run("train_fast.py", *training_flags(features, tmp_path, "two"), *schedule, "--resume=auto", processes=processes)
+    flags = [*training_flags(features, tmp_path, "two"), *schedule, "--resume=auto", flag, "--sample-every=6"]
+    run("train_fast.py", *flags, processes=processes)
     assert losses(tmp_path / "two")[6] == pytest.approx(losses(tmp_path / "one")[6], rel=1e-4)
+    assert_same_weights(tmp_path / "one/checkpoints/0000006.pt", tmp_path / "two/checkpoints/0000006.pt", exact=False)
+    metrics = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("one", "two")]
+    assert metrics[1]["expert_spread"] == pytest.approx(metrics[0]["expert_spread"], rel=1e-3)
+    assert (tmp_path / "two/samples/0000006.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -284,7 +289,8 @@ def with_nan(tmp_path_factory):
 
 def test_a_nan_on_one_process_of_two_is_skipped_on_both(with_nan, tmp_path):
     for name, processes in (("one", 1), ("two", 2)):
-        run("train_fast.py", *training_flags(with_nan, tmp_path, name), "--max-steps", 8, processes=processes)
+        flags = [*training_flags(with_nan, tmp_path, name), "--max-steps=8", "--shard-bases"]
+        run("train_fast.py", *flags, processes=processes)
     one, two = (load_model(tmp_path / name / "checkpoints/0000008.pt")[0].state_dict() for name in ("one", "two"))
     for key, value in one.items():
         assert value.isfinite().all()
