@@ -76,7 +76,7 @@ def main(args: argparse.Namespace):
     model = make_model(args.model, shape, mixing, settings.prior_bonus, settings.load_weight, args.trust_pickle)
     config = run_config(args.model, model, dataset, args.image_size, settings)
     lock_folder(folder, "--prefix")
-    resume_path, state, damaged = find_resume(args.resume, folder, config)
+    resume_path, state, damaged = find_resume(args.resume, folder, config, args.extend)
     step = state["step"] if state else 0
     autoencoder, preview_note = choose_decoder(args.sample_every, settings.timesteps, args.vae, dataset)
     n_checkpoints = count_checkpoints(folder, step, settings.max_steps, **saving)
@@ -132,12 +132,13 @@ def main(args: argparse.Namespace):
     peak_flops_per_s = matmul_rate(world.device, settings.precision) * world.size
 
     # Train. `step` counts the steps that are done.
+    schedule_steps = config["training"]["schedule_steps"] or settings.max_steps
     timer = ThroughputTimer(world.device)
     failed = stopped = False
     done = step == settings.max_steps
     with closing(loggers), sampler.load(dataset, range(step, settings.max_steps), args.num_workers) as batches:
         while not done:
-            progress = step / settings.max_steps
+            progress = min(1, step / schedule_steps)
             prior_weight = settings.prior_strength * (1 - progress)
             trainer.set_progress(progress)
             trainer.step(step, sampler.microbatches(next(batches)), prior_weight)
@@ -350,6 +351,13 @@ if __name__ == "__main__":
         metavar="PATH|auto",
         help="checkpoint to resume from; auto: the run's newest one, or none for a new run",
     )
+    add(
+        "--extend",
+        choices=["hold", "stretch"],
+        default="hold",
+        help="with --resume, if a finished run gets more steps: hold the final learning rates, or stretch the schedule "
+        "over all steps",
+    )
     add("--global-seed", type=seed_int, default=0, metavar="SEED", help="seed of all random draws")
     add(
         "--dry-run",
@@ -416,8 +424,8 @@ if __name__ == "__main__":
     add(
         "--lr",
         type=number(float, 0, above=True),
-        help="peak learning rate of the bases and shared weights (default: the published 2e-5 with --load-weight, "
-        "otherwise DiT's 1e-4)",
+        help="peak learning rate of the bases and shared weights; it falls to half of it by a cosine over the run "
+        "(default: the published 2e-5 with --load-weight, otherwise DiT's 1e-4)",
     )
     add("--coeff-lr", type=number(float, 0), default=1e-2, metavar="LR", help="peak learning rate of the mixing logits")
     add(

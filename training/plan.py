@@ -42,6 +42,7 @@ class RunSettings:
         precision: precision of the matrix products.
         global_seed: seed of all random draws.
         load_weight: file that the weights at step 0 come from; None for random weights.
+        schedule_steps: number of steps over which the learning rates and the prior's weight fall; None for max_steps.
     """
 
     max_steps: int
@@ -57,6 +58,7 @@ class RunSettings:
     precision: str
     global_seed: int
     load_weight: str | None
+    schedule_steps: int | None = None
 
 
 class AssumedFeatures:

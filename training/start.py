@@ -11,6 +11,9 @@ from models import DiT, DiT_models
 from remix import RemixDiT, RemixDiT_models
 from training.plan import RunSettings
 
+# Options that may differ from those of the checkpoint that a run resumes from. `extend_schedule` checks two of them.
+MAY_DIFFER = ("training.load_weight", "training.max_steps", "training.schedule_steps")
+
 
 def make_model(
     name: str,
@@ -77,14 +80,16 @@ def run_config(
 
 
 def find_resume(
-    resume: str | None, folder: Path, config: dict
+    resume: str | None, folder: Path, config: dict, extend: str
 ) -> tuple[Path | str | None, dict | None, dict[Path, str]]:
     """Find and read the checkpoint to resume from, and check that it belongs to the same run.
 
     Args:
         resume: a checkpoint, or "auto" for the newest undamaged one of the run; None for a new run.
         folder: the run's folder.
-        config: configuration of this run.
+        config: configuration of this run. Its schedule_steps is set if the run has been extended, or is now.
+        extend: what happens to the schedules if a finished run gets more steps: "hold" keeps their final values, and
+            "stretch" lets them fall over all steps of the longer run.
 
     Returns:
         The checkpoint's path and content, both None for a new run; and the newer checkpoints that are damaged, each
@@ -115,13 +120,34 @@ def find_resume(
             f"--resume {path} was written by an earlier version of this code, which drew other random numbers: "
             "use --load-weight with another --prefix to start a new run from its weights"
         )
+    extend_schedule(path, state, config["training"], extend)
     before, now = flatten(state["config"]), flatten(config)
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and key != "training.load_weight":
+        if before.get(key) != now.get(key) and key not in MAY_DIFFER:
             raise UserError(
                 f"--resume {path} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}"
             )
     return path, state, damaged
+
+
+def extend_schedule(path, state: dict, training: dict, extend: str):
+    """Set schedule_steps in the "training" part of a config that resumes from `state`. See `find_resume` for `extend`.
+
+    Raises:
+        UserError: if the number of steps differs from that of the checkpoint, and the checkpoint is not that of a
+            finished run with fewer steps.
+    """
+    before = state["config"]["training"]
+    steps, more_steps = before["max_steps"], training["max_steps"]
+    training["schedule_steps"] = before.get("schedule_steps")
+    if more_steps == steps:
+        return
+    if more_steps < steps or state["step"] < steps:
+        raise UserError(
+            f"--resume {path} belongs to a run of {steps} steps, this run asks for {more_steps}: "
+            "only a finished run can be extended, with more steps"
+        )
+    training["schedule_steps"] = (before.get("schedule_steps") or steps) if extend == "hold" else None
 
 
 def newest_checkpoint(present: list[Path]) -> tuple[Path | None, dict[Path, str]]:
