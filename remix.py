@@ -153,7 +153,7 @@ class RemixDiT(nn.Module):
             logits = logits.softmax(-1)
         like = self.backbone.final_layer.linear.weight
         self.register_buffer("prior", prior.to(like.device), persistent=False)
-        inner = torch.tensor(self.boundaries[1:-1] if self.boundaries else [], dtype=torch.float32)
+        inner = torch.tensor(inner_boundaries(self.boundaries) if self.boundaries else [], dtype=torch.float32)
         self.register_buffer("inner_boundaries", inner.to(like.device), persistent=False)  # [N - 1] or empty
         self.logits = nn.Parameter(logits.to(like).contiguous(), requires_grad=mixer != "one-hot")  # pi
 
@@ -337,6 +337,16 @@ def check_boundaries(boundaries: list[float], n_experts: int, num_timesteps: int
         raise ValueError(f"boundaries must increase, but they are {', '.join(f'{b:g}' for b in boundaries)}")
 
 
+def inner_boundaries(boundaries: list[float]) -> list[float]:
+    """Return the N - 1 boundaries between experts, for comparison with rounded noise levels.
+
+    A flow's noise level 1 - t is rounded, and many samplers take steps on boundaries, such as 0.15. The boundaries of
+    flows are therefore lowered by 2^-20, so that these steps belong to the expert above. Training keeps twice this
+    distance from every boundary (`diffusion.flow.MARGIN`).
+    """
+    return [boundary - (2.0**-20 if boundaries[-1] == 1 else 0) for boundary in boundaries[1:-1]]
+
+
 def find_interval(boundaries: list[float], t: float) -> int:
     """Return the index of the interval between boundaries that the time t belongs to.
 
@@ -347,7 +357,7 @@ def find_interval(boundaries: list[float], t: float) -> int:
         t: the time that the network sees.
     """
     level = np.float32(1) - np.float32(t) if boundaries[-1] == 1 else np.float32(t)
-    return bisect.bisect_right([np.float32(boundary) for boundary in boundaries[1:-1]], level)
+    return bisect.bisect_right([np.float32(boundary) for boundary in inner_boundaries(boundaries)], level)
 
 
 class ExpertSwitch(nn.Module):
@@ -400,6 +410,11 @@ class FoldedRemixDiT(ExpertSwitch):
         self.alpha = remix._coefficients_per_row().transpose(0, 1).tolist()
         self.dit = remix.expert(0)
         self.folded = 0
+
+    @property
+    def boundaries(self) -> list[float] | None:
+        """See `RemixDiT`."""
+        return self.remix.boundaries
 
     def expert_index(self, t: float) -> int:
         return self.remix.expert_index(t)

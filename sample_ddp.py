@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from autoencoder import Pixels, load_autoencoder
-from checkpoint import fingerprint, load_denoiser
+from checkpoint import choose_process, fingerprint, load_denoiser
 from common import (
     TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
@@ -47,22 +47,32 @@ from common import (
     seed_int,
     write_json,
 )
-from diffusion.solvers import SAMPLERS, make_sampler
+from diffusion import FLOW_SAMPLERS, PROCESS_SAMPLERS, SAMPLERS, make_sampler
+from diffusion.flow import LAST_STEPS
+from diffusion.interpolants import DIFFUSION_FORMS
 from distributed import PRECISIONS, SampleGenerators, World, rank0_logger, setup
 from figures import save_grid
 from models import DiT, DiT_models, classifier_free_guidance
 from remix import ExpertSwitch, RemixDiT_models
 
 GRID_IMAGES = 100
+# dopri5 chooses its steps. This is an estimate of its network evaluations.
+ADAPTIVE_EVALUATIONS = 100
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """The flags that the results depend on, beside the checkpoint and the VAE; settings.json records them."""
+    """The flags that the results depend on, beside the checkpoint and the VAE; settings.json records them.
+
+    Those that have no meaning for the sampler are None.
+    """
 
     num_fid_samples: int
     sampler: str
-    num_sampling_steps: str
+    num_sampling_steps: str | None
+    diffusion_form: str | None
+    last_step: str | None
+    last_step_size: float | None
     cfg_scale: float
     cfg_all_channels: bool
     ema: bool
@@ -79,7 +89,8 @@ class Pipeline:
     Attributes:
         model: the network, or the switch between the networks of several experts.
         loop: sampling loop, see `diffusion.solvers.make_sampler`.
-        timesteps: timesteps in the order in which the loop requests them.
+        timesteps: timesteps, or times of a flow, in the order in which the loop requests them. None if the loop chooses
+            them while it runs.
         autoencoder: decodes the samples.
         shape: shape (C, H, W) of a sample before it is decoded.
         classes: names of the classes, or None if they are not known.
@@ -89,7 +100,7 @@ class Pipeline:
 
     model: DiT | ExpertSwitch
     loop: Callable[..., torch.Tensor]
-    timesteps: list[int]
+    timesteps: list[int] | list[float] | None
     autoencoder: Pixels
     shape: tuple[int, int, int]
     classes: list[str] | None
@@ -99,20 +110,26 @@ class Pipeline:
 
 def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is used.
-    settings = SampleSettings(**{field.name: getattr(args, field.name) for field in fields(SampleSettings)})
     overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
     overrides |= frequency_override(args.timestep_frequencies)
     model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
+    choose_process(args.ckpt[0], config, args.process)
     check_data_flags(args.image_size, args.num_classes, config, args.ckpt[0])
     check_original_flags(args.n_basis, args.n_experts, args.tf32, config, args.ckpt[0])
+    settings = sample_settings(args, config["diffusion"].get("process", "gaussian"))
     vae = args.vae or config["data"]["vae"]
     pipeline = make_pipeline(model, config, settings, vae, args.ckpt[0])
     folder = Path(args.sample_dir) / (args.name or default_name(args.ckpt[0], settings))
     fingerprints = [fingerprint(path) for path in args.ckpt]
-    record = {"ckpt": args.ckpt, "ckpt_fingerprint": fingerprints, "vae": vae, **asdict(settings)}
+    used = {name: value for name, value in asdict(settings).items() if value is not None}
+    record = {"ckpt": args.ckpt, "ckpt_fingerprint": fingerprints, "vae": vae, **used}
     # Omitted for the default, as in the config.
     if shift := config["model"]["backbone"].get("frequency_shift"):
         record["frequency_shift"] = shift
+    if config["diffusion"].get("process"):
+        record["process"] = config["diffusion"]["process"]
+    if pipeline.timesteps is None:
+        record["step_sizes"] = "adaptive, common to each batch: the samples depend on per_proc_batch_size"
     if finished(folder, record):
         return
     lock_folder(folder, "--name")
@@ -122,7 +139,8 @@ def main(args: argparse.Namespace):
     disk = check_space(folder, pipeline, settings, sum(map(len, missing)))
     compiled = args.compile
     if compiled is None:
-        compiled = torch.cuda.is_available() and len(missing) * len(pipeline.timesteps) >= 1000
+        evaluations = ADAPTIVE_EVALUATIONS if pipeline.timesteps is None else len(pipeline.timesteps)
+        compiled = torch.cuda.is_available() and len(missing) * evaluations >= 1000
 
     # Set up the processes, the device and the folder.
     world = setup()
@@ -137,7 +155,8 @@ def main(args: argparse.Namespace):
         remove_leftovers(folder, folder / "parts")
         write_json(folder / "settings.json", record)
     world.barrier()
-    sampler = f"{settings.sampler} with {len(pipeline.timesteps)} steps, guidance scale {settings.cfg_scale}"
+    steps = "adaptive" if pipeline.timesteps is None else f"{len(pipeline.timesteps):,}"
+    sampler = f"{settings.sampler}, {steps} network evaluations per sample, guidance scale {settings.cfg_scale}"
     logger.info(f"{total:,} samples by {sampler} -> {folder}")
     logger.info(disk)
 
@@ -149,6 +168,32 @@ def main(args: argparse.Namespace):
     if world.is_main:
         write_results(pipeline, settings, batches, folder)
         logger.info(f"wrote {folder / 'samples.npz'} and {folder / 'grid.png'}")
+
+
+def sample_settings(args: argparse.Namespace, process: str) -> SampleSettings:
+    """Return the settings that the flags give, with the defaults of the sampler.
+
+    Args:
+        args: the flags.
+        process: "gaussian" or "flow", the process of the checkpoint.
+
+    Raises:
+        UserError: if the sampler is not one of the process, or if a flag has no meaning for the sampler.
+    """
+    values = {field.name: getattr(args, field.name) for field in fields(SampleSettings)}
+    sampler = args.sampler or PROCESS_SAMPLERS[process][0]
+    if sampler not in PROCESS_SAMPLERS[process]:
+        names = ", ".join(PROCESS_SAMPLERS[process])
+        raise UserError(f"--sampler {sampler}: {args.ckpt[0]} is a model of the process {process}: use one of {names}")
+    defaults = {} if sampler == "dopri5" else {"num_sampling_steps": "250"}
+    if sampler == "sde":
+        defaults |= {"diffusion_form": "sigma", "last_step": "mean", "last_step_size": 0.04}
+    for name in ("num_sampling_steps", "diffusion_form", "last_step", "last_step_size"):
+        if values[name] is None:
+            values[name] = defaults.get(name)
+        elif name not in defaults:
+            raise UserError(f"--{name.replace('_', '-')} has no meaning for --sampler {sampler}")
+    return SampleSettings(**values | {"sampler": sampler})
 
 
 def check_data_flags(image_size: int | None, num_classes: int | None, config: dict, ckpt: str):
@@ -183,14 +228,21 @@ def make_pipeline(model: DiT | ExpertSwitch, config: dict, settings: SampleSetti
     """Make the sampler and load the autoencoder that fit a checkpoint.
 
     Raises:
-        UserError: if the number of steps does not suit the sampler, or if the VAE cannot be loaded or does not suit the
-            model.
+        UserError: if the sampler's settings are invalid, or if the VAE cannot be loaded or does not suit the model.
     """
     backbone = config["model"]["backbone"]
+    solver = None
+    if settings.sampler == "sde":
+        solver = {"form": settings.diffusion_form, "last_step": settings.last_step}
+        solver["last_step_size"] = settings.last_step_size
+    elif settings.sampler == "dopri5" and isinstance(model, ExpertSwitch):
+        solver = {"borders": model.boundaries}
     try:
-        loop, timesteps = make_sampler(settings.sampler, settings.num_sampling_steps, **config["diffusion"])
+        loop, timesteps = make_sampler(
+            settings.sampler, settings.num_sampling_steps, solver=solver, **config["diffusion"]
+        )
     except ValueError as error:
-        raise UserError(f"--num-sampling-steps {settings.num_sampling_steps}: {error}") from None
+        raise UserError(f"--sampler {settings.sampler}: {error}") from None
     autoencoder = load_autoencoder(vae)
     if backbone["in_channels"] not in autoencoder.channels:
         channels = " or ".join(map(str, autoencoder.channels))
@@ -214,7 +266,7 @@ def default_name(ckpt: str, settings: SampleSettings) -> str:
     path = Path(ckpt).resolve()
     run = f"{path.parent.parent.name}-{path.stem}" if path.parent.name == "checkpoints" else path.stem
     weights = "" if settings.ema else "-raw"
-    sampler = f"{settings.sampler}{settings.num_sampling_steps}-cfg{settings.cfg_scale}"
+    sampler = f"{settings.sampler}{settings.num_sampling_steps or ''}-cfg{settings.cfg_scale}"
     return f"{run}{weights}-{sampler}-seed{settings.global_seed}"
 
 
@@ -325,13 +377,13 @@ def make_denoiser(
     run = classifier_free_guidance if guided else predict
     if compiled:
         run = torch.compile(run, dynamic=False)
-    # The timesteps are known in advance, so the host chooses the expert without waiting for the device.
-    requested = iter(pipeline.timesteps)
+    # If the timesteps are known in advance, the host chooses the expert without waiting for the device.
+    requested = None if pipeline.timesteps is None else iter(pipeline.timesteps)
 
     def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         network = pipeline.model
         if isinstance(network, ExpertSwitch):
-            network = network.for_timestep(next(requested))
+            network = network.for_timestep(t[0].item() if requested is None else next(requested))
         with world.autocast(settings.precision):
             if not guided:
                 return run(network, x, t, labels)
@@ -407,6 +459,12 @@ if __name__ == "__main__":
         "otherwise compared with the checkpoint",
     )
     group.add_argument(
+        "--process",
+        choices=PROCESS_SAMPLERS,
+        help="process of the model in a file of another project that does not say it: flow for a SiT of linear path "
+        "and velocity prediction (default: the checkpoint's, or gaussian)",
+    )
+    group.add_argument(
         "--num-heads",
         type=positive_int,
         help="number of attention heads; required only for a checkpoint of another project that fits no --model",
@@ -436,15 +494,29 @@ if __name__ == "__main__":
     group.add_argument("--num-fid-samples", type=positive_int, default=50_000, help="number of images")
     group.add_argument(
         "--num-sampling-steps",
-        default="250",
-        help="number of steps; for ddpm and ddim also ddim50 (50 steps, spaced as in the DDIM paper) or 10,15,20 "
-        "(numbers of steps in equal sections of the timesteps)",
+        help="number of steps (default: 250; dopri5 chooses its own); for ddpm and ddim also ddim50 (50 steps, spaced "
+        "as in the DDIM paper) or 10,15,20 (numbers of steps in equal sections of the timesteps)",
     )
     group.add_argument(
         "--sampler",
-        choices=SAMPLERS,
-        default="ddpm",
-        help="ddpm; ddim, without noise (eta 0); or a solver of diffusers: dpmpp (DPM-Solver++), unipc or euler",
+        choices=list(dict.fromkeys((*SAMPLERS, *FLOW_SAMPLERS))),
+        help="for Gaussian diffusion ddpm (the default); ddim, without noise (eta 0); or a solver of diffusers: dpmpp "
+        "(DPM-Solver++), unipc or euler. For flows euler (the default); heun, with two network evaluations per step; "
+        "dopri5, with adaptive steps that are common to a batch, so that the samples depend on the batch size; or sde, "
+        "which adds noise in each step",
+    )
+    group.add_argument(
+        "--diffusion-form",
+        choices=DIFFUSION_FORMS,
+        help="noise of the sde over time, as in SiT (default: sigma)",
+    )
+    group.add_argument(
+        "--last-step", choices=LAST_STEPS, help="last step of the sde, which adds no noise, as in SiT (default: mean)"
+    )
+    group.add_argument(
+        "--last-step-size",
+        type=number(float, 0, 1, above=True),
+        help="part of the time that the last step of the sde covers (default: 0.04)",
     )
     group.add_argument(
         "--cfg-scale", type=number(float, 0), default=1.5, help="scale of classifier-free guidance; 1 for no guidance"

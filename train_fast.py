@@ -26,20 +26,17 @@ from common import (
     lock_folder,
     number,
     positive_int,
-    remove_leftovers,
     run_script,
     seed_int,
-    write_json,
 )
-from diffusion import create_diffusion
-from distributed import PRECISIONS, StopSignal, World, rank0_logger, restore_signals, setup, world_size
-from features import FeatureDataset
+from diffusion import NOISE_LEVELS, PROCESS_SAMPLERS, FlowMatching, GaussianDiffusion, create_process
+from diffusion.flow import PREDICTIONS, WEIGHTS
+from diffusion.interpolants import PATHS, TIME_SAMPLINGS
+from distributed import PRECISIONS, StopSignal, rank0_logger, restore_signals, setup, world_size
 from models import DiT, DiT_models
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models
-from training.batches import BatchSampler
 from training.loggers import MetricLogger, logger_names, open_loggers
 from training.plan import (
-    AssumedFeatures,
     RunSettings,
     check_checkpoint_space,
     count_checkpoints,
@@ -49,11 +46,22 @@ from training.plan import (
     training_flops,
 )
 from training.previews import SamplePreview, choose_decoder
-from training.start import find_resume, make_model, run_config
-from training.statistics import NonFiniteSteps, ThroughputTimer, build_metrics, memory_gib, report_line
+from training.start import (
+    check_noise_levels,
+    find_resume,
+    make_batch_sampler,
+    make_model,
+    model_shape,
+    noise_level,
+    open_features,
+    prepare_folder,
+    run_config,
+)
+from training.statistics import ThroughputTimer, build_metrics, explain_failure, memory_gib, report_line
 from training.trainer import Trainer
 
-ALL_TIMESTEPS = [0, 1000]
+# The flags that have a meaning for flows only, by their names in `FlowMatching`.
+FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
 # Several processes agree every STOP_CHECK steps whether to stop. Their hosts wait for each other to agree.
 STOP_CHECK = 4
 
@@ -62,23 +70,26 @@ def main(args: argparse.Namespace):
     # Check all input before any device or process group is used.
     dataset = open_features(args.data_path, args.image_size, assume=args.dry_run)
     shape = model_shape(dataset, args.num_classes) | frequency_override(args.timestep_frequencies)
-    settings = resolve_settings(args, len(dataset))
-    mixing = mixing_options(args)
+    process = process_options(args)
+    diffusion = create_process(**process)
+    settings = resolve_settings(args, len(dataset), diffusion)
+    mixing = mixing_options(args, diffusion)
     folder = Path(args.results_dir) / (args.prefix or default_prefix(args.model, mixing))
     saving = {"every": args.ckpt_every, "keep": args.keep, "keep_every": args.keep_every}
     if args.dry_run:
         with torch.device("meta"):
             model = make_model(args.model, shape, mixing, settings.prior_bonus)
         n_checkpoints = count_checkpoints(folder, 0, settings.max_steps, **saving)
-        print("\n".join(dry_run(args.model, model, dataset, settings, args.grad_accum, folder, n_checkpoints)))
+        print("\n".join(dry_run(args.model, model, dataset, settings, process, args.grad_accum, folder, n_checkpoints)))
         return
     torch.manual_seed(settings.global_seed)
     model = make_model(args.model, shape, mixing, settings.prior_bonus, settings.load_weight, args.trust_pickle)
-    config = run_config(args.model, model, dataset, args.image_size, settings)
+    config = run_config(args.model, model, dataset, args.image_size, settings, process)
     lock_folder(folder, "--prefix")
     resume_path, state, damaged = find_resume(args.resume, folder, config, args.extend)
     step = state["step"] if state else 0
-    autoencoder, preview_note = choose_decoder(args.sample_every, settings.timesteps, args.vae, dataset)
+    can_sample = settings.timesteps == NOISE_LEVELS[args.process]
+    autoencoder, preview_note = choose_decoder(args.sample_every, can_sample, args.vae, dataset)
     n_checkpoints = count_checkpoints(folder, step, settings.max_steps, **saving)
     disk_note = check_checkpoint_space(folder, model, n_checkpoints)
 
@@ -94,16 +105,17 @@ def main(args: argparse.Namespace):
     log = rank0_logger(world, folder / "log.txt")
     compiled = torch.cuda.is_available() if args.compile is None else args.compile
     devices = f"{world.size} x {world.device.type}{', compiled' if compiled else ''}"
-    description = describe_run(args.model, model, dataset, settings, devices)
+    description = describe_run(args.model, model, dataset, settings, process, devices)
     log_introduction(log, description, damaged, [disk_note, preview_note, *advice(model, settings)])
 
     # Set up the training state.
     trainer = Trainer(
         model,
-        create_diffusion(**config["diffusion"]),
+        diffusion,
         world,
         lr=settings.lr,
         coeff_lr=settings.coeff_lr,
+        coeff_lr_end=settings.coeff_lr_end,
         ema_decay=settings.ema_decay,
         clip_grad=settings.clip_grad,
         precision=settings.precision,
@@ -113,7 +125,7 @@ def main(args: argparse.Namespace):
         trainer.load_state_dict(state, resume_path)
         log.info(f"resumed from {resume_path}")
     del state
-    sampler = make_batch_sampler(settings, model, world, args.grad_accum)
+    sampler = make_batch_sampler(settings, model, diffusion, world, args.grad_accum)
     writer = CheckpointWriter(folder / "checkpoints", log, args.keep, args.keep_every)
     loggers = MetricLogger(open_loggers(args.log_to, folder, config, step) if world.is_main else [], log)
     previews = None
@@ -124,7 +136,7 @@ def main(args: argparse.Namespace):
             settings.global_seed,
             dataset.classes,
             autoencoder,
-            config["diffusion"] if settings.timesteps == ALL_TIMESTEPS else None,
+            process if can_sample else None,
             partial(world.autocast, settings.precision),
             log,
         )
@@ -191,42 +203,33 @@ def main(args: argparse.Namespace):
         log.info("done")
 
 
-def open_features(path: str, image_size: int | None, assume: bool) -> FeatureDataset | AssumedFeatures:
-    """Open the encoded images and check their size.
-
-    Args:
-        path: folder of features.
-        image_size: side of the images in pixels that the user expects; None to accept any.
-        assume: if the folder does not exist, assume ImageNet's features.
-    """
-    if assume and not Path(path).exists():
-        return AssumedFeatures(path, image_size or 256)
-    dataset = FeatureDataset(path)
-    if image_size and dataset.image_size and image_size != dataset.image_size:
-        raise UserError(f"--image-size {image_size}, but {path} holds features of {dataset.image_size}-pixel images")
-    return dataset
-
-
-def model_shape(dataset: FeatureDataset | AssumedFeatures, num_classes: int | None) -> dict:
-    """Return the keyword arguments of a DiT that depend on the data.
-
-    Args:
-        dataset: the encoded images.
-        num_classes: number of classes; None for that of the dataset, or 1000 if the dataset does not record it.
-    """
-    channels, height, width = dataset.shape
-    num_classes = num_classes or (len(dataset.classes) if dataset.classes else 1000)
-    if dataset.labels.min() < 0 or dataset.labels.max() >= num_classes:
-        raise UserError(f"{dataset.path} has labels up to {dataset.labels.max()}, beyond --num-classes {num_classes}")
-    if height != width:
-        raise UserError(f"{dataset.path} holds features of {height} x {width} pixels, which are not square")
-    return dict(input_size=height, in_channels=channels, num_classes=num_classes)
+def process_options(args: argparse.Namespace) -> dict:
+    """Return the keyword arguments of `create_process` that the flags give."""
+    options = {name: value for name in FLOW_OPTIONS if (value := getattr(args, name)) is not None}
+    if args.process == "gaussian":
+        if options:
+            raise UserError("--path, --prediction, --weight and --time-* need --process flow")
+        return {}
+    if options.keys() & {"time_mean", "time_std"} and args.time_sampling != "logit-normal":
+        raise UserError("--time-mean and --time-std need --time-sampling logit-normal")
+    try:
+        return {"process": "flow", **FlowMatching(**options).config}
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
-def mixing_options(args: argparse.Namespace) -> dict | None:
+def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | FlowMatching) -> dict | None:
     """Return the keyword arguments of a RemixDiT that the flags give, or None for a plain DiT."""
     if args.model not in RemixDiT_models:
+        if args.boundaries:
+            raise UserError(f"--boundaries needs a RemixDiT, not {args.model}")
         return None
+    boundaries = args.boundaries
+    if boundaries:
+        check_noise_levels("--boundaries", boundaries, args.process, diffusion, complete=True)
+    elif isinstance(diffusion, FlowMatching):
+        # Rounded, so that other versions of SciPy give the same.
+        boundaries = [round(level, 9) for level in diffusion.quantiles(args.n_experts)]
     mixed_layers = [*MIXED_LAYERS, MODULATION] if args.mix_modulation else [*MIXED_LAYERS]
     return dict(
         n_basis=args.n_basis,
@@ -234,6 +237,7 @@ def mixing_options(args: argparse.Namespace) -> dict | None:
         mixer=args.mixer,
         scope=args.mixer_scope,
         mixed_layers=mixed_layers,
+        boundaries=boundaries,
     )
 
 
@@ -242,12 +246,15 @@ def default_prefix(name: str, mixing: dict | None) -> str:
     return name.replace("/", "-") + (f"-{mixing['n_basis']}-{mixing['n_experts']}" if mixing else "")
 
 
-def resolve_settings(args: argparse.Namespace, n_images: int) -> RunSettings:
+def resolve_settings(
+    args: argparse.Namespace, n_images: int, diffusion: GaussianDiffusion | FlowMatching
+) -> RunSettings:
     """Check that the flags fit together, and fill in the defaults that depend on other flags or on the data.
 
     Args:
         args: the flags.
         n_images: number of images of the dataset.
+        diffusion: the process.
     """
     batch_size = args.global_batch_size
     if batch_size % (world_size() * args.grad_accum):
@@ -257,24 +264,26 @@ def resolve_settings(args: argparse.Namespace, n_images: int) -> RunSettings:
         )
     if args.keep_every and (not args.keep or args.keep_every % args.ckpt_every):
         raise UserError("--keep-every needs --keep, and must be a multiple of --ckpt-every")
-    low, high = args.timesteps
-    if low >= high:
-        raise UserError(f"--timesteps {low} {high}: LO must be below HI")
     remix = args.model in RemixDiT_models
-    if remix and args.timesteps != ALL_TIMESTEPS:
-        raise UserError(f"--timesteps {low} {high}: a RemixDiT trains on all timesteps")
+    timesteps = args.timesteps or NOISE_LEVELS[args.process]
+    if remix and timesteps != NOISE_LEVELS[args.process]:
+        raise UserError("--timesteps: a RemixDiT trains on all timesteps")
+    check_noise_levels("--timesteps", timesteps, args.process, diffusion)
     # The default must not depend on the number of processes, because that must not change a run's results.
     divisors = [n for n in range(1, min(16, args.n_experts) + 1) if batch_size % n == 0]
     experts_per_batch = (args.experts_per_batch or max(divisors)) if remix else 1
     if batch_size % experts_per_batch:
         raise UserError(f"--experts-per-batch {experts_per_batch} does not divide --global-batch-size {batch_size}")
+    lr = args.lr or (2e-5 if args.load_weight else 1e-4)
+    coeff_lr_end = min(lr / 2, args.coeff_lr) if args.coeff_lr_end is None else args.coeff_lr_end
     return RunSettings(
         max_steps=args.max_steps or max(1, args.epochs * n_images // batch_size),
         global_batch_size=batch_size,
         experts_per_batch=experts_per_batch,
-        timesteps=args.timesteps,
-        lr=args.lr or (2e-5 if args.load_weight else 1e-4),
+        timesteps=timesteps,
+        lr=lr,
         coeff_lr=args.coeff_lr,
+        coeff_lr_end=coeff_lr_end if remix else None,
         ema_decay=args.ema_decay,
         clip_grad=args.clip_grad,
         prior_strength=args.prior_strength,
@@ -284,15 +293,6 @@ def resolve_settings(args: argparse.Namespace, n_images: int) -> RunSettings:
         global_seed=args.global_seed,
         load_weight=args.load_weight,
     )
-
-
-def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
-    """Create or clean up the run's folder, and write its config.json. Damaged checkpoints are renamed."""
-    for path in damaged:
-        path.rename(path.with_suffix(".pt.damaged"))
-    remove_leftovers(folder, folder / "checkpoints", folder / "samples", folder / "coefficients")
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config)
 
 
 def advice(model: DiT | RemixDiT, settings: RunSettings) -> list[str]:
@@ -307,36 +307,6 @@ def log_introduction(log: logging.Logger, description: list[str], damaged: dict[
     skipped = [f"SKIPPED {path}: {reason}" for path, reason in damaged.items()]
     for line in [*description, *skipped, *notes]:
         log.info(line)
-
-
-def make_batch_sampler(settings: RunSettings, model: DiT | RemixDiT, world: World, grad_accum: int) -> BatchSampler:
-    """Return what draws the batches of the run."""
-    remix = isinstance(model, RemixDiT)
-    backbone = model.backbone_config if remix else model.config
-    return BatchSampler(
-        settings.global_seed,
-        settings.global_batch_size,
-        world,
-        n_experts=model.n_experts if remix else None,
-        experts_per_batch=settings.experts_per_batch,
-        timestep_range=tuple(settings.timesteps),
-        label_dropout=backbone["class_dropout_prob"],
-        grad_accum=grad_accum,
-    )
-
-
-def explain_failure(nonfinite: NonFiniteSteps, sampler: BatchSampler, model: DiT | RemixDiT) -> str:
-    """Return a description of the non-finite steps that ended the run."""
-    t = sampler.timesteps(int(nonfinite.step))
-    experts = ""
-    if isinstance(model, RemixDiT):
-        experts = f"experts {sorted(set(model.expert_index(torch.from_numpy(t)).tolist()))}, "
-    return (
-        f"{nonfinite.longest_streak:.0f} steps in a row had a loss or gradient that is not finite; "
-        f"the last, step {nonfinite.step:.0f}: {experts}timesteps {t.min()} to {t.max()}, "
-        f"loss {nonfinite.loss}, gradient norm {nonfinite.norm}. These steps did not change the weights. The run ends. "
-        "A resumed run repeats these steps, unless a setting is changed"
-    )
 
 
 if __name__ == "__main__":
@@ -382,7 +352,18 @@ if __name__ == "__main__":
     )
     add("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     add("--n-basis", type=positive_int, default=4, metavar="K", help="basis models")
-    add("--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="experts, one per timestep interval")
+    add(
+        "--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="experts, one per interval of timesteps"
+    )
+    add(
+        "--boundaries",
+        type=noise_level,
+        nargs="+",
+        metavar="LEVEL",
+        help="N + 1 increasing noise levels that bound the experts' intervals: timesteps from 0 to 1000, or from 0 to "
+        "1 for flows. Experts are sampled equally often: boundaries other than the default change the density of the "
+        "training times (default: intervals of equal probability)",
+    )
     add("--mixer", choices=MIXERS, default="softmax", help="how the mixing logits become coefficients")
     add(
         "--mixer-scope",
@@ -393,14 +374,30 @@ if __name__ == "__main__":
     add("--mix-modulation", action="store_true", help="mix the adaLN layer of each block too, beside its four linears")
     add(
         "--timesteps",
-        type=number(int, 0, 1000),
+        type=noise_level,
         nargs=2,
         metavar=("LO", "HI"),
-        default=ALL_TIMESTEPS,
-        help="train a plain DiT on the timesteps LO to HI - 1 only, as one of several independent experts",
+        help="train a plain DiT on the timesteps LO to HI - 1 only, or on a flow's noise levels LO to HI, as one of "
+        "several independent experts (default: all)",
     )
     add("--image-size", type=positive_int, metavar="PIXELS", help="must match the features (default: theirs, or 256)")
     add("--num-classes", type=positive_int, metavar="N", help="number of classes (default: the features', or 1000)")
+
+    add = parser.add_argument_group("process").add_argument
+    add("--process", choices=PROCESS_SAMPLERS, default="gaussian", help="Gaussian diffusion, or flow matching")
+    add("--path", choices=PATHS, help="path of a flow between noise and data (default: linear)")
+    add("--prediction", choices=PREDICTIONS, help="what the model of a flow predicts (default: velocity)")
+    add("--weight", choices=WEIGHTS, help="loss weight of a noise or score prediction (default: none)")
+    add("--time-sampling", choices=TIME_SAMPLINGS, help="distribution of a flow's noise levels (default: uniform)")
+    add("--time-mean", type=number(float), metavar="MEAN", help="mean of logit-normal noise levels (default: 0)")
+    add("--time-std", type=number(float, 0, above=True), metavar="STD", help="their standard deviation (default: 1)")
+    add(
+        "--time-shift",
+        type=number(float, 0, above=True),
+        dest="shift",
+        metavar="S",
+        help="move a flow's noise levels u to S u / (1 + (S - 1) u), in training and in sampling (default: 1)",
+    )
 
     add = parser.add_argument_group("training").add_argument
     add(
@@ -428,6 +425,13 @@ if __name__ == "__main__":
         "(default: the published 2e-5 with --load-weight, otherwise DiT's 1e-4)",
     )
     add("--coeff-lr", type=number(float, 0), default=1e-2, metavar="LR", help="peak learning rate of the mixing logits")
+    add(
+        "--coeff-lr-end",
+        type=number(float, 0),
+        metavar="LR",
+        help="final learning rate of the mixing logits, to which theirs falls by a cosine (default: half of --lr, as "
+        "published, but not above --coeff-lr)",
+    )
     add(
         "--prior-strength",
         type=number(float, 0),

@@ -21,8 +21,9 @@ PREDICTIONS = ("velocity", "noise", "score")
 WEIGHTS = ("none", "velocity", "likelihood")
 FLOW_SAMPLERS = ("euler", "heun", "dopri5", "sde")
 LAST_STEPS = ("none", "mean", "euler", "tweedie")
-# Times keep this distance from experts' borders, so that rounding to float32 does not move them across.
-MARGIN = 2.0**-23
+# Times keep this distance from experts' borders, so that rounding to float32 does not move them across. It is twice the
+# distance by which `remix.inner_boundaries` lowers the borders.
+MARGIN = 2.0**-19
 
 
 class FixedSteps(NamedTuple):
@@ -89,6 +90,12 @@ class FlowMatching:
         time_sampling = _choose("time sampling", time_sampling, TIME_SAMPLINGS)
         self.times = TimeDistribution(time_sampling, float(time_mean), float(time_std), float(shift))
 
+    @property
+    def config(self) -> dict:
+        """The keyword arguments that build this object."""
+        times = dict(time_sampling=self.times.sampling, time_mean=self.times.mean, time_std=self.times.std)
+        return dict(path=self.path, prediction=self.prediction, weight=self.weight, **times, shift=self.times.shift)
+
     # Times
 
     def interval(self, training: bool = False, last_step_size: float = 0.0) -> tuple[float, float]:
@@ -126,12 +133,12 @@ class FlowMatching:
             The times that the network sees, float32 [B].
 
         Raises:
-            ValueError: An interval contains no training times.
+            ValueError: An interval contains no training times, or is too narrow for float32.
         """
         t0, t1 = self.interval(training=True)
         low, high = np.maximum(low, 1 - t1), np.minimum(high, 1 - t0)
         start, end = self.times.cdf(low), self.times.cdf(high)
-        if not np.all(start < end):
+        if not np.all((start < end) & (high - low > 4 * MARGIN)):
             limits = f"between {1 - t1:g} and {1 - t0:g}"
             raise ValueError(f"an interval of noise levels contains no training times; they are drawn {limits}")
         u = self.times.quantile(start + (end - start) * np.asarray(uniform, dtype=np.float64))

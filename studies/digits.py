@@ -8,41 +8,18 @@ network trained on the training split, which evaluator.py uses instead of Incept
 """
 
 import argparse
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
-import torch
+from classifiers import accuracy, export, save_split, train_classifier
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
 
 SPLITS = {"train": 1197, "validation": 300, "heldout": 300}
-
-
-class Classifier(nn.Module):
-    """A small convolutional classifier of digits, whose features replace Inception's."""
-
-    def __init__(self):
-        super().__init__()
-        self.low = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.ReLU()
-        )
-        self.high = nn.Sequential(nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU())
-        self.logits = nn.Linear(64, 10)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the features of images.
-
-        Args:
-            images: uint8 [B, 3, 8, 8].
-
-        Returns:
-            Pooled features [B, 64], spatial features [B, 128] and logits [B, 10].
-        """
-        low = self.low(images.float().mean(1, keepdim=True) / 127.5 - 1)  # [B, 64, 4, 4]
-        pool = self.high(low)  # [B, 64]
-        return pool, low[:, :8].flatten(1), self.logits(pool)
 
 
 def main(args: argparse.Namespace):
@@ -54,16 +31,13 @@ def main(args: argparse.Namespace):
             path = out / split / str(label) / f"{number:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-        np.savez(out / f"{split}.npz", arr_0=np.repeat(images[..., None], 3, axis=-1), arr_1=labels)
+        save_split(out, split, images, labels)
 
-    classifier = train_classifier(*splits["train"])
+    classifier = train_classifier(*splits["train"], epochs=30)
     for split, (images, labels) in splits.items():
         print(f"{split}: {len(images)} images, classifier accuracy {accuracy(classifier, images, labels):.3f}")
-    example = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    program = torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    torch.export.save(program, out / "unfinished.pt2")
-    # The classifier is renamed last: if it exists, all other files do.
-    (out / "unfinished.pt2").rename(out / "classifier.pt2")
+    # The classifier is written last: if it exists, all other files do.
+    export(classifier, 8, out / "classifier.pt2")
     print(f"wrote {out}")
 
 
@@ -81,29 +55,6 @@ def split_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     train, validation = train_test_split(rest, test_size=SPLITS["validation"], stratify=labels[rest], random_state=0)
     rows = {"train": train, "validation": validation, "heldout": heldout}
     return {split: (images[i], labels[i]) for split, i in rows.items()}
-
-
-def train_classifier(images: np.ndarray, labels: np.ndarray, epochs: int = 30) -> Classifier:
-    torch.manual_seed(0)
-    classifier = Classifier()
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
-    x, y = as_input(images), torch.from_numpy(labels)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(64):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(classifier(x[rows])[2], y[rows]).backward()
-            optimizer.step()
-    return classifier.eval()
-
-
-def as_input(images: np.ndarray) -> Tensor:
-    """Repeat grayscale images [n, 8, 8] as three channels, [n, 3, 8, 8]."""
-    return torch.from_numpy(images).unsqueeze(1).expand(-1, 3, -1, -1)
-
-
-@torch.no_grad()
-def accuracy(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
-    return (classifier(as_input(images))[2].argmax(1) == torch.from_numpy(labels)).double().mean().item()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from tables import mean_and_std, output_to, prepare, sample_and_score, train
+from digit_runs import prepare, pretrain, sample_and_score
+from runs import mean_and_std, output_to
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -58,7 +59,7 @@ def measure_fid(work: Path, sampler: str, steps: int, seed: int, pretraining: in
     scores = work / "samplers" / f"{name}.json"
     if scores.exists():
         return json.loads(scores.read_text())["FID"]
-    checkpoints, _ = train(work, "pretrained", seed, pretraining)
+    checkpoints = [pretrain(work, seed, pretraining)]
     sampling = dict(num_fid_samples=n_samples, num_sampling_steps=steps, sampler=sampler)
     sampling |= dict(global_seed=seed, per_proc_batch_size=500)
     fid = sample_and_score(work, checkpoints, f"samplers-{name}", scores, **sampling)["FID"]

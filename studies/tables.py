@@ -9,13 +9,11 @@ and standard deviation over the seeds).
 """
 
 import argparse
-import contextlib
 import csv
 import json
 import multiprocessing
 import os
 import platform
-import runpy
 import shlex
 import sys
 import time
@@ -23,26 +21,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-# Models run in parallel, with one core each.
-os.environ["OMP_NUM_THREADS"] = "1"
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from checkpoint import load_denoiser  # noqa: E402
-from common import flags  # noqa: E402
-from diffusion import create_diffusion  # noqa: E402
-from features import FeatureDataset  # noqa: E402
-from training.statistics import noise_errors  # noqa: E402
+import torch
+from digit_runs import BATCH, prepare, pretrain, sample_and_score, train
+from runs import heldout_errors, mean_and_std, output_to
+from tqdm import tqdm
 
 # Images of 8x8 pixels in patches of 4x4.
 TOKENS = 4
-# Divisible by every number of experts per batch that is tried.
-BATCH = 80
-PRETRAINING = dict(model="DiT-T/4", lr=2e-3)
 FINETUNING = dict(lr=1e-3)
 
 
@@ -105,16 +90,6 @@ def main(args: argparse.Namespace):
     write_results(Path(args.out), rows)
 
 
-def prepare(work: Path):
-    """Write and encode the splits of the digits, and train the classifier, unless they exist."""
-    if not (work / "digits" / "classifier.pt2").exists():
-        run("studies/digits.py", *flags(out=work / "digits"))
-    for split in ("train", "validation", "heldout"):
-        if not (work / split / "index.json").exists():
-            pixels = flags(vae="none", image_size=8, grayscale=True, mirror=False, num_workers=0)
-            run("extract_features.py", *flags(data_path=work / "digits" / split, features_path=work / split), *pixels)
-
-
 def run_variant(work: Path, budget: Budget, name: str, seed: int):
     """Train, sample and score one variant with one seed, unless its scores exist."""
     torch.set_num_threads(1)
@@ -122,17 +97,14 @@ def run_variant(work: Path, budget: Budget, name: str, seed: int):
     if scores.exists():
         return
     with output_to(work / f"{name}-{seed}.log"):
-        checkpoints, steps = train(work, name, seed, budget.pretraining, budget.finetuning)
+        checkpoints, steps = train_variant(work, name, seed, budget.pretraining, budget.finetuning)
         sampling = dict(num_fid_samples=budget.samples, num_sampling_steps=budget.sampling, sampler="ddim")
         sampling |= dict(per_proc_batch_size=250)
         evaluated = work / "evaluated" / scores.name
         results = sample_and_score(work, checkpoints, f"{name}-{seed}", evaluated, **sampling)
         results = {key.lower().replace(" ", "_"): value for key, value in results.items()}
-        model, config = load_denoiser(checkpoints)
         for split, timesteps in (("heldout", range(1000)), ("validation", range(0, 1000, 4))):
-            dataset = FeatureDataset(work / split)
-            x, y = dataset.__getitems__(list(range(len(dataset))))
-            errors = noise_errors(model, create_diffusion(**config["diffusion"]), x, y, timesteps, per_timestep=60)
+            errors = heldout_errors(checkpoints, work / split, timesteps, per_timestep=60)
             results[f"{split}_error"] = errors.mean().item()
         row = {"variant": name, "seed": seed, "steps": steps, **results}
         scores.parent.mkdir(exist_ok=True)
@@ -140,8 +112,8 @@ def run_variant(work: Path, budget: Budget, name: str, seed: int):
         scores.with_suffix(".tmp").rename(scores)
 
 
-def train(work: Path, name: str, seed: int, pretraining: int, finetuning: int = 0) -> tuple[list[Path], int]:
-    """Run train_fast.py for a variant, unless its checkpoints exist.
+def train_variant(work: Path, name: str, seed: int, pretraining: int, finetuning: int) -> tuple[list[Path], int]:
+    """Train a variant, unless its checkpoints exist.
 
     Args:
         work: Folder of the study.
@@ -153,26 +125,15 @@ def train(work: Path, name: str, seed: int, pretraining: int, finetuning: int = 
     Returns:
         The checkpoints (one per independent expert, otherwise one) and the total number of steps.
     """
+    pretrained = pretrain(work, seed, pretraining)
     if name == "pretrained":
-        values, steps = PRETRAINING | dict(global_seed=seed), pretraining
-    else:
-        pretrained = work / "runs" / f"pretrained-{seed}" / "checkpoints" / f"{pretraining:07d}.pt"
-        values = FINETUNING | VARIANTS[name] | dict(load_weight=pretrained, global_seed=1000 + seed)
-        steps = finetuning
+        return [pretrained], pretraining
+    steps = finetuning
     if name.endswith("-equal-flops"):
-        steps = round(steps / relative_flops(**values))
-    values |= dict(data_path=work / "train", results_dir=work / "runs", global_batch_size=BATCH, ema_decay=0.999)
-    values |= dict(num_workers=0, log_every=500, ckpt_every=10**9, resume="auto")
-
-    runs = {f"{name}-{seed}": dict(max_steps=steps)}
-    if name == "independent-8":
-        runs = {f"{name}-{seed}-{i}": dict(max_steps=steps // 8, timesteps=(125 * i, 125 * (i + 1))) for i in range(8)}
-    checkpoints = []
-    for prefix, own in runs.items():
-        checkpoints.append(work / "runs" / prefix / "checkpoints" / f"{own['max_steps']:07d}.pt")
-        if not checkpoints[-1].exists():
-            run("train_fast.py", *flags(**values, **own, prefix=prefix))
-    return checkpoints, steps
+        steps = round(steps / relative_flops(**VARIANTS[name]))
+    independent = 8 if name == "independent-8" else 1
+    values = FINETUNING | VARIANTS[name] | dict(load_weight=pretrained, global_seed=1000 + seed)
+    return train(work, f"{name}-{seed}", independent, max_steps=steps, **values), steps
 
 
 def relative_flops(n_basis: int, n_experts: int, **values) -> float:
@@ -183,45 +144,6 @@ def relative_flops(n_basis: int, n_experts: int, **values) -> float:
     """
     groups = max(e for e in range(1, min(16, n_experts) + 1) if BATCH % e == 0)
     return 1 + groups * n_basis / (BATCH * TOKENS)
-
-
-def sample_and_score(work: Path, checkpoints: list[Path], name: str, scores: Path, **sampling) -> dict[str, float]:
-    """Run sample_ddp.py without guidance and evaluator.py against the held-out digits.
-
-    Args:
-        work: Folder of the study.
-        checkpoints: Checkpoints to sample from.
-        name: Folder of the samples, below work/samples.
-        scores: JSON file of the scores to write.
-        **sampling: Further flags of sample_ddp.py.
-
-    Returns:
-        The scores by name.
-    """
-    output = flags(ckpt=checkpoints, cfg_scale=1, sample_dir=work / "samples", name=name)
-    run("sample_ddp.py", *output, *flags(**sampling))
-    files = work / "digits" / "heldout.npz", work / "samples" / name / "samples.npz"
-    run("evaluator.py", *files, *flags(weights=work / "digits" / "classifier.pt2", batch_size=500, json=scores))
-    return json.loads(scores.read_text())
-
-
-def run(script: str, *words):
-    """Run one of the project's scripts in this process, as `python script words`."""
-    arguments = [str(ROOT / script), *map(str, words)]
-    print(f"$ python {shlex.join([script, *arguments[1:]])}", flush=True)
-    argv = sys.argv
-    sys.argv = arguments
-    try:
-        runpy.run_path(arguments[0], run_name="__main__")
-    finally:
-        sys.argv = argv
-
-
-@contextlib.contextmanager
-def output_to(log: Path):
-    """Append everything that is printed to a file."""
-    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        yield
 
 
 # The tables of README.md: their titles and variants.
@@ -285,12 +207,6 @@ def markdown_table(title: str, names: list[str], rows: list[dict]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def mean_and_std(values: list[float], digits: int) -> str:
-    """Return the mean and the standard deviation over the seeds as text."""
-    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{std}"
 
 
 if __name__ == "__main__":

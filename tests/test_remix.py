@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICES, GOLDEN, golden, random_remix_dit, relative
@@ -391,6 +392,16 @@ def test_boundaries_assign_noise_levels_to_experts(pretrained):
     experts = flow.expert_index(t)
     assert experts[:3].tolist() == [3, 2, 0], "noise levels are 1 - t"
     assert [flow.expert_index(float(time)) for time in t] == experts.tolist()
+
+
+def test_steps_on_a_boundary_belong_to_the_expert_above(pretrained):
+    """1 - t is rounded: as float32 numbers, 1 - 0.85 is below 0.15."""
+    model = RemixDiT(pretrained, 2, 20, boundaries=[i / 20 for i in range(21)])
+    levels = np.arange(1, 101)
+    t = torch.tensor(1 - levels / 100, dtype=torch.float32)
+    expected = np.minimum(levels // 5, 19).tolist()
+    assert model.expert_index(t).tolist() == expected
+    assert [model.expert_index(float(time)) for time in t] == expected
 
 
 @pytest.mark.parametrize("boundaries", [[0, 1000], [0, 500, 400, 1000], [0, 500, 500, 1000], [10, 500, 700, 1000]])

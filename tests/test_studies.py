@@ -10,6 +10,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "studies"))
 
 import digits
+import runs
 import tables
 
 
@@ -32,16 +33,18 @@ def test_every_split_is_always_the_same():
 def commands(monkeypatch) -> list[list[str]]:
     """The commands that the study would run."""
     recorded = []
-    monkeypatch.setattr(tables, "run", lambda script, *words: recorded.append([script, *map(str, words)]))
+    monkeypatch.setattr(runs, "run", lambda script, *words: recorded.append([script, *map(str, words)]))
     return recorded
 
 
 @pytest.mark.parametrize("name", ["pretrained", *tables.VARIANTS])
 def test_every_variant_trains_what_it_returns(name, commands, tmp_path):
-    checkpoints, steps = tables.train(tmp_path, name, seed=1, pretraining=160, finetuning=80)
-    assert len(commands) == len(checkpoints) == (8 if name == "independent-8" else 1)
+    checkpoints, steps = tables.train_variant(tmp_path, name, seed=1, pretraining=160, finetuning=80)
+    assert len(checkpoints) == (8 if name == "independent-8" else 1)
+    pretraining, *finetuning = commands
+    assert "--global-seed=1" in pretraining
     trained = []
-    for command, checkpoint in zip(commands, checkpoints, strict=True):
+    for command, checkpoint in zip(finetuning or [pretraining], checkpoints, strict=True):
         flags = dict(word.removeprefix("--").split("=", 1) for word in command if "=" in word)
         trained.append(int(flags["max-steps"]))
         assert checkpoint == tmp_path / "runs" / flags["prefix"] / "checkpoints" / f"{trained[-1]:07d}.pt"

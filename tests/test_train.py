@@ -166,7 +166,7 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("groups", "does not divide", "--experts-per-batch", "5"),
         wrong("prefix", "plain folder name", "--prefix", "../escape"),
         wrong("learning rate", "above 0", "--lr", "nan"),
-        wrong("timesteps", "LO must be below HI", "--timesteps", "500", "500", model="DiT-T/2"),
+        wrong("timesteps", "must increase", "--timesteps", "500", "500", model="DiT-T/2"),
         wrong("timesteps of a RemixDiT", "trains on all timesteps", "--timesteps", "0", "500"),
         wrong("missing weights", "no such file", "--load-weight", "/nowhere.pt"),
         wrong("foreign weights", "number of heads", "--load-weight", str(GOLDEN / "remix_original_checkpoint.pt")),

@@ -6,7 +6,7 @@ processes that read the images.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diffusion import FlowMatching
 from distributed import World, ignore_signals, seed_for
 from features import FeatureDataset
 
@@ -48,7 +49,7 @@ class StepBatch(NamedTuple):
     Attributes:
         x: features [R, C, H, W], float32.
         y: labels [R], int64.
-        t: timesteps [R], int64.
+        t: timesteps [R], int64, or the times of a flow [R], float32.
         label_drop: whether the label is replaced by the null class [R], bool.
         noise: standard normal noise [R, C, H, W], float32.
     """
@@ -187,13 +188,16 @@ def sample_timesteps(
     batch_size: int,
     n_experts: int = 1,
     experts_per_batch: int = 1,
-    timesteps: tuple[int, int] = (0, 1000),
+    timesteps: tuple[float, float] = (0, 1000),
+    boundaries: Sequence[float] | None = None,
+    flow: FlowMatching | None = None,
 ) -> np.ndarray:
     """Draw the timesteps of a global batch (arXiv 2412.05628, algorithm 2, with several experts per batch).
 
     The batch consists of `experts_per_batch` equal contiguous groups. Each group's timesteps are drawn uniformly from
     the interval of one expert. If the intervals cannot be equal, their lengths differ by one timestep. With one expert
-    this is the usual uniform draw.
+    this is the usual uniform draw. The times of a flow are drawn in the same way from its distribution of times,
+    restricted to the interval of the group's expert.
 
     Args:
         seed: global seed.
@@ -201,21 +205,31 @@ def sample_timesteps(
         batch_size: images per global batch.
         n_experts: number of experts N, whose intervals divide `timesteps`.
         experts_per_batch: number of groups.
-        timesteps: lowest timestep, and highest timestep plus one.
+        timesteps: lowest timestep, and highest timestep plus one; for a flow the lowest and highest noise level.
+        boundaries: the N + 1 noise levels between which the experts' intervals lie; None for intervals of equal length.
+        flow: the process, if it is a flow.
 
     Returns:
-        Timesteps [batch_size], int64.
+        Timesteps [batch_size], int64, or the times of a flow as the network sees them [batch_size], float32.
 
     Raises:
-        ValueError: if `experts_per_batch` does not divide `batch_size`.
+        ValueError: if `experts_per_batch` does not divide `batch_size`, or if an expert's interval is empty.
     """
     if batch_size % experts_per_batch:
         raise ValueError(f"{experts_per_batch} experts do not divide a batch of {batch_size}")
     experts = sample_experts(seed, step, n_experts, experts_per_batch).repeat(batch_size // experts_per_batch)
-    start, length = timesteps[0], timesteps[1] - timesteps[0]
-    low = start + experts * length // n_experts
-    high = start + (experts + 1) * length // n_experts
-    return np.random.default_rng([seed, step, Stream.TIMESTEPS]).integers(low, high)
+    generator = np.random.default_rng([seed, step, Stream.TIMESTEPS])
+    if boundaries is None:
+        parts = np.arange(n_experts + 1) * (timesteps[1] - timesteps[0])
+        boundaries = timesteps[0] + (parts / n_experts if flow else parts // n_experts)
+    boundaries = np.asarray(boundaries)
+    if flow:
+        return flow.sample_times(generator.random(batch_size), boundaries[experts], boundaries[experts + 1])
+    # The first timestep of each expert, with boundaries rounded to float32 as in `RemixDiT.expert_index`.
+    first = np.ceil(boundaries.astype(np.float32)).astype(np.int64)
+    if (first[:-1] >= first[1:]).any():
+        raise ValueError("an interval between boundaries contains no timestep")
+    return generator.integers(first[experts], first[experts + 1])
 
 
 def count_groups(n_images: int, group_size: int) -> int:
@@ -241,9 +255,11 @@ class BatchSampler:
         world: this process's place among all processes.
         n_experts: number of experts of a RemixDiT; None for a plain DiT.
         experts_per_batch: experts per global batch.
-        timestep_range: lowest timestep, and highest timestep plus one.
+        timestep_range: lowest timestep, and highest timestep plus one; for a flow the lowest and highest noise level.
         label_dropout: probability that a label is replaced by the null class.
         grad_accum: microbatches per process and step.
+        boundaries: the noise levels between the experts' intervals; None for intervals of equal length.
+        flow: the process, if it is a flow.
     """
 
     seed: int
@@ -251,9 +267,11 @@ class BatchSampler:
     world: World
     n_experts: int | None = None
     experts_per_batch: int = 1
-    timestep_range: tuple[int, int] = (0, 1000)
+    timestep_range: tuple[float, float] = (0, 1000)
     label_dropout: float = 0.0
     grad_accum: int = 1
+    boundaries: Sequence[float] | None = None
+    flow: FlowMatching | None = None
 
     @property
     def rows(self) -> slice:
@@ -293,11 +311,10 @@ class BatchSampler:
                 batches._shutdown_workers()
 
     def timesteps(self, step: int) -> np.ndarray:
-        """Draw the timesteps of a step's global batch: [batch_size], int64."""
-        n_experts = self.n_experts or 1
-        return sample_timesteps(
-            self.seed, step, self.batch_size, n_experts, self.experts_per_batch, self.timestep_range
-        )
+        """Draw the timesteps of a step's global batch: [batch_size], see `sample_timesteps`."""
+        experts = self.n_experts or 1, self.experts_per_batch
+        intervals = self.timestep_range, self.boundaries
+        return sample_timesteps(self.seed, step, self.batch_size, *experts, *intervals, self.flow)
 
     def draw(self, step: int, x: Tensor, y: Tensor) -> StepBatch:
         """Add a step's random draws to this process's images.

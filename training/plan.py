@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import checkpoints
 from common import UserError, check_disk
-from diffusion import GaussianDiffusion, create_diffusion
+from diffusion import FlowMatching, GaussianDiffusion, create_process
 from distributed import PRECISIONS, world_size
 from features import FeatureDataset
 from models import DiT
-from remix import RemixDiT
+from remix import RemixDiT, RemixLinear
 from training.batches import count_groups
 
 # Rate of bf16 matrix products of an A100, in FLOP/s.
@@ -32,9 +32,10 @@ class RunSettings:
         max_steps: number of steps.
         global_batch_size: images per step, over all processes.
         experts_per_batch: experts per global batch; 1 for a plain DiT.
-        timesteps: lowest timestep, and highest timestep plus one.
+        timesteps: lowest timestep, and highest timestep plus one; for a flow the lowest and highest noise level.
         lr: peak learning rate of the bases and shared weights.
         coeff_lr: peak learning rate of the mixing logits.
+        coeff_lr_end: final learning rate of the mixing logits; None for a plain DiT.
         ema_decay: EMA decay per step.
         clip_grad: largest gradient norm; 0 for no clipping.
         prior_strength: weight of the prior's cross-entropy at step 0.
@@ -48,9 +49,10 @@ class RunSettings:
     max_steps: int
     global_batch_size: int
     experts_per_batch: int
-    timesteps: list[int]
+    timesteps: list[float]
     lr: float
     coeff_lr: float
+    coeff_lr_end: float | None
     ema_decay: float
     clip_grad: float
     prior_strength: float
@@ -90,15 +92,17 @@ def describe_run(
     model: DiT | RemixDiT,
     dataset: FeatureDataset | AssumedFeatures,
     settings: RunSettings,
+    process: dict,
     devices: str,
 ) -> list[str]:
-    """Return three lines that describe a run: its model, its data and its steps.
+    """Return the lines that describe a run: its model, its data, its steps, and its process if that is a flow.
 
     Args:
         name: name of the model.
         model: the model; its parameters may be on the meta device.
         dataset: the encoded images.
         settings: the settings of the run.
+        process: keyword arguments of `create_process`.
         devices: the number and kind of the devices.
     """
     remix = isinstance(model, RemixDiT)
@@ -109,10 +113,12 @@ def describe_run(
         source = f"ImageNet, assumed because {dataset.path} does not exist"
     experts = f", {settings.experts_per_batch} experts per batch" if remix else ""
     batch = f"batch {settings.global_batch_size} on {devices}, {settings.precision}"
+    flow = [f"{name}={value}" for name, value in process.items() if name != "process"]
     return [
         f"{name}: {parameters:,.2f} M parameters, from {settings.load_weight or 'scratch'}",
         f"{len(dataset):,} images of {model.num_classes:,} classes as {shape} ({source})",
         f"{settings.max_steps:,} steps of {batch}{experts}",
+        *([f"flow matching: {', '.join(flow)}"] if flow else []),
     ]
 
 
@@ -121,6 +127,7 @@ def dry_run(
     model: DiT | RemixDiT,
     dataset: FeatureDataset | AssumedFeatures,
     settings: RunSettings,
+    process: dict,
     grad_accum: int,
     folder: Path,
     n_checkpoints: int,
@@ -132,11 +139,12 @@ def dry_run(
         model: the model on the meta device. It cannot be used afterwards.
         dataset: the encoded images.
         settings: the settings of the run.
+        process: keyword arguments of `create_process`.
         grad_accum: microbatches per process and step.
         folder: the run's folder.
         n_checkpoints: number of checkpoints that the run needs space for.
     """
-    lines = describe_run(name, model, dataset, settings, f"{world_size()} GPUs")
+    lines = describe_run(name, model, dataset, settings, process, f"{world_size()} GPUs")
     try:
         disk = check_checkpoint_space(folder, model, n_checkpoints)
     except UserError as error:
@@ -146,7 +154,7 @@ def dry_run(
     backbone = model.backbone_config if remix else model.config
     n_images = settings.global_batch_size // world_size() // grad_accum
     groups = count_groups(n_images, settings.global_batch_size // settings.experts_per_batch) if remix else None
-    activations = activation_bytes(model, create_diffusion(), n_images, groups, PRECISIONS[settings.precision])
+    activations = activation_bytes(model, create_process(**process), n_images, groups, PRECISIONS[settings.precision])
     memory = static_memory(model) | {f"activations of {n_images} images (estimate, not compiled)": activations}
     parts = ", ".join(f"{size / 2**30:.2f} {part}" for part, size in memory.items())
     lines.append(f"memory per GPU: {sum(memory.values()) / 2**30:.1f} GiB: {parts}")
@@ -211,7 +219,11 @@ def static_memory(model: nn.Module) -> dict[str, int]:
 
 
 def activation_bytes(
-    model: DiT | RemixDiT, diffusion: GaussianDiffusion, n_images: int, groups: int | None, precision: torch.dtype
+    model: DiT | RemixDiT,
+    diffusion: GaussianDiffusion | FlowMatching,
+    n_images: int,
+    groups: int | None,
+    precision: torch.dtype,
 ) -> int:
     """Count the bytes that autograd stores in the forward pass, without computing anything.
 
@@ -236,8 +248,9 @@ def activation_bytes(
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
         x = torch.empty(n_images, config["in_channels"], config["input_size"], config["input_size"])
-        t = torch.empty(n_images, dtype=torch.long)
-        conditions = {"y": t, "label_drop": t > 0} | ({"groups": groups} if groups else {})
+        y = torch.empty(n_images, dtype=torch.long)
+        t = y.float() if isinstance(diffusion, FlowMatching) else y
+        conditions = {"y": y, "label_drop": y > 0} | ({"groups": groups} if groups else {})
         with (
             torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor),
             torch.autocast("cpu", precision, enabled=precision != torch.float32),
@@ -263,6 +276,20 @@ def training_flops(config: dict) -> int:
         x = torch.empty(1, dit.in_channels, config["input_size"], config["input_size"])
         dit(x, torch.empty(1), torch.empty(1, dtype=torch.long))
     return 3 * counter.get_total_flops()
+
+
+def mixing_flops(model: RemixDiT, n_groups: int) -> int:
+    """Count the FLOPs that mixing adds to a training step: Theta = alpha beta, and the gradients of alpha and of beta.
+
+    They depend neither on the number of images nor on their size.
+
+    Args:
+        model: the model; its parameters may be on the meta device.
+        n_groups: number of groups of the batch, each with one expert.
+    """
+    # [K, out, in] and [K, out]
+    bases = sum(p.numel() for module in model.modules() if isinstance(module, RemixLinear) for p in module.parameters())
+    return 3 * 2 * n_groups * bases
 
 
 def matmul_rate(device: torch.device, precision: str, times: int = 3) -> float:

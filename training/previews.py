@@ -112,13 +112,13 @@ class SamplePreview:
 
 
 def choose_decoder(
-    sample_every: int, timesteps: list[int], vae: str | None, dataset: FeatureDataset
+    sample_every: int, can_sample: bool, vae: str | None, dataset: FeatureDataset
 ) -> tuple[Pixels | None, str]:
     """Choose what decodes the samples that are drawn while training.
 
     Args:
         sample_every: steps between pictures; 0 for none.
-        timesteps: lowest timestep, and highest timestep plus one, of the run.
+        can_sample: whether the run trains on all noise levels.
         vae: name of the VAE; None to show latents as colours.
         dataset: the encoded images.
 
@@ -128,7 +128,7 @@ def choose_decoder(
     if not sample_every:
         return None, "no pictures (--sample-every 0)"
     when = f"pictures every {sample_every:,} steps"
-    if timesteps != [0, 1000]:
+    if not can_sample:
         return None, f"{when}, without samples: an expert for a part of the timesteps cannot sample alone"
     name = vae or ("none" if dataset.vae == "none" else None)
     if name is None:

@@ -1,18 +1,89 @@
-"""The start of a run: the model at step 0, the run's configuration, and the checkpoint to resume from."""
+"""The start of a run: its data, the model at step 0, its configuration, and the checkpoint to resume from."""
 
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 from checkpoint import VERSION, checkpoints, find_corruption, load_model, model_config, read_checkpoint
-from common import UserError
+from common import UserError, number, remove_leftovers, write_json
+from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
+from distributed import World
 from features import FeatureDataset
 from interop.shapes import PUBLISHED_VAE
 from models import DiT, DiT_models
 from remix import RemixDiT, RemixDiT_models
-from training.plan import RunSettings
+from training.batches import BatchSampler, sample_timesteps
+from training.plan import AssumedFeatures, RunSettings
 
 # Options that may differ from those of the checkpoint that a run resumes from. `extend_schedule` checks two of them.
 MAY_DIFFER = ("training.load_weight", "training.max_steps", "training.schedule_steps")
+
+
+def open_features(path: str, image_size: int | None, assume: bool) -> FeatureDataset | AssumedFeatures:
+    """Open the encoded images and check their size.
+
+    Args:
+        path: folder of features.
+        image_size: side of the images in pixels that the user expects; None to accept any.
+        assume: if the folder does not exist, assume ImageNet's features.
+    """
+    if assume and not Path(path).exists():
+        return AssumedFeatures(path, image_size or 256)
+    dataset = FeatureDataset(path)
+    if image_size and dataset.image_size and image_size != dataset.image_size:
+        raise UserError(f"--image-size {image_size}, but {path} holds features of {dataset.image_size}-pixel images")
+    return dataset
+
+
+def model_shape(dataset: FeatureDataset | AssumedFeatures, num_classes: int | None) -> dict:
+    """Return the keyword arguments of a DiT that depend on the data.
+
+    Args:
+        dataset: the encoded images.
+        num_classes: number of classes; None for that of the dataset, or 1000 if the dataset does not record it.
+    """
+    channels, height, width = dataset.shape
+    num_classes = num_classes or (len(dataset.classes) if dataset.classes else 1000)
+    if dataset.labels.min() < 0 or dataset.labels.max() >= num_classes:
+        raise UserError(f"{dataset.path} has labels up to {dataset.labels.max()}, beyond --num-classes {num_classes}")
+    if height != width:
+        raise UserError(f"{dataset.path} holds features of {height} x {width} pixels, which are not square")
+    return dict(input_size=height, in_channels=channels, num_classes=num_classes)
+
+
+def noise_level(text: str) -> float:
+    """Convert a string to a noise level, as an argparse type; whole numbers become integers."""
+    value = number(float, 0, 1000)(text)
+    return int(value) if value.is_integer() else value
+
+
+def check_noise_levels(
+    flag: str, levels: list[float], process: str, diffusion: GaussianDiffusion | FlowMatching, complete: bool = False
+):
+    """Check the noise levels that a flag gives.
+
+    Args:
+        flag: the flag, for error messages.
+        levels: the noise levels.
+        process: "gaussian" or "flow".
+        diffusion: the process of that name.
+        complete: whether they must begin and end with the lowest and the highest noise level.
+
+    Raises:
+        UserError: unless they increase, are in the process's range, and each interval between them contains times.
+    """
+    given = f"{flag} {' '.join(f'{level:g}' for level in levels)}"
+    if any(low >= high for low, high in pairwise(levels)):
+        raise UserError(f"{given}: the noise levels must increase")
+    lowest, highest = NOISE_LEVELS[process]
+    if levels[-1] > highest or (complete and [levels[0], levels[-1]] != [lowest, highest]):
+        raise UserError(f"{given}: the noise levels run from {lowest} to {highest} with --process {process}")
+    n = len(levels) - 1
+    try:
+        flow = diffusion if process == "flow" else None
+        sample_timesteps(0, 0, n, n, n, boundaries=levels, flow=flow)
+    except ValueError as error:
+        raise UserError(f"{given}: {error}") from None
 
 
 def make_model(
@@ -61,13 +132,19 @@ def load_initial_model(
     if not mixing:
         raise UserError(f"--load-weight {path} holds a RemixDiT, which cannot start a {name}")
     for key, value in mixing.items():
-        if loaded.config[key] != value:
-            raise UserError(f"--load-weight {path} has {key}={loaded.config[key]}, this run asks for {value}")
+        # A config without boundaries has the default.
+        if loaded.config.get(key) != value:
+            raise UserError(f"--load-weight {path} has {key}={loaded.config.get(key)}, this run asks for {value}")
     return loaded
 
 
 def run_config(
-    name: str, model: DiT | RemixDiT, dataset: FeatureDataset, image_size: int | None, settings: RunSettings
+    name: str,
+    model: DiT | RemixDiT,
+    dataset: FeatureDataset,
+    image_size: int | None,
+    settings: RunSettings,
+    process: dict,
 ) -> dict:
     """Return the configuration that, together with the data, determines the run; every checkpoint stores it."""
     vae = {"vae": dataset.vae, "scale": dataset.scale} if dataset.vae else PUBLISHED_VAE
@@ -76,7 +153,31 @@ def run_config(
     # Omitted for the default, so that checkpoints written by earlier versions still match.
     if dataset.store != "draw":
         data["store"] = dataset.store
-    return {"model": model_config(name, model), "diffusion": {}, "data": data, "training": asdict(settings)}
+    return {"model": model_config(name, model), "diffusion": process, "data": data, "training": asdict(settings)}
+
+
+def make_batch_sampler(
+    settings: RunSettings,
+    model: DiT | RemixDiT,
+    diffusion: GaussianDiffusion | FlowMatching,
+    world: World,
+    grad_accum: int,
+) -> BatchSampler:
+    """Return what draws the batches of the run."""
+    remix = isinstance(model, RemixDiT)
+    backbone = model.backbone_config if remix else model.config
+    return BatchSampler(
+        settings.global_seed,
+        settings.global_batch_size,
+        world,
+        n_experts=model.n_experts if remix else None,
+        experts_per_batch=settings.experts_per_batch,
+        timestep_range=tuple(settings.timesteps),
+        label_dropout=backbone["class_dropout_prob"],
+        grad_accum=grad_accum,
+        boundaries=model.boundaries if remix else None,
+        flow=diffusion if isinstance(diffusion, FlowMatching) else None,
+    )
 
 
 def find_resume(
@@ -120,8 +221,14 @@ def find_resume(
             f"--resume {path} was written by an earlier version of this code, which drew other random numbers: "
             "use --load-weight with another --prefix to start a new run from its weights"
         )
+    trained, asked = (part["diffusion"].get("process", "gaussian") for part in (state["config"], config))
+    if trained != asked:
+        raise UserError(f"--resume {path} was trained with --process {trained}, this run asks for {asked}")
     extend_schedule(path, state, config["training"], extend)
     before, now = flatten(state["config"]), flatten(config)
+    if "training.coeff_lr_end" not in before and config["model"]["remix"]:
+        # Earlier versions had no such option.
+        before["training.coeff_lr_end"] = before["training.coeff_lr"] / 2
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and key not in MAY_DIFFER:
             raise UserError(
@@ -170,3 +277,12 @@ def flatten(config: dict, prefix: str = "") -> dict:
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return flat
+
+
+def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
+    """Create or clean up the run's folder, and write its config.json. Damaged checkpoints are renamed."""
+    for path in damaged:
+        path.rename(path.with_suffix(".pt.damaged"))
+    remove_leftovers(folder, folder / "checkpoints", folder / "samples", folder / "coefficients")
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)

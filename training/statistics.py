@@ -16,8 +16,9 @@ from diffusion import GaussianDiffusion
 from distributed import World, seed_for
 from models import DiT
 from remix import RemixDiT
+from training.batches import BatchSampler
 
-# The parts of the loss, in the order of the tensors that hold them. "loss" is the sum of "mse" and "vb".
+# The parts of the loss of Gaussian diffusion, in the order of the tensors that hold them. "loss" is "mse" plus "vb".
 LOSSES = ("loss", "mse", "vb", "prior")
 
 
@@ -48,12 +49,14 @@ class TrainingStats:
 
     Args:
         world: this process's place among all processes.
+        names: names of the losses.
     """
 
-    def __init__(self, world: World):
+    def __init__(self, world: World, names: tuple[str, ...] = LOSSES):
         self.world = world
+        self.names = names
         # One sum per part of the loss, and the number of steps that were added.
-        self.sums = torch.zeros(len(LOSSES) + 1, device=world.device)
+        self.sums = torch.zeros(len(names) + 1, device=world.device)
         # The fields of NonFiniteSteps as one tensor. Its loss is this process's share.
         self.nonfinite = torch.zeros(len(NonFiniteSteps._fields), device=world.device)
         self.host_copy = None
@@ -64,7 +67,7 @@ class TrainingStats:
 
         Args:
             step: the training step, from 0.
-            losses: mean losses over this process's rows [4], in the order of LOSSES.
+            losses: mean losses over this process's rows, in the order of `names`.
             norm: gradient norm [].
             nonfinite: whether the loss or the gradient is not finite on any process [], bool.
         """
@@ -124,12 +127,12 @@ class TrainingStats:
         Every process must call this. The host waits for the device.
 
         Returns:
-            A dict from each name in LOSSES to the mean over the finite steps, or to None if there was no finite step;
+            A dict from each name in `names` to the mean over the finite steps, or to None if there was no finite step;
             and the non-finite steps of all processes.
         """
         *sums, steps = self.world.sum(self.sums.clone()).tolist()
         self.sums.zero_()
-        means = {name: value / steps if steps else None for name, value in zip(LOSSES, sums, strict=True)}
+        means = {name: value / steps if steps else None for name, value in zip(self.names, sums, strict=True)}
         return means, NonFiniteSteps(*self._sum_nonfinite().tolist())
 
     def _sum_nonfinite(self) -> Tensor:
@@ -234,7 +237,7 @@ def report_line(metrics: dict, max_steps: int, batch_size: int) -> str:
         max_steps: number of steps of the run.
         batch_size: images per global batch.
     """
-    means = [f"{name} {metrics[name]:.4f}" for name in ("loss", "mse") if metrics[name] is not None]
+    means = [f"{name} {metrics[name]:.4f}" for name in ("loss", "mse") if metrics.get(name) is not None]
     parts = [f"step {metrics['step']:07d}/{max_steps:07d}", *(means or ["no finite loss"])]
     if "entropy" in metrics:
         parts += [f"entropy {np.mean(metrics['entropy']):.3f}", f"spread {metrics['expert_spread']:.4f}"]
@@ -249,6 +252,23 @@ def report_line(metrics: dict, max_steps: int, batch_size: int) -> str:
         f"{timedelta(seconds=round(remaining))} left",
     ]
     return "  ".join(parts)
+
+
+def explain_failure(nonfinite: NonFiniteSteps, sampler: BatchSampler, model: DiT | RemixDiT) -> str:
+    """Return a description of the non-finite steps that ended the run."""
+    t = sampler.timesteps(int(nonfinite.step))
+    times = (
+        f"noise levels {1 - t.max():.4f} to {1 - t.min():.4f}" if sampler.flow else f"timesteps {t.min()} to {t.max()}"
+    )
+    experts = ""
+    if isinstance(model, RemixDiT):
+        experts = f"experts {sorted(set(model.expert_index(torch.from_numpy(t)).tolist()))}, "
+    return (
+        f"{nonfinite.longest_streak:.0f} steps in a row had a loss or gradient that is not finite; "
+        f"the last, step {nonfinite.step:.0f}: {experts}{times}, "
+        f"loss {nonfinite.loss}, gradient norm {nonfinite.norm}. These steps did not change the weights. The run ends. "
+        "A resumed run repeats these steps, unless a setting is changed"
+    )
 
 
 @torch.no_grad()

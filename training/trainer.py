@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from checkpoint import load_weights
-from diffusion import GaussianDiffusion
+from diffusion import FlowMatching, GaussianDiffusion
 from distributed import World
 from grouped_linear import choose_attention
 from models import DiT
@@ -27,8 +27,9 @@ class Trainer:
         model: the model at step 0. It is moved to the device of `world` and trained in place.
         diffusion: the process that gives the training losses.
         world: this process's place among all processes.
-        lr: peak learning rate of the bases and shared weights.
+        lr: peak learning rate of the bases and shared weights; it falls to half of it.
         coeff_lr: peak learning rate of the mixing logits.
+        coeff_lr_end: final learning rate of the mixing logits; None for half of `lr`, as published.
         ema_decay: EMA decay per step.
         clip_grad: largest gradient norm; 0 for no clipping.
         precision: precision of the matrix products: "fp32", "bf16" or "fp16".
@@ -38,6 +39,7 @@ class Trainer:
         ema: copy of the model with the EMA of the weights, in eval mode.
         trained: the parameters that are trained.
         ema_params: the parameters of `ema` that correspond to `trained`.
+        loss_names: names of the losses that are reported.
         stats: running sums of the losses, and the non-finite steps.
         mark: function that is called with the name of each stage of a step when the stage ends; for benchmarks.
     """
@@ -45,10 +47,11 @@ class Trainer:
     def __init__(
         self,
         model: DiT | RemixDiT,
-        diffusion: GaussianDiffusion,
+        diffusion: GaussianDiffusion | FlowMatching,
         world: World,
         lr: float,
         coeff_lr: float = 1e-2,
+        coeff_lr_end: float | None = None,
         ema_decay: float = 0.9999,
         clip_grad: float = 0.0,
         precision: str = "fp32",
@@ -58,7 +61,9 @@ class Trainer:
         self.world = world
         self.clip_grad = clip_grad
         self.precision = precision
-        self.stats = TrainingStats(world)
+        # A flow's loss has no parts.
+        self.loss_names = ("loss", "prior") if isinstance(diffusion, FlowMatching) else LOSSES
+        self.stats = TrainingStats(world, self.loss_names)
         self.mark = lambda stage: None
 
         self.model = model.to(world.device).train()
@@ -71,8 +76,10 @@ class Trainer:
         # One-hot coefficients are fixed: their logits are not trained.
         self.logits = [model.logits] if isinstance(model, RemixDiT) and model.logits.requires_grad else []
         weights = [p for p in self.trained if not any(p is logits for logits in self.logits)]
-        groups = [{"params": weights, "peak_lr": lr}, {"params": self.logits, "peak_lr": coeff_lr}]
+        groups = [{"params": weights}, {"params": self.logits}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0, fused=True)
+        # First and last learning rate of each group.
+        self.lr_ranges = [(lr, lr / 2), (coeff_lr, lr / 2 if coeff_lr_end is None else coeff_lr_end)]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
 
         if compile:
@@ -105,13 +112,13 @@ class Trainer:
         self.stats.load_state_dict(state["window"])
 
     def set_progress(self, progress: float):
-        """Set the learning rates by a cosine schedule, from their peak to half of it.
+        """Set the learning rates by a cosine schedule, from their first to their last value.
 
         Args:
             progress: completed part of the run, from 0 to 1.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * (0.75 + 0.25 * math.cos(math.pi * progress))
+        for group, (first, last) in zip(self.optimizer.param_groups, self.lr_ranges, strict=True):
+            group["lr"] = last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
     def learning_rates(self) -> dict[str, float]:
         """Return the current learning rates: "lr" of the bases and shared weights, "coeff_lr" of the mixing logits."""
@@ -140,8 +147,8 @@ class Trainer:
         self.mark("ema")
 
     def _accumulate_gradients(self, microbatches: list, prior_weight: float) -> Tensor:
-        """Sum the gradients of the microbatches and return the mean losses [4], in the order of LOSSES."""
-        means = torch.zeros(len(LOSSES), device=self.world.device)
+        """Sum the gradients of the microbatches and return the mean losses, in the order of `loss_names`."""
+        means = torch.zeros(len(self.loss_names), device=self.world.device)
         for i, (x, t, conditions, noise) in enumerate(microbatches):
             # The processes exchange gradients once per step, after the last microbatch.
             skip_exchange = self.world.size > 1 and i < len(microbatches) - 1
@@ -158,7 +165,7 @@ class Trainer:
                 self.scaler.scale(total / len(microbatches)).backward()
                 self.mark("backward")
             for name, loss in losses.items():
-                means[LOSSES.index(name)] += loss.detach() / len(microbatches)
+                means[self.loss_names.index(name)] += loss.detach() / len(microbatches)
         return means
 
     def _check_gradients(self, losses: Tensor) -> tuple[Tensor, Tensor]:

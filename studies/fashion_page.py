@@ -1,0 +1,170 @@
+"""The results of the Fashion-MNIST study: the files that hold them, and the tables of the page.
+
+The folder of results holds for each setting <setting>.csv, one row per variant and seed, and in errors/ the errors of
+each of them at every timestep. The tables of README.md are made from these files alone.
+"""
+
+import csv
+import fcntl
+from pathlib import Path
+
+import numpy as np
+from runs import mean_and_std
+from scipy.stats import ttest_1samp
+
+from common import atomic_write
+
+# For each setting: side of the images in pixels, and size of the models.
+SETTINGS = {"pixels": (16, "T/4"), "latents": (32, "T/2")}
+# For each table, its parts: title and variants. Every table also has the pretrained model and continued training.
+TABLES = {
+    1: {
+        "Table 1: the same number of images, and the same FLOPs for `-equal-flops`": [
+            "independent-8",
+            "remix-4-8",
+            "remix-4-20",
+            "experts-per-batch-1",
+            "remix-4-8-equal-flops",
+            "remix-4-20-equal-flops",
+        ]
+    },
+    2: {
+        "Table 2: mixers": ["remix-4-20", "raw", "one-hot"],
+        "Table 2: scopes and mixed layers": ["remix-4-20", "local", "modulation-too"],
+        "Table 2: K and N": ["remix-4-8", "remix-4-20", "remix-4-100", "remix-2-20", "remix-8-20"],
+        "Table 2: prior": ["remix-4-20", "no-prior", "bonus-0", "bonus-8", "strength-0", "strength-1e-2"],
+        "Table 2: experts per batch (remix-4-20 has 16)": [
+            "experts-per-batch-1",
+            "experts-per-batch-4",
+            "remix-4-20",
+            "experts-per-batch-20",
+        ],
+    },
+}
+SCORES = ["fid", "kid", "inception_score", "precision", "recall", "validation_fid", "imagenet_fid", "imagenet_kid"]
+ORIGIN = ["minutes", "commit", "command", "machine", "date"]
+COLUMNS = ["variant", "seed", "steps", "test_error", "validation_error", *SCORES, *ORIGIN]
+MARK = "<!-- fashion_tables.py writes everything below this line -->"
+
+
+def append_row(path: Path, row: dict):
+    """Add a row to a CSV file; several processes may do this at the same time."""
+    with open(path, "a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        table = csv.DictWriter(file, COLUMNS)
+        if file.tell() == 0:
+            table.writeheader()
+        table.writerow(row)
+
+
+def read_results(path: Path) -> list[dict]:
+    """Return the rows of a CSV file of results, with numbers where the columns hold numbers."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [
+            {
+                "variant": row["variant"],
+                "seed": int(row["seed"]),
+                **{key: float(row[key]) for key in ("test_error", "validation_error", *SCORES) if row[key]},
+            }
+            for row in csv.DictReader(file)
+        ]
+
+
+def write_page(out: Path):
+    """Write the tables of README.md, below MARK."""
+    page = out / "README.md"
+    head, _, _ = page.read_text().partition(MARK) if page.exists() else ("", "", "")
+    with atomic_write(page) as temporary:
+        temporary.write_text(f"{head}{MARK}\n\n{page_tables(out)}\n")
+
+
+def page_tables(out: Path) -> str:
+    """Return the tables of all results in a folder, as Markdown."""
+    parts = []
+    for setting in SETTINGS:
+        rows = compare(out, setting, read_results(out / f"{setting}.csv"))
+        parts.append(f"## Results: {setting}")
+        if not rows:
+            parts.append("There are no results yet.")
+        for title, names in (item for table in TABLES.values() for item in table.items()):
+            present = [name for name in ("pretrained", "continued", *names) if any(r["variant"] == name for r in rows)]
+            if set(present) & set(names):
+                parts += [f"### {title}, {setting}", score_table(present, rows), fifths_table(present, rows)]
+    return "\n\n".join(parts)
+
+
+def compare(out: Path, setting: str, rows: list[dict]) -> list[dict]:
+    """Compare each row with continued training of the same seed, on the test split.
+
+    Returns:
+        The rows whose seed has a result of continued training, each with more columns. In percent: "error_change" of
+        the mean error; "ratio_change", of the mean over the timesteps of the ratio of the errors; "fifth_changes" [5],
+        of the mean errors in fifths of the timesteps, from the least noise to the most. "fid_change" is a difference.
+    """
+    continued = {row["seed"]: row for row in rows if row["variant"] == "continued"}
+    compared = []
+    for row in rows:
+        if row["seed"] not in continued:
+            continue
+        paths = [out / "errors" / f"{setting}-{name}-{row['seed']}.npz" for name in (row["variant"], "continued")]
+        # [1000] each
+        own, base = (np.load(path)["test"].astype(np.float64) for path in paths)
+        fifths = own.reshape(5, -1).mean(1) / base.reshape(5, -1).mean(1)
+        changes = dict(error_change=100 * (own.mean() / base.mean() - 1), ratio_change=100 * ((own / base).mean() - 1))
+        changes |= dict(fifth_changes=100 * (fifths - 1), fid_change=row["fid"] - continued[row["seed"]]["fid"])
+        compared.append(row | changes)
+    return compared
+
+
+def score_table(names: list[str], rows: list[dict]) -> str:
+    """Return the errors and scores of variants as a Markdown table."""
+    lines = [
+        "| variant | seeds | test error | change, % | mean change over timesteps, % | FID | change | KID x 1000 | IS "
+        "| FID, ImageNet's features |",
+        "|" + " --- |" * 10,
+    ]
+    for name in names:
+        variant = [row for row in rows if row["variant"] == name]
+        values = {
+            key: [row[key] for row in variant if key in row]
+            for key in ("test_error", "fid", "kid", "inception_score", "imagenet_fid")
+        }
+        cells = [
+            name,
+            str(len(variant)),
+            mean_and_std(values["test_error"], 5),
+            change(name, [row["error_change"] for row in variant]),
+            change(name, [row["ratio_change"] for row in variant]),
+            mean_and_std(values["fid"], 2),
+            change(name, [row["fid_change"] for row in variant]),
+            mean_and_std([1000 * kid for kid in values["kid"]], 2),
+            mean_and_std(values["inception_score"], 2),
+            mean_and_std(values["imagenet_fid"], 2) if values["imagenet_fid"] else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def fifths_table(names: list[str], rows: list[dict]) -> str:
+    """Return the changes of variants' errors in fifths of the timesteps as a Markdown table."""
+    lines = [
+        "| change of the test error, % | t < 200 | 200 to 399 | 400 to 599 | 600 to 799 | 800 and above |",
+        "|" + " --- |" * 6,
+    ]
+    for name in names:
+        changes = np.array([row["fifth_changes"] for row in rows if row["variant"] == name])  # [seeds, 5]
+        lines.append(f"| {' | '.join([name, *(change(name, column) for column in changes.T)])} |")
+    return "\n".join(lines)
+
+
+def change(name: str, values) -> str:
+    """Return the mean and standard deviation of paired differences, with a star if they are beyond the spread.
+
+    The star means that the 95 % interval of a t test of three or more seeds does not include zero.
+    """
+    if name == "continued":
+        return "0"
+    sure = len(values) >= 3 and ttest_1samp(values, 0).pvalue < 0.05
+    return mean_and_std(values, 2) + (" *" if sure else "")

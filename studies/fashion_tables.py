@@ -1,0 +1,329 @@
+"""Repeat tables 1 and 2 of the paper on Fashion-MNIST, from images to FID.
+
+    python studies/fashion_tables.py 1 --setting pixels --seeds 0 1 2 3 4
+    python studies/fashion_tables.py 2 --setting pixels --seeds 0 1 2
+
+Pretrains a tiny DiT for each seed, fine-tunes every variant of the table from it on the same number of images, and
+measures each variant's errors and the scores of its samples. Every part is a run of the project's scripts with ordinary
+flags. The settings are pixels (16x16 pixels, DiT-T/4) and latents (32x32 pixels encoded by studies/vae.py as 4x8x8,
+DiT-T/2).
+
+Results are added to --out as soon as they exist, and what exists there is not computed again; an interrupted run
+continues. --out holds for each setting <setting>.csv (one row per variant and seed) and, below folders, the pretrained
+models' EMA weights, the errors of every timestep, and pictures of samples; and README.md, whose tables are made from
+these files.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import runs
+import torch
+from fashion_page import SCORES, SETTINGS, TABLES, append_row, read_results, write_page
+from runs import ROOT, heldout_errors, output_to
+from tqdm import tqdm
+
+from common import ArgumentParser, atomic_write, flags, positive_int, run_script, seed_int
+from features import FeatureDataset
+from remix import RemixDiT_models
+from training.plan import mixing_flops, training_flops
+
+BATCH = 128
+
+
+def remix(k: int, n: int, **values) -> dict:
+    """Return the training flags of a Remix-DiT with k bases and n experts."""
+    return dict(n_basis=k, n_experts=n, **values)
+
+
+# The training flags of each variant. 128 images cannot be divided among 20 experts: that variant has more steps of 120.
+VARIANTS = {
+    "pretrained": {},
+    "continued": {},
+    "independent-8": {},
+    "remix-4-8": remix(4, 8),
+    "remix-4-20": remix(4, 20),
+    "remix-4-8-equal-flops": remix(4, 8),
+    "remix-4-20-equal-flops": remix(4, 20),
+    **{f"experts-per-batch-{e}": remix(4, 20, experts_per_batch=e) for e in (1, 4)},
+    "experts-per-batch-20": remix(4, 20, experts_per_batch=20, global_batch_size=120),
+    "one-hot": remix(4, 20, mixer="one-hot"),
+    "raw": remix(4, 20, mixer="raw"),
+    "local": remix(4, 20, mixer_scope="local"),
+    "modulation-too": remix(4, 20, mix_modulation=True),
+    **{f"remix-{k}-{n}": remix(k, n) for k, n in ((2, 20), (8, 20), (4, 100))},
+    "no-prior": remix(4, 20, prior_bonus=0, prior_strength=0),
+    "bonus-0": remix(4, 20, prior_bonus=0),
+    "bonus-8": remix(4, 20, prior_bonus=8),
+    "strength-0": remix(4, 20, prior_strength=0),
+    "strength-1e-2": remix(4, 20, prior_strength=1e-2),
+}
+# Scoring takes about as long as this number of training steps.
+SCORING = 3000
+# Variants whose samples of the first seed are shown.
+SHOWN = ("pretrained", "continued", "remix-4-20")
+
+
+@dataclass(frozen=True)
+class Study:
+    """The models and files of one setting.
+
+    Attributes:
+        setting: key of SETTINGS.
+        work: folder of the dataset and its features.
+        runs: folder of the runs, samples and logs.
+        out: folder of the results.
+        pretraining: steps of pretraining.
+        finetuning: steps of fine-tuning.
+        samples: samples for FID.
+        sampling_steps: DDPM steps.
+        per_timestep: images for the error of each timestep.
+        command: command line, recorded with the results.
+    """
+
+    setting: str
+    work: Path
+    runs: Path
+    out: Path
+    pretraining: int
+    finetuning: int
+    samples: int
+    sampling_steps: int
+    per_timestep: int
+    command: str
+
+    @property
+    def side(self) -> int:
+        return SETTINGS[self.setting][0]
+
+    @property
+    def table(self) -> Path:
+        return self.out / f"{self.setting}.csv"
+
+    def features(self, split: str) -> Path:
+        return self.work / "features" / f"{self.setting}-{split}"
+
+    def weights(self, seed: int) -> Path:
+        """The EMA weights of a pretrained model."""
+        return self.out / "pretrained" / f"{self.setting}-{seed}.safetensors"
+
+    def errors(self, name: str, seed: int) -> Path:
+        """The errors of a variant at every timestep, for each split."""
+        return self.out / "errors" / f"{self.setting}-{name}-{seed}.npz"
+
+
+def main(args: argparse.Namespace):
+    command = shlex.join(["python", "studies/fashion_tables.py", *sys.argv[1:]])
+    work, out = Path(args.work), Path(args.out)
+    if args.quick:
+        study = Study(args.setting, work, work / "quick", work / "quick" / "results", 60, 30, 50, 5, 4, command)
+    else:
+        study = Study(args.setting, work, work / "runs", out, 20_000, 5_000, 10_000, 100, 100, command)
+    with output_to(study.runs / "data.log"):
+        prepare(study, args.source)
+
+    names = ["continued"]
+    for part in TABLES[args.table].values():
+        names += [name for name in part if name not in names]
+    done = {(row["variant"], row["seed"]) for row in read_results(study.table)}
+    missing = {(name, seed) for seed in args.seeds for name in ["pretrained", *names]} - done
+    print(f"{len(missing)} results are missing in {study.table}")
+    workers = ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"))
+    with workers, tqdm(total=sum(cost(study, name) for name, _ in missing), unit="step", smoothing=0) as bar:
+        # A group of seeds is finished before the next one begins. Its pretrained models are the first.
+        for first in range(0, len(args.seeds), args.jobs):
+            for group in (["pretrained"], names):
+                jobs = {
+                    workers.submit(run_variant, study, name, seed): name
+                    for seed in args.seeds[first : first + args.jobs]
+                    for name in group
+                    if (name, seed) in missing
+                }
+                for job in as_completed(jobs):
+                    job.result()
+                    bar.update(cost(study, jobs[job]))
+                    write_page(study.out)
+    write_page(study.out)
+
+
+def cost(study: Study, name: str) -> int:
+    """Estimate the time to train and score a variant, in training steps."""
+    return SCORING + (study.pretraining if name == "pretrained" else study.finetuning)
+
+
+def prepare(study: Study, source: str | None):
+    """Write, encode and split the images, and compute the features of the reference images, unless they exist."""
+    work, out = study.work, study.out
+    # All sessions score with the classifier of the first one.
+    name = f"classifier-{study.side}.pt2"
+    if (out / name).exists() and not (work / name).exists():
+        shutil.copyfile(out / name, work / name)
+    if not all((work / file).exists() for file in (name, f"test-{study.side}.npz")):
+        runs.run("studies/fashion.py", *flags(out=work, source=source))
+    if not (out / name).exists():
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(work / name, out / name)
+
+    encoding = dict(vae="none", grayscale=True)
+    if study.setting == "latents":
+        if not (out / "vae" / "config.json").exists():
+            runs.run("studies/vae.py", *flags(data=work, out=out / "vae"))
+        encoding = dict(vae=out / "vae", store="moments")
+    for split in ("train", "validation", "test"):
+        if not (study.features(split) / "index.json").exists():
+            folders = flags(data_path=work / split, features_path=study.features(split))
+            sizes = flags(image_size=study.side, mirror=False, num_workers=0, batch_size=256)
+            runs.run("extract_features.py", *folders, *sizes, *flags(**encoding))
+    for _, split, network in references(study):
+        output = flags(weights=network, save_stats=work / "statistics.npz", **scoring(work))
+        runs.run("evaluator.py", work / f"{split}-{study.side}.npz", *output)
+
+
+def references(study: Study) -> list[tuple[str, str, Path]]:
+    """Return how samples are scored: the beginning of the scores' names in SCORES, the split, and the network."""
+    classifier = study.out / f"classifier-{study.side}.pt2"
+    imagenet = study.work / "efficientnet-lite0.pt2"
+    pairs = [("", "test", classifier), ("validation_", "validation", classifier)]
+    return pairs + ([("imagenet_", "test", imagenet)] if imagenet.exists() else [])
+
+
+def scoring(work: Path) -> dict:
+    """Return flags of evaluator.py."""
+    return dict(batch_size=200, cache=work / "cache")
+
+
+def run_variant(study: Study, name: str, seed: int):
+    """Train and score one variant with one seed, and add its row to the results."""
+    torch.set_num_threads(1)
+    start, commit = time.perf_counter(), current_commit()
+    prefix = f"{study.setting}-{name}-{seed}"
+    with output_to(study.runs / f"{prefix}.log"):
+        checkpoints, steps = train(study, name, seed)
+        errors = {}
+        for split in ("test", "validation"):
+            folder = study.features(split)
+            errors[split] = heldout_errors(checkpoints, folder, range(1000), study.per_timestep).numpy()
+        with atomic_write(study.errors(name, seed)) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **errors)
+        row = {"variant": name, "seed": seed, "steps": steps}
+        row |= {f"{split}_error": f"{values.mean():.7f}" for split, values in errors.items()}
+        row |= {key: f"{value:.6g}" for key, value in sample_and_score(study, checkpoints, prefix, seed).items()}
+    minutes = f"{(time.perf_counter() - start) / 60:.1f}"
+    date = time.strftime("%Y-%m-%d")
+    row |= dict(minutes=minutes, commit=commit, command=study.command, machine=machine(), date=date)
+    append_row(study.table, row)
+
+
+def train(study: Study, name: str, seed: int) -> tuple[list[Path], int]:
+    """Train a variant, unless its checkpoints exist.
+
+    Args:
+        study: the study.
+        name: key of VARIANTS.
+        seed: seed of the pretrained model.
+
+    Returns:
+        The checkpoints (one per independent expert, otherwise one) and the total number of steps.
+    """
+    weights = study.weights(seed)
+    common = dict(data_path=study.features("train"), ema_decay=0.999)
+    model = f"DiT-{SETTINGS[study.setting][1]}"
+    prefix = f"{study.setting}-{name}-{seed}"
+    if name == "pretrained":
+        if not weights.exists():
+            common |= dict(model=model, lr=2e-3, global_batch_size=BATCH, global_seed=seed)
+            (path,) = runs.train(study.runs, prefix, max_steps=study.pretraining, **common)
+            runs.run("convert.py", path, weights, *flags(to="safetensors"))
+        return [weights], study.pretraining
+
+    values = dict(global_batch_size=BATCH) | VARIANTS[name]
+    values["model"] = f"Remix{model}" if "n_basis" in values else model
+    steps = study.finetuning * BATCH // values["global_batch_size"]
+    if name.endswith("-equal-flops"):
+        dataset = FeatureDataset(study.features("train"))
+        steps = round(steps / relative_flops(dataset, **values))
+    common |= dict(lr=1e-3, load_weight=weights, global_seed=1000 + seed)
+    independent = 8 if name == "independent-8" else 1
+    paths = runs.train(study.runs, prefix, independent, max_steps=steps, **common, **values)
+    return paths, steps
+
+
+def relative_flops(dataset: FeatureDataset, model: str, n_basis: int, n_experts: int, global_batch_size: int) -> float:
+    """Return the FLOPs of a Remix-DiT's training step, with the mixing, relative to a plain DiT's."""
+    channels, side, _ = dataset.shape
+    groups = max(n for n in range(1, min(16, n_experts) + 1) if global_batch_size % n == 0)
+    with torch.device("meta"):
+        shape = dict(input_size=side, in_channels=channels, num_classes=len(dataset.classes))
+        network = RemixDiT_models[model](**shape, n_basis=n_basis, n_experts=n_experts)
+    return 1 + mixing_flops(network, groups) / (global_batch_size * training_flops(network.backbone_config))
+
+
+def sample_and_score(study: Study, checkpoints: list[Path], name: str, seed: int) -> dict[str, float]:
+    """Sample without guidance and score the samples.
+
+    Returns:
+        The scores in SCORES. Those with EfficientNet are missing if it is not installed.
+    """
+    sampling = dict(num_fid_samples=study.samples, num_sampling_steps=study.sampling_steps, per_proc_batch_size=500)
+    output = dict(ckpt=checkpoints, cfg_scale=1, global_seed=seed, sample_dir=study.runs / "samples", name=name)
+    vae = study.out / "vae" if study.setting == "latents" else None
+    runs.run("sample_ddp.py", *flags(**output, **sampling, vae=vae))
+    folder = study.runs / "samples" / name
+    if name.removeprefix(f"{study.setting}-") in [f"{shown}-0" for shown in SHOWN]:
+        (study.out / "samples").mkdir(exist_ok=True)
+        shutil.copyfile(folder / "grid.png", study.out / "samples" / f"{name}.png")
+
+    samples, results = folder / "samples.npz", {}
+    for kind, split, network in references(study):
+        output = flags(weights=network, json=folder / "scores.json", also="kid", **scoring(study.work))
+        runs.run("evaluator.py", study.work / f"{split}-{study.side}.npz", samples, *output)
+        scores = json.loads((folder / "scores.json").read_text())
+        results |= {f"{kind}{key.lower().replace(' ', '_')}": value for key, value in scores.items()}
+    # The samples' features are in the cache, where the references' are older.
+    for entry in (study.work / "cache").glob("*.npz"):
+        if entry.stat().st_mtime > samples.stat().st_mtime:
+            entry.unlink(missing_ok=True)
+    shutil.rmtree(folder)
+    return {key: results[key] for key in SCORES if key in results}
+
+
+def current_commit() -> str:
+    """Return the commit of the code, with "-dirty" if it was changed."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!studies/results"]).returncode
+    return commit.stdout.strip() + ("-dirty" if changed else "")
+
+
+def machine() -> str:
+    """Return the CPU, the number of its cores and the version of PyTorch."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description="Repeat a table of the paper on Fashion-MNIST, from images to FID.")
+    parser.add_argument("table", type=int, choices=TABLES, help="table of the paper")
+    parser.add_argument("--setting", choices=SETTINGS, default="pixels", help="what the models denoise")
+    parser.add_argument("--seeds", type=seed_int, nargs="+", default=[0, 1, 2], metavar="SEED", help="seeds")
+    parser.add_argument("--jobs", type=positive_int, default=2, help="models in parallel, with one core each")
+    parser.add_argument("--source", metavar="FOLDER", help="the dataset's files, see fashion.py")
+    parser.add_argument("--work", default="data/fashion", metavar="FOLDER", help="dataset, runs and samples")
+    parser.add_argument("--out", default="studies/results/fashion", metavar="FOLDER", help="results")
+    parser.add_argument(
+        "--quick", action="store_true", help="few steps and samples, to test that it runs, with results below --work"
+    )
+    run_script(main, parser)

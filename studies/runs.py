@@ -1,0 +1,101 @@
+"""What the studies share: running the project's scripts, training one variant, and the errors of its model."""
+
+import contextlib
+import os
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+# Models run in parallel, with one core each.
+os.environ["OMP_NUM_THREADS"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from checkpoint import load_denoiser  # noqa: E402
+from common import flags  # noqa: E402
+from diffusion import create_diffusion  # noqa: E402
+from features import FeatureDataset  # noqa: E402
+from training.statistics import noise_errors  # noqa: E402
+
+
+def run(script: str, *words):
+    """Run one of the project's scripts in this process, as `python script words`."""
+    arguments = [str(ROOT / script), *map(str, words)]
+    print(f"$ python {shlex.join([script, *arguments[1:]])}", flush=True)
+    argv = sys.argv
+    sys.argv = arguments
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    finally:
+        sys.argv = argv
+
+
+@contextlib.contextmanager
+def output_to(log: Path):
+    """Append everything that is printed to a file; an error names the file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            yield
+    except BaseException:
+        print(f"stopped: see {log}", file=sys.stderr)
+        raise
+
+
+def train(results: Path, prefix: str, independent: int = 1, *, max_steps: int, **values) -> list[Path]:
+    """Run train_fast.py, unless its checkpoints exist; an interrupted run continues.
+
+    Args:
+        results: folder of the runs.
+        prefix: name of the run.
+        independent: number of plain DiTs, each of which is trained on its own part of the timesteps with an equal
+            share of the steps.
+        max_steps: total number of steps.
+        **values: further flags of train_fast.py.
+
+    Returns:
+        The checkpoints, one for each independent expert.
+    """
+    runs = {prefix: dict(max_steps=max_steps)}
+    if independent > 1:
+        bounds = [1000 * i // independent for i in range(independent + 1)]
+        runs = {
+            f"{prefix}-{i}": dict(max_steps=max_steps // independent, timesteps=bounds[i : i + 2])
+            for i in range(independent)
+        }
+    paths = []
+    for name, own in runs.items():
+        paths.append(results / name / "checkpoints" / f"{own['max_steps']:07d}.pt")
+        if not paths[-1].exists():
+            # Pictures are not needed. The newest checkpoint is enough to continue from.
+            quiet = flags(num_workers=0, log_every=500, sample_every=0, ckpt_every=1000, keep=1, resume="auto")
+            run("train_fast.py", *flags(results_dir=results, prefix=name, **values, **own), *quiet)
+    return paths
+
+
+def heldout_errors(paths: list[Path], split: Path, timesteps: range, per_timestep: int) -> torch.Tensor:
+    """Compute the errors of a model's predicted noise on a split that it was not trained on.
+
+    Args:
+        paths: checkpoint of the model, or those of independent experts.
+        split: folder of the split's features.
+        timesteps: timesteps to evaluate.
+        per_timestep: images per timestep.
+
+    Returns:
+        Mean squared errors with EMA weights [number of timesteps].
+    """
+    model, config = load_denoiser(paths)
+    dataset = FeatureDataset(split)
+    x, y = dataset.__getitems__(list(range(len(dataset))))
+    return noise_errors(model, create_diffusion(**config["diffusion"]), x, y, timesteps, per_timestep)
+
+
+def mean_and_std(values: list[float], digits: int) -> str:
+    """Return the mean and the standard deviation over the seeds as text."""
+    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{std}"
