@@ -32,6 +32,7 @@ from common import (
     UserError,
     check_disk,
     check_settings,
+    counted,
     lock_folder,
     number,
     positive_int,
@@ -91,7 +92,10 @@ def main(args: argparse.Namespace):
         remove_leftovers(folder)
         write_json(folder / SETTINGS, settings)
     world.barrier()
-    logger.info(f"{len(images.samples):,} images of {len(images.classes):,} classes, {n_views} views each -> {folder}")
+    logger.info(
+        f"{counted(len(images.samples), 'image')} of {counted(len(images.classes), 'class', 'classes')}, "
+        f"{counted(n_views, 'view')} each -> {folder}"
+    )
     logger.info(disk)
 
     # Encode this process's share of the missing shards.
@@ -105,7 +109,8 @@ def main(args: argparse.Namespace):
         described = dict(vae=args.vae, scale=autoencoder.scale, image_size=args.image_size, classes=images.classes)
         index = write_index(folder, n_shards, **described, store=args.store)
         logger.info(
-            f"Encoded {index['images']:,} images as {index['views']} x {index['shape']} each, in {n_shards} shards."
+            f"Encoded {counted(index['images'], 'image')} as {index['views']} x {index['shape']} each, "
+            f"in {counted(n_shards, 'shard')}."
         )
     report_skipped(folder, args.skip_bad, logger.info)
 
@@ -171,7 +176,7 @@ def report_skipped(folder: Path, accept: bool, log):
     for line in skipped:
         log(f"unreadable: {line}")
     if skipped and not accept:
-        log(f"{len(skipped)} images could not be read and were left out (--skip-bad accepts that).")
+        log(f"{counted(len(skipped), 'image')} could not be read: left out (--skip-bad accepts that).")
         raise SystemExit(1)
 
 

@@ -37,6 +37,7 @@ from common import (
     atomic_write,
     check_disk,
     check_settings,
+    counted,
     folder_name,
     frequency_override,
     lock_folder,
@@ -157,7 +158,7 @@ def main(args: argparse.Namespace):
     world.barrier()
     steps = "adaptive" if pipeline.timesteps is None else f"{len(pipeline.timesteps):,}"
     sampler = f"{settings.sampler}, {steps} network evaluations per sample, guidance scale {settings.cfg_scale}"
-    logger.info(f"{total:,} samples by {sampler} -> {folder}")
+    logger.info(f"{counted(total, 'sample')} by {sampler} -> {folder}")
     logger.info(disk)
 
     # Sample this process's share of the missing batches. Each batch is written to a file of its own.

@@ -9,7 +9,6 @@ depend neither on the device, nor on the number of processes, nor on when the ru
 """
 
 import argparse
-import logging
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -33,8 +32,8 @@ from diffusion import NOISE_LEVELS, PROCESS_SAMPLERS, FlowMatching, GaussianDiff
 from diffusion.flow import PREDICTIONS, WEIGHTS
 from diffusion.interpolants import PATHS, TIME_SAMPLINGS
 from distributed import PRECISIONS, StopSignal, rank0_logger, restore_signals, setup, world_size
-from models import DiT, DiT_models
-from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models
+from models import DiT_models
+from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT_models
 from training.loggers import MetricLogger, logger_names, open_loggers
 from training.plan import (
     RunSettings,
@@ -47,8 +46,11 @@ from training.plan import (
 )
 from training.previews import SamplePreview, choose_decoder
 from training.start import (
+    advice,
     check_noise_levels,
+    default_prefix,
     find_resume,
+    log_introduction,
     make_batch_sampler,
     make_model,
     model_shape,
@@ -100,6 +102,8 @@ def main(args: argparse.Namespace):
         raise UserError(
             "the processes found different checkpoints: all nodes need the same --results-dir on a shared file system"
         )
+    # Before anything else is written to the folder, because a logger may be unable to start.
+    loggers = open_loggers(args.log_to, folder, config, step) if world.is_main else []
     if world.is_main:
         prepare_folder(folder, config, damaged)
     log = rank0_logger(world, folder / "log.txt")
@@ -127,7 +131,7 @@ def main(args: argparse.Namespace):
     del state
     sampler = make_batch_sampler(settings, model, diffusion, world, args.grad_accum)
     writer = CheckpointWriter(folder / "checkpoints", log, args.keep, args.keep_every)
-    loggers = MetricLogger(open_loggers(args.log_to, folder, config, step) if world.is_main else [], log)
+    loggers = MetricLogger(loggers, log)
     previews = None
     if args.sample_every and world.is_main:
         previews = SamplePreview(
@@ -146,6 +150,7 @@ def main(args: argparse.Namespace):
     # Train. `step` counts the steps that are done.
     schedule_steps = config["training"]["schedule_steps"] or settings.max_steps
     timer = ThroughputTimer(world.device)
+    picture_s = 0.0
     failed = stopped = False
     done = step == settings.max_steps
     with closing(loggers), sampler.load(dataset, range(step, settings.max_steps), args.num_workers) as batches:
@@ -176,7 +181,8 @@ def main(args: argparse.Namespace):
                     }
                     metrics = build_metrics(step, losses, nonfinite, model, schedule, performance)
                     loggers.log_metrics(step, metrics)
-                    log.info(report_line(metrics, settings.max_steps, settings.global_batch_size))
+                    pictures = settings.max_steps // args.sample_every - step // args.sample_every if previews else 0
+                    log.info(report_line(metrics, settings.max_steps, settings.global_batch_size, pictures * picture_s))
             if step % args.ckpt_every == 0 or finished or stopped:
                 with timer.paused():
                     window = trainer.stats.state_dict()
@@ -187,6 +193,7 @@ def main(args: argparse.Namespace):
                 with timer.paused():
                     for kind, path in previews.draw(step, trainer.ema).items():
                         loggers.log_image(step, kind, path)
+                picture_s = timer.last_pause
 
     # End.
     writer.wait()
@@ -241,11 +248,6 @@ def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | Flow
     )
 
 
-def default_prefix(name: str, mixing: dict | None) -> str:
-    """Return the name of the run's folder if --prefix does not give it."""
-    return name.replace("/", "-") + (f"-{mixing['n_basis']}-{mixing['n_experts']}" if mixing else "")
-
-
 def resolve_settings(
     args: argparse.Namespace, n_images: int, diffusion: GaussianDiffusion | FlowMatching
 ) -> RunSettings:
@@ -293,20 +295,6 @@ def resolve_settings(
         global_seed=args.global_seed,
         load_weight=args.load_weight,
     )
-
-
-def advice(model: DiT | RemixDiT, settings: RunSettings) -> list[str]:
-    """Return advice about the settings, if there is any."""
-    if isinstance(model, RemixDiT) and settings.experts_per_batch < min(4, model.n_experts):
-        return ["few experts per batch: the model learns better with more of them (--experts-per-batch)"]
-    return []
-
-
-def log_introduction(log: logging.Logger, description: list[str], damaged: dict[Path, str], notes: list[str]):
-    """Log what the run will do, and the damaged checkpoints that it does not resume from."""
-    skipped = [f"SKIPPED {path}: {reason}" for path, reason in damaged.items()]
-    for line in [*description, *skipped, *notes]:
-        log.info(line)
 
 
 if __name__ == "__main__":

@@ -320,6 +320,7 @@ def test_saved_statistics_replace_images(files, tmp_path):
     out = run("evaluator.py", tmp_path / "ref", tmp_path / "sample", "--weights", tmp_path / "none.pth").stdout
     assert parse_scores(out)["FID"] == pytest.approx(by_images["FID"], rel=1e-9)
     assert np.isnan(parse_scores(out)["Inception Score"])
+    assert "&" not in out, "no row of a LaTeX table without all scores"
 
 
 def test_a_folder_of_images_equals_an_array(files, tmp_path):

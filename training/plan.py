@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import checkpoints
-from common import UserError, check_disk
+from common import UserError, check_disk, counted
 from diffusion import FlowMatching, GaussianDiffusion, create_process
 from distributed import PRECISIONS, world_size
 from features import FeatureDataset
@@ -111,13 +111,13 @@ def describe_run(
     source = f"from {dataset.path}"
     if isinstance(dataset, AssumedFeatures):
         source = f"ImageNet, assumed because {dataset.path} does not exist"
-    experts = f", {settings.experts_per_batch} experts per batch" if remix else ""
+    experts = f", {counted(settings.experts_per_batch, 'expert')} per batch" if remix else ""
     batch = f"batch {settings.global_batch_size} on {devices}, {settings.precision}"
     flow = [f"{name}={value}" for name, value in process.items() if name != "process"]
     return [
         f"{name}: {parameters:,.2f} M parameters, from {settings.load_weight or 'scratch'}",
-        f"{len(dataset):,} images of {model.num_classes:,} classes as {shape} ({source})",
-        f"{settings.max_steps:,} steps of {batch}{experts}",
+        f"{counted(len(dataset), 'image')} of {counted(model.num_classes, 'class', 'classes')} as {shape} ({source})",
+        f"{counted(settings.max_steps, 'step')} of {batch}{experts}",
         *([f"flow matching: {', '.join(flow)}"] if flow else []),
     ]
 
@@ -144,7 +144,7 @@ def dry_run(
         folder: the run's folder.
         n_checkpoints: number of checkpoints that the run needs space for.
     """
-    lines = describe_run(name, model, dataset, settings, process, f"{world_size()} GPUs")
+    lines = describe_run(name, model, dataset, settings, process, counted(world_size(), "GPU"))
     try:
         disk = check_checkpoint_space(folder, model, n_checkpoints)
     except UserError as error:
@@ -155,7 +155,8 @@ def dry_run(
     n_images = settings.global_batch_size // world_size() // grad_accum
     groups = count_groups(n_images, settings.global_batch_size // settings.experts_per_batch) if remix else None
     activations = activation_bytes(model, create_process(**process), n_images, groups, PRECISIONS[settings.precision])
-    memory = static_memory(model) | {f"activations of {n_images} images (estimate, not compiled)": activations}
+    stored = f"activations of {counted(n_images, 'image')} (estimate, not compiled)"
+    memory = static_memory(model) | {stored: activations}
     parts = ", ".join(f"{size / 2**30:.2f} {part}" for part, size in memory.items())
     lines.append(f"memory per GPU: {sum(memory.values()) / 2**30:.1f} GiB: {parts}")
     lines.append(disk)
@@ -208,7 +209,7 @@ def check_checkpoint_space(folder: Path, model: nn.Module, count: int) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # float32: the weights, their EMA, and the two moments of AdamW.
     size = 4 * (2 * parameters + 2 * trained)
-    return check_disk(folder, count * size, f"{count} more checkpoints of {size / 2**20:,.1f} MiB")
+    return check_disk(folder, count * size, f"{counted(count, 'more checkpoint')} of {size / 2**20:,.1f} MiB")
 
 
 def static_memory(model: nn.Module) -> dict[str, int]:

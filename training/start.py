@@ -1,5 +1,6 @@
 """The start of a run: its data, the model at step 0, its configuration, and the checkpoint to resume from."""
 
+import logging
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -286,3 +287,22 @@ def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
     remove_leftovers(folder, folder / "checkpoints", folder / "samples", folder / "coefficients")
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
+
+
+def default_prefix(name: str, mixing: dict | None) -> str:
+    """Return the name of the run's folder if --prefix does not give it."""
+    return name.replace("/", "-") + (f"-{mixing['n_basis']}-{mixing['n_experts']}" if mixing else "")
+
+
+def advice(model: DiT | RemixDiT, settings: RunSettings) -> list[str]:
+    """Return advice about the settings, if there is any."""
+    if isinstance(model, RemixDiT) and settings.experts_per_batch < min(4, model.n_experts):
+        return ["few experts per batch: the model learns better with more of them (--experts-per-batch)"]
+    return []
+
+
+def log_introduction(log: logging.Logger, description: list[str], damaged: dict[Path, str], notes: list[str]):
+    """Log what the run will do, and the damaged checkpoints that it does not resume from."""
+    skipped = [f"SKIPPED {path}: {reason}" for path, reason in damaged.items()]
+    for line in [*description, *skipped, *notes]:
+        log.info(line)

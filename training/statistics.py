@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import counted
 from diffusion import GaussianDiffusion
 from distributed import World, seed_for
 from models import DiT
@@ -146,11 +147,15 @@ class ThroughputTimer:
 
     Args:
         device: the device that trains.
+
+    Attributes:
+        last_pause: seconds of the latest pause; 0 before the first.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.images = 0
+        self.last_pause = 0.0
         self.start = time.perf_counter()
 
     def add(self, images: int):
@@ -164,7 +169,8 @@ class ThroughputTimer:
             torch.cuda.synchronize(self.device)
         paused_at = time.perf_counter()
         yield
-        self.start += time.perf_counter() - paused_at
+        self.last_pause = time.perf_counter() - paused_at
+        self.start += self.last_pause
 
     def read(self) -> float:
         """Return the images per second since the last call. The device must have finished its steps."""
@@ -229,21 +235,22 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
-def report_line(metrics: dict, max_steps: int, batch_size: int) -> str:
+def report_line(metrics: dict, max_steps: int, batch_size: int, pictures_s: float = 0) -> str:
     """Return the line of log.txt for the metrics of a step.
 
     Args:
         metrics: metrics from `build_metrics`.
         max_steps: number of steps of the run.
         batch_size: images per global batch.
+        pictures_s: seconds that the remaining pictures will take.
     """
     means = [f"{name} {metrics[name]:.4f}" for name in ("loss", "mse") if metrics.get(name) is not None]
     parts = [f"step {metrics['step']:07d}/{max_steps:07d}", *(means or ["no finite loss"])]
     if "entropy" in metrics:
         parts += [f"entropy {np.mean(metrics['entropy']):.3f}", f"spread {metrics['expert_spread']:.4f}"]
     if metrics["bad_steps"]:
-        parts.append(f"{metrics['bad_steps']} non-finite steps")
-    remaining = (max_steps - metrics["step"]) * batch_size / metrics["images_per_s"]
+        parts.append(counted(metrics["bad_steps"], "non-finite step"))
+    remaining = (max_steps - metrics["step"]) * batch_size / metrics["images_per_s"] + pictures_s
     parts += [
         f"lr {metrics['lr']:.2e}",
         f"{metrics['images_per_s']:,.0f} images/s",
