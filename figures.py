@@ -1,5 +1,6 @@
 """Image grids and heat maps of mixing coefficients, saved as PNG."""
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -47,9 +48,31 @@ def save_grid(path, images: np.ndarray, captions: list[str], columns: int = 10, 
         grid.save(temporary, format="PNG")
 
 
-def intervals(model: RemixDiT) -> list[tuple[int, int]]:
-    """Return the timesteps of each expert as (low, high), from low to high - 1."""
-    return list(pairwise(i * model.num_timesteps // model.n_experts for i in range(model.n_experts + 1)))
+def intervals(model: RemixDiT) -> list[tuple[int, int]] | list[tuple[float, float]]:
+    """Return the interval of each expert as (low, high).
+
+    For Gaussian diffusion these are integers, and the expert's timesteps are those from low to high - 1. For a flow
+    they are noise levels from 0 to 1.
+    """
+    n, total = model.n_experts, model.num_timesteps
+    if model.boundaries is None:
+        return list(pairwise(i * total // n for i in range(n + 1)))
+    if is_flow(model):
+        return list(pairwise(model.boundaries))
+    # An expert owns the timesteps that are not below its boundary, which is rounded to float32 in tensors.
+    return list(pairwise(math.ceil(np.float32(boundary)) for boundary in model.boundaries))
+
+
+def is_flow(model: RemixDiT) -> bool:
+    """Return whether the experts' intervals are noise levels of a flow, from 0 to 1, and not timesteps."""
+    return model.boundaries is not None and model.boundaries[-1] == 1
+
+
+def interval_labels(model: RemixDiT) -> list[str]:
+    """Return the interval of each expert for an axis: its first and last timestep, or its noise levels."""
+    if is_flow(model):
+        return [f"{low:.2f}-{high:.2f}" for low, high in intervals(model)]
+    return [f"{low}-{high - 1}" for low, high in intervals(model)]
 
 
 def save_coefficients(path, model: RemixDiT, title: str):
@@ -74,7 +97,7 @@ def save_coefficients(path, model: RemixDiT, title: str):
         image = axis.imshow(values, cmap="viridis", vmin=min(0, alpha.min()), vmax=max(1, alpha.max()), aspect="auto")
         axis.set_yticks(range(n_basis), [f"basis {k}" for k in range(n_basis)])
         if labelled:
-            ticks = [f"{i}\n{low}-{high - 1}" for i, (low, high) in enumerate(intervals(model))]
+            ticks = [f"{i}\n{label}" for i, label in enumerate(interval_labels(model))]
             axis.set_xticks(range(n_experts), ticks, fontsize=6)
             middle = (image.norm.vmin + image.norm.vmax) / 2
             for (k, i), value in np.ndenumerate(values.numpy()):
@@ -82,7 +105,8 @@ def save_coefficients(path, model: RemixDiT, title: str):
                 axis.text(i, k, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
         if blocks > 1:
             axis.set_title(f"block {block}", fontsize=8)
-    axes[-1, 0].set_xlabel("expert and its timesteps (expert 0: least noise)")
+    times = "noise levels" if is_flow(model) else "timesteps"
+    axes[-1, 0].set_xlabel(f"expert and its {times} (expert 0: least noise)")
     figure.suptitle(title, fontsize=10)
     figure.colorbar(image, ax=axes[:, 0].tolist(), label="coefficient")
     with atomic_write(Path(path)) as temporary:

@@ -287,6 +287,7 @@ def noise_errors(
     timesteps: Iterable[int],
     per_timestep: int = 32,
     seed: int = 0,
+    timesteps_per_batch: int = 1,
 ) -> Tensor:
     """Compute the mean squared error of the predicted noise at each of some timesteps.
 
@@ -294,22 +295,26 @@ def noise_errors(
     two models are evaluated on the same noisy images.
 
     Args:
-        model: a network called as model(x, t, y). Every batch has one timestep, so it may be a folded RemixDiT.
+        model: a network called as model(x, t, y). By default every batch has one timestep, so it may be a folded
+            RemixDiT.
         diffusion: the process that adds the noise.
         x: images [n, C, H, W], usually held out from training.
         y: labels [n], int64.
         timesteps: timesteps to evaluate.
         per_timestep: images per timestep.
         seed: seed of the noise.
+        timesteps_per_batch: timesteps that the model processes at once.
 
     Returns:
         Errors [number of timesteps], float32.
     """
     errors = []
-    for t in timesteps:
-        rows = (torch.arange(per_timestep) + int(t) * per_timestep) % len(x)
-        noise = torch.randn(x[rows].shape, generator=torch.Generator().manual_seed(seed_for(seed, int(t)))).to(x.device)
-        ts = torch.full((per_timestep,), int(t), device=x.device)
+    for ts in torch.tensor([int(t) for t in timesteps]).split(timesteps_per_batch):
+        rows = (torch.arange(per_timestep) + ts[:, None] * per_timestep).flatten() % len(x)
+        generators = (torch.Generator().manual_seed(seed_for(seed, t)) for t in ts.tolist())
+        noise = torch.cat([torch.randn(per_timestep, *x.shape[1:], generator=g) for g in generators]).to(x.device)
+        ts = ts.repeat_interleave(per_timestep).to(x.device)
         noisy = diffusion.q_sample(x[rows], ts, noise)
-        errors.append((model(noisy, ts, y[rows])[:, : x.shape[1]] - noise).square().mean())
-    return torch.stack(errors)
+        squares = (model(noisy, ts, y[rows])[:, : x.shape[1]] - noise).square()
+        errors.append(squares.view(len(ts) // per_timestep, -1).mean(1))
+    return torch.cat(errors)
