@@ -3,9 +3,10 @@
     torchrun --nnodes=1 --nproc_per_node=8 train_fast.py --model RemixDiT-S/2 --load-weight pretrained/DiT_S_2_2M.pt \\
         --data-path data/imagenet_encoded --epochs 20 --prefix RemixDiT-S-4-20-100K --n-basis 4 --n-experts 20
 
-The run's folder is outputs/<prefix>/. It holds checkpoints/<step>.pt, log.txt, metrics.jsonl and config.json. The
-images, timesteps, experts and noise of a step depend only on the seed, the step and the place in the global batch. They
-depend neither on the device, nor on the number of processes, nor on when the run was resumed.
+The run's folder is outputs/<prefix>/. It holds config.json, log.txt, metrics.jsonl, checkpoints/<step>.pt, and the
+pictures samples/<step>.png and coefficients/<step>.png. The images, timesteps, experts and noise of a step depend only
+on the seed, the step and the position in the global batch. They depend neither on the device, nor on the number of
+processes, nor on when the run was resumed.
 """
 
 import argparse
@@ -59,16 +60,18 @@ from training.start import (
     prepare_folder,
     run_config,
 )
-from training.statistics import ThroughputTimer, build_metrics, explain_failure, memory_gib, report_line
+from training.statistics import ThroughputTimer, build_metrics, explain_failure, report_line
 from training.trainer import Trainer
 
 # The flags that have a meaning for flows only, by their names in `FlowMatching`.
 FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
-# Several processes agree every STOP_CHECK steps whether to stop. Their hosts wait for each other to agree.
+# With several processes, the decision to stop is exchanged every STOP_CHECK steps only, because in the exchange each
+# process waits for all others.
 STOP_CHECK = 4
 
 
 def main(args: argparse.Namespace):
+    """Train a model as the flags say; see `make_parser`."""
     # Check all input before any device or process group is used.
     dataset = open_features(args.data_path, args.image_size, assume=args.dry_run)
     shape = model_shape(dataset, args.num_classes) | frequency_override(args.timestep_frequencies)
@@ -84,6 +87,7 @@ def main(args: argparse.Namespace):
         n_checkpoints = count_checkpoints(folder, 0, settings.max_steps, **saving)
         print("\n".join(dry_run(args.model, model, dataset, settings, process, args.grad_accum, folder, n_checkpoints)))
         return
+    # This seed is for the initial weights and mixing logits. The draws of each step have seeds of their own.
     torch.manual_seed(settings.global_seed)
     model = make_model(args.model, shape, mixing, settings.prior_bonus, settings.load_weight, args.trust_pickle)
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
@@ -144,12 +148,11 @@ def main(args: argparse.Namespace):
             partial(world.autocast, settings.precision),
             log,
         )
-    flops_per_image = training_flops(config["model"]["backbone"])
-    peak_flops_per_s = matmul_rate(world.device, settings.precision) * world.size
 
     # Train. `step` counts the steps that are done.
     schedule_steps = config["training"]["schedule_steps"] or settings.max_steps
-    timer = ThroughputTimer(world.device)
+    peak_flops_per_s = matmul_rate(world.device, settings.precision) * world.size
+    timer = ThroughputTimer(world.device, training_flops(config["model"]["backbone"]), peak_flops_per_s)
     picture_s = 0.0
     failed = stopped = False
     done = step == settings.max_steps
@@ -162,7 +165,8 @@ def main(args: argparse.Namespace):
             timer.add(settings.global_batch_size)
             step += 1
 
-            # Decide together with the other processes whether this was the last step.
+            # Decide together with the other processes whether this was the last step. `finished` and `failed` are the
+            # same on all processes, so either all of them or none makes the second exchange.
             finished = step == settings.max_steps
             if world.size == 1 or step % STOP_CHECK == 0 or finished:
                 failed = world.any(trainer.stats.longest_streak() >= args.max_bad_steps)
@@ -171,23 +175,18 @@ def main(args: argparse.Namespace):
 
             if step % args.log_every == 0 or finished:
                 losses, nonfinite = trainer.stats.read()
-                images_per_s = timer.read()
+                speed = timer.read()
                 if world.is_main:
                     schedule = trainer.learning_rates() | {"prior_weight": prior_weight}
-                    performance = {
-                        "images_per_s": images_per_s,
-                        "mfu": images_per_s * flops_per_image / peak_flops_per_s,
-                        "memory_gib": memory_gib(world.device),
-                    }
-                    metrics = build_metrics(step, losses, nonfinite, model, schedule, performance)
+                    metrics = build_metrics(step, losses, nonfinite, model, schedule, speed)
                     loggers.log_metrics(step, metrics)
                     pictures = settings.max_steps // args.sample_every - step // args.sample_every if previews else 0
                     log.info(report_line(metrics, settings.max_steps, settings.global_batch_size, pictures * picture_s))
             if step % args.ckpt_every == 0 or finished or stopped:
                 with timer.paused():
-                    window = trainer.stats.state_dict()
+                    stats = trainer.stats.state_dict()
                     if world.is_main:
-                        writer.save(step, {"config": config, "step": step, "window": window} | trainer.state_dict())
+                        writer.save(step, {"config": config, "step": step, "window": stats} | trainer.state_dict())
             if previews and step % args.sample_every == 0:
                 # The other processes wait for this one in their next step.
                 with timer.paused():
@@ -195,7 +194,7 @@ def main(args: argparse.Namespace):
                         loggers.log_image(step, kind, path)
                 picture_s = timer.last_pause
 
-    # End.
+    # Wait until the last checkpoint is written, and report how the run ended.
     writer.wait()
     restore_signals()
     if failed:
@@ -257,6 +256,9 @@ def resolve_settings(
         args: the flags.
         n_images: number of images of the dataset.
         diffusion: the process.
+
+    Raises:
+        UserError: if flags contradict each other, or a number does not divide the batch size as it must.
     """
     batch_size = args.global_batch_size
     if batch_size % (world_size() * args.grad_accum):
@@ -297,7 +299,8 @@ def resolve_settings(
     )
 
 
-if __name__ == "__main__":
+def make_parser() -> ArgumentParser:
+    """Return the parser of the flags."""
     parser = ArgumentParser(description="Train a DiT or a RemixDiT on features from extract_features.py.")
 
     add = parser.add_argument_group("run").add_argument
@@ -307,7 +310,7 @@ if __name__ == "__main__":
     add(
         "--resume",
         metavar="PATH|auto",
-        help="checkpoint to resume from; auto: the run's newest one, or none for a new run",
+        help="checkpoint to resume from; auto: the newest undamaged one of this run, or a new run if there is none",
     )
     add(
         "--extend",
@@ -339,10 +342,8 @@ if __name__ == "__main__":
         "on the Hugging Face hub such as facebook/DiT-XL-2-256) (default: random weights)",
     )
     add("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
-    add("--n-basis", type=positive_int, default=4, metavar="K", help="basis models")
-    add(
-        "--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="experts, one per interval of timesteps"
-    )
+    add("--n-basis", type=positive_int, default=4, metavar="K", help="number of basis models")
+    add("--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="number of experts")
     add(
         "--boundaries",
         type=noise_level,
@@ -352,14 +353,19 @@ if __name__ == "__main__":
         "1 for flows. Experts are sampled equally often: boundaries other than the default change the density of the "
         "training times (default: intervals of equal probability)",
     )
-    add("--mixer", choices=MIXERS, default="softmax", help="how the mixing logits become coefficients")
+    add(
+        "--mixer",
+        choices=MIXERS,
+        default="softmax",
+        help="coefficients: softmax of the logits, the logits themselves (raw), or one-hot",
+    )
     add(
         "--mixer-scope",
         choices=SCOPES,
         default="global",
-        help="one set of coefficients for all blocks, or one per block",
+        help="global: one set of coefficients for all blocks; local: one per block",
     )
-    add("--mix-modulation", action="store_true", help="mix the adaLN layer of each block too, beside its four linears")
+    add("--mix-modulation", action="store_true", help="also mix the adaLN layer of each block")
     add(
         "--timesteps",
         type=noise_level,
@@ -368,8 +374,8 @@ if __name__ == "__main__":
         help="train a plain DiT on the timesteps LO to HI - 1 only, or on a flow's noise levels LO to HI, as one of "
         "several independent experts (default: all)",
     )
-    add("--image-size", type=positive_int, metavar="PIXELS", help="must match the features (default: theirs, or 256)")
-    add("--num-classes", type=positive_int, metavar="N", help="number of classes (default: the features', or 1000)")
+    add("--image-size", type=positive_int, metavar="PIXELS", help="side of the images, to check the features")
+    add("--num-classes", type=positive_int, metavar="N", help="number of classes (default: that of the features)")
 
     add = parser.add_argument_group("process").add_argument
     add("--process", choices=PROCESS_SAMPLERS, default="gaussian", help="Gaussian diffusion, or flow matching")
@@ -392,19 +398,23 @@ if __name__ == "__main__":
         "--epochs",
         type=positive_int,
         default=20,
-        help="passes over the images; on ImageNet 20 are the published 100k steps",
+        help="passes over the images; 20 passes over ImageNet are the published 100,000 steps",
     )
     add("--max-steps", type=positive_int, metavar="STEPS", help="number of steps, instead of --epochs")
     add(
-        "--global-batch-size", type=positive_int, default=256, metavar="IMAGES", help="images per step of all processes"
+        "--global-batch-size",
+        type=positive_int,
+        default=256,
+        metavar="IMAGES",
+        help="images per step, on all processes together",
     )
-    add("--grad-accum", type=positive_int, default=1, metavar="N", help="microbatches per process and step")
+    add("--grad-accum", type=positive_int, default=1, metavar="N", help="microbatches per step on each process")
     add(
         "--experts-per-batch",
         type=positive_int,
         metavar="E",
-        help="experts per global batch, each on an equal part of it; with the paper's 1 each step has one noise level, "
-        "and the mixing logits get a sparse gradient (default: the largest divisor of the batch up to 16 and N)",
+        help="experts per global batch, each on an equal part of it; with 1, all images of a step have timesteps of "
+        "one interval (default: the largest divisor of the batch size that is at most 16 and N)",
     )
     add(
         "--lr",
@@ -431,8 +441,8 @@ if __name__ == "__main__":
         "--prior-bonus",
         type=number(float, 0),
         default=3.0,
-        metavar="STD",
-        help="initial lead of the prior's basis in the mixing logits, in standard deviations of their noise",
+        metavar="BONUS",
+        help="number added to the initial logit of each expert's basis in the prior, which is floor(i K / N)",
     )
     add("--ema-decay", type=number(float, 0, 1), default=0.9999, metavar="DECAY", help="EMA decay per step")
     add(
@@ -443,7 +453,9 @@ if __name__ == "__main__":
         help="largest gradient norm; 0 for no clipping",
     )
     add(
-        "--precision", choices=PRECISIONS, help="precision of the matrix products (default: bf16 on GPUs, fp32 on CPUs)"
+        "--precision",
+        choices=PRECISIONS,
+        help="precision of the matrix products; fp32 is TF32 on GPUs (default: bf16 on GPUs, fp32 on CPUs)",
     )
 
     add = parser.add_argument_group("speed and reports").add_argument
@@ -453,7 +465,7 @@ if __name__ == "__main__":
         type=number(int, 0),
         default=4,
         metavar="N",
-        help="processes that read features and draw noise, per process",
+        help="processes that read features and draw noise, per training process",
     )
     add(
         "--max-bad-steps",
@@ -470,7 +482,7 @@ if __name__ == "__main__":
         "--keep-every",
         type=positive_int,
         metavar="STEPS",
-        help="with --keep: keep those of every multiple of STEPS too",
+        help="with --keep: also keep checkpoints of every multiple of STEPS",
     )
     add(
         "--sample-every",
@@ -482,9 +494,17 @@ if __name__ == "__main__":
     add(
         "--vae",
         metavar="NAME",
-        help="VAE that decodes the samples: ema, mse, a name on the Hugging Face hub or a folder (default: none, then "
-        "latents are shown as colours)",
+        help="VAE that decodes the samples: ema, mse, a name on the Hugging Face hub or a folder (default: show three "
+        "latent channels as colours)",
     )
-    add("--trust-pickle", action="store_true", help="allow --load-weight to run code: only for files of your own")
+    add(
+        "--trust-pickle",
+        action="store_true",
+        help="allow pickles in --load-weight, which can execute code: only for files that you trust",
+    )
     add("--strict", action="store_true", help="no effect: --load-weight must always fit (a flag of the original)")
-    run_script(main, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, make_parser())

@@ -151,7 +151,7 @@ def test_original_layout(tmp_path):
     expected = np.load(tmp_path / "imagenet256_features/11.npy")[1]
     assert np.array_equal(dataset[11, 1][0].numpy(), expected)
     flags = training_flags(tmp_path, tmp_path / "outputs", "run", "DiT-T/2")
-    assert "labels up to 4" in run("train_fast.py", *flags, "--num-classes", 4, expect=2).stderr
+    assert "labels from 0 to 4" in run("train_fast.py", *flags, "--num-classes", 4, expect=2).stderr
     assert not (tmp_path / "outputs").exists()
     run("train_fast.py", *flags, "--max-steps", 1)
     assert load_model(tmp_path / "outputs/run/checkpoints/0000001.pt")[1]["data"]["scale"] == 0.18215

@@ -51,11 +51,13 @@ def test_the_metrics_and_the_line_of_a_report(name):
 def test_pauses_do_not_count_as_training_time(monkeypatch):
     clock = iter([100.0, 101.0, 151.0, 152.0, 162.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    timer = ThroughputTimer(torch.device("cpu"))
+    timer = ThroughputTimer(torch.device("cpu"), flops_per_image=2.0, peak_flops_per_s=8.0)
     timer.add(30)
     with timer.paused():
         pass
     assert timer.last_pause == 50
-    assert timer.read() == pytest.approx(30 / 2)
+    assert timer.read()["images_per_s"] == pytest.approx(30 / 2)
     timer.add(40)
-    assert timer.read() == pytest.approx(40 / 10)
+    speed = timer.read()
+    assert speed["images_per_s"] == pytest.approx(40 / 10)
+    assert speed["mfu"] == pytest.approx(4 * 2 / 8)

@@ -160,7 +160,7 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("missing data", "no such folder", "--data-path", "/nowhere"),
         wrong("no features", "holds no features", "--data-path", str(GOLDEN)),
         wrong("image size", "holds features of 8-pixel images", "--image-size", "16"),
-        wrong("classes", "labels up to 2", "--num-classes", "2"),
+        wrong("classes", "labels from 0 to 2", "--num-classes", "2"),
         wrong("K", "at least 1", "--n-basis", "0"),
         wrong("N", "at least 1 and at most 1000", "--n-experts", "1001"),
         wrong("groups", "does not divide", "--experts-per-batch", "5"),

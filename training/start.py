@@ -27,6 +27,12 @@ def open_features(path: str, image_size: int | None, assume: bool) -> FeatureDat
         path: folder of features.
         image_size: side of the images in pixels that the user expects; None to accept any.
         assume: if the folder does not exist, assume ImageNet's features.
+
+    Returns:
+        The dataset; or the number, shape and labels of ImageNet's features if they are assumed.
+
+    Raises:
+        UserError: if the folder holds no features, or features of images of another size.
     """
     if assume and not Path(path).exists():
         return AssumedFeatures(path, image_size or 256)
@@ -42,11 +48,18 @@ def model_shape(dataset: FeatureDataset | AssumedFeatures, num_classes: int | No
     Args:
         dataset: the encoded images.
         num_classes: number of classes; None for that of the dataset, or 1000 if the dataset does not record it.
+
+    Raises:
+        UserError: if a label is not below the number of classes, or the features are not square.
     """
     channels, height, width = dataset.shape
     num_classes = num_classes or (len(dataset.classes) if dataset.classes else 1000)
-    if dataset.labels.min() < 0 or dataset.labels.max() >= num_classes:
-        raise UserError(f"{dataset.path} has labels up to {dataset.labels.max()}, beyond --num-classes {num_classes}")
+    low, high = dataset.labels.min(), dataset.labels.max()
+    if low < 0 or high >= num_classes:
+        raise UserError(
+            f"{dataset.path} has labels from {low} to {high}, but the model has labels from 0 to {num_classes - 1}: "
+            "set --num-classes"
+        )
     if height != width:
         raise UserError(f"{dataset.path} holds features of {height} x {width} pixels, which are not square")
     return dict(input_size=height, in_channels=channels, num_classes=num_classes)
@@ -233,7 +246,8 @@ def find_resume(
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and key not in MAY_DIFFER:
             raise UserError(
-                f"--resume {path} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}"
+                f"--resume {path} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}: "
+                "use the same settings, or start a new run with --load-weight and another --prefix"
             )
     return path, state, damaged
 
@@ -296,8 +310,8 @@ def default_prefix(name: str, mixing: dict | None) -> str:
 
 def advice(model: DiT | RemixDiT, settings: RunSettings) -> list[str]:
     """Return advice about the settings, if there is any."""
-    if isinstance(model, RemixDiT) and settings.experts_per_batch < min(4, model.n_experts):
-        return ["few experts per batch: the model learns better with more of them (--experts-per-batch)"]
+    if isinstance(model, RemixDiT) and settings.experts_per_batch < min(8, model.n_experts):
+        return ["fewer than 8 experts per batch: in studies/README.md, more of them gave a lower error"]
     return []
 
 

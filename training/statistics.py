@@ -143,17 +143,21 @@ class TrainingStats:
 
 
 class ThroughputTimer:
-    """Measures images per second of training. The time of pauses, such as writing a checkpoint, does not count.
+    """Measures the speed of training. The time of pauses, such as writing a checkpoint, does not count.
 
     Args:
         device: the device that trains.
+        flops_per_image: FLOPs of a training step per image, from `plan.training_flops`.
+        peak_flops_per_s: FLOP/s of a large matrix product on all devices together, from `plan.matmul_rate`.
 
     Attributes:
         last_pause: seconds of the latest pause; 0 before the first.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, flops_per_image: float, peak_flops_per_s: float):
         self.device = device
+        self.flops_per_image = flops_per_image
+        self.peak_flops_per_s = peak_flops_per_s
         self.images = 0
         self.last_pause = 0.0
         self.start = time.perf_counter()
@@ -172,12 +176,17 @@ class ThroughputTimer:
         self.last_pause = time.perf_counter() - paused_at
         self.start += self.last_pause
 
-    def read(self) -> float:
-        """Return the images per second since the last call. The device must have finished its steps."""
+    def read(self) -> dict[str, float]:
+        """Return the speed since the last call. The device must have finished its steps.
+
+        Returns:
+            "images_per_s"; "mfu", the part of `peak_flops_per_s` that is used; and "memory_gib", from `memory_gib`.
+        """
         now = time.perf_counter()
         images_per_s = self.images / (now - self.start)
         self.images, self.start = 0, now
-        return images_per_s
+        mfu = images_per_s * self.flops_per_image / self.peak_flops_per_s
+        return {"images_per_s": images_per_s, "mfu": mfu, "memory_gib": memory_gib(self.device)}
 
 
 def build_metrics(
@@ -196,7 +205,7 @@ def build_metrics(
         nonfinite: non-finite steps so far, from `TrainingStats.read`.
         model: the model in training.
         schedule: values that change during the run: "lr", "coeff_lr" and "prior_weight".
-        performance: "images_per_s", "mfu" and "memory_gib".
+        performance: "images_per_s", "mfu" and "memory_gib", from `ThroughputTimer.read`.
     """
     metrics = {"step": step, **losses, "bad_steps": int(nonfinite.count), **schedule, **performance}
     if isinstance(model, RemixDiT):
@@ -274,7 +283,7 @@ def explain_failure(nonfinite: NonFiniteSteps, sampler: BatchSampler, model: DiT
         f"{nonfinite.longest_streak:.0f} steps in a row had a loss or gradient that is not finite; "
         f"the last, step {nonfinite.step:.0f}: {experts}{times}, "
         f"loss {nonfinite.loss}, gradient norm {nonfinite.norm}. These steps did not change the weights. The run ends. "
-        "A resumed run repeats these steps, unless a setting is changed"
+        "--resume repeats these steps. To change a setting, start a new run from a checkpoint with --load-weight"
     )
 
 

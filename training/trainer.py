@@ -21,27 +21,32 @@ from training.statistics import LOSSES, TrainingStats
 
 
 class Trainer:
-    """A model in training, with everything about it that a checkpoint stores.
+    """The model, its EMA, optimizer, gradient scaler and statistics: the training state that a checkpoint stores.
 
     Args:
         model: the model at step 0. It is moved to the device of `world` and trained in place.
-        diffusion: the process that gives the training losses.
-        world: this process's place among all processes.
+        diffusion: the diffusion process, which computes the losses.
+        world: the processes of the run, and the rank and device of this one.
         lr: peak learning rate of the bases and shared weights; it falls to half of it.
         coeff_lr: peak learning rate of the mixing logits.
         coeff_lr_end: final learning rate of the mixing logits; None for half of `lr`, as published.
         ema_decay: EMA decay per step.
         clip_grad: largest gradient norm; 0 for no clipping.
-        precision: precision of the matrix products: "fp32", "bf16" or "fp16".
+        precision: precision of the matrix products: "fp32" (TF32 on GPUs), "bf16" or "fp16".
         compile: whether to compile the model.
 
     Attributes:
+        model: the model in training.
+        network: `model`, wrapped in DistributedDataParallel if there are several processes.
         ema: copy of the model with the EMA of the weights, in eval mode.
         trained: the parameters that are trained.
         ema_params: the parameters of `ema` that correspond to `trained`.
+        logit_params: the mixing logits if they are trained, as a list of one parameter; otherwise an empty list.
+        optimizer: AdamW, with one group for the weights and one for the mixing logits.
+        scaler: gradient scaler of fp16; it does nothing in other precisions.
         loss_names: names of the losses that are reported.
         stats: running sums of the losses, and the non-finite steps.
-        mark: function that is called with the name of each stage of a step when the stage ends; for benchmarks.
+        mark: callback mark(name), called at the end of each stage of a step. Benchmarks replace it.
     """
 
     def __init__(
@@ -74,9 +79,10 @@ class Trainer:
         self.update_ema = get_ema_multi_avg_fn(ema_decay)
 
         # One-hot coefficients are fixed: their logits are not trained.
-        self.logits = [model.logits] if isinstance(model, RemixDiT) and model.logits.requires_grad else []
-        weights = [p for p in self.trained if not any(p is logits for logits in self.logits)]
-        groups = [{"params": weights}, {"params": self.logits}]
+        self.logit_params = [model.logits] if isinstance(model, RemixDiT) and model.logits.requires_grad else []
+        weights = [p for p in self.trained if not any(p is logits for logits in self.logit_params)]
+        groups = [{"params": weights}, {"params": self.logit_params}]
+        # set_progress sets the learning rates before each step.
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0, fused=True)
         # First and last learning rate of each group.
         self.lr_ranges = [(lr, lr / 2), (coeff_lr, lr / 2 if coeff_lr_end is None else coeff_lr_end)]
@@ -88,6 +94,7 @@ class Trainer:
             model.compile(dynamic=False)
         self.network = model
         if world.size > 1:
+            # The model has no buffers that change. Gradients that are views of the buckets need no copy.
             self.network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def state_dict(self) -> dict[str, dict]:
@@ -132,7 +139,8 @@ class Trainer:
 
         Args:
             step: the training step, from 0.
-            microbatches: (x, t, conditions, noise) of each microbatch, from `BatchSampler.microbatches`.
+            microbatches: (x, t, conditions, noise) of each microbatch of b images, from `BatchSampler.microbatches`:
+                x and noise [b, C, H, W] float32, t [b] int64, and the keyword arguments of the model with labels y [b].
             prior_weight: weight of the prior's cross-entropy in the loss.
         """
         self.optimizer.zero_grad(set_to_none=True)
@@ -158,7 +166,8 @@ class Trainer:
                 # [B] -> []
                 losses = {name: values.mean() for name, values in losses.items()}
                 total = losses["loss"]
-                if self.logits:
+                if self.logit_params:
+                    # Its gradient is the same on all processes, so their average does not change it.
                     losses["prior"] = self.model.prior_loss()
                     total = total + prior_weight * losses["prior"]
                 self.mark("forward")
@@ -169,10 +178,10 @@ class Trainer:
         return means
 
     def _check_gradients(self, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip the gradients, and return their norm [] and whether the step is non-finite on any process [], bool.
+        """Clip the gradients, and return their norm [] float32 and whether it is non-finite [] bool.
 
-        If a loss is not finite on any process, a gradient is set to infinity on all processes. Then the norm is not
-        finite either, and it alone decides. The host does not wait for the device.
+        If a loss is not finite on any process, a gradient is set to infinity on all processes. Then the gradient norm
+        is not finite on any process, so every process skips the update. The host does not wait for the device.
         """
         n_processes_affected = self.world.sum((~losses.isfinite()).any().float())
         self.trained[0].grad.masked_fill_(n_processes_affected > 0, math.inf)
@@ -183,8 +192,8 @@ class Trainer:
         return norm, ~norm.isfinite()
 
     def _update_weights(self, nonfinite: Tensor):
-        """Take an AdamW step, which on the device leaves the weights and moments unchanged if `nonfinite` is set."""
-        # The scaler of fp16 sets found_inf itself.
+        """Run AdamW. If `nonfinite` is true, the weights and moments stay unchanged. The check runs on the device."""
+        # AdamW(fused=True) reads found_inf and skips the update. The scaler of fp16 sets it itself.
         if not self.scaler.is_enabled():
             self.optimizer.found_inf = nonfinite.float()
         self.scaler.step(self.optimizer)
