@@ -21,6 +21,7 @@ from common import (
     TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
     UserError,
+    counted,
     folder_name,
     frequency_override,
     lock_folder,
@@ -262,10 +263,9 @@ def resolve_settings(
     """
     batch_size = args.global_batch_size
     if batch_size % (world_size() * args.grad_accum):
+        processes = counted(world_size(), "process", "processes")
         parts = f" with {args.grad_accum} microbatches each" if args.grad_accum > 1 else ""
-        raise UserError(
-            f"--global-batch-size {batch_size} cannot be divided equally among {world_size()} processes{parts}"
-        )
+        raise UserError(f"--global-batch-size {batch_size} cannot be divided equally among {processes}{parts}")
     if args.keep_every and (not args.keep or args.keep_every % args.ckpt_every):
         raise UserError("--keep-every needs --keep, and must be a multiple of --ckpt-every")
     remix = args.model in RemixDiT_models

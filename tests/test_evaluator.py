@@ -323,6 +323,18 @@ def test_saved_statistics_replace_images(files, tmp_path):
     assert "&" not in out, "no row of a LaTeX table without all scores"
 
 
+@pytest.mark.slow
+def test_the_documented_feature_network(files, tmp_path, monkeypatch):
+    """The example of docs/evaluation.md, without the download of its weights and for smaller images."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/evaluation.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert '"DEFAULT"' in code
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('"DEFAULT"', "None").replace("256, 256", "8, 8"), {})
+    images = (files / "ref.npz", files / "sample.npz")
+    out = run("evaluator.py", *images, "--weights", tmp_path / "resnet18.pt2", "--cache=none", "--batch-size=7").stdout
+    assert all(np.isfinite(value) for value in parse_scores(out).values())
+
+
 def test_a_folder_of_images_equals_an_array(files, tmp_path):
     with np.load(files / "sample.npz") as file:
         images = file["arr_0"]

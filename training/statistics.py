@@ -280,7 +280,7 @@ def explain_failure(nonfinite: NonFiniteSteps, sampler: BatchSampler, model: DiT
     if isinstance(model, RemixDiT):
         experts = f"experts {sorted(set(model.expert_index(torch.from_numpy(t)).tolist()))}, "
     return (
-        f"{nonfinite.longest_streak:.0f} steps in a row had a loss or gradient that is not finite; "
+        f"{counted(int(nonfinite.longest_streak), 'step')} in a row had a loss or gradient that is not finite; "
         f"the last, step {nonfinite.step:.0f}: {experts}{times}, "
         f"loss {nonfinite.loss}, gradient norm {nonfinite.norm}. These steps did not change the weights. The run ends. "
         "--resume repeats these steps. To change a setting, start a new run from a checkpoint with --load-weight"
