@@ -195,7 +195,7 @@ def test_nothing_is_overwritten_or_mixed(trained, features, tmp_path):
     again = [*training_flags(features, tmp_path, "trained"), "--max-steps", 4]
     assert "already holds a run" in run("train_fast.py", *again, expect=2).stderr
     for change, message in (
-        (("--max-steps", 8), "max_steps=4, this run asks for 8"),
+        (("--max-steps", 3), "belongs to a run of 4 steps, this run asks for 3"),
         (("--global-seed", 1), "global_seed=0, this run asks for 1"),
         (("--n-basis", 3), "n_basis=2, this run asks for 3"),
         (("--model", "DiT-T/2"), "was trained with"),
