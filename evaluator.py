@@ -25,30 +25,30 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import ArgumentParser, UserError, atomic_write, positive_int, run_script, write_json
+from images import describe_kinds, is_image, read_image
 
-# Precision and Recall measure the distance from each point to this nearest neighbour.
+# Precision and Recall use the distance from each point to its nearest neighbour of this number.
 NEIGHBOURS = 3
 # Published tables use this number of samples.
 STANDARD_COUNT = 50_000
-# A larger covariance matrix does not fit into memory.
+# The covariance matrix of more features would need more than 3 GB.
 MAX_FEATURES = 20_000
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 EXTRA_SCORES = {"kid": "KID", "fd-dinov2": "FD-DINOv2"}
 
 
 def main(args: argparse.Namespace):
     # Check the flags and every input file.
     if not args.samples and not args.save_stats:
-        raise UserError("no samples to score: name them after the reference (or give --save-stats)")
+        raise UserError("no samples to score: list sample files after the reference, or use --save-stats")
     paths = [args.reference, *args.samples]
     for path in paths:
         check_file(path)
+        print_left_out(path)
     if args.weights and not Path(args.weights).is_file():
         raise UserError(f"--weights {args.weights}: no such file")
 
@@ -98,9 +98,15 @@ def main(args: argparse.Namespace):
 
 
 def image_features(path, extractors: dict[str, "FeatureExtractor"]) -> dict[str, np.ndarray]:
-    """Return the results of each extractor for a file, under their names with the extractor's suffix.
+    """Return the features of a file from all networks.
 
-    The statistics that the file holds replace those computed from its images.
+    Args:
+        path: an .npz file or a folder of images.
+        extractors: the networks, by the suffix that is appended to the names of their results.
+
+    Returns:
+        The results of `FeatureExtractor` under keys such as "mu" and, for DINOv2, "mu_dinov2". Statistics that the file
+        holds replace those computed from its images.
     """
     features = {}
     if has_images(path):
@@ -122,7 +128,8 @@ def check_match(reference, ref: dict, path, sample: dict):
 def evaluate(ref: dict, sample: dict, extra: list[str], device: torch.device) -> dict[str, float]:
     """Compute all scores from the image_features of the reference and the samples.
 
-    A score that needs images is nan if one of the files holds statistics only.
+    Inception Score is nan if the samples hold no images. Precision, Recall and the extra scores are nan if one of the
+    files holds no images.
     """
     missing = float("nan")
     scores = {
@@ -145,7 +152,7 @@ def evaluate(ref: dict, sample: dict, extra: list[str], device: torch.device) ->
 
 
 def print_notes(reference, ref: dict, path, sample: dict, scores: dict[str, float]):
-    """Print which scores are missing, and how much an unusual number of samples adds to FID."""
+    """Print which scores are missing, and how much FID changes if the number of samples is not STANDARD_COUNT."""
     without_images = [str(file) for file in (reference, path) if not has_images(file)]
     if without_images:
         missing = ", ".join(key for key, value in scores.items() if math.isnan(value))
@@ -219,7 +226,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
 
 
 def _eigenvalues_of_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the nonzero eigenvalues of a b, both symmetric positive semidefinite.
+    """Return the eigenvalues of a b, both symmetric positive semidefinite, except those that are zero because of b.
 
     If b = r r', they are the eigenvalues of r' a r.
     """
@@ -526,7 +533,7 @@ def check_program(path: str):
 class FeatureExtractor:
     """Runs one network over files of images and caches the results by the hash of the file and the network's name.
 
-    The network is loaded when the first file is not in the cache.
+    The network is loaded only when the features of a file are not in the cache.
 
     Args:
         load: Function that returns the network.
@@ -738,19 +745,26 @@ def read_images(path, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def list_images(folder) -> list[Path]:
-    """Return the PNG and JPEG files at any depth below a folder, sorted."""
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    """Return the image files at any depth below a folder, sorted."""
+    return sorted(path for path in Path(folder).rglob("*") if is_image(path) and path.is_file())
+
+
+def print_left_out(folder):
+    """Print how many files below a folder are not read because they are of other kinds."""
+    others = [path for path in Path(folder).rglob("*") if not is_image(path) and path.is_file()]
+    if others:
+        print(f"note: files of other kinds in {folder} are left out: {describe_kinds(others)}", file=sys.stderr)
 
 
 def read_folder(folder, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
     """Read the images of a folder in batches, as read_images."""
     paths = list_images(folder)
     if len(paths) <= NEIGHBOURS:
-        raise UserError(f"{folder} holds {len(paths)} images (.png, .jpg), expected at least {NEIGHBOURS + 1}")
+        raise UserError(f"{folder} holds {len(paths)} images, expected at least {NEIGHBOURS + 1}")
     first, shape = paths[0], None
     with ThreadPoolExecutor() as threads:
         for i in range(0, len(paths), batch_size):
-            images = list(threads.map(read_image, paths[i : i + batch_size]))
+            images = list(threads.map(read_pixels, paths[i : i + batch_size]))
             shape = shape or images[0].shape
             for path, image in zip(paths[i : i + batch_size], images, strict=True):
                 if image.shape != shape:
@@ -759,13 +773,10 @@ def read_folder(folder, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
             yield np.stack(images), len(paths)
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read an image of at most 8 bits per channel as uint8 [H, W, 3]."""
+def read_pixels(path: Path) -> np.ndarray:
+    """Read an image as uint8 [H, W, 3]."""
     try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF" or image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"mode {image.mode}, {image.width}x{image.height}")
-            return np.asarray(image.convert("RGB"))
+        return np.asarray(read_image(path))
     # A decoder may raise any error on a damaged file.
     except Exception as error:
         raise UserError(f"{path} cannot be read as an image: {type(error).__name__}: {str(error)[:200]}") from None

@@ -8,7 +8,7 @@ VAE's posterior is stored, which is a function of the seed and the image's index
 mean and standard deviation are stored, and training draws from them anew each epoch.
 
 Shards of images are divided among the processes; the files do not depend on the number of processes. If the extraction
-is interrupted, the same command encodes what is missing.
+is interrupted, the same command encodes what is missing. It also tries the images again that could not be read before.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from common import (
 )
 from distributed import SampleGenerators, World, rank0_logger, setup
 from features import INDEX, SHARD_SIZE, STORES, read_skipped, shard_path, write_index, write_shard
+from images import MAX_PIXELS, describe_kinds, is_image, read_image
 from models import DiT_models
 from remix import RemixDiT_models
 
@@ -53,7 +54,7 @@ SETTINGS = "settings.json"
 def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is used.
     folder = Path(args.features_path)
-    images = list_images(args.data_path)
+    images, notes = list_images(args.data_path)
     check_pixel_flags(args.vae, args.store, args.grayscale)
     settings = dict(
         images=len(images.samples),
@@ -68,13 +69,19 @@ def main(args: argparse.Namespace):
     # Omitted for the default, so that settings written by earlier versions still match.
     if args.store != "draw":
         settings["store"] = args.store
-    if finished(folder, settings):
-        return report_skipped(folder, args.skip_bad, print)
+    complete = finished(folder, settings)
+    crops = Crops(images, args.image_size, args.grayscale, args.max_pixels)
+    repaired = repaired_shards(folder, crops)
+    if complete and not repaired:
+        log = print if int(os.environ.get("RANK", 0)) == 0 else lambda line: None
+        log(f"{folder} already holds these features, nothing to do")
+        return report_skipped(folder, args.skip_bad, log)
     autoencoder = load_autoencoder(args.vae)
     side = features_side(args.image_size, autoencoder, args.model)
     lock_folder(folder, "--features-path")
-    n_shards = -(-len(images.samples) // SHARD_SIZE)
-    missing = [shard for shard in range(n_shards) if not shard_path(folder, "features", shard).exists()]
+    n_shards = count_shards(images)
+    present = {shard for shard in range(n_shards) if shard_path(folder, "features", shard).exists()} - repaired
+    missing = [shard for shard in range(n_shards) if shard not in present]
     n_missing = sum(len(shard_images(shard, images)) for shard in missing)
     # The features are float32, 4 bytes each.
     n_views = 2 if args.mirror else 1
@@ -91,15 +98,18 @@ def main(args: argparse.Namespace):
     if world.is_main:
         remove_leftovers(folder)
         write_json(folder / SETTINGS, settings)
+        # The index is deleted first, so that the features are never taken for complete.
+        for path in [folder / INDEX, *(shard_path(folder, "features", shard) for shard in repaired)]:
+            path.unlink(missing_ok=True)
     world.barrier()
     logger.info(
         f"{counted(len(images.samples), 'image')} of {counted(len(images.classes), 'class', 'classes')}, "
         f"{counted(n_views, 'view')} each -> {folder}"
     )
-    logger.info(disk)
+    for note in [*notes, disk]:
+        logger.info(note)
 
     # Encode this process's share of the missing shards.
-    crops = Crops(images, args.image_size, args.grayscale)
     encoder = Encoder(autoencoder.to(world.device), args.store, args.mirror, args.global_seed, world.device)
     encode_shards(crops, encoder, missing, folder, world, args.batch_size, args.num_workers)
     world.barrier()
@@ -115,14 +125,43 @@ def main(args: argparse.Namespace):
     report_skipped(folder, args.skip_bad, logger.info)
 
 
-def list_images(path) -> ImageFolder:
-    """Return the images below `path`, one folder per class, in a fixed order. Raises UserError if there are none."""
+def list_images(path) -> tuple[ImageFolder, list[str]]:
+    """List the images below a folder, one folder per class, in a fixed order.
+
+    Args:
+        path: the folder.
+
+    Returns:
+        The images, whose classes are those that have any, and remarks about what is left out.
+
+    Raises:
+        UserError: if there are no images.
+    """
     if not Path(path).is_dir():
         raise UserError(f"--data-path {path}: no such folder")
+    others = [entry.name for entry in os.scandir(path) if entry.is_file()]
+
+    def select(name: str) -> bool:
+        if not is_image(name):
+            others.append(name)
+        return is_image(name)
+
     try:
-        return ImageFolder(path)
-    except FileNotFoundError as error:
-        raise UserError(f"--data-path {path} does not hold one folder of images per class: {error}") from None
+        images = ImageFolder(path, is_valid_file=select, allow_empty=True)
+    except FileNotFoundError:
+        images = None
+    if images is None or not images.samples:
+        found = f", but {describe_kinds(others)}" if others else ""
+        raise UserError(f"--data-path {path} does not hold one folder of images per class{found}")
+    # Number the classes that have images from 0.
+    numbers = {label: number for number, label in enumerate(sorted({label for _, label in images.samples}))}
+    empty = [name for label, name in enumerate(images.classes) if label not in numbers]
+    images.classes = [images.classes[label] for label in numbers]
+    images.samples = [(name, numbers[label]) for name, label in images.samples]
+    notes = [f"classes without images are left out: {', '.join(empty)}"] if empty else []
+    if others:
+        notes.append(f"files that are not images in class folders are left out: {describe_kinds(others)}")
+    return images, notes
 
 
 def check_pixel_flags(vae: str, store: str, grayscale: bool):
@@ -148,9 +187,19 @@ def finished(folder: Path, settings: dict) -> bool:
         return False
     if not record.exists():
         raise UserError(f"{folder} already holds features: remove them or choose another --features-path")
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{folder} already holds these features, nothing to do")
     return True
+
+
+def repaired_shards(folder: Path, crops: "Crops") -> set[int]:
+    """Return the shards with an image that could not be read when they were encoded, and can be read now."""
+    unreadable = read_skipped(folder)
+    shards = [shard for shard in range(count_shards(crops.images)) if shard_path(folder, "skipped", shard).exists()]
+    return {
+        shard
+        for shard in shards
+        for i in shard_images(shard, crops.images)
+        if crops.name(i) in unreadable and not isinstance(crops[i][1], str)
+    }
 
 
 def features_side(image_size: int, autoencoder: Pixels, model: str | None) -> int:
@@ -165,6 +214,11 @@ def features_side(image_size: int, autoencoder: Pixels, model: str | None) -> in
     return side
 
 
+def count_shards(images: ImageFolder) -> int:
+    """Return the number of shards of all images."""
+    return -(-len(images.samples) // SHARD_SIZE)
+
+
 def shard_images(shard: int, images: ImageFolder) -> range:
     """Return the indices of a shard's images."""
     return range(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, len(images.samples)))
@@ -173,10 +227,13 @@ def shard_images(shard: int, images: ImageFolder) -> range:
 def report_skipped(folder: Path, accept: bool, log):
     """Log the images that could not be read. Exits with code 1 if there are any, unless they are accepted."""
     skipped = read_skipped(folder)
-    for line in skipped:
-        log(f"unreadable: {line}")
+    for name, reason in skipped.items():
+        log(f"unreadable: {name} ({reason})")
     if skipped and not accept:
-        log(f"{counted(len(skipped), 'image')} could not be read: left out (--skip-bad accepts that).")
+        log(
+            f"{counted(len(skipped), 'image')} could not be read: left out. The same command tries again; --skip-bad "
+            "accepts that, and --max-pixels accepts larger images."
+        )
         raise SystemExit(1)
 
 
@@ -189,22 +246,28 @@ class Crops(Dataset):
         images: list of images.
         size: side of the crops, in pixels.
         grayscale: convert to one channel instead of three.
+        max_pixels: largest number of pixels of an image.
     """
 
-    def __init__(self, images: ImageFolder, size: int, grayscale: bool):
+    def __init__(self, images: ImageFolder, size: int, grayscale: bool, max_pixels: int = MAX_PIXELS):
         self.images = images
         self.size = size
         self.mode = "L" if grayscale else "RGB"
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.images.samples)
 
+    def name(self, i: int) -> str:
+        """Return an image's path relative to the folder of all images."""
+        return os.path.relpath(self.images.samples[i][0], self.images.root)
+
     def __getitem__(self, i: int) -> tuple[int, np.ndarray | str]:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(self.images.samples[i][0]) as image:
-                    pixels = np.array(center_crop(image.convert(self.mode), self.size))
+            # read_image raises an error where Pillow warns.
+            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+                image = read_image(self.images.samples[i][0], self.mode, self.max_pixels)
+            pixels = np.array(center_crop(image, self.size))
         # A decoder may raise any exception on a damaged file.
         except Exception as error:
             return i, " ".join(f"{type(error).__name__}: {error}".split())
@@ -289,23 +352,24 @@ class Encoder:
         return mean.cpu().numpy()
 
 
-def encode_images(images: ImageFolder, batches, encoder: Encoder) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def encode_images(crops: Crops, batches, encoder: Encoder) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
     """Encode batches of images.
 
     Args:
-        images: list of images.
+        crops: the images.
         batches: batches from `join`.
         encoder: the encoder.
 
     Returns:
-        Features [n, views, C or 2C, H, W] and labels [n] of the readable images, and one line per unreadable image.
+        Features [n, views, C or 2C, H, W] and labels [n] of the readable images, and the reason for each unreadable
+        image, by its name.
     """
-    features, labels, skipped = [], [], []
+    features, labels, skipped = [], [], {}
     for indices, pixels, reasons in batches:
-        skipped += [f"{images.samples[i][0]} ({reason})" for i, reason in reasons.items()]
+        skipped |= {crops.name(i): reason for i, reason in reasons.items()}
         if pixels is not None:
             features.append(encoder.encode(pixels, indices))
-            labels += [images.samples[i][1] for i in indices]
+            labels += [crops.images.samples[i][1] for i in indices]
     if not features:
         features = [np.zeros((0, 2 if encoder.mirror else 1, 0, 0, 0))]
     return np.concatenate(features), np.array(labels, dtype=np.int64), skipped
@@ -331,7 +395,7 @@ def encode_shards(
         loaded = iter(loader)
         for shard, indices in mine.items():
             own = islice(loaded, len(split(indices, batch_size)))
-            write_shard(folder, shard, *encode_images(crops.images, own, encoder))
+            write_shard(folder, shard, *encode_images(crops, own, encoder))
             bar.update(min(len(indices) * world.size, bar.total - bar.n))
 
 
@@ -371,6 +435,12 @@ if __name__ == "__main__":
     parser.add_argument("--grayscale", action="store_true", help="store one channel; for --vae none only")
     parser.add_argument(
         "--skip-bad", action="store_true", help="exit with code 0 even if some images could not be read"
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=positive_int,
+        default=MAX_PIXELS,
+        help="largest number of pixels of an image; a larger one counts as unreadable",
     )
     parser.add_argument("--batch-size", type=positive_int, default=32, help="images per batch and process")
     parser.add_argument(

@@ -4,7 +4,7 @@ A folder of features holds for shard k (SHARD_SIZE images of the image list, in 
 
 - features-<k>.npy, float32 [images, views, C, H, W]. View 0 is the image; view 1, if stored, is its mirror image.
 - labels-<k>.npy, int64 [images].
-- skipped-<k>.txt, one line per unreadable image, if there are any.
+- skipped-<k>.txt, one line per unreadable image, if there are any: its path below the folder of images, a tab, and why.
 
 index.json is written last. It records the VAE, its scale, the image size, the classes, the counts and what is stored.
 "draw" is one draw from the VAE's posterior per view. "moments" are the posterior's mean and standard deviation,
@@ -35,7 +35,7 @@ def shard_path(folder: Path, kind: str, shard: int) -> Path:
     return Path(folder) / f"{kind}-{shard:05d}.{'txt' if kind == 'skipped' else 'npy'}"
 
 
-def write_shard(folder: Path, shard: int, features: np.ndarray, labels: np.ndarray, skipped: list[str]):
+def write_shard(folder: Path, shard: int, features: np.ndarray, labels: np.ndarray, skipped: dict[str, str]):
     """Write one shard. Its features file is written last, so that its presence means that the shard is complete.
 
     Args:
@@ -43,19 +43,22 @@ def write_shard(folder: Path, shard: int, features: np.ndarray, labels: np.ndarr
         shard: index of the shard.
         features: features [images, views, C, H, W], stored as float32.
         labels: labels [images], stored as int64.
-        skipped: one line per unreadable image.
+        skipped: the reason for each unreadable image, by its path.
     """
+    shard_path(folder, "skipped", shard).unlink(missing_ok=True)
     if skipped:
         with atomic_write(shard_path(folder, "skipped", shard)) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in skipped))
+            temporary.write_text("".join(f"{name}\t{reason}\n" for name, reason in skipped.items()))
     for kind, array in (("labels", labels.astype(np.int64)), ("features", features.astype(np.float32))):
         with atomic_write(shard_path(folder, kind, shard)) as temporary, open(temporary, "wb") as file:
             np.save(file, array)
 
 
-def read_skipped(folder: Path) -> list[str]:
-    """Return one line per unreadable image of all shards."""
-    return [line for path in sorted(Path(folder).glob("skipped-*.txt")) for line in path.read_text().splitlines()]
+def read_skipped(folder: Path) -> dict[str, str]:
+    """Return the reason for each unreadable image of all shards, by its path."""
+    files = sorted(Path(folder).glob("skipped-*.txt"))
+    lines = [line for path in files for line in path.read_text().splitlines()]
+    return {name: reason for name, _, reason in (line.partition("\t") for line in lines)}
 
 
 def write_index(folder: Path, n_shards: int, **described) -> dict:

@@ -497,7 +497,7 @@ def test_dinov2_that_cannot_be_downloaded(files, hub):
         (lambda path: save_statistics(path, mu=np.full(12, np.nan)), "are not finite"),
         (lambda path: save_images(path, (8, 8), (8, 8), (8, 8)), "holds 3 images"),
         (lambda path: save_images(path, *[(8, 8)] * 70, (8, 9)), "0070.png is 8x9, "),
-        (lambda path: save_images(path, *[(8, 8)] * 4, mode="I;16"), "cannot be read as an image"),
+        (lambda path: save_images(path, *[(8, 8)] * 4, mode="F", suffix="tif"), "pixels are 32-bit floats"),
         (lambda path: [save_images(path, *[(8, 8)] * 4), (path / "a.jpg").write_text("x")], "a.jpg cannot be read"),
     ],
 )
@@ -512,10 +512,10 @@ def save_statistics(path, **changes):
     np.savez(path, **(arrays | changes))
 
 
-def save_images(folder, *sizes, mode="RGB"):
+def save_images(folder, *sizes, mode="RGB", suffix="png"):
     folder.mkdir()
     for i, size in enumerate(sizes):
-        Image.new(mode, size).save(folder / f"{i:04d}.png")
+        Image.new(mode, size).save(folder / f"{i:04d}.{suffix}")
 
 
 def test_error_for_a_program_with_other_outputs(files, tmp_path):

@@ -1,5 +1,6 @@
 """Encoding a folder of images: what is written, resuming, unreadable and malicious images."""
 
+import shutil
 import struct
 import zlib
 
@@ -60,6 +61,73 @@ def test_unreadable_images(tmp_path):
     run("extract_features.py", *flags, "--features-path", tmp_path / "b", "--skip-bad", processes=2)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert FeatureDataset(tmp_path / "a").labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_repaired_image_is_encoded(features, images, tmp_path):
+    tree, folder = shutil.copytree(images, tmp_path / "images"), tmp_path / "encoded"
+    flags = ("--data-path", tree, "--features-path", folder, *PIXELS)
+    for broken in (tree / "class0/1.png", tree / "class2/5.png"):
+        broken.write_bytes(b"not an image")
+    run("extract_features.py", *flags, expect=1)
+    before = contents(folder)
+    done = run("extract_features.py", *flags, expect=1)
+    assert "nothing to do" in done.stdout
+    assert contents(folder) == before
+    shutil.copy(images / "class0/1.png", tree / "class0/1.png")
+    assert "class2/5.png" in run("extract_features.py", *flags, expect=1).stderr
+    assert len(FeatureDataset(folder)) == 23
+    shutil.copy(images / "class2/5.png", tree / "class2/5.png")
+    run("extract_features.py", *flags)
+    assert contents(folder) == contents(features)
+    assert "nothing to do" in run("extract_features.py", *flags).stdout
+
+
+def test_what_is_left_out_is_named(features, images, tmp_path):
+    tree = shutil.copytree(images, tmp_path / "images")
+    (tree / "class0a/below").mkdir(parents=True)
+    for name in ("class1/a.gif", "class1/below/b.GIF", "class2/notes.txt", "README"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_text("text")
+    stderr = run("extract_features.py", "--data-path", tree, "--features-path", tmp_path / "f", *PIXELS).stderr
+    assert "classes without images are left out: class0a" in stderr
+    assert "left out: 2 .gif, 1 without suffix, 1 .txt" in stderr
+    assert contents(tmp_path / "f") == contents(features), "the classes keep their numbers"
+    for folder in images.iterdir():
+        shutil.rmtree(tree / folder.name)
+    flags = ("--data-path", tree, "--features-path", tmp_path / "g", *PIXELS)
+    assert "1 without suffix" in run("extract_features.py", *flags, expect=2).stderr
+
+
+def test_16_bit_images_are_encoded_as_8_bit_images(tmp_path):
+    gray = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    deep = gray.astype(np.uint16) * 257
+    for kind in ("8", "16"):
+        (tmp_path / kind / "c").mkdir(parents=True)
+    for i, suffix in enumerate(("png", "tif", "pgm")):
+        Image.fromarray(gray).save(tmp_path / f"8/c/{i}.png")
+        if suffix == "pgm":
+            (tmp_path / "16/c/2.pgm").write_bytes(b"P5 8 8 65535\n" + deep.astype(">u2").tobytes())
+        else:
+            Image.fromarray(deep).save(tmp_path / f"16/c/{i}.{suffix}")
+    for kind in ("8", "16"):
+        run("extract_features.py", "--data-path", tmp_path / kind, "--features-path", tmp_path / f"f{kind}", *PIXELS)
+    shard = "features-00000.npy"
+    assert (tmp_path / "f8" / shard).read_bytes() == (tmp_path / "f16" / shard).read_bytes()
+
+
+def test_32_bit_images_and_large_images_are_refused(tmp_path):
+    tree = make_images(tmp_path / "images", classes=1, per_class=2)
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tree / "class0/float.tif")
+    Image.fromarray(np.full((8, 8), 70_000, np.int32)).save(tree / "class0/integer.tif")
+    Image.new("L", (9, 12)).save(tree / "class0/large.png")
+    flags = ("--data-path", tree, "--features-path", tmp_path / "f", *PIXELS, "--max-pixels")
+    stderr = run("extract_features.py", *flags, 100, expect=1).stderr
+    assert "float.tif (ValueError: pixels are 32-bit floats" in stderr
+    assert "integer.tif (ValueError: pixels are 32-bit integers" in stderr
+    assert "large.png (ValueError: 9 x 12 pixels exceed the limit of 100" in stderr
+    stderr = run("extract_features.py", *flags, 108, expect=1).stderr
+    assert "2 images could not be read" in stderr
+    assert len(FeatureDataset(tmp_path / "f")) == 3
 
 
 def png_header(side: int) -> bytes:

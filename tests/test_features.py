@@ -37,7 +37,7 @@ def test_shards_hold_every_image_once(tmp_path):
     counts = [4, 3, 2]
     for shard, count in enumerate(counts):
         rows = np.arange(count * 2 * 3).reshape(count, 2, 3, 1, 1) + 100 * shard
-        write_shard(tmp_path, shard, rows, np.full(count, shard), ["bad.png (why)"] if shard == 1 else [])
+        write_shard(tmp_path, shard, rows, np.full(count, shard), {"bad.png": "why"} if shard == 1 else {})
     index = write_index(tmp_path, 3, vae="none", scale=1.0, image_size=1, classes=["a", "b", "c"])
     assert (index["images"], index["skipped"]) == (9, 1)
     dataset = FeatureDataset(tmp_path)
@@ -50,7 +50,7 @@ def test_shards_hold_every_image_once(tmp_path):
 
 def test_more_shards_than_files_may_be_open(tmp_path):
     for shard in range(300):
-        write_shard(tmp_path, shard, np.full((1, 1, 1, 1, 1), shard), np.zeros(1), [])
+        write_shard(tmp_path, shard, np.full((1, 1, 1, 1, 1), shard), np.zeros(1), {})
     write_index(tmp_path, 300, vae="none", scale=1.0, image_size=1, classes=["a"])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
@@ -73,7 +73,7 @@ def test_features_are_read_as_they_were_written(tmp_path_factory, counts, views,
         rows = generator.normal(size=(count, views, 2, 3, 3)).astype(np.float32)
         everything += [*rows] if count else []
         labels.append(generator.integers(0, 4, count))
-        write_shard(folder, shard, rows if count else np.zeros((0, views, 0, 0, 0)), labels[-1], [])
+        write_shard(folder, shard, rows if count else np.zeros((0, views, 0, 0, 0)), labels[-1], {})
     write_index(folder, len(counts), vae="none", scale=1.0, image_size=3, classes=list("abcd"))
     dataset = FeatureDataset(folder)
     assert dataset.labels.tolist() == np.concatenate(labels).tolist()

@@ -184,7 +184,7 @@ def test_independent_experts(features, tmp_path):
     run("sample_ddp.py", "--ckpt", files[0], *FEW_SAMPLES, "--sample-dir", tmp_path, "--name", "alone")
     assert not np.array_equal(sampled_images(tmp_path / "both"), sampled_images(tmp_path / "alone"))
     for wrong, message in (
-        ((files[0], files[0]), "do not tile"),
+        ((files[0], files[0]), "exactly once"),
         ((files[0], GOLDEN / "dit.pt"), "holds no state dict"),
     ):
         done = run("sample_ddp.py", "--ckpt", *wrong, *FEW_SAMPLES, "--sample-dir", tmp_path / "no", expect=2)

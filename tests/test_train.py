@@ -33,9 +33,11 @@ def test_the_files_of_a_run(trained, features):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_train_as_one(trained, features, tmp_path, accumulate):
-    """With two microbatches per process, the six groups of two images are divided over four microbatches of three."""
+    """With two microbatches per process, the six groups of two images are divided over four microbatches of three, and
+    the activations are recomputed."""
     flags = training_flags(features, tmp_path, "two")
-    run("train_fast.py", *flags, "--max-steps", 4, "--grad-accum", accumulate, processes=2)
+    recompute = ["--checkpoint-activations"] if accumulate > 1 else []
+    run("train_fast.py", *flags, "--max-steps", 4, "--grad-accum", accumulate, *recompute, processes=2)
     one, two = losses(trained), losses(tmp_path / "two")
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
     assert_same_weights(trained / "checkpoints/0000004.pt", tmp_path / "two/checkpoints/0000004.pt", exact=False)
@@ -138,6 +140,18 @@ def test_the_metrics_show_whether_bases_or_experts_collapse(trained):
         assert line["expert_spread"] > 0
 
 
+def test_deterministic_algorithms_and_recomputed_activations_change_no_loss(trained, features, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    flags = ("--max-steps=4", "--deterministic", "--checkpoint-activations")
+    try:
+        run("train_fast.py", *training_flags(features, tmp_path, "other"), *flags)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses(tmp_path / "other") == losses(trained), "bit for bit"
+    assert_same_weights(trained / "checkpoints/0000004.pt", tmp_path / "other/checkpoints/0000004.pt")
+
+
 @pytest.mark.slow
 def test_compiled_training_is_the_same(trained, features, tmp_path):
     run("train_fast.py", *training_flags(features, tmp_path, "compiled"), "--max-steps", 4, "--compile")
@@ -219,7 +233,7 @@ def with_nan(tmp_path_factory):
     path = tmp_path_factory.mktemp("nan")
     rows = np.random.default_rng(0).normal(size=(48, 1, 3, 8, 8))
     rows[5] = np.nan
-    write_shard(path, 0, rows, np.arange(48) % 3, [])
+    write_shard(path, 0, rows, np.arange(48) % 3, {})
     write_index(path, 1, vae="none", scale=1.0, image_size=8, classes=["a", "b", "c"])
     return path
 
@@ -244,7 +258,7 @@ def test_a_nan_on_one_process_of_two_is_skipped_on_both(with_nan, tmp_path):
 
 def test_too_many_non_finite_steps_in_a_row_end_the_run(tmp_path):
     rows = np.full((48, 1, 3, 8, 8), np.nan)
-    write_shard(tmp_path / "f", 0, rows, np.arange(48) % 3, [])
+    write_shard(tmp_path / "f", 0, rows, np.arange(48) % 3, {})
     write_index(tmp_path / "f", 1, vae="none", scale=1.0, image_size=8, classes=["a", "b", "c"])
     flags = training_flags(tmp_path / "f", tmp_path, "nan")
     stderr = run("train_fast.py", *flags, "--max-steps=50", "--max-bad-steps=5", "--ckpt-every=2", expect=1).stderr
