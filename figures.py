@@ -14,7 +14,7 @@ from remix import RemixDiT
 SMALLEST_TILE = 48
 CAPTION_HEIGHT = 14
 GAP = 4
-# A heat map of more experts has no timesteps and no values in its cells.
+# A heat map of more experts has no noise levels and no values in its cells.
 MAX_LABELLED_EXPERTS = 40
 
 
@@ -48,31 +48,26 @@ def save_grid(path, images: np.ndarray, captions: list[str], columns: int = 10, 
         grid.save(temporary, format="PNG")
 
 
-def intervals(model: RemixDiT) -> list[tuple[int, int]] | list[tuple[float, float]]:
-    """Return the interval of each expert as (low, high).
-
-    For Gaussian diffusion these are integers, and the expert's timesteps are those from low to high - 1. For a flow
-    they are noise levels from 0 to 1.
-    """
-    n, total = model.n_experts, model.num_timesteps
-    if model.boundaries is None:
-        return list(pairwise(i * total // n for i in range(n + 1)))
-    if is_flow(model):
-        return list(pairwise(model.boundaries))
-    # An expert owns the timesteps that are not below its boundary, which is rounded to float32 in tensors.
-    return list(pairwise(math.ceil(np.float32(boundary)) for boundary in model.boundaries))
-
-
 def is_flow(model: RemixDiT) -> bool:
-    """Return whether the experts' intervals are noise levels of a flow, from 0 to 1, and not timesteps."""
+    """Return whether the noise levels of a model are those of a flow, from 0 to 1, and not timesteps."""
     return model.boundaries is not None and model.boundaries[-1] == 1
 
 
-def interval_labels(model: RemixDiT) -> list[str]:
-    """Return the interval of each expert for an axis: its first and last timestep, or its noise levels."""
+def intervals(model: RemixDiT) -> list[tuple[float, float]]:
+    """Return the noise levels of each expert as (low, high): the timesteps from low to high - 1, or those of a flow."""
     if is_flow(model):
-        return [f"{low:.2f}-{high:.2f}" for low, high in intervals(model)]
-    return [f"{low}-{high - 1}" for low, high in intervals(model)]
+        return list(pairwise(model.boundaries))
+    if model.boundaries:
+        # As in tensors, which hold the boundaries in float32.
+        return list(pairwise(math.ceil(np.float32(boundary)) for boundary in model.boundaries))
+    return list(pairwise(i * model.num_timesteps // model.n_experts for i in range(model.n_experts + 1)))
+
+
+def interval_labels(model: RemixDiT, separator: str = "-") -> list[str]:
+    """Return the lowest and the highest noise level of each expert as text."""
+    if is_flow(model):
+        return [f"{low:.3g}{separator}{high:.3g}" for low, high in intervals(model)]
+    return [f"{low}{separator}{high - 1}" for low, high in intervals(model)]
 
 
 def save_coefficients(path, model: RemixDiT, title: str):
@@ -105,8 +100,8 @@ def save_coefficients(path, model: RemixDiT, title: str):
                 axis.text(i, k, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
         if blocks > 1:
             axis.set_title(f"block {block}", fontsize=8)
-    times = "noise levels" if is_flow(model) else "timesteps"
-    axes[-1, 0].set_xlabel(f"expert and its {times} (expert 0: least noise)")
+    levels = "noise levels" if is_flow(model) else "timesteps"
+    axes[-1, 0].set_xlabel(f"expert and its {levels} (expert 0: least noise)")
     figure.suptitle(title, fontsize=10)
     figure.colorbar(image, ax=axes[:, 0].tolist(), label="coefficient")
     with atomic_write(Path(path)) as temporary:

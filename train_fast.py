@@ -36,6 +36,7 @@ from diffusion.interpolants import PATHS, TIME_SAMPLINGS
 from distributed import (
     PRECISIONS,
     StopSignal,
+    is_first_process,
     rank0_logger,
     restore_signals,
     setup,
@@ -49,6 +50,7 @@ from training.plan import (
     Parallelism,
     RunSettings,
     check_checkpoint_space,
+    choose_sharding,
     count_checkpoints,
     describe_run,
     dry_run,
@@ -68,6 +70,7 @@ from training.start import (
     noise_level,
     open_features,
     prepare_folder,
+    read_resume,
     run_config,
 )
 from training.statistics import ThroughputTimer, build_metrics, explain_failure, report_line
@@ -95,30 +98,34 @@ def main(args: argparse.Namespace):
         with torch.device("meta"):
             model = make_model(args.model, shape, mixing, settings.prior_bonus)
         n_checkpoints = count_checkpoints(folder, 0, settings.max_steps, **saving)
-        parallelism = Parallelism(world_size(), args.grad_accum, False, args.checkpoint_activations)
+        shard, _ = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
+        parallelism = Parallelism(world_size(), args.grad_accum, shard, args.checkpoint_activations)
         print("\n".join(dry_run(args.model, model, dataset, settings, process, parallelism, folder, n_checkpoints)))
         return
     # This seed is for the initial weights and mixing logits. The draws of each step have seeds of their own.
     torch.manual_seed(settings.global_seed)
-    model = make_model(args.model, shape, mixing, settings.prior_bonus, settings.load_weight, args.trust_pickle)
+    weights = (settings.load_weight, args.trust_pickle, process)
+    model = make_model(args.model, shape, mixing, settings.prior_bonus, *weights)
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
+    shard, traffic = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
     lock_folder(folder, "--prefix")
     resume_path, state, damaged = find_resume(args.resume, folder, config, args.extend)
     step = state["step"] if state else 0
     can_sample = settings.timesteps == NOISE_LEVELS[args.process]
     autoencoder, preview_note = choose_decoder(args.sample_every, can_sample, args.vae, dataset)
     n_checkpoints = count_checkpoints(folder, step, settings.max_steps, **saving)
-    disk_note = check_checkpoint_space(folder, model, n_checkpoints)
+    disk_note = check_checkpoint_space(folder, model, n_checkpoints) if is_first_process() else None
 
     # Join the other processes and prepare the run's folder.
     if args.deterministic:
         use_deterministic_algorithms()
     world = setup()
     stop = StopSignal()
-    if not world.same(step):
-        raise UserError(
-            "the processes found different checkpoints: all nodes need the same --results-dir on a shared file system"
-        )
+    # Rank 0 has compared the checkpoint with its checksums.
+    resume_path = world.from_main(resume_path)
+    if resume_path and not world.is_main:
+        state = read_resume(resume_path, config, args.extend)
+        step = state["step"]
     # Before anything else is written to the folder, because a logger may be unable to start.
     loggers = open_loggers(args.log_to, folder, config, step) if world.is_main else []
     if world.is_main:
@@ -127,7 +134,7 @@ def main(args: argparse.Namespace):
     compiled = torch.cuda.is_available() if args.compile is None else args.compile
     devices = f"{world.size} x {world.device.type}{', compiled' if compiled else ''}"
     description = describe_run(args.model, model, dataset, settings, process, devices)
-    log_introduction(log, description, damaged, [disk_note, preview_note, *advice(model, settings)])
+    log_introduction(log, description, damaged, [*traffic, disk_note, preview_note, *advice(model, settings)])
 
     # Set up the training state.
     trainer = Trainer(
@@ -142,6 +149,7 @@ def main(args: argparse.Namespace):
         precision=settings.precision,
         compile=compiled,
         checkpoint_activations=args.checkpoint_activations,
+        shard=shard,
     )
     if state:
         trainer.load_state_dict(state, resume_path)
@@ -160,6 +168,7 @@ def main(args: argparse.Namespace):
             autoencoder,
             process if can_sample else None,
             partial(world.autocast, settings.precision),
+            world.device,
             log,
         )
 
@@ -191,22 +200,29 @@ def main(args: argparse.Namespace):
             if step % args.log_every == 0 or finished:
                 losses, nonfinite = trainer.stats.read()
                 speed = timer.read()
+                schedule = trainer.learning_rates() | {"prior_weight": prior_weight}
+                # Each process measures the distances between its own rows of sharded bases.
+                metrics = build_metrics(step, losses, nonfinite, model, schedule, speed)
                 if world.is_main:
-                    schedule = trainer.learning_rates() | {"prior_weight": prior_weight}
-                    metrics = build_metrics(step, losses, nonfinite, model, schedule, speed)
                     loggers.log_metrics(step, metrics)
                     pictures = settings.max_steps // args.sample_every - step // args.sample_every if previews else 0
                     log.info(report_line(metrics, settings.max_steps, settings.global_batch_size, pictures * picture_s))
             if step % args.ckpt_every == 0 or finished or stopped:
                 with timer.paused():
+                    # There may be host memory for one copy of the state only.
+                    writer.wait()
                     stats = trainer.stats.state_dict()
+                    saved = {"config": config, "step": step, "window": stats} | trainer.state_dict()
                     if world.is_main:
-                        writer.save(step, {"config": config, "step": step, "window": stats} | trainer.state_dict())
-            if previews and step % args.sample_every == 0:
+                        writer.save(step, saved)
+                    del saved
+            if args.sample_every and step % args.sample_every == 0:
                 # The other processes wait for this one in their next step.
                 with timer.paused():
-                    for kind, path in previews.draw(step, trainer.ema).items():
+                    ema = trainer.whole_ema()
+                    for kind, path in previews.draw(step, ema).items() if previews else ():
                         loggers.log_image(step, kind, path)
+                    del ema
                 picture_s = timer.last_pause
 
     # Wait until the last checkpoint is written, and report how the run ended.
@@ -352,8 +368,9 @@ def make_parser() -> ArgumentParser:
     add(
         "--load-weight",
         metavar="PATH",
-        help="initial weights: a checkpoint of a DiT or a RemixDiT, or a DiT in diffusers' layout (a folder, or a name "
-        "on the Hugging Face hub such as facebook/DiT-XL-2-256) (default: random weights)",
+        help="initial weights: a checkpoint of a DiT, SiT or RemixDiT, hf:OWNER/REPOSITORY/FILE for one on the Hugging "
+        "Face hub, or a DiT in diffusers' layout (a folder, or a hub name such as facebook/DiT-XL-2-256) (default: "
+        "random weights)",
     )
     add("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     add("--n-basis", type=positive_int, default=4, metavar="K", help="number of basis models")
@@ -484,6 +501,12 @@ def make_parser() -> ArgumentParser:
         action="store_true",
         help="slower algorithms on GPUs whose results do not vary from run to run, so that a resumed run can equal an "
         "uninterrupted one bit for bit; on CPUs this is always so",
+    )
+    add(
+        "--shard-bases",
+        action=argparse.BooleanOptionalAction,
+        help="each process owns a part of every basis, and the processes exchange the mixtures instead of the "
+        "gradients of the bases (default: if that sends less)",
     )
     add(
         "--num-workers",

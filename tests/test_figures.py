@@ -42,10 +42,19 @@ def test_intervals_hold_the_timesteps_of_their_expert(n_experts, boundaries):
     assert all(model.expert_index(t) == i for i, t in timesteps)
 
 
-def test_intervals_of_a_flow_are_noise_levels(tmp_path):
-    dit = DiT_models["DiT-T/4"](input_size=8, num_classes=2)
-    model = RemixDiT(dit, n_basis=2, n_experts=3, boundaries=[0, 0.25, 0.5, 1])
-    assert intervals(model) == [(0, 0.25), (0.25, 0.5), (0.5, 1)]
-    assert interval_labels(model) == ["0.00-0.25", "0.25-0.50", "0.50-1.00"]
+@pytest.mark.parametrize("boundaries", [[0, 0.125, 0.875, 1], [0, 12.5, 875, 1000]])
+def test_intervals_are_those_between_the_boundaries(boundaries):
+    model = RemixDiT(DiT_models["DiT-T/4"](8), n_basis=2, n_experts=3, boundaries=boundaries)
+    if boundaries[-1] == 1:
+        assert intervals(model) == [(0, 0.125), (0.125, 0.875), (0.875, 1)]
+        assert interval_labels(model) == ["0-0.125", "0.125-0.875", "0.875-1"]
+    else:
+        assert intervals(model) == [(0, 13), (13, 875), (875, 1000)]
+        assert interval_labels(model) == ["0-12", "13-874", "875-999"]
+        assert [model.expert_index(t) for t in (12, 13, 874, 875)] == [0, 1, 1, 2]
+
+
+def test_the_coefficients_of_a_flow_are_drawn(tmp_path):
+    model = RemixDiT(DiT_models["DiT-T/4"](8), n_basis=2, n_experts=3, boundaries=[0, 0.25, 0.5, 1])
     save_coefficients(tmp_path / "alpha.png", model, "a flow")
     assert Image.open(tmp_path / "alpha.png").width > 300

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common import counted
-from diffusion import GaussianDiffusion
+from diffusion import FlowMatching, GaussianDiffusion
 from distributed import World, seed_for
 from models import DiT
 from remix import RemixDiT
@@ -314,10 +314,10 @@ def explain_failure(nonfinite: NonFiniteSteps, sampler: BatchSampler, model: DiT
 @torch.no_grad()
 def noise_errors(
     model,
-    diffusion: GaussianDiffusion,
+    diffusion: GaussianDiffusion | FlowMatching,
     x: Tensor,
     y: Tensor,
-    timesteps: Iterable[int],
+    timesteps: Iterable[float],
     per_timestep: int = 32,
     seed: int = 0,
     timesteps_per_batch: int = 1,
@@ -325,7 +325,8 @@ def noise_errors(
     """Compute the mean squared error of the predicted noise at each of some timesteps.
 
     Each timestep uses `per_timestep` of the images, in turn, and noise that depends only on (seed, timestep). Therefore
-    two models are evaluated on the same noisy images.
+    two models are evaluated on the same noisy images. For a flow the error is the training loss, and the noise depends
+    on the noise level in thousandths.
 
     Args:
         model: a network called as model(x, t, y). By default every batch has one timestep, so it may be a folded
@@ -333,7 +334,7 @@ def noise_errors(
         diffusion: the process that adds the noise.
         x: images [n, C, H, W], usually held out from training.
         y: labels [n], int64.
-        timesteps: timesteps to evaluate.
+        timesteps: timesteps, or times of a flow, to evaluate.
         per_timestep: images per timestep.
         seed: seed of the noise.
         timesteps_per_batch: timesteps that the model processes at once.
@@ -342,12 +343,17 @@ def noise_errors(
         Errors [number of timesteps], float32.
     """
     errors = []
-    for ts in torch.tensor([int(t) for t in timesteps]).split(timesteps_per_batch):
-        rows = (torch.arange(per_timestep) + ts[:, None] * per_timestep).flatten() % len(x)
-        generators = (torch.Generator().manual_seed(seed_for(seed, t)) for t in ts.tolist())
+    is_flow = isinstance(diffusion, FlowMatching)
+    for chunk in torch.as_tensor(list(timesteps)).split(timesteps_per_batch):
+        numbers = (1000 * (1 - chunk)).round().long() if is_flow else chunk.long()
+        rows = (torch.arange(per_timestep) + numbers[:, None] * per_timestep).flatten() % len(x)
+        generators = (torch.Generator().manual_seed(seed_for(seed, number)) for number in numbers.tolist())
         noise = torch.cat([torch.randn(per_timestep, *x.shape[1:], generator=g) for g in generators]).to(x.device)
-        ts = ts.repeat_interleave(per_timestep).to(x.device)
-        noisy = diffusion.q_sample(x[rows], ts, noise)
-        squares = (model(noisy, ts, y[rows])[:, : x.shape[1]] - noise).square()
-        errors.append(squares.view(len(ts) // per_timestep, -1).mean(1))
+        ts = (chunk.float() if is_flow else numbers).repeat_interleave(per_timestep).to(x.device)
+        if is_flow:
+            error = diffusion.training_losses(model, x[rows], ts, {"y": y[rows]}, noise)["loss"]
+        else:
+            noisy = diffusion.q_sample(x[rows], ts, noise)
+            error = (model(noisy, ts, y[rows])[:, : x.shape[1]] - noise).square()
+        errors.append(error.view(len(chunk), -1).mean(1))
     return torch.cat(errors)
