@@ -188,6 +188,11 @@ def flags(**values) -> list[str]:
     return words
 
 
+def counted(n: int, singular: str, plural: str | None = None) -> str:
+    """Return a number with its noun, such as "1 step" and "1,000 steps"; `plural` is singular + "s" if not given."""
+    return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
+
+
 def folder_name(text: str) -> str:
     """Check one folder name without separators, as an argparse type; it cannot lead outside its parent folder."""
     if text in ("", ".", "..") or "/" in text or "\\" in text or "\0" in text:

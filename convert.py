@@ -22,6 +22,7 @@ from common import (
     TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
     UserError,
+    counted,
     frequency_override,
     number,
     positive_int,
@@ -80,7 +81,7 @@ def fold_expert(model: DiT | RemixDiT, expert: int | None, path: str) -> DiT:
     if isinstance(model, DiT):
         return model
     if expert is None:
-        raise UserError(f"{path} holds {model.n_experts} experts: choose one with --expert")
+        raise UserError(f"{path} holds {counted(model.n_experts, 'expert')}: choose one with --expert")
     if expert >= model.n_experts:
         raise UserError(f"--expert {expert}: {path} has the experts 0 to {model.n_experts - 1}")
     return model.expert(expert)

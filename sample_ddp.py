@@ -38,6 +38,7 @@ from common import (
     atomic_write,
     check_disk,
     check_settings,
+    counted,
     folder_name,
     frequency_override,
     lock_folder,
@@ -124,13 +125,13 @@ def main(args: argparse.Namespace):
     fingerprints = [fingerprint(path) for path in args.ckpt]
     used = {name: value for name, value in asdict(settings).items() if value is not None}
     record = {"ckpt": args.ckpt, "ckpt_fingerprint": fingerprints, "vae": vae, **used}
+    # Omitted for the default, as in the config.
+    if shift := config["model"]["backbone"].get("frequency_shift"):
+        record["frequency_shift"] = shift
     if config["diffusion"].get("process"):
         record["process"] = config["diffusion"]["process"]
     if pipeline.timesteps is None:
         record["step_sizes"] = "adaptive, common to each batch: the samples depend on per_proc_batch_size"
-    # Omitted for the default, as in the config.
-    if shift := config["model"]["backbone"].get("frequency_shift"):
-        record["frequency_shift"] = shift
     if finished(folder, record):
         return
     lock_folder(folder, "--name")
@@ -158,7 +159,7 @@ def main(args: argparse.Namespace):
     world.barrier()
     steps = "adaptive" if pipeline.timesteps is None else f"{len(pipeline.timesteps):,}"
     sampler = f"{settings.sampler}, {steps} network evaluations per sample, guidance scale {settings.cfg_scale}"
-    logger.info(f"{total:,} samples by {sampler} -> {folder}")
+    logger.info(f"{counted(total, 'sample')} by {sampler} -> {folder}")
     logger.info(disk)
 
     # Sample this process's share of the missing batches. Each batch is written to a file of its own.

@@ -49,7 +49,7 @@ def _state_dict(model: DiT | RemixDiT) -> dict[str, Tensor]:
             f"the original needs an N that divides {model.num_timesteps}, and a K that divides N, not {numbers}"
         )
     if model.boundaries is not None:
-        raise UserError("the original Remix-DiT supports experts with equal intervals of timesteps only")
+        raise UserError(f"the original Remix-DiT supports only intervals of equal length, not these of {numbers}")
     if model.backbone.frequency_shift:
         raise UserError("the original Remix-DiT supports only the timestep frequencies of the published DiT")
     return {
