@@ -288,7 +288,9 @@ def _read_own(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, di
     if content.get("format") != FORMAT:
         return None
     config = content["config"]
-    known = {"model": config["model"]["name"], **config["model"]["backbone"], **(config["model"]["remix"] or {})}
+    # Omitted options of the model have their default.
+    known = {"frequency_shift": 0, "model": config["model"]["name"]}
+    known |= config["model"]["backbone"] | (config["model"]["remix"] or {})
     for key, value in overrides.items():
         if known.get(key) != value:
             raise UserError(f"{path} holds {key}={known.get(key)}, not {value}")

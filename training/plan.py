@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import checkpoints
-from common import UserError, check_disk
+from common import UserError, check_disk, counted
 from diffusion import FlowMatching, GaussianDiffusion, create_process
 from distributed import PRECISIONS
 from features import FeatureDataset
@@ -60,6 +60,7 @@ class RunSettings:
         precision: precision of the matrix products.
         global_seed: seed of all random draws.
         load_weight: file that the weights at step 0 come from; None for random weights.
+        schedule_steps: number of steps over which the learning rates and the prior's weight fall; None for max_steps.
     """
 
     max_steps: int
@@ -76,6 +77,7 @@ class RunSettings:
     precision: str
     global_seed: int
     load_weight: str | None
+    schedule_steps: int | None = None
 
 
 class AssumedFeatures:
@@ -126,13 +128,13 @@ def describe_run(
     source = f"from {dataset.path}"
     if isinstance(dataset, AssumedFeatures):
         source = f"ImageNet, assumed because {dataset.path} does not exist"
-    experts = f", {settings.experts_per_batch} experts per batch" if remix else ""
+    experts = f", {counted(settings.experts_per_batch, 'expert')} per batch" if remix else ""
     batch = f"batch {settings.global_batch_size} on {devices}, {settings.precision}"
     flow = [f"{name}={value}" for name, value in process.items() if name != "process"]
     return [
         f"{name}: {parameters:,.2f} M parameters, from {settings.load_weight or 'scratch'}",
-        f"{len(dataset):,} images of {model.num_classes:,} classes as {shape} ({source})",
-        f"{settings.max_steps:,} steps of {batch}{experts}",
+        f"{counted(len(dataset), 'image')} of {counted(model.num_classes, 'class', 'classes')} as {shape} ({source})",
+        f"{counted(settings.max_steps, 'step')} of {batch}{experts}",
         *([f"flow matching: {', '.join(flow)}"] if flow else []),
     ]
 
@@ -214,7 +216,7 @@ def dry_run(
         n_checkpoints: number of checkpoints that the run needs space for.
     """
     size = parallelism.size
-    lines = describe_run(name, model, dataset, settings, process, f"{size} GPUs")
+    lines = describe_run(name, model, dataset, settings, process, counted(size, "GPU"))
     try:
         disk = check_checkpoint_space(folder, model, n_checkpoints)
     except UserError as error:
@@ -298,7 +300,7 @@ def check_checkpoint_space(folder: Path, model: nn.Module, count: int) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # float32: the weights, their EMA, and the two moments of AdamW.
     size = 4 * (2 * parameters + 2 * trained)
-    return check_disk(folder, count * size, f"{count} more checkpoints of {size / 2**20:,.1f} MiB")
+    return check_disk(folder, count * size, f"{counted(count, 'more checkpoint')} of {size / 2**20:,.1f} MiB")
 
 
 @dataclass(frozen=True)
