@@ -230,13 +230,13 @@ def dry_run(
     memory["CUDA and NCCL (assumed)"] = CUDA_CONTEXT
     parts = ", ".join(f"{part_size / 2**30:.2f} {part}" for part, part_size in memory.items())
     lines += [f"memory per GPU: {sum(memory.values()) / 2**30:.1f} GiB (estimate): {parts}", disk]
-    lines += describe_step(costs, settings.precision, size)
+    lines.append(describe_step(costs, settings.precision, size))
     hours = settings.max_steps * costs.step_seconds(settings.precision, size) / 3600
     lines.append(f"time: {hours:,.2f} hours (estimate)")
     return lines
 
 
-def describe_step(costs: "StepCosts", precision: str, size: int) -> list[str]:
+def describe_step(costs: "StepCosts", precision: str, size: int) -> str:
     """Return the line that says how long a step takes, and why.
 
     Args:
@@ -253,10 +253,10 @@ def describe_step(costs: "StepCosts", precision: str, size: int) -> list[str]:
     if size > 1:
         parts.append(f"{1e3 * seconds['network']:.1f} ms of network beside them ({costs.sent / 1e9:.2f} GB sent)")
     step_ms = 1e3 * costs.step_seconds(precision, size)
-    return [
+    return (
         f"step: {step_ms:.1f} ms (estimate): {', '.join(parts)}; bound by {costs.bound(precision, size)}, at "
         f"{REACHED_FLOPS:.0%} of an H100's matrix products and {REACHED_BYTES:.0%} of its other rates"
-    ]
+    )
 
 
 def count_checkpoints(
