@@ -174,7 +174,7 @@ def print_table(rows: list[dict], numbers: list[int]):
         print(f"| {n} | {' | '.join(cells)} |")
     adaptive = [row for row in rows if row["sampler"] == "dopri5"]
     fid = mean_and_std([row["fid"] for row in adaptive], 2)
-    print(f"dopri5: {fid} with {', '.join(str(row['evaluations']) for row in adaptive)} evaluations")
+    print(f"\ndopri5: {fid} with {', '.join(str(row['evaluations']) for row in adaptive)} evaluations")
 
 
 if __name__ == "__main__":
