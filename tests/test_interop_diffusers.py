@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -345,6 +346,7 @@ def results(exported, tmp_path_factory):
     command = [sys.executable, "-I", "-c", USE_EXPORTED]
     done = subprocess.run(command, cwd=exported, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not re.search("passed to (Published|Remix)DiT", done.stderr), "the exported classes know their configs"
     return torch.load(exported / "results.pt", weights_only=True)
 
 
@@ -509,9 +511,15 @@ def test_timestep_frequencies_of_diffusers(transformer, features, tmp_path, caps
     assert relative(run_model(load_model(transformer)[0]), theirs) > 1e-3
     assert "does not say" in capsys.readouterr().err
 
+    # A file of facebookresearch/DiT does not record it.
+    flag = "--timestep-frequencies=diffusers"
+    done = run("convert.py", transformer, tmp_path / "dit.pt", "--to=dit", flag)
+    assert "cannot record the timestep frequencies" in done.stderr
+    assert torch.equal(run_model(load_model(tmp_path / "dit.pt", frequency_shift=1)[0]), run_model(model))
+
     # All files of this project record it.
     flags = [*training_flags(features, tmp_path, "warm"), "--max-steps=1", "--lr=1e-9", "--coeff-lr=0"]
-    done = run("train_fast.py", *flags, "--load-weight", transformer, "--timestep-frequencies=diffusers")
+    done = run("train_fast.py", *flags, "--load-weight", transformer, flag)
     assert "does not say" not in done.stderr
     started = tmp_path / "warm/checkpoints/0000001.pt"
     run("convert.py", started, tmp_path / "expert", "--to=diffusers", "--expert=0")

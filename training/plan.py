@@ -230,13 +230,13 @@ def dry_run(
     memory["CUDA and NCCL (assumed)"] = CUDA_CONTEXT
     parts = ", ".join(f"{part_size / 2**30:.2f} {part}" for part, part_size in memory.items())
     lines += [f"memory per GPU: {sum(memory.values()) / 2**30:.1f} GiB (estimate): {parts}", disk]
-    lines += describe_step(costs, settings.precision, size)
+    lines.append(describe_step(costs, settings.precision, size))
     hours = settings.max_steps * costs.step_seconds(settings.precision, size) / 3600
     lines.append(f"time: {hours:,.2f} hours (estimate)")
     return lines
 
 
-def describe_step(costs: "StepCosts", precision: str, size: int) -> list[str]:
+def describe_step(costs: "StepCosts", precision: str, size: int) -> str:
     """Return the line that says how long a step takes, and why.
 
     Args:
@@ -253,10 +253,10 @@ def describe_step(costs: "StepCosts", precision: str, size: int) -> list[str]:
     if size > 1:
         parts.append(f"{1e3 * seconds['network']:.1f} ms of network beside them ({costs.sent / 1e9:.2f} GB sent)")
     step_ms = 1e3 * costs.step_seconds(precision, size)
-    return [
+    return (
         f"step: {step_ms:.1f} ms (estimate): {', '.join(parts)}; bound by {costs.bound(precision, size)}, at "
         f"{REACHED_FLOPS:.0%} of an H100's matrix products and {REACHED_BYTES:.0%} of its other rates"
-    ]
+    )
 
 
 def count_checkpoints(
@@ -394,10 +394,13 @@ def count_parameters(model: DiT | RemixDiT) -> tuple[int, int, int]:
 def activation_traffic(config: dict, n_images: int, width: int, twice: bool) -> float:
     """Count the bytes of activations that the kernels between the matrix products read and write in a step.
 
-    Per token and channel of a block, in a forward pass: the two residual additions, each fused with the normalization
-    and the modulation behind it (8 bytes of the float32 residual and 2 activations each), attention (4 activations) and
-    GELU (8 activations). In a backward pass: GELU (12), attention (10), the gradients of the biases (9), and for each
-    normalization 20 bytes in float32 and 4 activations.
+    They are the kernels that the compiler would write for one block on a GPU (benchmarks/h100_kernels.py has the tool).
+    Vectors that are the same for all tokens of an image do not count. Per token and channel of a block:
+
+    forward: the two residual additions, normalizations and modulations (16 bytes of the float32 residual and 5
+    activations), attention (4 activations) and GELU (8). backward: GELU (12), attention (10), the concatenation of its
+    three gradients (6), the gradients of the biases (9), and the normalizations, modulations and gates (44 bytes in
+    float32 and 10 activations).
 
     Args:
         config: the keyword arguments of the DiT.
@@ -405,7 +408,7 @@ def activation_traffic(config: dict, n_images: int, width: int, twice: bool) -> 
         width: bytes of an activation.
         twice: whether the forward pass of the blocks runs twice.
     """
-    forward, backward = 16 + 16 * width, 40 + 39 * width
+    forward, backward = 16 + 17 * width, 44 + 47 * width
     tokens = n_images * (config["input_size"] // config["patch_size"]) ** 2
     return tokens * config["depth"] * config["hidden_size"] * (forward * (2 if twice else 1) + backward)
 

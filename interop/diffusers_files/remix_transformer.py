@@ -29,8 +29,11 @@ class SavedWithCode:
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
-        """See ConfigMixin. `auto_map` is for AutoModel, and would be reported as an unknown argument here."""
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+        """See ConfigMixin. Entries of the config that are not arguments are kept without a warning."""
+        others = {"auto_map", "frequency_shift"} - inspect.signature(cls.__init__).parameters.keys()
+        arguments = {key: value for key, value in config_dict.items() if key not in others}
+        init_dict, unused, hidden = super().extract_init_dict(arguments, **kwargs)
+        return init_dict, unused, hidden | {key: config_dict[key] for key in others & config_dict.keys()}
 
     def save_config(self, save_directory: str | Path, **kwargs):
         """Write config.json and this file to a folder. The arguments are those of ConfigMixin.save_config."""
