@@ -30,7 +30,7 @@ class SavedWithCode:
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
         """See ConfigMixin. Entries of the config that are not arguments are kept without a warning."""
-        others = {"auto_map", "frequency_shift"} - inspect.signature(cls.__init__).parameters.keys()
+        others = {"auto_map", "frequency_shift", "flow"} - inspect.signature(cls.__init__).parameters.keys()
         arguments = {key: value for key, value in config_dict.items() if key not in others}
         init_dict, unused, hidden = super().extract_init_dict(arguments, **kwargs)
         return init_dict, unused, hidden | {key: config_dict[key] for key in others & config_dict.keys()}
