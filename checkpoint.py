@@ -366,7 +366,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path):
 
 
 def choose_process(path, config: dict, process: str | None):
-    """Let the user say which process a file of another project belongs to, in the config that was read from it.
+    """Set the diffusion process in the config of a file of another project, which does not record it.
 
     Args:
         path: the file, for error messages.
@@ -402,7 +402,7 @@ def load_denoiser(
 
     Raises:
         UserError: if a file cannot be loaded, or if several files are not independent experts of one architecture
-            whose intervals tile the timesteps.
+            whose intervals cover all timesteps exactly once.
     """
     loaded = [(path, *load_model(path, ema, allow_pickle, **overrides)) for path in paths]
     if len(loaded) == 1:
@@ -411,7 +411,7 @@ def load_denoiser(
     for path, model, config in loaded:
         if isinstance(model, RemixDiT) or not config["training"]:
             raise UserError(
-                f"{path} is not an independent expert (a DiT from train_fast.py --timesteps): specify it alone"
+                f"{path} is not an independent expert (a DiT from train_fast.py --timesteps): give only one --ckpt"
             )
         if model.config != loaded[0][1].config:
             raise UserError(f"{path} and {loaded[0][0]} hold models of different shapes")
@@ -422,5 +422,7 @@ def load_denoiser(
     bounds = [intervals[0][0], *(high for _, high in intervals)]
     lowest, highest = NOISE_LEVELS[loaded[0][2]["diffusion"].get("process", "gaussian")]
     if intervals != [list(pair) for pair in pairwise(bounds)] or (bounds[0], bounds[-1]) != (lowest, highest):
-        raise UserError(f"the experts' timesteps {intervals} do not tile the range from {lowest} to {highest}")
+        raise UserError(
+            f"the experts' timesteps {intervals} do not cover the range from {lowest} to {highest} exactly once"
+        )
     return IndependentExperts([model for _, model, _ in loaded], bounds).eval(), loaded[0][2]

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.utils.deterministic
 from torch.distributed.rendezvous import rendezvous
 
 from common import LocalError
@@ -55,13 +56,13 @@ class World:
         """Return a context that computes matrix products in "bf16" or "fp16"; "fp32" changes nothing."""
         return torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
-    def any(self, flag: bool) -> bool:
-        """Return whether the flag is True on any process; the hosts synchronize, the GPUs do not."""
+    def any(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether it is True on any process; the hosts synchronize, the GPUs do not."""
         if self.size == 1:
-            return flag
-        flags = torch.tensor([flag], dtype=torch.int32)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.hosts)
-        return bool(flags.item())
+            return list(flags)
+        values = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.hosts)
+        return [bool(value) for value in values.tolist()]
 
     def same(self, value: int) -> bool:
         """Return whether all processes have the same value; the hosts synchronize, the GPUs do not."""
@@ -138,6 +139,15 @@ def _join_group(device: torch.device) -> tuple[int, int]:
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id)
     return rank, size
+
+
+def use_deterministic_algorithms():
+    """Select algorithms that give the same bits in every run on the same GPUs. Call this before any GPU is used."""
+    # cuBLAS reads this when it starts. With two streams, it would otherwise share its workspace in no fixed order.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Filling new memory with NaN would only help to find reads of memory that was never written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def seed_for(*position: int) -> int:

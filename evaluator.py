@@ -30,11 +30,11 @@ from tqdm import tqdm
 from common import ArgumentParser, UserError, atomic_write, cache_folder, positive_int, run_script, write_json
 from images import describe_kinds, is_image, read_image
 
-# Precision and Recall measure the distance from each point to this nearest neighbour.
+# Precision and Recall use the distance from each point to its nearest neighbour of this number.
 NEIGHBOURS = 3
 # Published tables use this number of samples.
 STANDARD_COUNT = 50_000
-# A larger covariance matrix does not fit into memory.
+# The covariance matrix of more features would need more than 3 GB.
 MAX_FEATURES = 20_000
 # ADM's network. Any .pth file is taken to hold its weights.
 INCEPTION = "inception-2015-12-05"
@@ -45,7 +45,7 @@ EXTRA_SCORES = {"kid": "KID", "fd-dinov2": "FD-DINOv2"}
 def main(args: argparse.Namespace):
     # Check the flags and every input file.
     if not args.samples and not args.save_stats:
-        raise UserError("no samples to score: name them after the reference (or give --save-stats)")
+        raise UserError("no samples to score: list sample files after the reference, or use --save-stats")
     paths = [args.reference, *args.samples]
     for path in paths:
         check_file(path)
@@ -105,9 +105,15 @@ def main(args: argparse.Namespace):
 
 
 def image_features(path, extractors: dict[str, "FeatureExtractor"]) -> dict[str, np.ndarray]:
-    """Return the results of each extractor for a file, under their names with the extractor's suffix.
+    """Return the features of a file from all networks.
 
-    The statistics that the file holds replace those computed from its images.
+    Args:
+        path: an .npz file or a folder of images.
+        extractors: the networks, by the suffix that is appended to the names of their results.
+
+    Returns:
+        The results of `FeatureExtractor` under keys such as "mu" and, for DINOv2, "mu_dinov2". Statistics that the file
+        holds replace those computed from its images.
     """
     features = {}
     if has_images(path):
@@ -151,7 +157,8 @@ def check_match(reference, ref: dict, path, sample: dict):
 def evaluate(ref: dict, sample: dict, extra: list[str], device: torch.device) -> dict[str, float]:
     """Compute all scores from the image_features of the reference and the samples.
 
-    A score that needs images is nan if one of the files holds statistics only.
+    Inception Score is nan if the samples hold no images. Precision, Recall and the extra scores are nan if one of the
+    files holds no images.
     """
     missing = float("nan")
     scores = {
@@ -174,7 +181,7 @@ def evaluate(ref: dict, sample: dict, extra: list[str], device: torch.device) ->
 
 
 def print_notes(reference, ref: dict, path, sample: dict, scores: dict[str, float]):
-    """Print which scores are missing, and how much an unusual number of samples adds to FID."""
+    """Print which scores are missing, and how much FID changes if the number of samples is not STANDARD_COUNT."""
     without_images = [str(file) for file in (reference, path) if not has_images(file)]
     if without_images:
         missing = ", ".join(key for key, value in scores.items() if math.isnan(value))
@@ -246,7 +253,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
 
 
 def _eigenvalues_of_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the nonzero eigenvalues of a b, both symmetric positive semidefinite.
+    """Return the eigenvalues of a b, both symmetric positive semidefinite, except those that are zero because of b.
 
     If b = r r', they are the eigenvalues of r' a r.
     """
@@ -553,7 +560,7 @@ def check_program(path: str):
 class FeatureExtractor:
     """Runs one network over files of images and caches the results by the hash of the file and the network's name.
 
-    The network is loaded when the first file is not in the cache.
+    The network is loaded only when the features of a file are not in the cache.
 
     Args:
         load: Function that returns the network.

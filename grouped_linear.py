@@ -11,17 +11,17 @@ from torch import Tensor, nn
 # From this number of groups on, the backward pass mixes the weights again instead of keeping them in memory.
 RECOMPUTED_GROUPS = 8
 
-# The compiler (seen in PyTorch 2.11) writes a concatenation of more tensors than this as one kernel that loads every
-# base once and stores all mixtures. It writes a shorter one as a kernel that loads the bases again for each mixture.
+# In PyTorch 2.11, the compiler turns a concatenation of more tensors than this into one kernel, which loads every basis
+# once and stores all mixtures. With fewer tensors, its kernel loads the bases again for each mixture.
 SHORT_CONCATENATION = 8
 
 
 def mixed_linear(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Mix K linear layers into one for each of G groups, and apply mixture g to the g-th equal part of the batch.
 
-    Theta_G = alpha_G beta (paper, section 3.2) and its gradients are sums in float32. Bases are nearly equal, and the
-    gradient of alpha depends on their differences, which a product in bf16 or TF32 would lose. Mixtures are rounded
-    once, to the dtype of the output.
+    The mixtures Theta_G = alpha_G beta (paper, section 3.2) and the gradients of alpha and beta are summed in float32.
+    Bases are nearly equal, and the gradient of alpha depends on their differences, which a product in bf16 or TF32
+    would lose. Mixtures are rounded once, to the dtype of the output. Their own gradients have the dtype of x.
 
     Args:
         x: input [B, ..., in]. G divides B.
@@ -61,8 +61,8 @@ class MixedLinearFunction(torch.autograd.Function):
         return grad_x, grad_alpha, mix(alpha.T, grad_theta), mix(alpha.T, grad_theta_bias)
 
 
-# A custom operator, because the compiler would keep the mixtures of the forward pass instead of mixing again. It cannot
-# compute the result of this operator before `grad`.
+# A custom operator, because the compiler would keep the mixtures of the forward pass instead of mixing again. The
+# compiler must compute this operator in the backward pass, because its input `grad` exists only there.
 @torch.library.custom_op("remix::in_backward", mutates_args=())
 def in_backward(alpha: Tensor, grad: Tensor) -> Tensor:
     """Return a copy of alpha that exists only in the backward pass, in which `grad` is computed."""

@@ -1,12 +1,15 @@
 """Remix-DiT: N denoising experts that are learned mixtures of K basis models (Fang et al., 2024, arXiv 2412.05628).
 
-Expert i denoises the timesteps t with floor(i T / N) <= t < floor((i + 1) T / N). Its parameters are the average of the
-K bases' parameters beta, weighted by row i of the coefficients alpha: Theta = alpha beta with alpha = softmax(pi).
-Every expert has the architecture and the cost of a plain DiT.
+By default, expert i denoises the timesteps t with floor(i T / N) <= t < floor((i + 1) T / N). In the mixed layers, its
+parameters are the average of the K bases' parameters beta, weighted by row i of the coefficients alpha: Theta = alpha
+beta with alpha = softmax(pi). The other layers are shared by all experts. Once its layers are mixed, an expert is a
+plain DiT with the cost of a plain DiT.
 """
 
 import bisect
 import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 
@@ -22,7 +25,19 @@ from models import DiT, DiT_models, classifier_free_guidance
 class BatchCoefficients:
     """The coefficients of the current batch, shared by all mixed layers."""
 
-    alpha: Tensor | None = None  # [1 or depth, G, K] while RemixDiT.forward runs
+    # [1 or depth, G, K] while RemixDiT.forward runs
+    alpha: Tensor | None = None
+
+    def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Return two contexts for code that runs now and again in the backward pass: the second restores the batch."""
+        return nullcontext(), self._restored(vars(self).copy())
+
+    @contextmanager
+    def _restored(self, batch: dict) -> Iterator[None]:
+        current = vars(self).copy()
+        vars(self).update(batch)
+        yield
+        vars(self).update(current)
 
 
 class RemixLinear(nn.Module):
@@ -80,11 +95,12 @@ MODULATION = "adaLN_modulation.1"
 class RemixDiT(nn.Module):
     """A DiT whose blocks contain mixed linear layers. All other layers are shared by the experts.
 
-    The logits pi start as unit normal noise plus `prior_bonus` on the basis of the one-hot prior, which is basis
-    floor(i K / N) for expert i.
+    The one-hot prior assigns basis floor(i K / N) to expert i. With the mixer "softmax", the logits pi start as unit
+    normal noise, plus `prior_bonus` at the basis of the prior. With "raw", pi starts as the softmax of these numbers.
+    With "one-hot", pi is the prior.
 
     Args:
-        backbone: the DiT that every basis starts as a copy of. It is not changed.
+        backbone: a DiT. Every basis starts as a copy of its weights. It is not changed.
         n_basis: number of bases K.
         n_experts: number of experts N, at most `num_timesteps`.
         mixer: "softmax" (alpha = softmax(pi)), "raw" (alpha = pi, without a constraint) or "one-hot" (alpha is the
@@ -92,11 +108,10 @@ class RemixDiT(nn.Module):
         scope: "global" (one pi [N, K] for all blocks) or "local" (one per block, [depth, N, K]).
         num_timesteps: number of timesteps T of the diffusion process.
         mixed_layers: names, within a block, of the linear layers to mix.
-        prior_bonus: added to pi at the basis of the prior, in standard deviations of the noise.
-        boundaries: N + 1 increasing noise levels. Expert i denoises the levels from boundaries[i] up to
-            boundaries[i + 1], without its end except for the last expert. They run from 0 to `num_timesteps` for
-            Gaussian diffusion, where the noise level is the timestep t, or from 0 to 1 for a flow, where it is 1 - t.
-            By default, equal intervals of the timesteps of Gaussian diffusion.
+        prior_bonus: number added to the initial logit of each expert's basis in the prior.
+        boundaries: N + 1 increasing noise levels. Expert i denoises boundaries[i] <= level < boundaries[i + 1]. The
+            last expert also denoises the last boundary. For Gaussian diffusion the level is the timestep t, from 0 to
+            `num_timesteps`. For flow matching it is 1 - t, from 0 to 1. None: equal intervals of the timesteps.
 
     Raises:
         ValueError: if n_basis or n_experts is out of range, mixer or scope is unknown, or boundaries do not fit.
@@ -142,7 +157,8 @@ class RemixDiT(nn.Module):
                 mixed.copy_(linear)
                 block.set_submodule(name, mixed.to(linear.weight))
 
-        prior = torch.arange(n_experts) * n_basis // n_experts  # [N], the preferred basis of each expert
+        # The preferred basis of each expert.
+        prior = torch.arange(n_experts) * n_basis // n_experts  # [N]
         logits = F.one_hot(prior, n_basis).float()  # [N, K]
         if scope == "local":
             logits = logits.expand(len(self.backbone.blocks), -1, -1)  # [depth, N, K]
@@ -155,7 +171,8 @@ class RemixDiT(nn.Module):
         self.register_buffer("prior", prior.to(like.device), persistent=False)
         inner = torch.tensor(inner_boundaries(self.boundaries) if self.boundaries else [], dtype=torch.float32)
         self.register_buffer("inner_boundaries", inner.to(like.device), persistent=False)  # [N - 1] or empty
-        self.logits = nn.Parameter(logits.to(like).contiguous(), requires_grad=mixer != "one-hot")  # pi
+        # The paper's pi.
+        self.logits = nn.Parameter(logits.to(like).contiguous(), requires_grad=mixer != "one-hot")
 
     @property
     def config(self) -> dict:
@@ -216,7 +233,7 @@ class RemixDiT(nn.Module):
 
     @torch.no_grad()
     def distances(self) -> tuple[Tensor, Tensor]:
-        """Measure how different the bases are and how different the experts are. Zeros mean that they have collapsed.
+        """Measure how different the bases are and how different the experts are. A distance of 0 means equal weights.
 
         Returns:
             The distances [K, K] between the bases, and the root mean square distance of the experts from their mean (a
@@ -307,7 +324,8 @@ class RemixDiT(nn.Module):
     def _fold(self, dit: DiT, alpha: list[list[float]]):
         """Write the mixed weights for the coefficients alpha [1 or depth][K] into `dit`, in place.
 
-        There is no matrix product, which GPUs may compute in TF32, and no temporary copy of the weights.
+        The weights are summed elementwise in float32, because GPUs may compute matrix products in TF32. No temporary
+        copy of the weights is made.
         """
         layers_of_row = {}
         for name, layer in self._mixed():
@@ -398,9 +416,10 @@ class ExpertSwitch(nn.Module):
 
 
 class FoldedRemixDiT(ExpertSwitch):
-    """A RemixDiT as one plain DiT. Its weights are overwritten whenever the expert changes.
+    """Runs a RemixDiT as one plain DiT, whose weights are overwritten when the expert changes.
 
-    The parameters of the RemixDiT must not change afterwards.
+    Args:
+        remix: the RemixDiT. Its parameters must not change later, because its coefficients are copied to the host.
     """
 
     def __init__(self, remix: RemixDiT):

@@ -2,8 +2,9 @@
 
     torchrun --nnodes=1 --nproc_per_node=8 sample_ddp.py --ckpt outputs/RemixDiT-S-4-20-100K/checkpoints/0100000.pt
 
-The checkpoint records the model, its classes, the image size, the diffusion process and the VAE. Sample i's label and
-noise are functions of (seed, i), so the batch size and the number of processes change the images by rounding only.
+The checkpoint records the model, its classes, the image size, the diffusion process and the VAE. The label
+and the noise of sample i depend only on the seed, i and the type of device, so the batch size and the number of
+processes change the images by rounding only.
 
 The results of a checkpoint and its settings go to a folder of their own, which holds:
 
@@ -442,10 +443,10 @@ if __name__ == "__main__":
         "--ckpt",
         required=True,
         nargs="+",
-        help="checkpoint of this project (the folder of a run stands for its newest one), of facebookresearch/DiT or "
-        "of the original Remix-DiT, or a DiT in diffusers' layout (a folder or a hub name). Several files are "
-        "independent experts: plain DiTs of this project, each trained with other --timesteps, which together cover "
-        "all timesteps",
+        help="checkpoint of this project (a run's folder stands for its newest one), of facebookresearch/DiT, SiT, "
+        "REPA or the original Remix-DiT, also hf:OWNER/REPOSITORY/FILE on the Hugging Face hub, or a DiT in diffusers' "
+        "layout (a folder or a hub name). Several files are independent experts: plain DiTs of this project, each "
+        "trained with other --timesteps, which together cover all timesteps",
     )
     group.add_argument(
         "--model",

@@ -31,11 +31,20 @@ from common import (
 from diffusion import NOISE_LEVELS, PROCESS_SAMPLERS, FlowMatching, GaussianDiffusion, create_process
 from diffusion.flow import PREDICTIONS, WEIGHTS
 from diffusion.interpolants import PATHS, TIME_SAMPLINGS
-from distributed import PRECISIONS, StopSignal, rank0_logger, restore_signals, setup, world_size
+from distributed import (
+    PRECISIONS,
+    StopSignal,
+    rank0_logger,
+    restore_signals,
+    setup,
+    use_deterministic_algorithms,
+    world_size,
+)
 from models import DiT, DiT_models
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models
 from training.loggers import MetricLogger, logger_names, open_loggers
 from training.plan import (
+    Parallelism,
     RunSettings,
     check_checkpoint_space,
     count_checkpoints,
@@ -81,11 +90,13 @@ def main(args: argparse.Namespace):
         with torch.device("meta"):
             model = make_model(args.model, shape, mixing, settings.prior_bonus)
         n_checkpoints = count_checkpoints(folder, 0, settings.max_steps, **saving)
-        print("\n".join(dry_run(args.model, model, dataset, settings, process, args.grad_accum, folder, n_checkpoints)))
+        parallelism = Parallelism(world_size(), args.grad_accum, False, args.checkpoint_activations)
+        print("\n".join(dry_run(args.model, model, dataset, settings, process, parallelism, folder, n_checkpoints)))
         return
     # This seed is for the initial weights and mixing logits. The draws of each step have seeds of their own.
     torch.manual_seed(settings.global_seed)
-    model = make_model(args.model, shape, mixing, settings.prior_bonus, settings.load_weight, args.trust_pickle)
+    weights = (settings.load_weight, args.trust_pickle, process)
+    model = make_model(args.model, shape, mixing, settings.prior_bonus, *weights)
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
     lock_folder(folder, "--prefix")
     resume_path, state, damaged = find_resume(args.resume, folder, config)
@@ -96,6 +107,8 @@ def main(args: argparse.Namespace):
     disk_note = check_checkpoint_space(folder, model, n_checkpoints)
 
     # Join the other processes and prepare the run's folder.
+    if args.deterministic:
+        use_deterministic_algorithms()
     world = setup()
     stop = StopSignal()
     if not world.same(step):
@@ -122,6 +135,7 @@ def main(args: argparse.Namespace):
         clip_grad=settings.clip_grad,
         precision=settings.precision,
         compile=compiled,
+        checkpoint_activations=args.checkpoint_activations,
     )
     if state:
         trainer.load_state_dict(state, resume_path)
@@ -160,8 +174,9 @@ def main(args: argparse.Namespace):
             # same on all processes, so either all of them or none makes the second exchange.
             finished = step == settings.max_steps
             if world.size == 1 or step % STOP_CHECK == 0 or finished:
-                failed = world.any(trainer.stats.longest_streak() >= args.max_bad_steps)
-                stopped = not (failed or finished) and world.any(stop.requested is not None)
+                streak = trainer.stats.longest_streak()
+                failed, stopped = world.any(streak >= args.max_bad_steps, stop.requested is not None)
+                stopped = stopped and not (failed or finished)
             done = finished or failed or stopped
 
             if step % args.log_every == 0 or finished:
@@ -324,8 +339,8 @@ def make_parser() -> ArgumentParser:
     add(
         "--dry-run",
         action="store_true",
-        help="print the run's size, memory, disk space and time, and end; needs neither GPUs nor data; the environment "
-        "variable WORLD_SIZE sets the number of GPUs",
+        help="print the run's size and disk space and estimates of its memory and time on GPUs, and end; needs neither "
+        "GPUs nor data; the environment variable WORLD_SIZE sets the number of GPUs",
     )
 
     add = parser.add_argument_group("model").add_argument
@@ -339,8 +354,9 @@ def make_parser() -> ArgumentParser:
     add(
         "--load-weight",
         metavar="PATH",
-        help="initial weights: a checkpoint of a DiT or a RemixDiT, or a DiT in diffusers' layout (a folder, or a name "
-        "on the Hugging Face hub such as facebook/DiT-XL-2-256) (default: random weights)",
+        help="initial weights: a checkpoint of a DiT, SiT or RemixDiT, hf:OWNER/REPOSITORY/FILE for one on the Hugging "
+        "Face hub, or a DiT in diffusers' layout (a folder, or a hub name such as facebook/DiT-XL-2-256) (default: "
+        "random weights)",
     )
     add("--n-basis", type=positive_int, default=4, metavar="K", help="number of basis models")
     add("--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="number of experts")
@@ -458,7 +474,18 @@ def make_parser() -> ArgumentParser:
     )
 
     add = parser.add_argument_group("speed and reports").add_argument
-    add("--compile", action=argparse.BooleanOptionalAction, help="compile the model (default: on GPUs only)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile model and loss (default: on GPUs only)")
+    add(
+        "--checkpoint-activations",
+        action="store_true",
+        help="compute the activations of each block again in the backward pass: less memory, about a third more time",
+    )
+    add(
+        "--deterministic",
+        action="store_true",
+        help="slower algorithms on GPUs whose results do not vary from run to run, so that a resumed run can equal an "
+        "uninterrupted one bit for bit; on CPUs this is always so",
+    )
     add(
         "--num-workers",
         type=number(int, 0),

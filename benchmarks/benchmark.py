@@ -1,6 +1,7 @@
 """Measure the speed of training, sampling, data loading, extraction and evaluation on this machine.
 
     python benchmarks/benchmark.py --model S/2 --batch-size 8 --precision bf16
+    torchrun --nproc_per_node=8 benchmarks/benchmark.py --parts training --model B/2
 
 Every part is compared with a reference implementation or a lower bound of its time. Implementations that are compared
 run in turns in one process, so that other work on the machine affects all of them. Times are medians after a warm-up,
@@ -31,12 +32,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ArgumentParser, UserError, atomic_write, number, positive_int, run_script
 from diffusion import create_diffusion
-from distributed import PRECISIONS, World, setup
+from distributed import PRECISIONS, World, setup, world_size
 from features import SHARD_SIZE, FeatureDataset, write_index, write_shard
 from models import DiT, DiT_models, classifier_free_guidance
-from remix import FoldedRemixDiT, RemixDiT, RemixLinear
+from remix import FoldedRemixDiT, RemixDiT
 from training.batches import BatchSampler, sample_timesteps
-from training.plan import matmul_rate, training_flops
+from training.plan import Parallelism, StepCosts, matmul_rate, step_costs, training_flops
 from training.trainer import Trainer
 
 N_BASIS, N_EXPERTS = 4, 20
@@ -48,12 +49,15 @@ def main(args: argparse.Namespace):
     for groups in args.experts_per_batch:
         if "training" in args.parts and args.batch_size % groups:
             raise UserError(f"--experts-per-batch {groups} does not divide --batch-size {args.batch_size}")
+    if world_size() > 1 and args.parts != ["training"]:
+        raise UserError("several processes can only measure --parts training")
     world = setup()
     name = args.name or default_name(args, world)
     machine = describe_machine(world)
     floors = measure_floors(world, args.precision)
     results = {"machine": machine, "settings": vars(args), "floors": floors}
-    lines = [f"# {name}", "", "`" + " ".join(["python", *sys.argv]) + "`", ""]
+    launcher = "python" if world.size == 1 else f"torchrun --nproc_per_node={world.size}"
+    lines = [f"# {name}", "", f"`{' '.join([launcher, *sys.argv])}`", ""]
     # Two spaces at the end of a line are a line break in Markdown.
     lines += [f"{key}: {value}  " for key, value in machine.items()]
     lines += [f"copy bandwidth: {floors['copy_gb_s']:.1f} GB/s (bytes read and written)  "]
@@ -61,11 +65,14 @@ def main(args: argparse.Namespace):
     for part in args.parts:
         results[part] = PARTS[part](args, world, floors)
         lines += ["", f"## {part}", "", *markdown_table(results[part])]
+        if not world.is_main:
+            continue
         # The files are written after every part, so that an error in the next part loses no results.
         for suffix, text in (("json", json.dumps(results, indent=1, default=str)), ("md", "\n".join(lines))):
             with atomic_write(args.out / f"{name}.{suffix}") as temporary:
                 temporary.write_text(text + "\n")
-    print("\n".join(lines), f"\n\nwrote {args.out / name}.json and .md")
+    if world.is_main:
+        print("\n".join(lines), f"\n\nwrote {args.out / name}.json and .md")
 
 
 # The machine
@@ -82,6 +89,8 @@ def describe_machine(world: World) -> dict[str, str]:
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
         models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
         device = f"{next(models, 'CPU')}, {torch.get_num_threads()} threads"
+    if world.size > 1:
+        device = f"{world.size} x {device}"
     # A copy without .git gets its commit from the environment.
     commit = os.environ.get("COMMIT") or git_commit() or "unknown"
     return {"device": device, "versions": versions, "commit": commit, "date": time.strftime("%Y-%m-%d")}
@@ -97,6 +106,7 @@ def git_commit() -> str:
 
 def default_name(args: argparse.Namespace, world: World) -> str:
     device = torch.cuda.get_device_name(world.device).split()[-1] if world.device.type == "cuda" else "cpu"
+    device = f"{world.size}x{device}" if world.size > 1 else device
     compiled = "compiled" if args.compile else "eager"
     return f"{device}-{args.model}-b{args.batch_size}-{args.precision}-{compiled}".replace("/", "").lower()
 
@@ -239,7 +249,7 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
     noise = torch.randn_like(images)
     y = torch.zeros(args.batch_size, dtype=torch.long, device=world.device)
     label_drop = torch.zeros(args.batch_size, dtype=torch.bool, device=world.device)
-    runs, clocks, parameters = {}, {}, {}
+    runs, clocks, costs, static = {}, {}, {}, {}
 
     def batch(step: int, groups: int | None) -> list[tuple]:
         """Return the only microbatch of a step: (x, t, conditions, noise)."""
@@ -249,7 +259,8 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
         return [(images, t.to(world.device, non_blocking=True), conditions, noise)]
 
     def add(name: str, model: DiT | RemixDiT, groups: int | None):
-        """Add a model to `runs`, with its numbers of trained and of mixed parameters."""
+        """Add a model to `runs`, with what a step costs and the bytes that it holds between steps."""
+        costs[name] = step_costs(model, args.batch_size, groups, args.precision, Parallelism(world.size))
         trainer = Trainer(model, diffusion, world, lr=1e-5, precision=args.precision, compile=args.compile)
         clocks[name] = Clock(world)
         trainer.mark = clocks[name].mark
@@ -259,66 +270,47 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
                 trainer.step(step, batch(step, groups), 1e-4)
 
         runs[name] = run
-        mixed = [p for layer in model.modules() if isinstance(layer, RemixLinear) for p in layer.parameters()]
-        parameters[name] = sum(p.numel() for p in trainer.trained), sum(p.numel() for p in mixed)
+        # In float32: weights, EMA, AdamW's two moments and gradients.
+        static[name] = 5 * 4 * sum(p.numel() for p in trainer.trained)
 
-    if not args.skip_usual:
+    # The usual loop has one process.
+    if not args.skip_usual and world.size == 1:
         runs[USUAL], clocks[USUAL] = usual_training(dit, diffusion, batch, args.steps, world)
     add("DiT", copy.deepcopy(dit), None)
     for groups in args.experts_per_batch:
         add(f"RemixDiT G={groups}", RemixDiT(dit, N_BASIS, N_EXPERTS), groups)
 
     times = take_turns(runs, clocks, args.warmup, args.rounds)
-    flops = training_flops(dit.config) * args.batch_size
+    flops = training_flops(dit.config)
     rows = []
     for name, rounds in times.items():
         row = {"model": name, "ms/step": median(rounds) / args.steps * 1e3}
-        row["images/s"] = args.batch_size / row["ms/step"] * 1e3
-        row["MFU"] = flops / args.batch_size * row["images/s"] / floors["tflops"] / 1e12
+        row["images/s"] = args.batch_size * world.size / row["ms/step"] * 1e3
+        row["MFU"] = flops * row["images/s"] / world.size / floors["tflops"] / 1e12
         row["speed / DiT"] = relative_speed(rounds, times["DiT"])
         if USUAL in times:
             row["speed / usual"] = relative_speed(rounds, times[USUAL])
-        if name in parameters:
-            trained, mixed = parameters[name]
-            groups = int(name.partition("G=")[2] or 0)
-            row["floor ms"] = 1e3 * step_floor(flops, trained, mixed, groups, floors, args.precision)
-            dit_floor = 1e3 * step_floor(flops, parameters["DiT"][0], 0, 0, floors, args.precision)
-            row["floor's speed / DiT"] = dit_floor / row["floor ms"]
-            # In float32: weights, EMA, AdamW's two moments and gradients.
-            static = 5 * 4 * trained
-            row["peak GiB"] = (static + peak_memory(world, partial(runs[name], args.warmup + args.rounds))) / 2**30
+        if name in costs:
+            row["floor ms"] = step_floor(costs[name], floors)
+            row["floor's speed / DiT"] = step_floor(costs["DiT"], floors) / row["floor ms"]
+            row["peak GiB"] = (
+                static[name] + peak_memory(world, partial(runs[name], args.warmup + args.rounds))
+            ) / 2**30
             for stage in (stage for stage in rounds[0] if stage != "total"):
                 row[f"{stage} %"] = 100 * median(rounds, stage) / median(rounds)
         rows.append(row)
     return rows
 
 
-def step_floor(flops: int, trained: int, mixed: int, groups: int, floors: dict, precision: str) -> float:
-    """Return a lower bound of a training step's time: its FLOPs and its weights' bytes at the measured rates.
-
-    Every trained parameter (float32) is passed over 12 times. AdamW reads it, its gradient and two moments, and writes
-    all but the gradient (7). The EMA update reads both and writes one (3). The gradient is written once, and read once
-    by the check for non-finite values (2).
-
-    The weight of a matrix product is read once in float32 and written once in `precision`, then read in the forward and
-    in the backward pass, and its gradient is written and read, all in `precision`. A mixed parameter is instead read
-    twice in float32, for the mixtures and for the gradient of the coefficients, and the remaining passes are over the
-    weights of `groups` mixtures.
+def step_floor(costs: StepCosts, floors: dict) -> float:
+    """Return a lower bound of a training step's time in ms: its FLOPs and its weights' bytes at the measured rates.
 
     Args:
-        flops: FLOPs of the matrix products of a plain DiT's step.
-        trained: number of trained parameters.
-        mixed: number of those that belong to bases.
-        groups: number of mixtures in a batch.
-        floors: the measured rates, from measure_floors.
-        precision: precision of the matrix products.
-
-    Returns:
-        Seconds.
+        costs: what the step costs.
+        floors: the measured rates, from `measure_floors`.
     """
-    width = torch.finfo(PRECISIONS[precision]).bits // 8
-    weights = (4 + 5 * width) * (trained - mixed) + 2 * 4 * mixed + 5 * width * groups * mixed // N_BASIS
-    return flops / floors["tflops"] / 1e12 + (4 * 12 * trained + weights) / floors["copy_gb_s"] / 1e9
+    weights = sum(size for part, size in costs.traffic.items() if part != "activations")
+    return costs.flops / floors["tflops"] / 1e9 + weights / floors["copy_gb_s"] / 1e6
 
 
 def usual_training(dit: DiT, diffusion, batch: Callable, steps: int, world: World) -> tuple[Callable, Clock]:
@@ -586,7 +578,7 @@ if __name__ == "__main__":
     sizes = sorted({name.removeprefix("DiT-") for name in DiT_models})
     parser.add_argument("--model", choices=sizes, default="S/2", metavar="SIZE", help="S/2, B/2, XL/2, ...")
     parser.add_argument("--input-size", type=positive_int, default=32, help="side of the latents")
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="images per step")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="images per process and step")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="precision of matrix products")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
     parser.add_argument(
@@ -595,7 +587,7 @@ if __name__ == "__main__":
         nargs="*",
         default=[1, 4, 8],
         metavar="G",
-        help="numbers of experts per batch to measure for RemixDiT; without a number only DiT is measured",
+        help="numbers of experts per process and step to measure for RemixDiT; without a number only DiT is measured",
     )
     parser.add_argument("--skip-usual", action="store_true", help="do not measure the usual training loop")
     parser.add_argument("--steps", type=positive_int, default=1, help="training steps per round (more on fast devices)")

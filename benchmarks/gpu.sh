@@ -1,42 +1,85 @@
 #!/usr/bin/env bash
 # GPU benchmarks: run the tests of the fast paths on a GPU, then measure training, sampling, data, extraction and evaluation.
 #
-#   benchmarks/gpu.sh                   all stages, about 25 minutes on an H200 (an estimate); results go to benchmarks/results/
-#   OUT=/tmp/x benchmarks/gpu.sh b s    some stages, with another folder for the results: checks, b, s, xl, sampling, path
+#   benchmarks/gpu.sh                   the stages for one GPU, and those for several if there are several
+#   OUT=/tmp/x benchmarks/gpu.sh b s    some stages, with another folder for the results
+#   python benchmarks/table.py          the table of the README from the results
 #
-# In a copy without .git, set COMMIT in the environment. Needs torch, torchvision and timm. The stage `checks` also needs
-# pytest, and `path` needs diffusers and scipy.
+# Stages for one GPU: checks, s, b, l, xl, sampling, path. For all GPUs of this machine: s-all, b-all, l-all, xl-all.
+# A measurement that fails, for example because the memory is too small, does not end the others. They are listed at the
+# end, and the exit code is then 1. In a copy without .git, set COMMIT in the environment. Needs torch, torchvision and
+# timm. The stage `checks` also needs pytest, and `path` needs diffusers and scipy.
 
-set -euo pipefail
-cd "$(dirname "$0")/.."
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
 OUT=${OUT:-benchmarks/results}
-mkdir -p "$OUT"
-[ $# -gt 0 ] || set -- checks b s xl sampling path
-
-training() {
-  python benchmarks/benchmark.py --out "$OUT" --parts training --steps 5 "$@"
-}
-
-failed=0
+GPUS=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+if [ $# -eq 0 ]; then
+  set -- checks s b l xl sampling path
+  [ "$GPUS" -lt 2 ] || set -- "$@" s-all b-all l-all xl-all
+fi
 for stage in "$@"; do
   case $stage in
-    # The compiled, fused and bf16 paths equal the plain ones, never wait for the device, and compile once.
-    checks)
-      python -m pytest tests/test_grouped_linear.py tests/test_trainer.py tests/test_remix.py tests/test_models.py \
-        -q -p no:cacheprovider 2>&1 | tee "$OUT/gpu-checks.txt" || failed=1 ;;
-    b)
-      training --model B/2 --batch-size 256 --experts-per-batch 4 8
-      training --model B/2 --batch-size 32 --experts-per-batch 4 8 --skip-usual ;;
-    s)
-      training --model S/2 --batch-size 256 --experts-per-batch 1 8 --skip-usual
-      training --model S/2 --batch-size 240 --experts-per-batch 20 --skip-usual ;;
-    xl) training --model XL/2 --batch-size 128 --experts-per-batch --skip-usual ;;
-    sampling)
-      python benchmarks/benchmark.py --out "$OUT" --parts sampling --model B/2 --batch-size 64 --sampling-steps 25 --name gpu-sampling ;;
-    path) python benchmarks/benchmark.py --out "$OUT" --parts data extraction evaluator --name gpu-path ;;
+    checks | s | b | l | xl | sampling | path | s-all | b-all | l-all | xl-all) ;;
     *)
       echo "unknown stage $stage" >&2
       exit 2 ;;
   esac
 done
-exit "$failed"
+mkdir -p "$OUT"
+
+failed=()
+
+run() {
+  "$@" || failed+=("$*")
+}
+
+checks() {
+  python -m pytest tests/test_grouped_linear.py tests/test_trainer.py tests/test_remix.py tests/test_models.py \
+    -q -p no:cacheprovider 2>&1 | tee "$OUT/gpu-checks.txt"
+}
+
+measure() {
+  run python benchmarks/benchmark.py --out "$OUT" "$@"
+}
+
+# Each command holds a DiT and the RemixDiTs on the GPU at the same time.
+training() {
+  measure --parts training --steps 5 --skip-usual --model "$@"
+}
+
+training_all() {
+  run torchrun --standalone --nproc_per_node="$GPUS" benchmarks/benchmark.py --out "$OUT" \
+    --parts training --steps 5 --skip-usual --batch-size 32 --experts-per-batch 2 --model "$@"
+}
+
+for stage in "$@"; do
+  case $stage in
+    # The compiled, fused and bf16 paths equal the plain ones, never wait for the device, and compile once.
+    checks) checks || failed+=(checks) ;;
+    s)
+      training S/2 --batch-size 32 --experts-per-batch 2 4
+      training S/2 --batch-size 256 --experts-per-batch 1 8 16
+      training S/2 --batch-size 240 --experts-per-batch 20 ;;
+    b)
+      measure --parts training --steps 5 --model B/2 --batch-size 256 --experts-per-batch 4 16
+      training B/2 --batch-size 32 --experts-per-batch 2 4 ;;
+    l)
+      training L/2 --batch-size 32 --experts-per-batch 2
+      training L/2 --batch-size 64 --experts-per-batch 4 ;;
+    xl)
+      training XL/2 --batch-size 32 --experts-per-batch 2
+      training XL/2 --batch-size 128 --experts-per-batch ;;
+    sampling)
+      measure --parts sampling --model B/2 --batch-size 64 --sampling-steps 25 --name gpu-sampling ;;
+    path) measure --parts data extraction evaluator --name gpu-path ;;
+    s-all) training_all S/2 ;;
+    b-all) training_all B/2 ;;
+    l-all) training_all L/2 ;;
+    xl-all) training_all XL/2 ;;
+  esac
+done
+
+[ ${#failed[@]} -eq 0 ] && exit 0
+printf 'failed: %s\n' "${failed[@]}" >&2
+exit 1

@@ -146,6 +146,10 @@ class FlowMatching:
 
     # Training
 
+    def to(self, device: torch.device) -> "FlowMatching":
+        """Return this process, which stores no tensors. See `GaussianDiffusion.to`."""
+        return self
+
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Mix data x_start [B, ...] with noise at times t [B]: x_t = alpha x_1 + sigma eps (SiT, eq. 1)."""
         noise = torch.randn_like(x_start) if noise is None else noise

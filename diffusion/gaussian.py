@@ -128,6 +128,16 @@ class GaussianDiffusion:
         """Return the array `name` at the steps t [B], float32, shaped to broadcast with `like` [B, ...]."""
         return self._array_on(name, t.device)[t].view(-1, *[1] * (like.ndim - 1))
 
+    def to(self, device: torch.device) -> "GaussianDiffusion":
+        """Copy the arrays to a device, and return this process.
+
+        Otherwise each is copied when it is first used, and code that computes losses is then compiled twice.
+        """
+        arrays = [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
+        for name in ("timestep_map", *arrays):
+            self._array_on(name, device)
+        return self
+
     def _array_on(self, name: str, device: torch.device) -> Tensor:
         """Return the array `name` [S] as a tensor on a device."""
         # Each array is copied to a device once, because the host waits for every copy.

@@ -120,9 +120,9 @@ def read_idx(path: Path) -> np.ndarray:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             content = file.read()
         zeros, dtype, n_axes = struct.unpack_from(">HBB", content)
-        shape = struct.unpack_from(f">{n_axes}i", content, 4)
         if (zeros, dtype) != (0, 8):
             raise ValueError("not an idx file of bytes")
+        shape = struct.unpack_from(f">{n_axes}i", content, 4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * n_axes).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None

@@ -90,6 +90,7 @@ class Study:
         samples: samples for FID.
         sampling_steps: DDPM steps.
         per_timestep: images for the error of each timestep.
+        vae: steps of training the VAE.
         command: command line, recorded with the results.
     """
 
@@ -102,6 +103,7 @@ class Study:
     samples: int
     sampling_steps: int
     per_timestep: int
+    vae: int
     command: str
 
     @property
@@ -128,19 +130,22 @@ def main(args: argparse.Namespace):
     command = shlex.join(["python", "studies/fashion_tables.py", *sys.argv[1:]])
     work, out = Path(args.work), Path(args.out)
     if args.quick:
-        study = Study(args.setting, work, work / "quick", work / "quick" / "results", 60, 30, 50, 5, 4, command)
+        study = Study(args.setting, work, work / "quick", work / "quick" / "results", 60, 30, 50, 5, 4, 2, command)
     else:
-        study = Study(args.setting, work, work / "runs", out, 20_000, 5_000, 10_000, 100, 100, command)
+        study = Study(args.setting, work, work / "runs", out, 20_000, 5_000, 10_000, 100, 100, 6_000, command)
     with output_to(study.runs / "data.log"):
         prepare(study, args.source)
 
-    names = ["continued"]
+    # First the variants that the others are compared with.
+    names = ["continued", "remix-4-20"]
     for part in TABLES[args.table].values():
         names += [name for name in part if name not in names]
     done = {(row["variant"], row["seed"]) for row in read_results(study.table)}
     missing = {(name, seed) for seed in args.seeds for name in ["pretrained", *names]} - done
     print(f"{len(missing)} results are missing in {study.table}")
-    workers = ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"))
+    # Each run has a process of its own, which loads the code as it is then.
+    spawn = multiprocessing.get_context("spawn")
+    workers = ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1)
     with workers, tqdm(total=sum(cost(study, name) for name, _ in missing), unit="step", smoothing=0) as bar:
         # A group of seeds is finished before the next one begins. Its pretrained models are the first.
         for first in range(0, len(args.seeds), args.jobs):
@@ -178,8 +183,8 @@ def prepare(study: Study, source: str | None):
 
     encoding = dict(vae="none", grayscale=True)
     if study.setting == "latents":
-        if not (out / "vae" / "config.json").exists():
-            runs.run("studies/vae.py", *flags(data=work, out=out / "vae"))
+        if not (out / "vae" / "scores.json").exists():
+            runs.run("studies/vae.py", *flags(data=work, out=out / "vae", steps=study.vae))
         encoding = dict(vae=out / "vae", store="moments")
     for split in ("train", "validation", "test"):
         if not (study.features(split) / "index.json").exists():

@@ -91,7 +91,9 @@ def heldout_errors(paths: list[Path], split: Path, timesteps: range, per_timeste
     """
     model, config = load_denoiser(paths)
     dataset = FeatureDataset(split)
-    x, y = dataset.__getitems__(list(range(len(dataset))))
+    # The images are stored class by class. In a random order, each timestep has images of all classes.
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    x, y = dataset.__getitems__(order.tolist())
     return noise_errors(model, create_diffusion(**config["diffusion"]), x, y, timesteps, per_timestep)
 
 

@@ -1,8 +1,12 @@
-"""The benchmark runs at toy size, and its results are consistent."""
+"""The benchmark runs at toy size, its results are consistent, and the tables follow from them and from the plan."""
 
 import json
+import os
+import shlex
+import subprocess
 
-from conftest import run
+import pytest
+from conftest import ROOT, run
 
 from common import flags
 
@@ -36,6 +40,93 @@ def test_every_part_is_measured(tmp_path):
     assert all(f"## {part}" in report for part in ("training", "sampling", "data", "extraction", "evaluator"))
 
 
+@pytest.mark.slow
+def test_training_is_measured_on_several_processes(tmp_path):
+    settings = flags(parts=("training",), precision="fp32", compile=False, warmup=1, rounds=2, experts_per_batch=(2,))
+    run("benchmarks/benchmark.py", *TOY, *settings, *flags(out=tmp_path, name="two"), processes=2)
+    results = json.loads((tmp_path / "two.json").read_text())
+    assert results["machine"]["device"].startswith("2 x ")
+    assert [row["model"] for row in results["training"]] == ["DiT", "RemixDiT G=2"]
+    for row in results["training"]:
+        assert row["images/s"] == pytest.approx(2 * 4 / row["ms/step"] * 1e3)
+
+
 def test_error_for_groups_that_do_not_divide_the_batch(tmp_path):
     settings = flags(experts_per_batch=(3,), parts=("training",), out=tmp_path)
     assert "does not divide" in run("benchmarks/benchmark.py", *TOY, *settings, expect=2).stderr
+
+
+RESULT = ROOT / "benchmarks" / "results" / "cpu-s2-b8-bf16-compiled.json"
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """Run benchmarks/gpu.sh with commands that only write down how they are called; those for XL/2 fail."""
+    for name in ("python", "torchrun"):
+        stub = tmp_path / name
+        stub.write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/called\n! echo "$*" | grep -q XL/2\n')
+        stub.chmod(0o755)
+
+    def call(*stages, gpus: int = 1, expect: int = 0) -> tuple[list[str], str]:
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        environment = os.environ | {"PATH": path, "GPUS": str(gpus), "OUT": str(tmp_path / "out")}
+        script = ROOT / "benchmarks" / "gpu.sh"
+        done = subprocess.run(["bash", script, *stages], capture_output=True, text=True, env=environment)
+        assert done.returncode == expect, done.stderr
+        called = tmp_path / "called"
+        return called.read_text().splitlines() if called.exists() else [], done.stderr
+
+    return call
+
+
+def test_a_failure_on_the_gpu_does_not_end_the_other_measurements(commands):
+    called, errors = commands(expect=1, gpus=8)
+    sizes = [size for size in ("S/2", "B/2", "L/2", "XL/2") for command in called if f"--model {size}" in command]
+    assert set(sizes) == {"S/2", "B/2", "L/2", "XL/2"}
+    assert called[-4:] == [command for command in called if command.startswith("torchrun")]
+    assert "--parts sampling" in " ".join(called) and "pytest" in called[0]
+    failed = [line.removeprefix("failed: ") for line in errors.splitlines()]
+    assert failed == [command for command in called if "XL/2" in command]
+    assert len(failed) == 3
+
+
+def test_one_gpu_is_measured_without_torchrun(commands):
+    called, errors = commands("s", "l")
+    assert called and not errors
+    assert all(command.startswith("python benchmarks/benchmark.py") for command in called)
+    assert "unknown stage q" in commands("s", "q", expect=2)[1]
+
+
+def test_the_benchmark_accepts_the_commands_for_gpus(commands):
+    called, _ = commands(expect=1, gpus=8)
+    grouped = [
+        command for command in called if "--experts-per-batch " in command and "--experts-per-batch 1 " not in command
+    ]
+    assert len(grouped) >= 8
+    for command in grouped:
+        flags = shlex.split(command.partition("benchmark.py ")[2])
+        # The last flag wins: all flags are understood before the experts are found not to divide the batch.
+        assert "does not divide" in run("benchmarks/benchmark.py", *flags, "--batch-size=7", expect=2).stderr
+
+
+def test_the_table_of_the_readme_from_results(tmp_path):
+    measured = json.loads(RESULT.read_text())
+    fake = measured | {"machine": measured["machine"] | {"device": "8 x NVIDIA H100", "versions": "torch 3, CUDA 14"}}
+    (tmp_path / "fake.json").write_text(json.dumps(fake))
+    for path, device in ((RESULT, "2 threads, bf16, compiled"), (tmp_path / "fake.json", "8 x NVIDIA H100, bf16")):
+        header, _, *rows = run("benchmarks/table.py", path).stdout.splitlines()
+        assert header.startswith("| model | device |")
+        assert len(rows) == len(measured["training"])
+        remix = next(row for row in rows if row.startswith("| RemixDiT-S/2 G=4 |"))
+        assert device in remix and "| 8 |" in remix
+        speed = next(row["speed / DiT"] for row in measured["training"] if row["model"] == "RemixDiT G=4")
+        assert f"| {speed:.2f} |" in remix
+    (tmp_path / "other.json").write_text("[]")
+    assert "not a result file" in run("benchmarks/table.py", tmp_path / "other.json", expect=2).stderr
+
+
+@pytest.mark.parametrize("sizes", [("S/2",), pytest.param(("S/2", "B/2", "L/2", "XL/2"), marks=pytest.mark.slow)])
+def test_the_table_of_estimates_is_that_of_the_plan(sizes):
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    printed = run("benchmarks/estimate.py", "--size", *sizes).stdout
+    assert all(line in page.splitlines() for line in printed.splitlines())

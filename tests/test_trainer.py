@@ -7,8 +7,10 @@ from conftest import DEVICES, random_microbatch, random_remix_dit
 from torch import nn
 from torch._dynamo.utils import counters
 
-from diffusion import create_diffusion
+from diffusion import create_diffusion, create_flow
 from distributed import World
+from models import DiT
+from remix import RemixDiT
 from training.batches import BatchSampler, StepBatch
 from training.trainer import Trainer
 
@@ -34,19 +36,34 @@ def test_training_in_bf16_and_compiled_follows_fp32(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_fifty_steps_with_changing_experts_compile_once(device):
+def test_fifty_steps_with_changing_experts_and_weights_of_the_prior_compile_once(device):
     world = World(0, 1, torch.device(device))
     trainer = Trainer(random_remix_dit(device), create_diffusion(), world, lr=1e-4, precision="bf16", compile=True)
     experts_seen = set()
     for step in range(52):
         batch = random_microbatch(step, device=device)
         experts_seen.add(tuple(trainer.model.expert_index(batch[1]).tolist()))
-        trainer.step(step, [batch])
+        trainer.step(step, [batch], prior_weight=1e-4 * (1 - step / 52))
         if step == 1:
             warm = counters["stats"]["unique_graphs"]
     assert len(experts_seen) > 10
     assert counters["stats"]["unique_graphs"] == warm == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_model_and_loss_of_a_flow_are_one_graph(monkeypatch, checkpoint_activations):
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    flow = create_flow()
+    model = RemixDiT(DiT(8, 2, 4, 32, 2, 2, num_classes=10), n_basis=4, n_experts=20, boundaries=flow.quantiles(20))
+    options = {"compile": True, "checkpoint_activations": checkpoint_activations}
+    trainer = Trainer(model, flow, World(0, 1, torch.device("cpu")), lr=1e-4, precision="bf16", **options)
+    for step in range(4):
+        x, t, conditions, noise = random_microbatch(step)
+        trainer.step(step, [(x, 1 - (t + 0.5) / 1000, conditions, noise)], prior_weight=1e-4 * (1 - step / 4))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert trainer.stats.read()[0]["loss"] > 0
 
 
 def test_each_number_of_groups_is_compiled_separately(monkeypatch):
@@ -58,6 +75,44 @@ def test_each_number_of_groups_is_compiled_separately(monkeypatch):
         trainer = Trainer(random_remix_dit(depth=1), create_diffusion(), world, lr=1e-4, precision="bf16", compile=True)
         trainer.step(0, [random_microbatch(size=16, groups=groups)])
     assert counters["stats"]["unique_graphs"] == 3
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_recomputed_activations_give_the_same_steps_with_less_memory(compiled):
+    """Two microbatches per step, each of other experts: the backward pass needs the coefficients of its own batch."""
+    weights, losses, stored = [], [], []
+    for recompute in (False, True):
+        model, sizes = random_remix_dit(), {}
+
+        def store(tensor: torch.Tensor, sizes: dict = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        world, options = World(0, 1, torch.device("cpu")), {"compile": compiled, "checkpoint_activations": recompute}
+        trainer = Trainer(model, create_diffusion(), world, lr=1e-3, **options)
+        with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
+            for step in range(0, 6, 2):
+                trainer.step(step, [random_microbatch(step), random_microbatch(step + 1)], 1e-4)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        losses.append(trainer.stats.read()[0]["loss"])
+        stored.append(sum(sizes.values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if compiled else 0)
+    assert torch.allclose(weights[1], weights[0], atol=1e-4 if compiled else 0)
+    assert stored[1] < 0.5 * stored[0]
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_but_the_statistics():
+    model = random_remix_dit()
+    trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-3)
+    before = copy.deepcopy(model.state_dict())
+    x, *rest = random_microbatch()
+    x[3, 0, 0, 0] = torch.inf
+    trainer.step(7, [random_microbatch(), (x, *rest)])
+    assert trainer.stats.longest_streak() == 1
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    losses, nonfinite = trainer.stats.read()
+    assert losses["loss"] is None
+    assert nonfinite.step == 7
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

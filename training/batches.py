@@ -65,7 +65,7 @@ def row_generators(seed: int, step: int, rows: range, stream: Stream) -> Iterato
     """Iterate over the random generators of some rows of a step's global batch.
 
     Row r's generator is NumPy's Generator on Philox4x64-10 with the key (seed, step) and the initial counter
-    (0, r, stream, 0), whose first number is the lowest. Therefore any rows can be drawn without the others, and each
+    (0, r, stream, 0), least significant word first. Therefore any rows can be drawn without the others, and each
     row has 2^66 random 64-bit numbers of its own.
 
     Args:
@@ -75,7 +75,8 @@ def row_generators(seed: int, step: int, rows: range, stream: Stream) -> Iterato
         stream: what is drawn.
 
     Yields:
-        The generator of each row. It is one object, so each must be used before the next row's is requested.
+        The generator of each row. It is the same object with another state each time, so finish the draws of a row
+        before the next row is requested.
     """
     philox = np.random.Philox(key=np.array([seed, step], np.uint64))
     generator = np.random.Generator(philox)
@@ -92,6 +93,12 @@ def draw_noise(seed: int, step: int, rows: range, shape: tuple[int, ...]) -> np.
 
     Row r's noise is the first standard_normal(shape, float32) of its generator (see `row_generators`).
 
+    Args:
+        seed: global seed.
+        step: the training step, from 0.
+        rows: indices of the rows in the global batch.
+        shape: shape of an image or latent, (C, H, W).
+
     Returns:
         Standard normal noise [number of rows, *shape], float32.
     """
@@ -106,6 +113,12 @@ def draw_label_dropout(seed: int, step: int, rows: range, probability: float) ->
 
     Row r's label is replaced if the first random() of its generator (see `row_generators`) is below `probability`.
 
+    Args:
+        seed: global seed.
+        step: the training step, from 0.
+        rows: indices of the rows in the global batch.
+        probability: probability that a label is replaced.
+
     Returns:
         Whether each label is replaced [number of rows], bool.
     """
@@ -117,8 +130,9 @@ class GlobalBatches:
     """The images of each global batch.
 
     Each epoch visits all images in a new random order. The epochs are concatenated and cut into batches, so no image is
-    dropped or repeated. Each visit draws one of the image's views. An item is (image, view, draw), where `draw` selects
-    the draw from the VAE's posterior and is the same for a whole epoch.
+    dropped or repeated. Each time an image is used, one of its views is drawn at random: the image or, if stored, its
+    mirror image. An item is (image, view, draw). `draw` is the number of the draw from the VAE's posterior. It is the
+    same for a whole epoch.
 
     Args:
         n_images: number of images of the dataset.

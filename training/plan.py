@@ -1,5 +1,9 @@
-"""The plan of a training run: its settings, and the memory, disk space and time it will take (--dry-run)."""
+"""The plan of a training run: its settings, and the memory, disk space and time it will take (--dry-run).
 
+Times are estimates from counted FLOPs and bytes at assumed rates. They have not been confirmed on a GPU.
+"""
+
+import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +16,28 @@ from torch.utils.flop_counter import FlopCounterMode
 from checkpoint import checkpoints
 from common import UserError, check_disk
 from diffusion import FlowMatching, GaussianDiffusion, create_process
-from distributed import PRECISIONS, world_size
+from distributed import PRECISIONS
 from features import FeatureDataset
+from grouped_linear import RECOMPUTED_GROUPS
 from models import DiT
 from remix import RemixDiT, RemixLinear
 from training.batches import count_groups
+from training.trainer import recompute_blocks
 
-# Rate of bf16 matrix products of an A100, in FLOP/s.
-PEAK = 312e12
-# The part of PEAK that training is assumed to reach. Wide models reach more, narrow ones less.
-UTILISATION = 0.3
+# Peak rates of an H100 SXM: FLOP/s of dense matrix products (TF32 in fp32), and bytes/s of its memory, of NVLink in one
+# direction, and of a network of 400 Gbit/s per GPU between nodes of NODE GPUs.
+PEAK_FLOPS = {"fp32": 494e12, "bf16": 989e12, "fp16": 989e12}
+PEAK_MEMORY = 3.35e12
+PEAK_NVLINK = 450e9
+PEAK_NETWORK = 50e9
+NODE = 8
+# The parts of these rates that training is assumed to reach.
+REACHED_FLOPS = 0.6
+REACHED_BYTES = 0.8
+# Inner products of bases and gradients that the compiler computes in one kernel.
+FUSED_PRODUCTS = 64
+# What a process holds on the GPU for CUDA, cuBLAS and NCCL, in bytes.
+CUDA_CONTEXT = 2**30
 
 
 @dataclass(frozen=True)
@@ -120,13 +136,30 @@ def describe_run(
     ]
 
 
+@dataclass(frozen=True)
+class Parallelism:
+    """How a step is divided among GPUs, and how a GPU runs its part.
+
+    Attributes:
+        size: number of GPUs R.
+        grad_accum: microbatches per GPU and step.
+        sharded: whether the bases are sharded over the GPUs (sharding.py).
+        checkpoint_activations: whether blocks run again in the backward pass instead of storing activations.
+    """
+
+    size: int = 1
+    grad_accum: int = 1
+    sharded: bool = False
+    checkpoint_activations: bool = False
+
+
 def dry_run(
     name: str,
     model: DiT | RemixDiT,
     dataset: FeatureDataset | AssumedFeatures,
     settings: RunSettings,
     process: dict,
-    grad_accum: int,
+    parallelism: Parallelism,
     folder: Path,
     n_checkpoints: int,
 ) -> list[str]:
@@ -138,31 +171,52 @@ def dry_run(
         dataset: the encoded images.
         settings: the settings of the run.
         process: keyword arguments of `create_process`.
-        grad_accum: microbatches per process and step.
+        parallelism: how a step is divided among GPUs.
         folder: the run's folder.
         n_checkpoints: number of checkpoints that the run needs space for.
     """
-    lines = describe_run(name, model, dataset, settings, process, f"{world_size()} GPUs")
+    size = parallelism.size
+    lines = describe_run(name, model, dataset, settings, process, f"{size} GPUs")
     try:
         disk = check_checkpoint_space(folder, model, n_checkpoints)
     except UserError as error:
         disk = f"on this machine: {error}"
-
-    remix = isinstance(model, RemixDiT)
-    backbone = model.backbone_config if remix else model.config
-    n_images = settings.global_batch_size // world_size() // grad_accum
-    groups = count_groups(n_images, settings.global_batch_size // settings.experts_per_batch) if remix else None
-    activations = activation_bytes(model, create_process(**process), n_images, groups, PRECISIONS[settings.precision])
-    memory = static_memory(model) | {f"activations of {n_images} images (estimate, not compiled)": activations}
-    parts = ", ".join(f"{size / 2**30:.2f} {part}" for part, size in memory.items())
-    lines.append(f"memory per GPU: {sum(memory.values()) / 2**30:.1f} GiB: {parts}")
-    lines.append(disk)
-
-    flops = training_flops(backbone) * n_images * grad_accum
-    hours = settings.max_steps * flops / (UTILISATION * PEAK) / 3600
-    rate = f"{UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s, an A100's peak in bf16"
-    lines.append(f"time: {hours:,.2f} hours (estimate: {flops / 1e12:.2f} TFLOP per step and GPU, at {rate})")
+    n_images = settings.global_batch_size // size // parallelism.grad_accum
+    groups = None
+    if isinstance(model, RemixDiT):
+        groups = count_groups(n_images, settings.global_batch_size // settings.experts_per_batch)
+    costs = step_costs(model, n_images, groups, settings.precision, parallelism)
+    memory = memory_bytes(model, create_process(**process), n_images, groups, settings.precision, parallelism)
+    memory["CUDA and NCCL (assumed)"] = CUDA_CONTEXT
+    parts = ", ".join(f"{part_size / 2**30:.2f} {part}" for part, part_size in memory.items())
+    lines += [f"memory per GPU: {sum(memory.values()) / 2**30:.1f} GiB (estimate): {parts}", disk]
+    lines += describe_step(costs, settings.precision, size)
+    hours = settings.max_steps * costs.step_seconds(settings.precision, size) / 3600
+    lines.append(f"time: {hours:,.2f} hours (estimate)")
     return lines
+
+
+def describe_step(costs: "StepCosts", precision: str, size: int) -> list[str]:
+    """Return the line that says how long a step takes, and why.
+
+    Args:
+        costs: what a step costs one GPU.
+        precision: precision of the matrix products.
+        size: number of GPUs.
+    """
+    seconds = costs.seconds(precision, size)
+    traffic = ", ".join(f"{part_size / 1e9:.1f} {part}" for part, part_size in costs.traffic.items())
+    parts = [
+        f"{1e3 * seconds['compute']:.1f} ms of compute ({costs.flops / 1e12:.2f} TFLOP per step and GPU)",
+        f"{1e3 * seconds['memory traffic']:.1f} ms of memory traffic ({traffic} GB)",
+    ]
+    if size > 1:
+        parts.append(f"{1e3 * seconds['network']:.1f} ms of network beside them ({costs.sent / 1e9:.2f} GB sent)")
+    step_ms = 1e3 * costs.step_seconds(precision, size)
+    return [
+        f"step: {step_ms:.1f} ms (estimate): {', '.join(parts)}; bound by {costs.bound(precision, size)}, at "
+        f"{REACHED_FLOPS:.0%} of an H100's matrix products and {REACHED_BYTES:.0%} of its other rates"
+    ]
 
 
 def count_checkpoints(
@@ -209,11 +263,196 @@ def check_checkpoint_space(folder: Path, model: nn.Module, count: int) -> str:
     return check_disk(folder, count * size, f"{count} more checkpoints of {size / 2**20:,.1f} MiB")
 
 
-def static_memory(model: nn.Module) -> dict[str, int]:
-    """Return the bytes that a GPU holds during the whole run, in float32, by what they hold."""
-    size = 4 * sum(p.numel() for p in model.parameters())
-    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"weights": size, "gradients": trained, "EMA": size, "AdamW's moments": 2 * trained}
+@dataclass(frozen=True)
+class StepCosts:
+    """What a training step costs one GPU.
+
+    Attributes:
+        flops: FLOPs of the matrix products.
+        traffic: bytes that are read and written in the GPU's memory, by their purpose.
+        sent: bytes that are sent to other GPUs.
+    """
+
+    flops: float
+    traffic: dict[str, float]
+    sent: float
+
+    def seconds(self, precision: str, size: int) -> dict[str, float]:
+        """Return the seconds of "compute", "memory traffic" and "network" of a step at the assumed rates.
+
+        Args:
+            precision: precision of the matrix products.
+            size: number of GPUs.
+        """
+        return {
+            "compute": self.flops / (REACHED_FLOPS * PEAK_FLOPS[precision]),
+            "memory traffic": sum(self.traffic.values()) / (REACHED_BYTES * PEAK_MEMORY),
+            "network": self.sent / (REACHED_BYTES * (PEAK_NVLINK if size <= NODE else PEAK_NETWORK)),
+        }
+
+    def step_seconds(self, precision: str, size: int) -> float:
+        """Return the seconds of a step. The network works while the GPU computes; the arguments are as in `seconds`."""
+        seconds = self.seconds(precision, size)
+        return max(seconds["compute"] + seconds["memory traffic"], seconds["network"])
+
+    def bound(self, precision: str, size: int) -> str:
+        """Return which of `seconds` limits the speed of the step."""
+        seconds = self.seconds(precision, size)
+        if self.step_seconds(precision, size) == seconds["network"]:
+            return "network"
+        return max(("compute", "memory traffic"), key=seconds.get)
+
+
+def step_costs(
+    model: DiT | RemixDiT, n_images: int, groups: int | None, precision: str, parallelism: Parallelism
+) -> StepCosts:
+    """Count the FLOPs and bytes of a compiled training step on one GPU.
+
+    Args:
+        model: the model, whole; its parameters may be on the meta device.
+        n_images: images per microbatch.
+        groups: number of equal groups of a RemixDiT's microbatch; None for a plain DiT.
+        precision: precision of the matrix products.
+        parallelism: how the step is divided among GPUs.
+    """
+    config = model.backbone_config if groups else model.config
+    width = torch.finfo(PRECISIONS[precision]).bits // 8
+    trained, bases, mixture = count_parameters(model)
+    # With R GPUs, each mixes 1/R of the rows for the groups of all GPUs: R times the groups on 1/R of the bases.
+    own_bases = bases / parallelism.size if parallelism.sharded else bases
+    owned = trained - bases + own_bases
+    n_products = (groups or 0) * (parallelism.size if parallelism.sharded else 1) * (bases // max(1, mixture))
+    runs = 4 / 3 if parallelism.checkpoint_activations else 1
+    per_microbatch = {
+        "activations": activation_traffic(config, n_images, width, parallelism.checkpoint_activations),
+        # Each is read in float32 and rounded, read in the forward and the backward pass, and its gradient is written,
+        # read and stored in float32.
+        "weights": (4 + 5 * width + 4) * (trained - bases),
+        "mixing": mixing_traffic(own_bases, mixture * groups, width, groups, n_products) if groups else 0,
+    }
+    traffic = {part: parallelism.grad_accum * size for part, size in per_microbatch.items() if size}
+    # AdamW reads a parameter, its gradient and two moments, and writes all but the gradient. The EMA reads two and
+    # writes one. The check for non-finite numbers reads the gradient.
+    traffic |= {"optimizer": 4 * (7 + 1) * owned, "EMA": 4 * 3 * owned}
+    mixtures = mixture * (groups or 0) * parallelism.grad_accum
+    sent = bytes_sent(trained, bases, mixtures, width, parallelism)
+    if parallelism.size > 1:
+        # What is sent is also received. Gradients are copied to the buckets of DDP. Mixtures that are received, and
+        # their gradients, are copied into another order.
+        reduced, exchanged = exchanged_numbers(trained, bases, mixtures, parallelism)
+        traffic["exchange"] = 2 * sent + 2 * 4 * reduced + 2 * 2 * width * exchanged
+    return StepCosts(runs * training_flops(config) * n_images * parallelism.grad_accum, traffic, sent)
+
+
+def count_parameters(model: DiT | RemixDiT) -> tuple[int, int, int]:
+    """Return the numbers of trained parameters, of those that belong to bases, and of those of one mixture."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    mixed = sum(p.numel() for m in model.modules() if isinstance(m, RemixLinear) for p in m.parameters())
+    return trained, mixed, mixed // model.n_basis if mixed else 0
+
+
+def activation_traffic(config: dict, n_images: int, width: int, twice: bool) -> float:
+    """Count the bytes of activations that the kernels between the matrix products read and write in a step.
+
+    Per token and channel of a block, in a forward pass: the two residual additions, each fused with the normalization
+    and the modulation behind it (8 bytes of the float32 residual and 2 activations each), attention (4 activations) and
+    GELU (8 activations). In a backward pass: GELU (12), attention (10), the gradients of the biases (9), and for each
+    normalization 20 bytes in float32 and 4 activations.
+
+    Args:
+        config: the keyword arguments of the DiT.
+        n_images: images per microbatch.
+        width: bytes of an activation.
+        twice: whether the forward pass of the blocks runs twice.
+    """
+    forward, backward = 16 + 16 * width, 40 + 39 * width
+    tokens = n_images * (config["input_size"] // config["patch_size"]) ** 2
+    return tokens * config["depth"] * config["hidden_size"] * (forward * (2 if twice else 1) + backward)
+
+
+def mixing_traffic(bases: float, mixtures: float, width: int, groups: int, n_products: int) -> float:
+    """Count the bytes that mixing reads and writes in a forward and backward pass.
+
+    The forward pass reads the bases in float32 and writes the mixtures, and a matrix product reads them. The backward
+    pass reads them again, or mixes again if there are many groups. It writes their gradients and reads them twice, for
+    the gradient of alpha, which also reads the bases, and for that of the bases, which it writes. For the gradient of
+    alpha, the compiler writes one kernel for up to FUSED_PRODUCTS numbers. Beyond it writes several, which read the
+    bases twice and the gradients five times (benchmarks/results/h100-kernels.md, K = 8, G = 16).
+
+    Args:
+        bases: parameters of the bases that a GPU mixes.
+        mixtures: parameters of all mixtures that a GPU computes.
+        width: bytes of a number of a mixture.
+        groups: number of groups per GPU.
+        n_products: numbers of the gradient of alpha that a GPU computes.
+    """
+    split = 4 * bases + 4 * width * mixtures if n_products > FUSED_PRODUCTS else 0
+    again = 4 * bases + width * mixtures if groups >= RECOMPUTED_GROUPS else 0
+    return 3 * 4 * bases + 6 * width * mixtures + again + split
+
+
+def bytes_sent(trained: int, bases: int, mixtures: int, width: int, parallelism: Parallelism) -> float:
+    """Count the bytes that a GPU sends in a step: a ring reduces gradients in float32, and mixtures go there and back.
+
+    Args:
+        trained: number of trained parameters.
+        bases: number of those that belong to bases.
+        mixtures: number of parameters of the mixtures of a step on one GPU.
+        width: bytes of a number of a mixture.
+        parallelism: how the step is divided among GPUs.
+    """
+    reduced, exchanged = exchanged_numbers(trained, bases, mixtures, parallelism)
+    return 2 * (4 * reduced + width * exchanged) * (parallelism.size - 1) / parallelism.size
+
+
+def exchanged_numbers(trained: int, bases: int, mixtures: int, parallelism: Parallelism) -> tuple[int, int]:
+    """Return how many gradients are reduced and how many numbers of mixtures are exchanged."""
+    return (trained - bases, mixtures) if parallelism.sharded else (trained, 0)
+
+
+def memory_bytes(
+    model: DiT | RemixDiT,
+    diffusion: GaussianDiffusion | FlowMatching,
+    n_images: int,
+    groups: int | None,
+    precision: str,
+    parallelism: Parallelism,
+) -> dict[str, float]:
+    """Estimate the largest memory of a training step on one GPU, without the CUDA context, by what it holds.
+
+    Args:
+        model: the model on the meta device, whole. It cannot be used afterwards.
+        diffusion: the process that gives the training losses.
+        n_images, groups, precision, parallelism: see `step_costs`.
+
+    Returns:
+        Bytes. Gradients count only where they do not fit into the memory that the activations leave.
+    """
+    size = parallelism.size
+    trained, bases, mixture = count_parameters(model)
+    fixed = sum(p.numel() for p in model.parameters()) - trained
+    owned = trained - bases * (1 - 1 / size) if parallelism.sharded else trained
+    dtype = PRECISIONS[precision]
+    activations = activation_bytes(copy.deepcopy(model), diffusion, n_images, groups, dtype)
+    if parallelism.checkpoint_activations:
+        depth = len((model.backbone if groups else model).blocks)
+        recompute_blocks(model, compile=False)
+        inputs = activation_bytes(model, diffusion, n_images, groups, dtype)
+        # The backward pass has the activations of one block at a time.
+        activations = inputs + (activations - inputs) // depth
+    gradients = 4 * owned
+    if size == 1 and parallelism.grad_accum == 1:
+        # The backward pass frees activations while it computes gradients.
+        gradients = max(0, gradients - activations)
+    memory = {"weights": 4 * (owned + fixed), "gradients": gradients, "EMA": 4 * (owned + fixed)}
+    memory |= {"AdamW's moments": 8 * owned, f"activations of {n_images} images (not compiled)": activations}
+    if size > 1 and parallelism.grad_accum > 1:
+        # Gradients that are not exchanged yet, beside the buckets of the exchange.
+        memory["accumulated gradients"] = 4 * (trained - bases if parallelism.sharded else trained)
+    if parallelism.sharded:
+        # Sent and received, in flight at the same time.
+        memory["mixtures in exchange"] = 2 * dtype.itemsize * groups * mixture
+    return memory
 
 
 def activation_bytes(
@@ -229,7 +468,6 @@ def activation_bytes(
 
     Args:
         model: the model on the meta device. It cannot be used afterwards.
-        diffusion: the process that gives the training losses.
         n_images: images per microbatch.
         groups: number of equal groups of a RemixDiT's microbatch; None for a plain DiT.
         precision: dtype of the matrix products.

@@ -111,6 +111,7 @@ def make_model(
     prior_bonus: float,
     load_weight: str | None = None,
     allow_pickle: bool = False,
+    process: dict | None = None,
 ) -> DiT | RemixDiT:
     """Build the model at step 0.
 
@@ -121,10 +122,11 @@ def make_model(
         prior_bonus: initial lead of the prior's basis in the mixing logits.
         load_weight: file of the initial weights; None for random weights.
         allow_pickle: whether that file may run code.
+        process: keyword arguments of `create_process`, which a file that is a flow must fit.
     """
     try:
         if load_weight:
-            return load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle)
+            return load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle, process or {})
         if mixing:
             return RemixDiT_models[name](**shape, **mixing, prior_bonus=prior_bonus)
         return DiT_models[name](**shape)
@@ -135,14 +137,21 @@ def make_model(
 
 
 def load_initial_model(
-    name: str, shape: dict, mixing: dict | None, prior_bonus: float, path: str, allow_pickle: bool
+    name: str, shape: dict, mixing: dict | None, prior_bonus: float, path: str, allow_pickle: bool, process: dict
 ) -> DiT | RemixDiT:
-    """Load the weights at step 0 and check that they fit the model; the arguments are those of `make_model`."""
-    loaded, _ = load_model(path, allow_pickle=allow_pickle, verify=True)
+    """Load the weights at step 0 and check that they fit the run; the arguments are those of `make_model`."""
+    loaded, config = load_model(path, allow_pickle=allow_pickle, verify=True)
+    # A flow may start from a DiT, which has learned other features of the same images. The reverse is a mistake.
+    trained = config["diffusion"] if config["diffusion"].get("process") == "flow" else {}
+    for key in ("process", "path", "prediction") if trained else ():
+        if trained[key] != process.get(key):
+            run = process.get(key, "gaussian")
+            raise UserError(f"--load-weight {path} was trained with {key}={trained[key]}, this run has {run}")
     loaded_config = loaded.backbone_config if isinstance(loaded, RemixDiT) else loaded.config
     needed_config = DiT_models[name.removeprefix("Remix")](**shape).config
     for key, value in needed_config.items():
-        if loaded_config[key] != value:
+        # Flows do not use the variance half of the output, which REPA's networks do not have.
+        if loaded_config[key] != value and not (process and key == "learn_sigma"):
             raise UserError(f"--load-weight {path} has {key}={loaded_config[key]}, this run needs {value}")
     if not isinstance(loaded, RemixDiT):
         return RemixDiT(loaded, **mixing, prior_bonus=prior_bonus) if mixing else loaded

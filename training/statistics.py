@@ -1,5 +1,6 @@
 """Statistics of a run: running sums of the losses, non-finite steps, throughput, the report line, held-out errors."""
 
+import math
 import resource
 import sys
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import GaussianDiffusion
+from diffusion import FlowMatching, GaussianDiffusion
 from distributed import World, seed_for
 from models import DiT
 from remix import RemixDiT
@@ -34,18 +35,19 @@ class NonFiniteSteps(NamedTuple):
         norm: the gradient norm of that step.
     """
 
-    count: float | Tensor
-    streak: float | Tensor
-    longest_streak: float | Tensor
-    step: float | Tensor
-    loss: float | Tensor
-    norm: float | Tensor
+    count: float = 0
+    streak: float = 0
+    longest_streak: float = 0
+    step: float = 0
+    loss: float = 0
+    norm: float = 0
 
 
 class TrainingStats:
     """Sums of the losses since the last report, and the non-finite steps so far.
 
-    Both stay on the device until they are read, so that counting a step does not make the host wait.
+    The losses of a step stay on the device until its work is done. They are then added to the sums on the host, which
+    never waits for them in a step.
 
     Args:
         world: this process's place among all processes.
@@ -55,71 +57,53 @@ class TrainingStats:
     def __init__(self, world: World, names: tuple[str, ...] = LOSSES):
         self.world = world
         self.names = names
-        # One sum per part of the loss, and the number of steps that were added.
-        self.sums = torch.zeros(len(names) + 1, device=world.device)
-        # The fields of NonFiniteSteps as one tensor. Its loss is this process's share.
-        self.nonfinite = torch.zeros(len(NonFiniteSteps._fields), device=world.device)
-        self.host_copy = None
-        self.copied = None
+        # Of this process: the sum of each part of the loss, and the number of steps that were added.
+        self.sums = [0.0] * (len(names) + 1)
+        # The loss is this process's share.
+        self.nonfinite = NonFiniteSteps()
+        self.steps = []  # those whose losses have not been copied to the host
+        self.values = []  # their losses and gradient norms on the device
+        self.copy = None  # the steps, the values on the host and the event of a copy that has not been added yet
 
-    def add(self, step: int, losses: Tensor, norm: Tensor, nonfinite: Tensor):
-        """Count a step. Its losses are added to the sums only if the step is finite.
+    def add(self, step: int, losses: Tensor, norm: Tensor):
+        """Count a step. Its losses are added to the sums only if the gradient norm is finite.
 
         Args:
             step: the training step, from 0.
             losses: mean losses over this process's rows, in the order of `names`.
-            norm: gradient norm [].
-            nonfinite: whether the loss or the gradient is not finite on any process [], bool.
+            norm: gradient norm [] over all processes, which is not finite if the loss of any process is not.
         """
-        values = torch.cat([losses.nan_to_num(0, 0, 0), torch.ones_like(losses[:1])])
-        self.sums += values * ~nonfinite / self.world.size
-
-        before = NonFiniteSteps(*self.nonfinite.unbind())
-        streak = (before.streak + 1) * nonfinite
-        replace = nonfinite & (streak >= before.longest_streak)
-        now = NonFiniteSteps(
-            count=before.count + nonfinite,
-            streak=streak,
-            longest_streak=before.longest_streak.maximum(streak),
-            step=torch.full_like(norm, step).where(replace, before.step),
-            loss=(losses[0] / self.world.size).where(replace, before.loss),
-            norm=norm.where(replace, before.norm),
-        )
-        self.nonfinite = torch.stack(now)
+        self.steps.append(step)
+        self.values.append(torch.cat([losses, norm.view(1)]))
 
     def longest_streak(self) -> int:
         """Return the largest number of consecutive non-finite steps, without waiting for the device.
 
-        On a GPU the result is that of the latest copy that has arrived on the host, or 0 if none has arrived since the
-        last call.
+        On a GPU, the steps count whose losses have arrived on the host.
         """
-        if self.world.device.type == "cpu":
-            return int(NonFiniteSteps(*self.nonfinite).longest_streak)
-        known = 0
-        if self.copied is not None and self.copied.query():
-            known = int(NonFiniteSteps(*self.host_copy).longest_streak)
-            self.copied = None
-        if self.copied is None:
-            self.host_copy = torch.empty(self.nonfinite.shape, pin_memory=True).copy_(self.nonfinite, non_blocking=True)
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-        return known
+        if self.copy is None or self.copy[2] is None or self.copy[2].query():
+            self._add_copy()
+            self._start_copy()
+            if self.world.device.type != "cuda":
+                self._add_copy()
+        return int(self.nonfinite.longest_streak)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of all processes together, for a checkpoint.
 
-        Every process must call this. Each process then continues from its share of the state, as it would after loading
-        the checkpoint, so that a resumed run stays equal to an uninterrupted one.
+        Every process must call this, and the host waits for the device. Each process then continues from its share of
+        the state, as it would after loading the checkpoint, so that a resumed run stays equal to an uninterrupted one.
         """
-        state = {"sums": self.world.sum(self.sums), "bad": self._sum_nonfinite()}
+        sums, nonfinite = self._sum_processes()
+        state = {"sums": torch.tensor(sums, dtype=torch.float64), "bad": torch.tensor(nonfinite, dtype=torch.float64)}
         self.load_state_dict(state)
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]):
         """Continue from a state of all processes, of which each process takes an equal share."""
-        self.sums = state["sums"].to(self.world.device) / self.world.size
-        values = NonFiniteSteps(*state["bad"].to(self.world.device))
-        self.nonfinite = torch.stack(values._replace(loss=values.loss / self.world.size))
+        self.sums = (state["sums"].double() / self.world.size).tolist()
+        nonfinite = NonFiniteSteps(*state["bad"].tolist())
+        self.nonfinite = nonfinite._replace(loss=nonfinite.loss / self.world.size)
 
     def read(self) -> tuple[dict[str, float | None], NonFiniteSteps]:
         """Return the mean losses since the last call, and the non-finite steps so far.
@@ -130,15 +114,55 @@ class TrainingStats:
             A dict from each name in `names` to the mean over the finite steps, or to None if there was no finite step;
             and the non-finite steps of all processes.
         """
-        *sums, steps = self.world.sum(self.sums.clone()).tolist()
-        self.sums.zero_()
+        (*sums, steps), nonfinite = self._sum_processes()
+        self.sums = [0.0] * len(self.sums)
         means = {name: value / steps if steps else None for name, value in zip(self.names, sums, strict=True)}
-        return means, NonFiniteSteps(*self._sum_nonfinite().tolist())
+        return means, nonfinite
 
-    def _sum_nonfinite(self) -> Tensor:
-        """Return the fields of NonFiniteSteps with the loss summed over the processes."""
-        values = NonFiniteSteps(*self.nonfinite.unbind())
-        return torch.stack(values._replace(loss=self.world.sum(values.loss.clone())))
+    def _start_copy(self):
+        """Start to copy the losses of the steps since the last copy to the host."""
+        if not self.steps:
+            return
+        values, event = torch.stack(self.values), None
+        if values.device.type == "cuda":
+            values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.copy = self.steps, values, event
+        self.steps, self.values = [], []
+
+    def _add_copy(self):
+        """Add the copied losses, if there are any. The host waits until they have arrived."""
+        if self.copy is None:
+            return
+        steps, values, event = self.copy
+        if event is not None:
+            event.synchronize()
+        for step, row in zip(steps, values.tolist(), strict=True):
+            self._add_row(step, row[:-1], row[-1])
+        self.copy = None
+
+    def _add_row(self, step: int, losses: list[float], norm: float):
+        """Add the losses of a step to the sums, or count it as non-finite."""
+        if math.isfinite(norm):
+            shares = [value / self.world.size for value in (*losses, 1.0)]
+            self.sums = [total + share for total, share in zip(self.sums, shares, strict=True)]
+            self.nonfinite = self.nonfinite._replace(streak=0)
+            return
+        count, streak, longest, *_ = self.nonfinite
+        self.nonfinite = self.nonfinite._replace(count=count + 1, streak=streak + 1)
+        if streak + 1 >= longest:
+            loss = losses[0] / self.world.size
+            self.nonfinite = NonFiniteSteps(count + 1, streak + 1, streak + 1, step, loss, norm)
+
+    def _sum_processes(self) -> tuple[list[float], NonFiniteSteps]:
+        """Return the sums and the non-finite steps of all processes. The host waits for the device."""
+        self._add_copy()
+        self._start_copy()
+        self._add_copy()
+        values = torch.tensor([*self.sums, self.nonfinite.loss], dtype=torch.float64, device=self.world.device)
+        *sums, loss = self.world.sum(values).tolist()
+        return sums, self.nonfinite._replace(loss=loss)
 
 
 class ThroughputTimer:
@@ -283,24 +307,25 @@ def explain_failure(nonfinite: NonFiniteSteps, sampler: BatchSampler, model: DiT
 @torch.no_grad()
 def noise_errors(
     model,
-    diffusion: GaussianDiffusion,
+    diffusion: GaussianDiffusion | FlowMatching,
     x: Tensor,
     y: Tensor,
-    timesteps: Iterable[int],
+    timesteps: Iterable[float],
     per_timestep: int = 32,
     seed: int = 0,
 ) -> Tensor:
     """Compute the mean squared error of the predicted noise at each of some timesteps.
 
     Each timestep uses `per_timestep` of the images, in turn, and noise that depends only on (seed, timestep). Therefore
-    two models are evaluated on the same noisy images.
+    two models are evaluated on the same noisy images. For a flow the error is the training loss, and the noise depends
+    on the noise level in thousandths.
 
     Args:
         model: a network called as model(x, t, y). Every batch has one timestep, so it may be a folded RemixDiT.
         diffusion: the process that adds the noise.
         x: images [n, C, H, W], usually held out from training.
         y: labels [n], int64.
-        timesteps: timesteps to evaluate.
+        timesteps: timesteps, or times of a flow, to evaluate.
         per_timestep: images per timestep.
         seed: seed of the noise.
 
@@ -308,10 +333,16 @@ def noise_errors(
         Errors [number of timesteps], float32.
     """
     errors = []
+    is_flow = isinstance(diffusion, FlowMatching)
     for t in timesteps:
-        rows = (torch.arange(per_timestep) + int(t) * per_timestep) % len(x)
-        noise = torch.randn(x[rows].shape, generator=torch.Generator().manual_seed(seed_for(seed, int(t)))).to(x.device)
-        ts = torch.full((per_timestep,), int(t), device=x.device)
-        noisy = diffusion.q_sample(x[rows], ts, noise)
-        errors.append((model(noisy, ts, y[rows])[:, : x.shape[1]] - noise).square().mean())
+        number = round(1000 * (1 - t)) if is_flow else int(t)
+        rows = (torch.arange(per_timestep) + number * per_timestep) % len(x)
+        noise = torch.randn(x[rows].shape, generator=torch.Generator().manual_seed(seed_for(seed, number))).to(x.device)
+        ts = torch.full((per_timestep,), float(t) if is_flow else number, device=x.device)
+        if is_flow:
+            error = diffusion.training_losses(model, x[rows], ts, {"y": y[rows]}, noise)["loss"]
+        else:
+            noisy = diffusion.q_sample(x[rows], ts, noise)
+            error = (model(noisy, ts, y[rows])[:, : x.shape[1]] - noise).square()
+        errors.append(error.mean())
     return torch.stack(errors)

