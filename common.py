@@ -15,6 +15,7 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
 # The file in a folder of results that its writer locks; it exists while the writer runs, or after it was killed.
@@ -328,6 +329,15 @@ def name_write_errors(path):
         if not any(words in str(error) for words in ("(os error ", "PytorchStreamWriter failed", "unexpected pos")):
             raise
         raise OSError(errno.EIO, "cannot be written (is the disk full?)", str(path)) from error
+
+
+def write_array(path, array: np.ndarray):
+    """Write an array to a .npy file, atomically."""
+    array = np.ascontiguousarray(array)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        # np.save would report no error if only the last bytes do not fit on the disk.
+        file.write(array.data)
 
 
 def write_json(path, content):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from common import UserError, atomic_write, cache_folder, wait_for_lock, write_json
+from common import UserError, atomic_write, cache_folder, wait_for_lock, write_array, write_json
 from distributed import seed_for
 
 STORES = ("draw", "moments")
@@ -54,8 +54,7 @@ def write_shard(folder: Path, shard: int, features: np.ndarray, labels: np.ndarr
         with atomic_write(shard_path(folder, "skipped", shard)) as temporary:
             temporary.write_text("".join(f"{name}\t{reason}\n" for name, reason in skipped.items()))
     for kind, array in (("labels", labels.astype(np.int64)), ("features", features.astype(np.float32))):
-        with atomic_write(shard_path(folder, kind, shard)) as temporary, open(temporary, "wb") as file:
-            np.save(file, array)
+        write_array(shard_path(folder, kind, shard), array)
 
 
 def read_skipped(folder: Path) -> dict[str, str]:

@@ -45,6 +45,7 @@ from common import (
     remove_leftovers,
     run_script,
     seed_int,
+    write_array,
     write_json,
 )
 from diffusion import FLOW_SAMPLERS, PROCESS_SAMPLERS, SAMPLERS, make_sampler
@@ -406,8 +407,7 @@ def write_batch(folder: Path, numbers: range, images: np.ndarray, save_png: bool
             path = folder / "png" / f"{i:06d}.png"
             with name_write_errors(path):
                 Image.fromarray(image).save(path)
-    with atomic_write(part_path(folder, numbers)) as temporary, open(temporary, "wb") as file:
-        np.save(file, images)
+    write_array(part_path(folder, numbers), images)
 
 
 def write_results(pipeline: Pipeline, settings: SampleSettings, batches: list[range], folder: Path):
