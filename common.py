@@ -18,6 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
+# Choices of --timestep-frequencies, and the `frequency_shift` of a DiT that they stand for.
+TIMESTEP_FREQUENCIES = {"published": 0, "diffusers": 1}
+TIMESTEP_FREQUENCIES_FLAG = dict(
+    choices=[*TIMESTEP_FREQUENCIES],
+    help="frequencies of the timestep embedding that the weights were trained with: those of the published DiT, or "
+    "those of diffusers' DiTTransformer2DModel (default: the file's, or published)",
+)
 # The file in a folder of results that its writer locks; it exists while the writer runs, or after it was killed.
 LOCK = ".lock"
 # The locks that this process holds: the locked file, its path, and the folders that were created for it.
@@ -30,6 +37,11 @@ class UserError(ValueError):
 
 class LocalError(UserError):
     """A UserError that may occur on this process only, so that every process prints its own."""
+
+
+def frequency_override(choice: str | None) -> dict[str, int]:
+    """Return the keyword argument of a DiT that a choice of --timestep-frequencies gives; none without the flag."""
+    return {} if choice is None else {"frequency_shift": TIMESTEP_FREQUENCIES[choice]}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -47,6 +59,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         fail(self.prog, message)
+
+
+def warn(message: str):
+    """Print a warning on stderr, on the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def fail(prog: str, message: str, everywhere: bool = False):
@@ -170,6 +188,11 @@ def flags(**values) -> list[str]:
         elif value is not None:
             words.append(f"--{name}={value}")
     return words
+
+
+def counted(n: int, singular: str, plural: str | None = None) -> str:
+    """Return a number with its noun, such as "1 step" and "1,000 steps"; `plural` is singular + "s" if not given."""
+    return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
 
 
 def folder_name(text: str) -> str:

@@ -18,7 +18,17 @@ from pathlib import Path
 
 from autoencoder import Latents, load_autoencoder
 from checkpoint import choose_process, load_model, save_safetensors
-from common import ArgumentParser, UserError, number, positive_int, run_script
+from common import (
+    TIMESTEP_FREQUENCIES_FLAG,
+    ArgumentParser,
+    UserError,
+    counted,
+    frequency_override,
+    number,
+    positive_int,
+    run_script,
+    warn,
+)
 from diffusion import NOISE_LEVELS
 from interop import diffusers, dit, original, sit
 from models import DiT
@@ -34,8 +44,12 @@ def main(args: argparse.Namespace):
         raise UserError(f"--vae is stored in a pipeline: use it with --to diffusers, not --to {args.to}")
 
     keys = ("ema", "model") if args.to in ("original", "dit", "sit") else ("ema",)
-    models, config = load_models(args.ckpt, keys, args.trust_pickle, args.num_heads)
+    overrides = {"num_heads": args.num_heads} if args.num_heads else {}
+    overrides |= frequency_override(args.timestep_frequencies)
+    models, config = load_models(args.ckpt, keys, args.trust_pickle, overrides)
     choose_process(args.ckpt, config, args.process)
+    if args.to in ("dit", "sit") and config["model"]["backbone"].get("frequency_shift"):
+        warn(f"{args.out} cannot record the timestep frequencies: load it with --timestep-frequencies diffusers")
     if args.to in ("dit", "sit") or (args.to == "diffusers" and args.expert is not None):
         models = {key: fold_expert(model, args.expert, args.ckpt) for key, model in models.items()}
 
@@ -55,10 +69,9 @@ def main(args: argparse.Namespace):
 
 
 def load_models(
-    path: str, keys: tuple[str, ...], allow_pickle: bool, num_heads: int | None
+    path: str, keys: tuple[str, ...], allow_pickle: bool, overrides: dict
 ) -> tuple[dict[str, DiT | RemixDiT], dict]:
     """Load the model with the EMA weights for the key "ema", and with the raw weights for "model"; and the config."""
-    overrides = {"num_heads": num_heads} if num_heads else {}
     models = {}
     for key in keys:
         models[key], config = load_model(path, ema=key == "ema", allow_pickle=allow_pickle, **overrides)
@@ -72,7 +85,7 @@ def fold_expert(model: DiT | RemixDiT, expert: int | None, path: str) -> DiT:
             raise UserError(f"--expert {expert}: {path} holds a plain DiT, which has no experts")
         return model
     if expert is None:
-        raise UserError(f"{path} holds {model.n_experts} experts: choose one with --expert")
+        raise UserError(f"{path} holds {counted(model.n_experts, 'expert')}: choose one with --expert")
     if expert >= model.n_experts:
         raise UserError(f"--expert {expert}: {path} has the experts 0 to {model.n_experts - 1}")
     return model.expert(expert)
@@ -116,4 +129,5 @@ if __name__ == "__main__":
         type=positive_int,
         help="number of attention heads, for a file without a config that fits no registered model",
     )
+    parser.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     run_script(main, parser)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.utils.deterministic
 from torch.distributed.rendezvous import rendezvous
 
-from common import LocalError
+from common import LocalError, counted
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # SLURM can send SIGUSR1 some time before it ends a job.
@@ -72,11 +72,24 @@ class World:
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.hosts)
         return int(bounds.sum()) == 0
 
+    def from_main(self, value: str | None) -> str | None:
+        """Return the value that rank 0 passes; the hosts synchronize, the GPUs do not."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=self.hosts)
+        return values[0]
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over the processes, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+
+def is_first_process() -> bool:
+    """Return whether this process has rank 0; it is known before the process group exists."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def world_size() -> int:
@@ -118,7 +131,7 @@ def _select_device(local_rank: int) -> torch.device:
     if local_rank >= n_gpus:
         raise LocalError(
             f"process {local_rank} of this node has no GPU: "
-            f"start at most {n_gpus} processes per node (--nproc_per_node)"
+            f"start at most {counted(n_gpus, 'process', 'processes')} per node (--nproc_per_node)"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)

@@ -201,10 +201,12 @@ def print_notes(reference, ref: dict, path, sample: dict, scores: dict[str, floa
 
 
 def print_scores(scores: dict[str, float]):
-    """Print one score per line, and all of them as a row of a LaTeX table."""
+    """Print one score per line, and all of them as a row of a LaTeX table unless a score is missing."""
     for key, value in scores.items():
         print(f"{key}: {value}")
-    print(" & ".join(format_score(key, value) for key, value in scores.items()) + r" \\")
+    # Two files of statistics have no scores of images.
+    if not any(map(math.isnan, scores.values())):
+        print(" & ".join(format_score(key, value) for key, value in scores.items()) + r" \\")
 
 
 def print_row(path: str, scores: dict[str, float], width: int, header: bool):

@@ -32,12 +32,15 @@ from tqdm import tqdm
 from autoencoder import Pixels, load_autoencoder
 from checkpoint import choose_process, find_checkpoint, fingerprint, load_denoiser
 from common import (
+    TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
     UserError,
     atomic_write,
     check_disk,
     check_settings,
+    counted,
     folder_name,
+    frequency_override,
     lock_folder,
     name_write_errors,
     number,
@@ -115,9 +118,11 @@ def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is used.
     args.ckpt = [find_checkpoint(path) for path in args.ckpt]
     overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
+    overrides |= frequency_override(args.timestep_frequencies)
     model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
     choose_process(args.ckpt[0], config, args.process)
     check_data_flags(args.image_size, args.num_classes, config, args.ckpt[0])
+    check_original_flags(args.n_basis, args.n_experts, args.tf32, config, args.ckpt[0])
     settings = sample_settings(args, config["diffusion"].get("process", "gaussian"))
     vae = args.vae or config["data"]["vae"]
     pipeline = make_pipeline(model, config, settings, vae, args.ckpt[0])
@@ -125,6 +130,9 @@ def main(args: argparse.Namespace):
     fingerprints = [fingerprint(path) for path in args.ckpt]
     used = {name: value for name, value in asdict(settings).items() if value is not None}
     record = {"ckpt": args.ckpt, "ckpt_fingerprint": fingerprints, "vae": vae, **used}
+    # Omitted for the default, as in the config.
+    if shift := config["model"]["backbone"].get("frequency_shift"):
+        record["frequency_shift"] = shift
     if config["diffusion"].get("process"):
         record["process"] = config["diffusion"]["process"]
     if pipeline.timesteps is None:
@@ -156,7 +164,7 @@ def main(args: argparse.Namespace):
     world.barrier()
     steps = "adaptive" if pipeline.timesteps is None else f"{len(pipeline.timesteps):,}"
     sampler = f"{settings.sampler}, {steps} network evaluations per sample, guidance scale {settings.cfg_scale}"
-    logger.info(f"{total:,} samples by {sampler} -> {folder}")
+    logger.info(f"{counted(total, 'sample')} by {sampler} -> {folder}")
     logger.info(disk)
 
     # Sample this process's share of the missing batches. Each batch is written to a file of its own.
@@ -203,6 +211,19 @@ def check_data_flags(image_size: int | None, num_classes: int | None, config: di
     ):
         if given not in (None, trained):
             raise UserError(f"--{flag} {given}, but {ckpt} was trained with {trained}")
+
+
+def check_original_flags(n_basis: int | None, n_experts: int | None, tf32: bool, config: dict, ckpt: str):
+    """Raise UserError if flags that only the original repository needs contradict the checkpoint or this script."""
+    mixing = config["model"]["remix"]
+    for flag, given, key in (("n-basis", n_basis, "n_basis"), ("n-experts", n_experts, "n_experts")):
+        recorded = f"was trained with {mixing[key]}" if mixing else "is a plain DiT"
+        if given is not None and (mixing or {}).get(key) != given:
+            raise UserError(f"--{flag} {given}, but {ckpt} {recorded}: leave the flag out, the checkpoint replaces it")
+    if not tf32:
+        raise UserError(
+            "--no-tf32: --precision replaces it; for fp32 without TF32 set NVIDIA_TF32_OVERRIDE=0 in the environment"
+        )
 
 
 def trained_classes(config: dict) -> int:
@@ -466,6 +487,7 @@ if __name__ == "__main__":
         type=positive_int,
         help="number of attention heads; required only for a checkpoint of another project that fits no --model",
     )
+    group.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     group.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,
@@ -534,6 +556,14 @@ if __name__ == "__main__":
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="run the model through torch.compile (default: on GPUs, if there are at least 1000 steps in total)",
+    )
+    group = parser.add_argument_group(
+        "flags of the original repository", "They are not needed, and are compared with the checkpoint."
+    )
+    group.add_argument("--n-basis", type=positive_int, metavar="K", help="number of bases")
+    group.add_argument("--n-experts", type=positive_int, metavar="N", help="number of experts")
+    group.add_argument(
+        "--tf32", action=argparse.BooleanOptionalAction, default=True, help="--precision fp32 always allows TF32"
     )
     group = parser.add_argument_group("results")
     group.add_argument("--sample-dir", default="samples", help="parent folder of the results")

@@ -10,7 +10,6 @@ processes, nor on when the run was resumed.
 """
 
 import argparse
-import logging
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,12 @@ import torch
 
 from checkpoint import CheckpointWriter
 from common import (
+    TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
     UserError,
+    counted,
     folder_name,
+    frequency_override,
     lock_folder,
     number,
     positive_int,
@@ -34,19 +36,21 @@ from diffusion.interpolants import PATHS, TIME_SAMPLINGS
 from distributed import (
     PRECISIONS,
     StopSignal,
+    is_first_process,
     rank0_logger,
     restore_signals,
     setup,
     use_deterministic_algorithms,
     world_size,
 )
-from models import DiT, DiT_models
-from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models
+from models import DiT_models
+from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT_models
 from training.loggers import MetricLogger, logger_names, open_loggers
 from training.plan import (
     Parallelism,
     RunSettings,
     check_checkpoint_space,
+    choose_sharding,
     count_checkpoints,
     describe_run,
     dry_run,
@@ -55,14 +59,18 @@ from training.plan import (
 )
 from training.previews import SamplePreview, choose_decoder
 from training.start import (
+    advice,
     check_noise_levels,
+    default_prefix,
     find_resume,
+    log_introduction,
     make_batch_sampler,
     make_model,
     model_shape,
     noise_level,
     open_features,
     prepare_folder,
+    read_resume,
     run_config,
 )
 from training.statistics import ThroughputTimer, build_metrics, explain_failure, report_line
@@ -79,7 +87,7 @@ def main(args: argparse.Namespace):
     """Train a model as the flags say; see `make_parser`."""
     # Check all input before any device or process group is used.
     dataset = open_features(args.data_path, args.image_size, assume=args.dry_run)
-    shape = model_shape(dataset, args.num_classes)
+    shape = model_shape(dataset, args.num_classes) | frequency_override(args.timestep_frequencies)
     process = process_options(args)
     diffusion = create_process(**process)
     settings = resolve_settings(args, len(dataset), diffusion)
@@ -90,7 +98,8 @@ def main(args: argparse.Namespace):
         with torch.device("meta"):
             model = make_model(args.model, shape, mixing, settings.prior_bonus)
         n_checkpoints = count_checkpoints(folder, 0, settings.max_steps, **saving)
-        parallelism = Parallelism(world_size(), args.grad_accum, False, args.checkpoint_activations)
+        shard, _ = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
+        parallelism = Parallelism(world_size(), args.grad_accum, shard, args.checkpoint_activations)
         print("\n".join(dry_run(args.model, model, dataset, settings, process, parallelism, folder, n_checkpoints)))
         return
     # This seed is for the initial weights and mixing logits. The draws of each step have seeds of their own.
@@ -98,30 +107,34 @@ def main(args: argparse.Namespace):
     weights = (settings.load_weight, args.trust_pickle, process)
     model = make_model(args.model, shape, mixing, settings.prior_bonus, *weights)
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
+    shard, traffic = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
     lock_folder(folder, "--prefix")
-    resume_path, state, damaged = find_resume(args.resume, folder, config)
+    resume_path, state, damaged = find_resume(args.resume, folder, config, args.extend)
     step = state["step"] if state else 0
     can_sample = settings.timesteps == NOISE_LEVELS[args.process]
     autoencoder, preview_note = choose_decoder(args.sample_every, can_sample, args.vae, dataset)
     n_checkpoints = count_checkpoints(folder, step, settings.max_steps, **saving)
-    disk_note = check_checkpoint_space(folder, model, n_checkpoints)
+    disk_note = check_checkpoint_space(folder, model, n_checkpoints) if is_first_process() else None
 
     # Join the other processes and prepare the run's folder.
     if args.deterministic:
         use_deterministic_algorithms()
     world = setup()
     stop = StopSignal()
-    if not world.same(step):
-        raise UserError(
-            "the processes found different checkpoints: all nodes need the same --results-dir on a shared file system"
-        )
+    # Rank 0 has compared the checkpoint with its checksums.
+    resume_path = world.from_main(resume_path)
+    if resume_path and not world.is_main:
+        state = read_resume(resume_path, config, args.extend)
+        step = state["step"]
+    # Before anything else is written to the folder, because a logger may be unable to start.
+    loggers = open_loggers(args.log_to, folder, config, step) if world.is_main else []
     if world.is_main:
         prepare_folder(folder, config, damaged)
     log = rank0_logger(world, folder / "log.txt")
     compiled = torch.cuda.is_available() if args.compile is None else args.compile
     devices = f"{world.size} x {world.device.type}{', compiled' if compiled else ''}"
     description = describe_run(args.model, model, dataset, settings, process, devices)
-    log_introduction(log, description, damaged, [disk_note, preview_note, *advice(model, settings)])
+    log_introduction(log, description, damaged, [*traffic, disk_note, preview_note, *advice(model, settings)])
 
     # Set up the training state.
     trainer = Trainer(
@@ -136,6 +149,7 @@ def main(args: argparse.Namespace):
         precision=settings.precision,
         compile=compiled,
         checkpoint_activations=args.checkpoint_activations,
+        shard=shard,
     )
     if state:
         trainer.load_state_dict(state, resume_path)
@@ -143,7 +157,7 @@ def main(args: argparse.Namespace):
     del state
     sampler = make_batch_sampler(settings, model, diffusion, world, args.grad_accum)
     writer = CheckpointWriter(folder / "checkpoints", log, args.keep, args.keep_every)
-    loggers = MetricLogger(open_loggers(args.log_to, folder, config, step) if world.is_main else [], log)
+    loggers = MetricLogger(loggers, log)
     previews = None
     if args.sample_every and world.is_main:
         previews = SamplePreview(
@@ -154,16 +168,20 @@ def main(args: argparse.Namespace):
             autoencoder,
             process if can_sample else None,
             partial(world.autocast, settings.precision),
+            world.device,
             log,
         )
+
     # Train. `step` counts the steps that are done.
+    schedule_steps = config["training"]["schedule_steps"] or settings.max_steps
     peak_flops_per_s = matmul_rate(world.device, settings.precision) * world.size
     timer = ThroughputTimer(world.device, training_flops(config["model"]["backbone"]), peak_flops_per_s)
+    picture_s = 0.0
     failed = stopped = False
     done = step == settings.max_steps
     with closing(loggers), sampler.load(dataset, range(step, settings.max_steps), args.num_workers) as batches:
         while not done:
-            progress = step / settings.max_steps
+            progress = min(1, step / schedule_steps)
             prior_weight = settings.prior_strength * (1 - progress)
             trainer.set_progress(progress)
             trainer.step(step, sampler.microbatches(next(batches)), prior_weight)
@@ -182,21 +200,30 @@ def main(args: argparse.Namespace):
             if step % args.log_every == 0 or finished:
                 losses, nonfinite = trainer.stats.read()
                 speed = timer.read()
+                schedule = trainer.learning_rates() | {"prior_weight": prior_weight}
+                # Each process measures the distances between its own rows of sharded bases.
+                metrics = build_metrics(step, losses, nonfinite, model, schedule, speed)
                 if world.is_main:
-                    schedule = trainer.learning_rates() | {"prior_weight": prior_weight}
-                    metrics = build_metrics(step, losses, nonfinite, model, schedule, speed)
                     loggers.log_metrics(step, metrics)
-                    log.info(report_line(metrics, settings.max_steps, settings.global_batch_size))
+                    pictures = settings.max_steps // args.sample_every - step // args.sample_every if previews else 0
+                    log.info(report_line(metrics, settings.max_steps, settings.global_batch_size, pictures * picture_s))
             if step % args.ckpt_every == 0 or finished or stopped:
                 with timer.paused():
+                    # There may be host memory for one copy of the state only.
+                    writer.wait()
                     stats = trainer.stats.state_dict()
+                    saved = {"config": config, "step": step, "window": stats} | trainer.state_dict()
                     if world.is_main:
-                        writer.save(step, {"config": config, "step": step, "window": stats} | trainer.state_dict())
-            if previews and step % args.sample_every == 0:
+                        writer.save(step, saved)
+                    del saved
+            if args.sample_every and step % args.sample_every == 0:
                 # The other processes wait for this one in their next step.
                 with timer.paused():
-                    for kind, path in previews.draw(step, trainer.ema).items():
+                    ema = trainer.whole_ema()
+                    for kind, path in previews.draw(step, ema).items() if previews else ():
                         loggers.log_image(step, kind, path)
+                    del ema
+                picture_s = timer.last_pause
 
     # Wait until the last checkpoint is written, and report how the run ended.
     writer.wait()
@@ -251,11 +278,6 @@ def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | Flow
     )
 
 
-def default_prefix(name: str, mixing: dict | None) -> str:
-    """Return the name of the run's folder if --prefix does not give it."""
-    return name.replace("/", "-") + (f"-{mixing['n_basis']}-{mixing['n_experts']}" if mixing else "")
-
-
 def resolve_settings(
     args: argparse.Namespace, n_images: int, diffusion: GaussianDiffusion | FlowMatching
 ) -> RunSettings:
@@ -271,10 +293,9 @@ def resolve_settings(
     """
     batch_size = args.global_batch_size
     if batch_size % (world_size() * args.grad_accum):
+        processes = counted(world_size(), "process", "processes")
         parts = f" with {args.grad_accum} microbatches each" if args.grad_accum > 1 else ""
-        raise UserError(
-            f"--global-batch-size {batch_size} cannot be divided equally among {world_size()} processes{parts}"
-        )
+        raise UserError(f"--global-batch-size {batch_size} cannot be divided equally among {processes}{parts}")
     if args.keep_every and (not args.keep or args.keep_every % args.ckpt_every):
         raise UserError("--keep-every needs --keep, and must be a multiple of --ckpt-every")
     remix = args.model in RemixDiT_models
@@ -308,20 +329,6 @@ def resolve_settings(
     )
 
 
-def advice(model: DiT | RemixDiT, settings: RunSettings) -> list[str]:
-    """Return advice about the settings, if there is any."""
-    if isinstance(model, RemixDiT) and settings.experts_per_batch < min(8, model.n_experts):
-        return ["fewer than 8 experts per batch: in studies/README.md, more of them gave a lower error"]
-    return []
-
-
-def log_introduction(log: logging.Logger, description: list[str], damaged: dict[Path, str], notes: list[str]):
-    """Log what the run will do, and the damaged checkpoints that it does not resume from."""
-    skipped = [f"SKIPPED {path}: {reason}" for path, reason in damaged.items()]
-    for line in [*description, *skipped, *notes]:
-        log.info(line)
-
-
 def make_parser() -> ArgumentParser:
     """Return the parser of the flags."""
     parser = ArgumentParser(description="Train a DiT or a RemixDiT on features from extract_features.py.")
@@ -334,6 +341,13 @@ def make_parser() -> ArgumentParser:
         "--resume",
         metavar="PATH|auto",
         help="checkpoint to resume from; auto: the newest undamaged one of this run, or a new run if there is none",
+    )
+    add(
+        "--extend",
+        choices=["hold", "stretch"],
+        default="hold",
+        help="with --resume, if a finished run gets more steps: hold the final learning rates, or stretch the schedule "
+        "over all steps",
     )
     add("--global-seed", type=seed_int, default=0, metavar="SEED", help="seed of all random draws")
     add(
@@ -358,6 +372,7 @@ def make_parser() -> ArgumentParser:
         "Face hub, or a DiT in diffusers' layout (a folder, or a hub name such as facebook/DiT-XL-2-256) (default: "
         "random weights)",
     )
+    add("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     add("--n-basis", type=positive_int, default=4, metavar="K", help="number of basis models")
     add("--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="number of experts")
     add(
@@ -435,15 +450,16 @@ def make_parser() -> ArgumentParser:
     add(
         "--lr",
         type=number(float, 0, above=True),
-        help="peak learning rate of the bases and shared weights (default: the published 2e-5 with --load-weight, "
-        "otherwise DiT's 1e-4)",
+        help="peak learning rate of the bases and shared weights; it falls to half of it by a cosine over the run "
+        "(default: the published 2e-5 with --load-weight, otherwise DiT's 1e-4)",
     )
     add("--coeff-lr", type=number(float, 0), default=1e-2, metavar="LR", help="peak learning rate of the mixing logits")
     add(
         "--coeff-lr-end",
         type=number(float, 0),
         metavar="LR",
-        help="final learning rate of the mixing logits (default: half of --lr, as published, but not above --coeff-lr)",
+        help="final learning rate of the mixing logits, to which theirs falls by a cosine (default: half of --lr, as "
+        "published, but not above --coeff-lr)",
     )
     add(
         "--prior-strength",
@@ -487,6 +503,12 @@ def make_parser() -> ArgumentParser:
         "uninterrupted one bit for bit; on CPUs this is always so",
     )
     add(
+        "--shard-bases",
+        action=argparse.BooleanOptionalAction,
+        help="each process owns a part of every basis, and the processes exchange the mixtures instead of the "
+        "gradients of the bases (default: if that sends less)",
+    )
+    add(
         "--num-workers",
         type=number(int, 0),
         default=4,
@@ -528,6 +550,7 @@ def make_parser() -> ArgumentParser:
         action="store_true",
         help="allow pickles in --load-weight, which can execute code: only for files that you trust",
     )
+    add("--strict", action="store_true", help="no effect: --load-weight must always fit (a flag of the original)")
     return parser
 
 

@@ -6,14 +6,26 @@ import pytest
 import torch
 from conftest import file_limit, run, training_flags
 
-from checkpoint import load_model
+from checkpoint import load_model, model_config, save_checkpoint
 from models import DiT_models
+from remix import RemixDiT_models
 
 
-def test_to_the_original_format_and_back(ckpt, tmp_path):
+@pytest.fixture
+def four_experts(tmp_path):
+    """A checkpoint of K = 2 bases and N = 4 experts, numbers that the original Remix-DiT can run."""
+    shape = dict(input_size=8, in_channels=3, num_classes=3, n_basis=2, n_experts=4)
+    models = {key: RemixDiT_models["RemixDiT-T/2"](**shape) for key in ("model", "ema")}
+    config = {"model": model_config("RemixDiT-T/2", models["ema"]), "diffusion": {}, "data": {}, "training": {}}
+    save_checkpoint(tmp_path / "four.pt", {"config": config} | {k: m.state_dict() for k, m in models.items()})
+    return tmp_path / "four.pt"
+
+
+def test_to_the_original_format_and_back(four_experts, tmp_path):
+    ckpt = four_experts
     run("convert.py", ckpt, tmp_path / "original.pt", "--to", "original")
     state = torch.load(tmp_path / "original.pt", weights_only=True)
-    assert state["ema"]["coefficients.weight"].shape == (6, 2)
+    assert state["ema"]["coefficients.weight"].shape == (4, 2)
     assert state["ema"]["blocks.0.attn.qkv.weight"].shape == (2, 144, 48)
     for ema in (True, False):
         ours, back = load_model(ckpt, ema=ema)[0], load_model(tmp_path / "original.pt", ema=ema)[0]
@@ -21,9 +33,10 @@ def test_to_the_original_format_and_back(ckpt, tmp_path):
             assert torch.equal(value, back.state_dict()[key])
 
 
-def test_an_original_file_starts_training(ckpt, features, tmp_path):
+def test_an_original_file_starts_training(four_experts, features, tmp_path):
+    ckpt = four_experts
     run("convert.py", ckpt, tmp_path / "original.pt", "--to", "original")
-    flags = [*training_flags(features, tmp_path, "warm"), "--load-weight", tmp_path / "original.pt"]
+    flags = [*training_flags(features, tmp_path, "warm"), "--n-experts=4", "--load-weight", tmp_path / "original.pt"]
     run("train_fast.py", *flags, "--max-steps", 1, "--lr", 1e-9, "--coeff-lr", 0)
     before, after = load_model(ckpt)[0], load_model(tmp_path / "warm/checkpoints/0000001.pt")[0]
     for key, value in before.state_dict().items():
@@ -69,6 +82,7 @@ def test_to_safetensors_and_back(trained, tmp_path):
         (("--to=safetensors", "--vae=ema"), "--vae is stored in a pipeline"),
         (("--to=diffusers", "--expert=2", "--vae=ema"), "the folder of one DiT"),
         (("--to=diffusers", "--expert=9"), "0 to 5"),
+        (("--to=original",), "an N that divides 1000"),
         (("--to=diffusers", "--vae=/no/such/vae"), "cannot load the VAE"),
     ],
 )

@@ -143,6 +143,53 @@ def test_precision_recall_matches_adm(adm):
     assert recall == pytest.approx(float(adm["recall"]), abs=0.01)
 
 
+def half_precision_recall(ref, sample, round_every_term: bool = True) -> tuple[float, float]:
+    """Precision and recall with the distances in half precision, as ADM's evaluator computes them on a CPU.
+
+    `round_every_term` says whether the sum of a squared norm is rounded after every term, or once.
+    """
+
+    def half(x):
+        return x.half().float()
+
+    def norms(x):
+        if not round_every_term:
+            return half(half(x.square()).sum(1))
+        total = torch.zeros(len(x))
+        for column in half(x.square()).T:
+            total = half(total + column)
+        return total
+
+    def distances(a, b):
+        a, b = half(torch.as_tensor(a)), half(torch.as_tensor(b))
+        return half(half(norms(a)[:, None] - half(2 * half(a @ b.T))) + norms(b)).clamp(min=0)
+
+    def radii(x):
+        return distances(x, x).kthvalue(4, dim=1).values
+
+    between = distances(ref, sample)
+    covered = (between <= radii(ref)[:, None]).any(0), (between <= radii(sample)).any(1)
+    return tuple(points.double().mean().item() for points in covered)
+
+
+def test_adm_takes_distances_in_half_precision(adm):
+    """This explains the whole difference between ADM's scores and ours. docs/evaluation.md gives numbers."""
+    assert half_precision_recall(adm["ref_pool"], adm["sample_pool"]) == pytest.approx(
+        (float(adm["precision"]), float(adm["recall"])), abs=1e-12
+    )
+    # As many points and features as in the documentation, with the norm of Inception's features.
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(20, 2048, generator=generator) / 20**0.5
+    ref, sample = (
+        torch.nn.functional.softplus(2 * std * torch.randn(1500, 20, generator=generator) @ common - 1) * 0.45
+        for std in (1, 0.95)
+    )
+    scores = [precision_recall(ref, sample), *(half_precision_recall(ref, sample, every) for every in (False, True))]
+    documented = [(0.7707, 0.6180), (0.7727, 0.6193), (0.7920, 0.6433)]
+    assert np.array(scores) == pytest.approx(np.array(documented), abs=0.002)
+    assert scores[0][1] < scores[1][1] < scores[2][1]
+
+
 @pytest.mark.parametrize("block", [7, 32, 1024])
 def test_precision_recall_matches_the_definition(block):
     generator = np.random.default_rng(1)
@@ -276,6 +323,19 @@ def test_saved_statistics_replace_images(files, tmp_path):
     out = run("evaluator.py", tmp_path / "ref", tmp_path / "sample", "--weights", tmp_path / "none.pth").stdout
     assert parse_scores(out)["FID"] == pytest.approx(by_images["FID"], rel=1e-9)
     assert np.isnan(parse_scores(out)["Inception Score"])
+    assert "&" not in out, "no row of a LaTeX table without all scores"
+
+
+@pytest.mark.slow
+def test_the_documented_feature_network(files, tmp_path, monkeypatch):
+    """The example of docs/evaluation.md, without the download of its weights and for smaller images."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/evaluation.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert '"DEFAULT"' in code
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('"DEFAULT"', "None").replace("256, 256", "8, 8"), {})
+    images = (files / "ref.npz", files / "sample.npz")
+    out = run("evaluator.py", *images, "--weights", tmp_path / "resnet18.pt2", "--cache=none", "--batch-size=7").stdout
+    assert all(np.isfinite(value) for value in parse_scores(out).values())
 
 
 def test_a_folder_of_images_equals_an_array(files, tmp_path):

@@ -257,6 +257,7 @@ def test_other_flags(ckpt, sampled, tmp_path, flags):
     ("flags", "name"),
     [
         ((), "run-0000004-ddpm8-cfg1.5-seed0"),
+        (("--n-basis=2", "--n-experts=6", "--tf32"), "run-0000004-ddpm8-cfg1.5-seed0"),
         (("--no-ema", "--sampler=ddim", "--cfg-scale=1", "--global-seed=3"), "run-0000004-raw-ddim8-cfg1.0-seed3"),
     ],
 )
@@ -279,6 +280,9 @@ def test_the_folder_is_named_after_the_checkpoint_and_the_settings(ckpt, tmp_pat
         (("--name", "../x"), "plain folder name"),
         (("--vae", "/no/such/vae"), "cannot load the VAE"),
         (("--ckpt", str(GOLDEN / "remix_original_checkpoint.pt")), "number of heads"),
+        (("--n-experts", "8"), "--n-experts 8, but"),
+        (("--n-basis", "4", "--n-experts", "6"), "was trained with 2: leave the flag out"),
+        (("--no-tf32",), "--precision replaces it"),
     ],
 )
 def test_wrong_input(ckpt, tmp_path, flags, message):

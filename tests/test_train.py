@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 
 import numpy as np
@@ -58,15 +59,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(features, tmp_path, model):
     assert_same_weights(tmp_path / "whole/checkpoints/0000006.pt", tmp_path / "resumed/checkpoints/0000006.pt")
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_resuming_with_another_number_of_processes(features, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "flag"), [(2, "--shard-bases"), (4, "--no-shard-bases")])
+def test_resuming_with_another_number_of_processes(features, tmp_path, processes, flag):
     """The checkpoint lies between two reports: the sums that it stores must not count several times."""
     schedule = ("--max-steps=6", "--ckpt-every=4", "--log-every=6")
     run("train_fast.py", *training_flags(features, tmp_path, "one"), *schedule)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "two/checkpoints/0000006.pt").unlink()
-    run("train_fast.py", *training_flags(features, tmp_path, "two"), *schedule, "--resume=auto", processes=processes)
+    flags = [*training_flags(features, tmp_path, "two"), *schedule, "--resume=auto", flag, "--sample-every=6"]
+    run("train_fast.py", *flags, processes=processes)
     assert losses(tmp_path / "two")[6] == pytest.approx(losses(tmp_path / "one")[6], rel=1e-4)
+    assert_same_weights(tmp_path / "one/checkpoints/0000006.pt", tmp_path / "two/checkpoints/0000006.pt", exact=False)
+    metrics = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("one", "two")]
+    assert metrics[1]["expert_spread"] == pytest.approx(metrics[0]["expert_spread"], rel=1e-3)
+    assert (tmp_path / "two/samples/0000006.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -129,6 +135,36 @@ def test_runs_of_earlier_versions_resume_with_their_learning_rates(features, tmp
     assert_same_weights(tmp_path / "whole.pt", tmp_path / "old/checkpoints/0000002.pt")
 
 
+def test_a_finished_run_is_extended(features, tmp_path):
+    """With the final learning rate, or with the schedule of a longer run. An extension can be interrupted as well."""
+
+    def extend(name, *flags, expect=0):
+        common = [*training_flags(features, tmp_path, name), "--ckpt-every=2", "--resume=auto"]
+        return run("train_fast.py", *common, *flags, expect=expect)
+
+    def rates(name):
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [line["lr"] / 1e-3 for line in lines]
+
+    extend("hold", "--max-steps=4")
+    shutil.copytree(tmp_path / "hold", tmp_path / "stretch")
+    short = rates("hold")
+    extend("hold", "--max-steps=8")
+    assert rates("hold") == pytest.approx([*short, 0.5, 0.5, 0.5, 0.5])
+    extend("stretch", "--max-steps=8", "--extend=stretch")
+    cosine = [0.75 + 0.25 * math.cos(math.pi * step / 8) for step in range(8)]
+    assert rates("stretch") == pytest.approx([*short, *cosine[4:]])
+
+    shutil.copytree(tmp_path / "hold", tmp_path / "interrupted")
+    (tmp_path / "interrupted/checkpoints/0000008.pt").unlink()
+    for steps in (7, 9):
+        assert "only a finished run" in extend("interrupted", f"--max-steps={steps}", expect=2).stderr
+    extend("interrupted", "--max-steps=8")
+    assert_same_weights(*(tmp_path / name / "checkpoints/0000008.pt" for name in ("hold", "interrupted")))
+    extend("interrupted", "--max-steps=9")
+    assert rates("interrupted")[-1] == pytest.approx(0.5)
+
+
 def test_starting_from_a_pretrained_dit(features, tmp_path):
     torch.manual_seed(0)
     dit = DiT_models["DiT-T/2"](input_size=8, in_channels=3, num_classes=3)
@@ -136,7 +172,7 @@ def test_starting_from_a_pretrained_dit(features, tmp_path):
     for model in ("DiT-T/2", "RemixDiT-T/2"):
         prefix = model.replace("/", "-")
         flags = [*training_flags(features, tmp_path, prefix, model), f"--load-weight={tmp_path / 'dit.pt'}"]
-        run("train_fast.py", *flags, "--max-steps=1", "--lr=1e-9", "--coeff-lr=0")
+        run("train_fast.py", *flags, "--max-steps=1", "--lr=1e-9", "--coeff-lr=0", "--strict")
         trained, _ = load_model(tmp_path / prefix / "checkpoints/0000001.pt")
         expert = trained if model == "DiT-T/2" else trained.expert(5)
         for key, value in dit.state_dict().items():
@@ -262,7 +298,7 @@ def test_nothing_is_overwritten_or_mixed(trained, features, tmp_path):
     again = [*training_flags(features, tmp_path, "trained"), "--max-steps", 4]
     assert "already holds a run" in run("train_fast.py", *again, expect=2).stderr
     for change, message in (
-        (("--max-steps", 8), "max_steps=4, this run asks for 8"),
+        (("--max-steps", 3), "belongs to a run of 4 steps, this run asks for 3"),
         (("--global-seed", 1), "global_seed=0, this run asks for 1"),
         (("--n-basis", 3), "n_basis=2, this run asks for 3"),
         (("--model", "DiT-T/2"), "was trained with"),
@@ -293,7 +329,8 @@ def with_nan(tmp_path_factory):
 
 def test_a_nan_on_one_process_of_two_is_skipped_on_both(with_nan, tmp_path):
     for name, processes in (("one", 1), ("two", 2)):
-        run("train_fast.py", *training_flags(with_nan, tmp_path, name), "--max-steps", 8, processes=processes)
+        flags = [*training_flags(with_nan, tmp_path, name), "--max-steps=8", "--shard-bases"]
+        run("train_fast.py", *flags, processes=processes)
     one, two = (load_model(tmp_path / name / "checkpoints/0000008.pt")[0].state_dict() for name in ("one", "two"))
     for key, value in one.items():
         assert value.isfinite().all()

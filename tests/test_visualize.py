@@ -6,9 +6,11 @@ import torch
 from conftest import GOLDEN, file_limit, run, training_flags
 from PIL import Image
 
+import visualize
 from checkpoint import build_model, load_model
 from diffusion import create_diffusion, create_process
 from features import FeatureDataset
+from remix import RemixDiT_models
 from training.statistics import noise_errors
 
 
@@ -95,6 +97,40 @@ def test_coefficients_over_training_are_drawn(trained, tmp_path):
     assert [row[0] for row in rows] == ["step", "1", "2", "3", "4"]
     raw, _ = load_model(trained / "checkpoints/0000004.pt", ema=False)
     assert [float(v) for v in rows[-1][1:]] == pytest.approx(raw.coefficients().flatten().tolist(), abs=1e-5)
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """The figures that are drawn, instead of their files."""
+    drawn = []
+    monkeypatch.setattr(visualize, "save_png", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(visualize, "write_csv", lambda *arguments: None)
+    return drawn
+
+
+def test_the_figure_of_training_has_a_title_and_whole_experts(trained, figure, tmp_path):
+    visualize.draw_training(tmp_path / "a.png", trained)
+    assert figure[0].get_suptitle() == "trained: mixing coefficients over training"
+    ticks = figure[0].axes[-1].get_yticks()
+    assert len(ticks) > 2
+    assert all(tick == round(tick) for tick in ticks)
+
+
+def test_losses_are_relative_to_the_pretrained_model_and_to_the_best_expert(figure, tmp_path):
+    errors = np.array([[-0.5, 0.2, 0.1], [0.0, -0.1, 0.1], [0.5, 0.3, 0.0]])
+    model = RemixDiT_models["RemixDiT-T/4"](input_size=8, n_basis=2, n_experts=3)
+    visualize.draw_losses(tmp_path / "a.png", np.ones(3), errors, model, "name")
+    left, right = (axis.images[0].get_array() for axis in figure[0].axes[:2])
+    np.testing.assert_allclose(left, 100 * errors)
+    assert right.diagonal().tolist() == [0, 0, 0]
+    assert right[2].tolist() == pytest.approx([200, 100 * (1.3 / 0.9 - 1), 0])
+
+
+def test_timesteps_can_be_batched(ckpt, features):
+    model, diffusion = load_model(ckpt)[0].expert(2), create_diffusion()
+    x, y = FeatureDataset(features).__getitems__(list(range(6)))
+    one, several = (noise_errors(model, diffusion, x, y, [3, 500, 999], 4, 0, n) for n in (1, 2))
+    torch.testing.assert_close(one, several)
 
 
 def test_grids_side_by_side(sampled, tmp_path):

@@ -14,13 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import checkpoints
-from common import UserError, check_disk
+from common import UserError, check_disk, counted
 from diffusion import FlowMatching, GaussianDiffusion, create_process
 from distributed import PRECISIONS
 from features import FeatureDataset
 from grouped_linear import RECOMPUTED_GROUPS
 from models import DiT
 from remix import RemixDiT, RemixLinear
+from sharding import can_shard
 from training.batches import count_groups
 from training.trainer import recompute_blocks
 
@@ -59,6 +60,7 @@ class RunSettings:
         precision: precision of the matrix products.
         global_seed: seed of all random draws.
         load_weight: file that the weights at step 0 come from; None for random weights.
+        schedule_steps: number of steps over which the learning rates and the prior's weight fall; None for max_steps.
     """
 
     max_steps: int
@@ -75,6 +77,7 @@ class RunSettings:
     precision: str
     global_seed: int
     load_weight: str | None
+    schedule_steps: int | None = None
 
 
 class AssumedFeatures:
@@ -125,13 +128,13 @@ def describe_run(
     source = f"from {dataset.path}"
     if isinstance(dataset, AssumedFeatures):
         source = f"ImageNet, assumed because {dataset.path} does not exist"
-    experts = f", {settings.experts_per_batch} experts per batch" if remix else ""
+    experts = f", {counted(settings.experts_per_batch, 'expert')} per batch" if remix else ""
     batch = f"batch {settings.global_batch_size} on {devices}, {settings.precision}"
     flow = [f"{name}={value}" for name, value in process.items() if name != "process"]
     return [
         f"{name}: {parameters:,.2f} M parameters, from {settings.load_weight or 'scratch'}",
-        f"{len(dataset):,} images of {model.num_classes:,} classes as {shape} ({source})",
-        f"{settings.max_steps:,} steps of {batch}{experts}",
+        f"{counted(len(dataset), 'image')} of {counted(model.num_classes, 'class', 'classes')} as {shape} ({source})",
+        f"{counted(settings.max_steps, 'step')} of {batch}{experts}",
         *([f"flow matching: {', '.join(flow)}"] if flow else []),
     ]
 
@@ -151,6 +154,43 @@ class Parallelism:
     grad_accum: int = 1
     sharded: bool = False
     checkpoint_activations: bool = False
+
+
+def choose_sharding(
+    requested: bool | None, model: DiT | RemixDiT, settings: RunSettings, size: int, grad_accum: int
+) -> tuple[bool, list[str]]:
+    """Decide whether the bases are sharded over the processes.
+
+    Args:
+        requested: --shard-bases or --no-shard-bases; None to choose what sends less.
+        model: the model, whole; its parameters may be on the meta device.
+        settings: the settings of the run.
+        size: number of processes.
+        grad_accum: microbatches per process and step.
+
+    Returns:
+        The decision, and a line that gives what is sent; no line for one process or a plain DiT.
+
+    Raises:
+        UserError: if sharding is requested but not possible.
+    """
+    if size == 1 or not isinstance(model, RemixDiT):
+        if requested and size > 1:
+            raise UserError("--shard-bases: a DiT has no bases")
+        return False, []
+    if not can_shard(model, size):
+        if requested:
+            raise UserError(f"--shard-bases: {size} processes do not divide the outputs of every mixed layer")
+        return False, []
+    trained, bases, mixture = count_parameters(model)
+    n_images = settings.global_batch_size // size // grad_accum
+    mixtures = mixture * grad_accum * count_groups(n_images, settings.global_batch_size // settings.experts_per_batch)
+    width = PRECISIONS[settings.precision].itemsize
+    ways = Parallelism(size, sharded=True), Parallelism(size)
+    sharded, whole = (bytes_sent(trained, bases, mixtures, width, way) for way in ways)
+    shard = sharded < whole if requested is None else requested
+    sent = [f"{sharded / 2**20:,.1f} MiB per step if they are", f"{whole / 2**20:,.1f} MiB if they are not"]
+    return shard, [f"bases {'' if shard else 'not '}sharded: a process sends {', '.join(sent)}"]
 
 
 def dry_run(
@@ -176,7 +216,7 @@ def dry_run(
         n_checkpoints: number of checkpoints that the run needs space for.
     """
     size = parallelism.size
-    lines = describe_run(name, model, dataset, settings, process, f"{size} GPUs")
+    lines = describe_run(name, model, dataset, settings, process, counted(size, "GPU"))
     try:
         disk = check_checkpoint_space(folder, model, n_checkpoints)
     except UserError as error:
@@ -190,13 +230,13 @@ def dry_run(
     memory["CUDA and NCCL (assumed)"] = CUDA_CONTEXT
     parts = ", ".join(f"{part_size / 2**30:.2f} {part}" for part, part_size in memory.items())
     lines += [f"memory per GPU: {sum(memory.values()) / 2**30:.1f} GiB (estimate): {parts}", disk]
-    lines += describe_step(costs, settings.precision, size)
+    lines.append(describe_step(costs, settings.precision, size))
     hours = settings.max_steps * costs.step_seconds(settings.precision, size) / 3600
     lines.append(f"time: {hours:,.2f} hours (estimate)")
     return lines
 
 
-def describe_step(costs: "StepCosts", precision: str, size: int) -> list[str]:
+def describe_step(costs: "StepCosts", precision: str, size: int) -> str:
     """Return the line that says how long a step takes, and why.
 
     Args:
@@ -213,10 +253,10 @@ def describe_step(costs: "StepCosts", precision: str, size: int) -> list[str]:
     if size > 1:
         parts.append(f"{1e3 * seconds['network']:.1f} ms of network beside them ({costs.sent / 1e9:.2f} GB sent)")
     step_ms = 1e3 * costs.step_seconds(precision, size)
-    return [
+    return (
         f"step: {step_ms:.1f} ms (estimate): {', '.join(parts)}; bound by {costs.bound(precision, size)}, at "
         f"{REACHED_FLOPS:.0%} of an H100's matrix products and {REACHED_BYTES:.0%} of its other rates"
-    ]
+    )
 
 
 def count_checkpoints(
@@ -260,7 +300,7 @@ def check_checkpoint_space(folder: Path, model: nn.Module, count: int) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # float32: the weights, their EMA, and the two moments of AdamW.
     size = 4 * (2 * parameters + 2 * trained)
-    return check_disk(folder, count * size, f"{count} more checkpoints of {size / 2**20:,.1f} MiB")
+    return check_disk(folder, count * size, f"{counted(count, 'more checkpoint')} of {size / 2**20:,.1f} MiB")
 
 
 @dataclass(frozen=True)
@@ -354,10 +394,13 @@ def count_parameters(model: DiT | RemixDiT) -> tuple[int, int, int]:
 def activation_traffic(config: dict, n_images: int, width: int, twice: bool) -> float:
     """Count the bytes of activations that the kernels between the matrix products read and write in a step.
 
-    Per token and channel of a block, in a forward pass: the two residual additions, each fused with the normalization
-    and the modulation behind it (8 bytes of the float32 residual and 2 activations each), attention (4 activations) and
-    GELU (8 activations). In a backward pass: GELU (12), attention (10), the gradients of the biases (9), and for each
-    normalization 20 bytes in float32 and 4 activations.
+    They are the kernels that the compiler would write for one block on a GPU (benchmarks/h100_kernels.py has the tool).
+    Vectors that are the same for all tokens of an image do not count. Per token and channel of a block:
+
+    forward: the two residual additions, normalizations and modulations (16 bytes of the float32 residual and 5
+    activations), attention (4 activations) and GELU (8). backward: GELU (12), attention (10), the concatenation of its
+    three gradients (6), the gradients of the biases (9), and the normalizations, modulations and gates (44 bytes in
+    float32 and 10 activations).
 
     Args:
         config: the keyword arguments of the DiT.
@@ -365,7 +408,7 @@ def activation_traffic(config: dict, n_images: int, width: int, twice: bool) -> 
         width: bytes of an activation.
         twice: whether the forward pass of the blocks runs twice.
     """
-    forward, backward = 16 + 16 * width, 40 + 39 * width
+    forward, backward = 16 + 17 * width, 44 + 47 * width
     tokens = n_images * (config["input_size"] // config["patch_size"]) ** 2
     return tokens * config["depth"] * config["hidden_size"] * (forward * (2 if twice else 1) + backward)
 
@@ -446,9 +489,6 @@ def memory_bytes(
         gradients = max(0, gradients - activations)
     memory = {"weights": 4 * (owned + fixed), "gradients": gradients, "EMA": 4 * (owned + fixed)}
     memory |= {"AdamW's moments": 8 * owned, f"activations of {n_images} images (not compiled)": activations}
-    if size > 1 and parallelism.grad_accum > 1:
-        # Gradients that are not exchanged yet, beside the buckets of the exchange.
-        memory["accumulated gradients"] = 4 * (trained - bases if parallelism.sharded else trained)
     if parallelism.sharded:
         # Sent and received, in flight at the same time.
         memory["mixtures in exchange"] = 2 * dtype.itemsize * groups * mixture

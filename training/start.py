@@ -1,5 +1,6 @@
 """The start of a run: its data, the model at step 0, its configuration, and the checkpoint to resume from."""
 
+import logging
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -15,13 +16,16 @@ from checkpoint import (
 )
 from common import UserError, number, remove_leftovers, write_json
 from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
-from distributed import World
+from distributed import World, is_first_process
 from features import FeatureDataset
 from interop.shapes import PUBLISHED_VAE
 from models import DiT, DiT_models
 from remix import RemixDiT, RemixDiT_models
 from training.batches import BatchSampler, sample_timesteps
 from training.plan import AssumedFeatures, RunSettings
+
+# Options that may differ from those of the checkpoint that a run resumes from. `extend_schedule` checks two of them.
+MAY_DIFFER = ("training.load_weight", "training.max_steps", "training.schedule_steps")
 
 
 def open_features(path: str, image_size: int | None, assume: bool) -> FeatureDataset | AssumedFeatures:
@@ -117,7 +121,7 @@ def make_model(
 
     Args:
         name: name of the model, of DiT_models or RemixDiT_models.
-        shape: keyword arguments of the DiT, from `model_shape`.
+        shape: keyword arguments of the DiT, from `model_shape`, and its frequency_shift if the user gives one.
         mixing: keyword arguments of the RemixDiT, from `mixing_options`; None for a plain DiT.
         prior_bonus: initial lead of the prior's basis in the mixing logits.
         load_weight: file of the initial weights; None for random weights.
@@ -140,7 +144,8 @@ def load_initial_model(
     name: str, shape: dict, mixing: dict | None, prior_bonus: float, path: str, allow_pickle: bool, process: dict
 ) -> DiT | RemixDiT:
     """Load the weights at step 0 and check that they fit the run; the arguments are those of `make_model`."""
-    loaded, config = load_model(path, allow_pickle=allow_pickle, verify=True)
+    overrides = {key: value for key, value in shape.items() if key == "frequency_shift"}
+    loaded, config = load_model(path, allow_pickle=allow_pickle, verify=True, **overrides)
     # A flow may start from a DiT, which has learned other features of the same images. The reverse is a mistake.
     trained = config["diffusion"] if config["diffusion"].get("process") == "flow" else {}
     for key in ("process", "path", "prediction") if trained else ():
@@ -207,23 +212,30 @@ def make_batch_sampler(
 
 
 def find_resume(
-    resume: str | None, folder: Path, config: dict
+    resume: str | None, folder: Path, config: dict, extend: str
 ) -> tuple[Path | str | None, dict | None, dict[Path, str]]:
     """Find and read the checkpoint to resume from, and check that it belongs to the same run.
+
+    The whole file is read to compare it with its checksums. Therefore only the first process does this. The others get
+    its path later and call `read_resume`.
 
     Args:
         resume: a checkpoint, or "auto" for the newest undamaged one of the run; None for a new run.
         folder: the run's folder.
-        config: configuration of this run.
+        config: configuration of this run. Its schedule_steps is set if the run has been extended, or is now.
+        extend: what happens to the schedules if a finished run gets more steps: "hold" keeps their final values, and
+            "stretch" lets them fall over all steps of the longer run.
 
     Returns:
-        The checkpoint's path and content, both None for a new run; and the newer checkpoints that are damaged, each
-        with a description of the damage.
+        The checkpoint's path and content, both None for a new run and on all processes but the first; and the newer
+        checkpoints that are damaged, each with a description of the damage.
 
     Raises:
         UserError: if the folder holds another run, or the checkpoint has another configuration or an earlier
             version, or cannot be read.
     """
+    if not is_first_process():
+        return None, None, {}
     present = checkpoints(folder / "checkpoints")
     path, damaged = resume, {}
     if resume == "auto":
@@ -239,7 +251,26 @@ def find_resume(
         return None, None, {}
     if present and present[0].parent.resolve() != Path(path).resolve().parent:
         raise UserError(f"{folder} already holds a different run from that of --resume {path}: use another --prefix")
-    state = read_checkpoint(path, mmap=False, verify=True)
+    # The newest checkpoint has been compared with its checksums already.
+    return path, read_resume(path, config, extend, verify=resume != "auto"), damaged
+
+
+def read_resume(path: Path | str, config: dict, extend: str, verify: bool = False) -> dict:
+    """Read the checkpoint to resume from, mapped into memory, and check that it belongs to the same run.
+
+    Args:
+        path: the checkpoint.
+        config: configuration of this run. Its schedule_steps is set, see `find_resume`.
+        extend: see `find_resume`.
+        verify: compare all parts of the file with their checksums first.
+
+    Raises:
+        UserError: see `find_resume`.
+    """
+    if not Path(path).is_file():
+        where = "" if is_first_process() else ": all nodes need the same --results-dir on a shared file system"
+        raise UserError(f"{path}: no such file{where}")
+    state = read_checkpoint(path, verify=verify)
     if not {"config", "step", "model", "ema", "optimizer", "scaler", "window"} <= state.keys():
         raise UserError(f"--resume {path} holds weights but no training state: use it with --load-weight")
     if state.get("version", 0) < VERSION:
@@ -250,17 +281,38 @@ def find_resume(
     trained, asked = (part["diffusion"].get("process", "gaussian") for part in (state["config"], config))
     if trained != asked:
         raise UserError(f"--resume {path} was trained with --process {trained}, this run asks for {asked}")
+    extend_schedule(path, state, config["training"], extend)
     before, now = flatten(state["config"]), flatten(config)
     if "training.coeff_lr_end" not in before and config["model"]["remix"]:
         # Earlier versions had no such option.
         before["training.coeff_lr_end"] = before["training.coeff_lr"] / 2
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and key != "training.load_weight":
+        if before.get(key) != now.get(key) and key not in MAY_DIFFER:
             raise UserError(
                 f"--resume {path} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}: "
                 "use the same settings, or start a new run with --load-weight and another --prefix"
             )
-    return path, state, damaged
+    return state
+
+
+def extend_schedule(path, state: dict, training: dict, extend: str):
+    """Set schedule_steps in the "training" part of a config that resumes from `state`. See `find_resume` for `extend`.
+
+    Raises:
+        UserError: if the number of steps differs from that of the checkpoint, and the checkpoint is not that of a
+            finished run with fewer steps.
+    """
+    before = state["config"]["training"]
+    steps, more_steps = before["max_steps"], training["max_steps"]
+    training["schedule_steps"] = before.get("schedule_steps")
+    if more_steps == steps:
+        return
+    if more_steps < steps or state["step"] < steps:
+        raise UserError(
+            f"--resume {path} belongs to a run of {steps} steps, this run asks for {more_steps}: "
+            "only a finished run can be extended, with more steps"
+        )
+    training["schedule_steps"] = (before.get("schedule_steps") or steps) if extend == "hold" else None
 
 
 def newest_checkpoint(present: list[Path]) -> tuple[Path | None, dict[Path, str]]:
@@ -292,3 +344,22 @@ def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
     remove_leftovers(folder, folder / "checkpoints", folder / "samples", folder / "coefficients")
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
+
+
+def default_prefix(name: str, mixing: dict | None) -> str:
+    """Return the name of the run's folder if --prefix does not give it."""
+    return name.replace("/", "-") + (f"-{mixing['n_basis']}-{mixing['n_experts']}" if mixing else "")
+
+
+def advice(model: DiT | RemixDiT, settings: RunSettings) -> list[str]:
+    """Return advice about the settings, if there is any."""
+    if isinstance(model, RemixDiT) and settings.experts_per_batch < min(8, model.n_experts):
+        return ["fewer than 8 experts per batch: in studies/README.md, more of them gave a lower error"]
+    return []
+
+
+def log_introduction(log: logging.Logger, description: list[str], damaged: dict[Path, str], notes: list[str]):
+    """Log what the run will do, and the damaged checkpoints that it does not resume from."""
+    skipped = [f"SKIPPED {path}: {reason}" for path, reason in damaged.items()]
+    for line in [*description, *skipped, *notes]:
+        log.info(line)
