@@ -1,6 +1,7 @@
 """Input errors, atomic file writes, locks of folders and argument parsing shared by all scripts."""
 
 import argparse
+import errno
 import fcntl
 import json
 import math
@@ -11,9 +12,10 @@ import socket
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
 # Choices of --timestep-frequencies, and the `frequency_shift` of a DiT that they stand for.
@@ -205,6 +207,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def cache_folder() -> Path:
+    """Return the folder in which results that can be computed again are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remix-dit"
+
+
 def check_disk(folder, needed: int, what: str) -> str:
     """Check that a folder's disk has enough free space.
 
@@ -269,6 +276,16 @@ def lock_folder(folder, flag: str):
         os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
+@contextmanager
+def wait_for_lock(path: Path):
+    """Hold the lock of a file, after any other process that holds it; without a lock if the file system has none."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.lockf(stack.enter_context(open(path, "a")), fcntl.LOCK_EX)
+        yield
+
+
 def _unlock_folders():
     """Release all locks; folders that were created for a lock and hold nothing else are removed."""
     while _locks:
@@ -291,24 +308,59 @@ def remove_leftovers(*folders: Path):
 def atomic_write(path):
     """Write a file so that readers see either the old file or the complete new one, even if the writer is killed.
 
-    On success the temporary file is flushed to disk and renamed to `path`. On an error it is removed.
+    On success the temporary file is flushed to disk and renamed to `path`. On an error it is removed. The file gets the
+    permissions that the user's umask gives a new file.
 
     Args:
         path: file to write; missing parent folders are created.
 
     Yields:
         Path of a temporary file in the same folder, to write to.
+
+    Raises:
+        OSError: with the file's name, if it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
+        with name_write_errors(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            # Some libraries replace the file by one that only its owner can read.
+            if temporary.stat().st_mode != mode:
+                temporary.chmod(mode)
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def name_write_errors(path):
+    """Name the file or folder `path` in an error of writing it, such as a full disk, so that it gives one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except Exception as error:
+        # torch.save and safetensors raise exceptions of their own.
+        if not any(words in str(error) for words in ("(os error ", "PytorchStreamWriter failed", "unexpected pos")):
+            raise
+        raise OSError(errno.EIO, "cannot be written (is the disk full?)", str(path)) from error
+
+
+def write_array(path, array: np.ndarray):
+    """Write an array to a .npy file, atomically."""
+    array = np.ascontiguousarray(array)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        # np.save would report no error if only the last bytes do not fit on the disk.
+        file.write(array.data)
 
 
 def write_json(path, content):

@@ -38,6 +38,8 @@ from remix import RemixDiT
 def main(args: argparse.Namespace):
     if Path(args.out).exists():
         raise UserError(f"{args.out} exists: choose another name")
+    if args.expert is not None and args.to in ("original", "safetensors"):
+        raise UserError(f"--expert gives a DiT: use it with --to dit, sit or diffusers, not --to {args.to}")
     if args.vae and args.to != "diffusers":
         raise UserError(f"--vae is stored in a pipeline: use it with --to diffusers, not --to {args.to}")
 
@@ -79,6 +81,8 @@ def load_models(
 def fold_expert(model: DiT | RemixDiT, expert: int | None, path: str) -> DiT:
     """Return a plain DiT: expert number `expert` of a RemixDiT, or the model itself if it is a plain DiT."""
     if isinstance(model, DiT):
+        if expert is not None:
+            raise UserError(f"--expert {expert}: {path} holds a plain DiT, which has no experts")
         return model
     if expert is None:
         raise UserError(f"{path} holds {counted(model.n_experts, 'expert')}: choose one with --expert")

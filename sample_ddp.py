@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from autoencoder import Pixels, load_autoencoder
-from checkpoint import choose_process, fingerprint, load_denoiser
+from checkpoint import choose_process, find_checkpoint, fingerprint, load_denoiser
 from common import (
     TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
@@ -42,11 +42,13 @@ from common import (
     folder_name,
     frequency_override,
     lock_folder,
+    name_write_errors,
     number,
     positive_int,
     remove_leftovers,
     run_script,
     seed_int,
+    write_array,
     write_json,
 )
 from diffusion import FLOW_SAMPLERS, PROCESS_SAMPLERS, SAMPLERS, make_sampler
@@ -89,6 +91,7 @@ class Pipeline:
     """What the checkpoint determines about sampling.
 
     Attributes:
+        ckpt: name of the checkpoint, for error messages.
         model: the network, or the switch between the networks of several experts.
         loop: sampling loop, see `diffusion.solvers.make_sampler`.
         timesteps: timesteps, or times of a flow, in the order in which the loop requests them. None if the loop chooses
@@ -100,6 +103,7 @@ class Pipeline:
         null_label: label that stands for no class.
     """
 
+    ckpt: str
     model: DiT | ExpertSwitch
     loop: Callable[..., torch.Tensor]
     timesteps: list[int] | list[float] | None
@@ -112,6 +116,7 @@ class Pipeline:
 
 def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is used.
+    args.ckpt = [find_checkpoint(path) for path in args.ckpt]
     overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
     overrides |= frequency_override(args.timestep_frequencies)
     model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
@@ -252,6 +257,7 @@ def make_pipeline(model: DiT | ExpertSwitch, config: dict, settings: SampleSetti
     # The factor by which the training data were multiplied, which may differ from the VAE's own.
     autoencoder.scale = config["data"]["scale"]
     return Pipeline(
+        ckpt=ckpt,
         model=model,
         loop=loop,
         timesteps=timesteps,
@@ -344,6 +350,9 @@ def sample(
 
     Returns:
         RGB images [n, H, W, 3], uint8.
+
+    Raises:
+        UserError: if a sample is not finite, because the model's training has diverged.
     """
     n = len(numbers)
     if compiled:
@@ -362,7 +371,12 @@ def sample(
         progress=show_steps,
         step_noise=lambda step: generators.randn(pipeline.shape),
     )
-    return pipeline.autoencoder.decode(samples[:n]).cpu().numpy()
+    finite = samples[:n].isfinite().flatten(1).all(1)
+    images = pipeline.autoencoder.decode(samples[:n]).cpu().numpy()
+    if not finite.all():
+        first = numbers[int(finite.int().argmin())]
+        raise UserError(f"sample {first} is not finite: the training of {pipeline.ckpt} has diverged")
+    return images
 
 
 def make_denoiser(
@@ -411,9 +425,10 @@ def write_batch(folder: Path, numbers: range, images: np.ndarray, save_png: bool
     if save_png:
         (folder / "png").mkdir(parents=True, exist_ok=True)
         for i, image in zip(numbers, images, strict=True):
-            Image.fromarray(image).save(folder / "png" / f"{i:06d}.png")
-    with atomic_write(part_path(folder, numbers)) as temporary, open(temporary, "wb") as file:
-        np.save(file, images)
+            path = folder / "png" / f"{i:06d}.png"
+            with name_write_errors(path):
+                Image.fromarray(image).save(path)
+    write_array(part_path(folder, numbers), images)
 
 
 def write_results(pipeline: Pipeline, settings: SampleSettings, batches: list[range], folder: Path):
@@ -449,9 +464,9 @@ if __name__ == "__main__":
         "--ckpt",
         required=True,
         nargs="+",
-        help="checkpoint of this project, of facebookresearch/DiT, SiT, REPA or the original Remix-DiT, also "
-        "hf:OWNER/REPOSITORY/FILE on the Hugging Face hub, or a DiT in diffusers' layout (a folder or a hub name). "
-        "Several files are independent experts: plain DiTs of this project, each "
+        help="checkpoint of this project (a run's folder stands for its newest one), of facebookresearch/DiT, SiT, "
+        "REPA or the original Remix-DiT, also hf:OWNER/REPOSITORY/FILE on the Hugging Face hub, or a DiT in diffusers' "
+        "layout (a folder or a hub name). Several files are independent experts: plain DiTs of this project, each "
         "trained with other --timesteps, which together cover all timesteps",
     )
     group.add_argument(

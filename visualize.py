@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import load_model
+from checkpoint import find_checkpoint, load_model
 from common import (
     TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
@@ -58,6 +58,7 @@ def main(args: argparse.Namespace):
     elif args.figure == "training":
         draw_training(out, Path(args.run))
     else:
+        args.ckpt = find_checkpoint(args.ckpt)
         overrides = {"num_heads": args.num_heads} if args.num_heads else {}
         overrides |= frequency_override(args.timestep_frequencies)
         model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **overrides)
@@ -239,12 +240,13 @@ def draw_grids(out: Path, paths: list[str], count: int):
     """
     rows, names = [], []
     for path in paths:
+        path = Path(path) / "samples.npz" if Path(path).is_dir() else Path(path)
         try:
             with np.load(path, allow_pickle=False) as file:
                 rows.append(file["arr_0"][:count])
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is not a file of samples: {error}") from None
-        names.append(Path(path).parent.name or Path(path).stem)
+        names.append(path.parent.name or path.stem)
     if len({row.shape for row in rows}) > 1:
         shapes = ", ".join(str(row.shape) for row in rows)
         raise UserError(f"the files hold images of different sizes, or too few images: {shapes}")
@@ -299,7 +301,7 @@ if __name__ == "__main__":
     losses.add_argument("--per-interval", type=positive_int, default=10, help="timesteps per expert's interval")
     losses.add_argument("--global-seed", type=seed_int, default=0, help="seed of the images and the noise")
     training.add_argument("run", help="folder of a run, outputs/<prefix>")
-    grids.add_argument("samples", nargs="+", help="samples.npz files of the same seed, one per model")
+    grids.add_argument("samples", nargs="+", help="folders of samples, or samples.npz files, of the same seed")
     grids.add_argument("--images", type=positive_int, default=10, help="images per model")
     for figure in (coefficients, losses, training, grids):
         figure.add_argument("--out", help="PNG file to write (default: beside the checkpoint or in the run's folder)")

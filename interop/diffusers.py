@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import TIMESTEP_FREQUENCIES, LocalError, UserError, first_line, warn
+from common import TIMESTEP_FREQUENCIES, LocalError, UserError, first_line, name_write_errors, warn
 from hub import offline
 from interop.shapes import backbone_from_shapes, make_config
 from models import DiT, sincos_positions
@@ -91,7 +91,10 @@ def find_transformer(path) -> tuple[Path, Path] | None:
     weights = [folder / file for file in WEIGHTS if (folder / file).is_file()]
     if not config.is_file() or not weights:
         missing = folder / WEIGHTS[0] if config.is_file() else config
-        raise UserError(f"{path} holds no DiTTransformer2DModel in diffusers' layout: there is no {missing}")
+        raise UserError(
+            f"{path} holds neither a run's checkpoints nor a DiTTransformer2DModel in diffusers' layout: "
+            f"there is no {missing}"
+        )
     return config, weights[0]
 
 
@@ -424,12 +427,19 @@ def _transformer_arguments(dit: DiT, config: dict) -> dict:
 
 @contextmanager
 def _new_folder(path):
-    """Yield a temporary folder beside `path`, which is renamed to `path` on success and removed on failure."""
+    """Yield a temporary folder beside `path`, which is renamed to `path` on success and removed on failure.
+
+    Its files get the permissions that the user's umask gives new files; safetensors gives them to the owner only.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
+    mode = temporary.stat().st_mode & 0o666
     try:
-        yield temporary
+        with name_write_errors(path):
+            yield temporary
+        for file in temporary.rglob("*.safetensors"):
+            file.chmod(mode)
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,8 +1,10 @@
 """convert.py, run as a user runs it. The format's own tests are in test_interop_*.py."""
 
+import os
+
 import pytest
 import torch
-from conftest import run, training_flags
+from conftest import file_limit, run, training_flags
 
 from checkpoint import load_model, model_config, save_checkpoint
 from models import DiT_models
@@ -75,6 +77,8 @@ def test_to_safetensors_and_back(trained, tmp_path):
         (("--to=sit",), "choose one with --expert"),
         (("--to=sit", "--expert=0"), "trained with Gaussian diffusion"),
         (("--to=safetensors", "--process=flow"), "was trained with --process gaussian"),
+        (("--to=safetensors", "--expert=1"), "use it with --to dit, sit or diffusers"),
+        (("--to=original", "--expert=1"), "not --to original"),
         (("--to=safetensors", "--vae=ema"), "--vae is stored in a pipeline"),
         (("--to=diffusers", "--expert=2", "--vae=ema"), "the folder of one DiT"),
         (("--to=diffusers", "--expert=9"), "0 to 5"),
@@ -86,6 +90,32 @@ def test_wrong_flags(ckpt, tmp_path, flags, message):
     done = run("convert.py", ckpt, tmp_path / "out", *flags, expect=2)
     assert message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_dit_has_no_experts(tmp_path):
+    torch.save(DiT_models["DiT-T/4"](input_size=8).state_dict(), tmp_path / "dit.pt")
+    done = run("convert.py", tmp_path / "dit.pt", tmp_path / "out.pt", "--to=dit", "--expert=0", expect=2)
+    assert "holds a plain DiT, which has no experts" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [("original",), ("dit", "--expert=1"), ("safetensors",), ("diffusers",)])
+def test_a_full_disk(ckpt, tmp_path, flags):
+    with file_limit(10_000):
+        stderr = run("convert.py", ckpt, tmp_path / "out", "--to", *flags, expect=2).stderr
+    assert f"{tmp_path / 'out'}: " in stderr
+    assert stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [("original",), ("safetensors",), ("diffusers",)])
+def test_files_have_the_permissions_of_the_umask(ckpt, tmp_path, flags):
+    before = os.umask(0o027)
+    try:
+        run("convert.py", ckpt, tmp_path / "out", "--to", *flags)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out", *(tmp_path / "out").rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
 
 
 def test_existing_files_are_not_replaced(ckpt, tmp_path):

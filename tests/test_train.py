@@ -267,6 +267,7 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("results", "Not a directory", "--results-dir", str(GOLDEN / "dit.pt")),
         wrong("no weights", "holds no", "--load-weight", str(GOLDEN / "diffusion.pt")),
         wrong("resume nothing", "no such file", "--resume", "/nowhere.pt"),
+        wrong("resume a folder", "is a folder without checkpoints", "--resume", str(GOLDEN)),
         wrong("resume weights", "no training state", "--resume", str(GOLDEN / "dit.pt")),
         wrong("model", "invalid choice", model="DiT-Q/2"),
         wrong("world", "cannot be divided equally among 2 processes", "--global-batch-size", "11", processes=2),
@@ -281,6 +282,14 @@ def test_wrong_input(features, tmp_path, flags, message, processes, model):
     if processes == 1:
         assert done.stderr.strip() == errors[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_to_resume_from_stands_for_its_newest_checkpoint(trained, features, tmp_path):
+    shutil.copytree(trained, tmp_path / "trained")
+    flags = [*training_flags(features, tmp_path, "trained"), "--max-steps=4", "--resume"]
+    for folder in (tmp_path / "trained", tmp_path / "trained/checkpoints"):
+        stderr = run("train_fast.py", *flags, folder).stderr
+        assert f"resumed from {tmp_path / 'trained/checkpoints/0000004.pt'}" in stderr
 
 
 def test_nothing_is_overwritten_or_mixed(trained, features, tmp_path):

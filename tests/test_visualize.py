@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, run, training_flags
+from conftest import GOLDEN, file_limit, run, training_flags
 from PIL import Image
 
 import visualize
@@ -26,6 +26,19 @@ def test_coefficients_are_drawn(ckpt, tmp_path):
     assert [[float(v) for v in row[4:]] for row in rows[1:]] == [pytest.approx(row) for row in alpha.tolist()]
     assert [row[2:4] for row in rows[1:]][:2] == [["0", "165"], ["166", "332"]]
     assert Image.open(tmp_path / "alpha.png").width > 500
+
+
+def test_a_runs_folder_stands_for_its_newest_checkpoint(ckpt, tmp_path):
+    run("visualize.py", "coefficients", ckpt.parent.parent, "--out", tmp_path / "folder.png")
+    run("visualize.py", "coefficients", ckpt, "--out", tmp_path / "file.png")
+    assert (tmp_path / "folder.csv").read_text() == (tmp_path / "file.csv").read_text()
+
+
+def test_a_full_disk(ckpt, tmp_path):
+    with file_limit(10_000):
+        stderr = run("visualize.py", "coefficients", ckpt, "--out", tmp_path / "alpha.png", expect=2).stderr
+    assert stderr == f"visualize.py: error: {tmp_path / 'alpha.png'}: File too large\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_plain_model_has_no_coefficients(tmp_path):
@@ -122,7 +135,7 @@ def test_timesteps_can_be_batched(ckpt, features):
 
 def test_grids_side_by_side(sampled, tmp_path):
     samples = sampled / "samples.npz"
-    run("visualize.py", "grids", samples, samples, "--images=5", "--out", tmp_path / "two.png")
+    run("visualize.py", "grids", samples, sampled, "--images=5", "--out", tmp_path / "two.png")
     picture = np.array(Image.open(tmp_path / "two.png"))
     half = picture.shape[0] // 2
     assert np.array_equal(picture[20:half], picture[half + 18 : 2 * half - 2])

@@ -5,7 +5,15 @@ from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
-from checkpoint import VERSION, checkpoints, find_corruption, load_model, model_config, read_checkpoint
+from checkpoint import (
+    VERSION,
+    checkpoints,
+    find_checkpoint,
+    find_corruption,
+    load_model,
+    model_config,
+    read_checkpoint,
+)
 from common import UserError, number, remove_leftovers, write_json
 from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
 from distributed import World, is_first_process
@@ -232,6 +240,8 @@ def find_resume(
     path, damaged = resume, {}
     if resume == "auto":
         path, damaged = newest_checkpoint(present)
+    elif resume:
+        path = find_checkpoint(resume)
     if path is None:
         if present:
             raise UserError(
