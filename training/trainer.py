@@ -169,8 +169,8 @@ class Trainer:
         self.loss = TrainingLoss(self.model, diffusion.to(world.device), self.loss_names, prior)
         if compile:
             choose_attention(model, world.device)
-            # optimize_ddp cuts the graph where DDP's buckets end. With sharded bases the graph must stay whole: it has to
-            # wait for the exchanges that it starts, because the compiler may otherwise reuse their memory.
+            # optimize_ddp cuts the graph where DDP's buckets end. With sharded bases the graph must stay whole: it has
+            # to wait for the exchanges that it starts, because the compiler may otherwise reuse their memory.
             torch._dynamo.config.optimize_ddp = not shard
             # The shapes do not change during a run, and symbolic sizes would be slower.
             self.loss.compile(dynamic=False, options=OVERLAP if shard else None)
@@ -276,8 +276,9 @@ class Trainer:
         prior_weight = torch.full((), prior_weight, device=self.world.device)
         microbatches = list(microbatches)
         if self.world.size > 1 and len(microbatches) > 1 and self.replicated[0].grad is None:
-            # DDP moves the gradients into its buckets in the first exchange, and rebuilds the buckets in the second. Run
-            # both before accumulating, and discard the results. Otherwise the sums need a second copy of all gradients.
+            # DDP moves the gradients into its buckets in the first exchange, and rebuilds the buckets in the second.
+            # Run both before accumulating, and discard the results. Otherwise the sums need a second copy of all
+            # gradients.
             for _ in range(2):
                 self._accumulate_gradients(microbatches[:1], prior_weight)
         losses = self._accumulate_gradients(microbatches, prior_weight)
