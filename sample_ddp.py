@@ -79,6 +79,7 @@ class SampleSettings:
     per_proc_batch_size: int
     save_png: bool
     precision: str
+    labels: str | list[int] | None
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,8 @@ def make_pipeline(model: DiT | ExpertSwitch, config: dict, settings: SampleSetti
         UserError: if the sampler's settings are invalid, or if the VAE cannot be loaded or does not suit the model.
     """
     backbone = config["model"]["backbone"]
+    if isinstance(settings.labels, list) and max(settings.labels) >= trained_classes(config):
+        raise UserError(f"--labels {max(settings.labels)}: {ckpt} has the classes 0 to {trained_classes(config) - 1}")
     solver = None
     if settings.sampler == "sde":
         solver = {"form": settings.diffusion_form, "last_step": settings.last_step}
@@ -248,7 +251,8 @@ def default_name(ckpt: str, settings: SampleSettings) -> str:
     run = f"{path.parent.parent.name}-{path.stem}" if path.parent.name == "checkpoints" else path.stem
     weights = "" if settings.ema else "-raw"
     sampler = f"{settings.sampler}{settings.num_sampling_steps or ''}-cfg{settings.cfg_scale}"
-    return f"{run}{weights}-{sampler}-seed{settings.global_seed}"
+    labels = "" if settings.labels is None else "-equal" if settings.labels == "equal" else "-chosen"
+    return f"{run}{weights}-{sampler}{labels}-seed{settings.global_seed}"
 
 
 def finished(folder: Path, record: dict) -> bool:
@@ -331,9 +335,9 @@ def sample(
         numbers = range(numbers.start, numbers.start + full)
     seed = settings.global_seed
     generators = SampleGenerators(seed, numbers, world.device)
-    labels = torch.tensor([label_of(seed, i, pipeline.n_classes) for i in numbers], device=world.device)
+    labels = [label_of(seed, i, pipeline.n_classes, settings.labels) for i in numbers]
     samples = pipeline.loop(
-        make_denoiser(pipeline, settings, labels, world, compiled),
+        make_denoiser(pipeline, settings, torch.tensor(labels, device=world.device), world, compiled),
         (len(numbers), *pipeline.shape),
         noise=generators.randn(pipeline.shape),
         clip_denoised=pipeline.autoencoder.bounded,
@@ -380,9 +384,24 @@ def predict(network: DiT, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> 
     return network(x, t, y)
 
 
-def label_of(seed: int, i: int, n_classes: int) -> int:
-    """Return sample i's label, a function of (seed, i)."""
-    return int(np.random.default_rng([seed, i]).integers(n_classes))
+def label_of(seed: int, i: int, n_classes: int, labels: str | list[int] | None = None) -> int:
+    """Return the label of a sample, which does not depend on the other samples.
+
+    Args:
+        seed: the seed.
+        i: number of the sample.
+        n_classes: number of classes.
+        labels: a list of labels, or "equal" for the list of all classes. The samples take the labels of the list in
+            turn. By default, the labels are drawn at random.
+    """
+    if labels is None:
+        return int(np.random.default_rng([seed, i]).integers(n_classes))
+    return i % n_classes if labels == "equal" else labels[i % len(labels)]
+
+
+def label_list(text: str) -> str | list[int]:
+    """Convert the value of --labels, as an argparse type: "equal", or whole numbers separated by commas."""
+    return text if text == "equal" else [number(int, 0)(part) for part in text.split(",")]
 
 
 def write_batch(folder: Path, numbers: range, images: np.ndarray, save_png: bool):
@@ -397,7 +416,8 @@ def write_batch(folder: Path, numbers: range, images: np.ndarray, save_png: bool
 
 def write_results(pipeline: Pipeline, settings: SampleSettings, batches: list[range], folder: Path):
     """Write grid.png, which shows the first samples in the order of their labels, and samples.npz; delete the parts."""
-    labels = np.array([label_of(settings.global_seed, i, pipeline.n_classes) for i in range(settings.num_fid_samples)])
+    seed, total = settings.global_seed, settings.num_fid_samples
+    labels = np.array([label_of(seed, i, pipeline.n_classes, settings.labels) for i in range(total)])
     parts = [part_path(folder, numbers) for numbers in batches]
     n_parts = -(-GRID_IMAGES // settings.per_proc_batch_size)
     first = np.concatenate([np.load(part) for part in parts[:n_parts]])[:GRID_IMAGES]
@@ -505,6 +525,13 @@ if __name__ == "__main__":
         "--cfg-all-channels",
         action="store_true",
         help="guide all channels; without this flag only the first three are guided, as in DiT",
+    )
+    group.add_argument(
+        "--labels",
+        type=label_list,
+        metavar="equal|LIST",
+        help="labels that the samples take in turn: equal for all classes, so that each is sampled equally often, or "
+        "numbers such as 207,360 (default: random classes)",
     )
     group.add_argument("--global-seed", type=seed_int, default=0, help="seed; sample i is a function of the seed and i")
     group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images per batch and process")
