@@ -5,21 +5,25 @@
     python convert.py outputs/RUN/checkpoints/0100000.pt expert3.pt --to sit --expert 3
     python convert.py outputs/RUN/checkpoints/0100000.pt remix.safetensors --to safetensors
     python convert.py outputs/RUN/checkpoints/0100000.pt remix --to diffusers --vae ema
+    python convert.py outputs/RUN/checkpoints/0100000.pt merged.safetensors --to safetensors --merge mean
 
 original: a file of the original Remix-DiT repository, with state dicts under "ema" and "model".
 dit: a file of facebookresearch/DiT, with the same keys: a plain DiT, or one expert of a RemixDiT folded into a DiT.
 sit: a training checkpoint of willisma/SiT, likewise, from a model that was trained with --process flow.
 safetensors: the EMA weights and the config. Loading a .safetensors file never executes code.
 diffusers: a folder with the EMA weights: a pipeline for a RemixDiT, a DiTTransformer2DModel for a DiT or an --expert.
+--merge makes one plain DiT of all experts, as a baseline or as a start for distillation, in any format but original.
 """
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
 from autoencoder import Latents, load_autoencoder
-from checkpoint import choose_process, load_model, save_safetensors
+from checkpoint import choose_process, load_model, model_config, save_safetensors
 from common import ArgumentParser, UserError, number, positive_int, run_script
 from diffusion import NOISE_LEVELS
+from figures import intervals
 from interop import diffusers, dit, original, sit
 from models import DiT
 from remix import RemixDiT
@@ -30,12 +34,17 @@ def main(args: argparse.Namespace):
         raise UserError(f"{args.out} exists: choose another name")
     if args.vae and args.to != "diffusers":
         raise UserError(f"--vae is stored in a pipeline: use it with --to diffusers, not --to {args.to}")
+    chosen = args.expert is not None or args.merge is not None
+    if chosen and args.to == "original":
+        raise UserError("--to original stores all experts: use another format with --expert or --merge")
 
     keys = ("ema", "model") if args.to in ("original", "dit", "sit") else ("ema",)
     models, config = load_models(args.ckpt, keys, args.trust_pickle, args.num_heads)
     choose_process(args.ckpt, config, args.process)
-    if args.to in ("dit", "sit") or (args.to == "diffusers" and args.expert is not None):
-        models = {key: fold_expert(model, args.expert, args.ckpt) for key, model in models.items()}
+    if args.to in ("dit", "sit") or chosen:
+        models = {key: fold_experts(model, args.expert, args.merge, args.ckpt) for key, model in models.items()}
+        name = config["model"]["name"]
+        config["model"] = model_config(name and name.removeprefix("Remix"), models["ema"])
 
     if args.to == "original":
         original.write(args.out, models, config)
@@ -63,12 +72,25 @@ def load_models(
     return models, config
 
 
-def fold_expert(model: DiT | RemixDiT, expert: int | None, path: str) -> DiT:
-    """Return a plain DiT: expert number `expert` of a RemixDiT, or the model itself if it is a plain DiT."""
+def fold_experts(model: DiT | RemixDiT, expert: int | None, merge: str | None, path: str) -> DiT:
+    """Fold experts of a RemixDiT into one plain DiT.
+
+    Args:
+        model: the model; a plain DiT is returned as it is.
+        expert: index of the expert.
+        merge: take all experts instead: "mean" with equal weights, or "interval" with the lengths of their intervals of
+            noise levels as weights.
+        path: the checkpoint, for error messages.
+    """
     if isinstance(model, DiT):
+        if merge:
+            raise UserError(f"--merge: {path} holds a plain DiT, not the experts of a RemixDiT")
         return model
+    if merge:
+        bounds = pairwise(model.boundaries) if model.boundaries else intervals(model)
+        return model.merge([high - low for low, high in bounds] if merge == "interval" else None)
     if expert is None:
-        raise UserError(f"{path} holds {model.n_experts} experts: choose one with --expert")
+        raise UserError(f"{path} holds {model.n_experts} experts: choose one with --expert, or use --merge")
     if expert >= model.n_experts:
         raise UserError(f"--expert {expert}: {path} has the experts 0 to {model.n_experts - 1}")
     return model.expert(expert)
@@ -96,8 +118,13 @@ if __name__ == "__main__":
         action="store_true",
         help="let the checkpoint execute code: use this only for files that you made yourself",
     )
-    parser.add_argument(
-        "--expert", type=number(int, 0), help="the expert to fold into a DiT, with --to dit, sit or diffusers"
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--expert", type=number(int, 0), help="the expert to fold into a plain DiT")
+    group.add_argument(
+        "--merge",
+        choices=["mean", "interval"],
+        help="make one plain DiT of all experts: the mean of their weights, or their mean weighted by the lengths of "
+        "the experts' intervals of noise levels",
     )
     parser.add_argument(
         "--process",
