@@ -95,7 +95,8 @@ def main(args: argparse.Namespace):
         return
     # This seed is for the initial weights and mixing logits. The draws of each step have seeds of their own.
     torch.manual_seed(settings.global_seed)
-    model = make_model(args.model, shape, mixing, settings.prior_bonus, settings.load_weight, args.trust_pickle)
+    initial = settings.load_weight, args.trust_pickle, dataset.classes, args.new_classes
+    model = make_model(args.model, shape, mixing, settings.prior_bonus, *initial)
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
     lock_folder(folder, "--prefix")
     resume_path, state, damaged = find_resume(args.resume, folder, config)
@@ -276,6 +277,8 @@ def resolve_settings(
         )
     if args.keep_every and (not args.keep or args.keep_every % args.ckpt_every):
         raise UserError("--keep-every needs --keep, and must be a multiple of --ckpt-every")
+    if args.new_classes and not args.load_weight:
+        raise UserError("--new-classes needs --load-weight")
     remix = args.model in RemixDiT_models
     timesteps = args.timesteps or NOISE_LEVELS[args.process]
     if remix and timesteps != NOISE_LEVELS[args.process]:
@@ -355,6 +358,12 @@ def make_parser() -> ArgumentParser:
         metavar="PATH",
         help="initial weights: a checkpoint of a DiT or a RemixDiT, or a DiT in diffusers' layout (a folder, or a name "
         "on the Hugging Face hub such as facebook/DiT-XL-2-256) (default: random weights)",
+    )
+    add(
+        "--new-classes",
+        action="store_true",
+        help="let --load-weight be a model of other classes: their embeddings are initialized again, except those of "
+        "classes whose names are equal, and of the null class",
     )
     add("--n-basis", type=positive_int, default=4, metavar="K", help="number of basis models")
     add("--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="number of experts")

@@ -10,8 +10,10 @@ import torch
 from conftest import GOLDEN, assert_same_weights, losses, run, training_flags
 
 from checkpoint import checkpoints, find_corruption, load_model
+from common import UserError
 from features import write_index, write_shard
 from models import DiT_models
+from training.start import make_model
 
 
 def test_the_files_of_a_run(trained, features):
@@ -79,6 +81,24 @@ def test_starting_from_a_pretrained_dit(features, tmp_path):
         expert = trained if model == "DiT-T/2" else trained.expert(5)
         for key, value in dit.state_dict().items():
             torch.testing.assert_close(expert.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_new_classes_keep_the_embeddings_of_equal_names(trained):
+    path = str(trained / "checkpoints/0000004.pt")
+    shape = dict(input_size=8, in_channels=3, num_classes=4)
+    mixing = {key: value for key, value in load_model(path)[0].config.items() if key != "num_timesteps"}
+    new = ["cat", "class2", "dog", "class0"]
+    with pytest.raises(UserError, match="has 3 classes, this run has 4: --new-classes"):
+        make_model("RemixDiT-T/2", shape, mixing, 3.0, path, classes=new)
+    with pytest.raises(UserError, match="its class 0 is class0, in the features it is class1: --new-classes"):
+        make_model(
+            "RemixDiT-T/2", shape | {"num_classes": 3}, mixing, 3.0, path, classes=["class1", "class0", "class2"]
+        )
+    model = make_model("RemixDiT-T/2", shape, mixing, 3.0, path, classes=new, new_classes=True)
+    before = load_model(path)[0].backbone.y_embedder.embedding_table.weight
+    after = model.backbone.y_embedder.embedding_table.weight
+    assert torch.equal(after[[1, 3, 4]], before[[2, 0, 3]])
+    assert model.backbone_config["num_classes"] == model.num_classes == 4
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -154,6 +174,7 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("missing weights", "no such file", "--load-weight", "/nowhere.pt"),
         wrong("foreign weights", "number of heads", "--load-weight", str(GOLDEN / "remix_original_checkpoint.pt")),
         wrong("results", "Not a directory", "--results-dir", str(GOLDEN / "dit.pt")),
+        wrong("classes of nothing", "--new-classes needs --load-weight", "--new-classes"),
         wrong("no weights", "holds no", "--load-weight", str(GOLDEN / "diffusion.pt")),
         wrong("resume nothing", "no such file", "--resume", "/nowhere.pt"),
         wrong("resume weights", "no training state", "--resume", str(GOLDEN / "dit.pt")),

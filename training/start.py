@@ -1,7 +1,7 @@
 """The start of a run: its data, the model at step 0, its configuration, and the checkpoint to resume from."""
 
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from checkpoint import VERSION, checkpoints, find_corruption, load_model, model_config, read_checkpoint
@@ -103,6 +103,8 @@ def make_model(
     prior_bonus: float,
     load_weight: str | None = None,
     allow_pickle: bool = False,
+    classes: list[str] | None = None,
+    new_classes: bool = False,
 ) -> DiT | RemixDiT:
     """Build the model at step 0.
 
@@ -113,10 +115,12 @@ def make_model(
         prior_bonus: initial lead of the prior's basis in the mixing logits.
         load_weight: file of the initial weights; None for random weights.
         allow_pickle: whether that file may run code.
+        classes: names of the dataset's classes; None if they are not known.
+        new_classes: whether the file may be a model of other classes, whose embeddings are initialized again.
     """
     try:
         if load_weight:
-            return load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle)
+            return load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle, classes, new_classes)
         if mixing:
             return RemixDiT_models[name](**shape, **mixing, prior_bonus=prior_bonus)
         return DiT_models[name](**shape)
@@ -127,10 +131,18 @@ def make_model(
 
 
 def load_initial_model(
-    name: str, shape: dict, mixing: dict | None, prior_bonus: float, path: str, allow_pickle: bool
+    name: str,
+    shape: dict,
+    mixing: dict | None,
+    prior_bonus: float,
+    path: str,
+    allow_pickle: bool,
+    classes: list[str] | None = None,
+    new_classes: bool = False,
 ) -> DiT | RemixDiT:
     """Load the weights at step 0 and check that they fit the model; the arguments are those of `make_model`."""
-    loaded, _ = load_model(path, allow_pickle=allow_pickle, verify=True)
+    loaded, config = load_model(path, allow_pickle=allow_pickle, verify=True)
+    choose_classes(loaded, path, config["data"]["classes"], classes, shape["num_classes"], new_classes)
     loaded_config = loaded.backbone_config if isinstance(loaded, RemixDiT) else loaded.config
     needed_config = DiT_models[name.removeprefix("Remix")](**shape).config
     for key, value in needed_config.items():
@@ -145,6 +157,40 @@ def load_initial_model(
         if loaded.config.get(key) != value:
             raise UserError(f"--load-weight {path} has {key}={loaded.config.get(key)}, this run asks for {value}")
     return loaded
+
+
+def choose_classes(
+    model: DiT | RemixDiT,
+    path: str,
+    old: list[str] | None,
+    new: list[str] | None,
+    num_classes: int,
+    new_classes: bool,
+):
+    """Check that a loaded model has the classes of the dataset, or initialize their embeddings again.
+
+    Args:
+        model: the loaded model. Its embeddings are replaced if `new_classes` is true.
+        path: its file, for error messages.
+        old: names of the model's classes; None if they are not known.
+        new: names of the dataset's classes; None if they are not known.
+        num_classes: number of classes of the run.
+        new_classes: replace the embeddings, except those of classes with equal names.
+
+    Raises:
+        UserError: if the classes differ and `new_classes` is false.
+    """
+    if new_classes:
+        backbone = model.backbone if isinstance(model, RemixDiT) else model
+        kept = {new.index(name): old.index(name) for name in {*(old or [])} & {*(new or [])}}
+        backbone.reset_classes(num_classes, kept)
+        return
+    remedy = "--new-classes initializes the embeddings of classes with other names again"
+    if model.num_classes != num_classes:
+        raise UserError(f"--load-weight {path} has {model.num_classes} classes, this run has {num_classes}: {remedy}")
+    for i, (before, now) in enumerate(zip_longest(old or [], new or [])):
+        if old and new and before != now:
+            raise UserError(f"--load-weight {path}: its class {i} is {before}, in the features it is {now}: {remedy}")
 
 
 def run_config(
