@@ -91,9 +91,14 @@ class CheckpointWriter:
         self.thread = None
 
     def save(self, step: int, state: dict):
-        """Copy a state to host memory and start writing it, after the previous checkpoint has been written."""
+        """Start writing a state, after the previous checkpoint has been written.
+
+        Args:
+            step: number of steps done.
+            state: the content, in host memory. It must not be changed afterwards.
+        """
         self.wait()
-        self.thread = threading.Thread(target=self._write, args=(self.folder / f"{step:07d}.pt", _host_copy(state)))
+        self.thread = threading.Thread(target=self._write, args=(self.folder / f"{step:07d}.pt", state))
         self.thread.start()
 
     def wait(self):
@@ -126,15 +131,6 @@ class CheckpointWriter:
         for path in older[self.keep :] if self.keep else []:
             if not (self.keep_every and int(path.stem) % self.keep_every == 0):
                 path.unlink(missing_ok=True)
-
-
-def _host_copy(state):
-    """Copy all tensors of nested dicts and lists to host memory."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: _host_copy(value) for key, value in state.items()}
-    return [_host_copy(value) for value in state] if isinstance(state, list) else state
 
 
 def read_checkpoint(path, allow_pickle: bool = False, mmap: bool = True, verify: bool = False) -> dict:

@@ -16,7 +16,6 @@ diffusers: a folder with the EMA weights: a pipeline for a RemixDiT, a DiTTransf
 """
 
 import argparse
-from itertools import pairwise
 from pathlib import Path
 
 from autoencoder import Latents, load_autoencoder
@@ -87,8 +86,7 @@ def fold_experts(model: DiT | RemixDiT, expert: int | None, merge: str | None, p
             raise UserError(f"--merge: {path} holds a plain DiT, not the experts of a RemixDiT")
         return model
     if merge:
-        bounds = pairwise(model.boundaries) if model.boundaries else intervals(model)
-        return model.merge([high - low for low, high in bounds] if merge == "interval" else None)
+        return model.merge([high - low for low, high in intervals(model)] if merge == "interval" else None)
     if expert is None:
         raise UserError(f"{path} holds {model.n_experts} experts: choose one with --expert, or use --merge")
     if expert >= model.n_experts:

@@ -24,6 +24,7 @@ MODELS = {
     "pretrained": ("pretrained DiT", "DiT-T/2"),
     "continued": ("continued training", "DiT-T/2"),
     "remix": ("Remix-DiT 4-20", "RemixDiT-T/2"),
+    "flow": ("DiT, flow matching", "DiT-T/2"),
 }
 
 
@@ -45,7 +46,10 @@ def main(args: argparse.Namespace):
         pixels = flags(vae="none", image_size=8, grayscale=True, mirror=False, num_workers=0)
         run(args.processes, "extract_features.py", *flags(data_path=digits / "train", features_path=features), *pixels)
 
-    print_heading("3. Train a DiT, then continue its training as a DiT and as a Remix-DiT for the same number of steps")
+    print_heading(
+        "3. Train a DiT, then continue its training as a DiT and as a Remix-DiT for the same number of steps; train a "
+        "DiT with flow matching for as many steps as the first one"
+    )
     checkpoints = train(features, outputs, pretraining_steps, finetuning_steps, args.processes)
 
     print_heading(f"4. Sample {n_samples:,} digits from each model")
@@ -80,13 +84,14 @@ def train(
     common += flags(log_every=500, num_workers=0, resume="auto")
     checkpoints = {}
     for prefix, (_, model) in MODELS.items():
-        steps = pretraining_steps if prefix == "pretrained" else finetuning_steps
+        from_scratch = prefix in ("pretrained", "flow")
+        steps = pretraining_steps if from_scratch else finetuning_steps
         checkpoints[prefix] = outputs / prefix / "checkpoints" / f"{steps:07d}.pt"
         if checkpoints[prefix].exists():
             continue
         words = flags(model=model, prefix=prefix, max_steps=steps)
-        if prefix == "pretrained":
-            words += flags(lr=2e-3)
+        if from_scratch:
+            words += flags(lr=2e-3, process="flow" if prefix == "flow" else None)
         else:
             words += flags(lr=1e-3, load_weight=checkpoints["pretrained"])
         if prefix == "remix":

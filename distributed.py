@@ -72,11 +72,24 @@ class World:
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.hosts)
         return int(bounds.sum()) == 0
 
+    def from_main(self, value: str | None) -> str | None:
+        """Return the value that rank 0 passes; the hosts synchronize, the GPUs do not."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=self.hosts)
+        return values[0]
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over the processes, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+
+def is_first_process() -> bool:
+    """Return whether this process has rank 0; it is known before the process group exists."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def world_size() -> int:

@@ -1,5 +1,6 @@
 """Image grids and heat maps of mixing coefficients, saved as PNG."""
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from remix import RemixDiT
 SMALLEST_TILE = 48
 CAPTION_HEIGHT = 14
 GAP = 4
-# A heat map of more experts has no timesteps and no values in its cells.
+# A heat map of more experts has no noise levels and no values in its cells.
 MAX_LABELLED_EXPERTS = 40
 
 
@@ -47,9 +48,25 @@ def save_grid(path, images: np.ndarray, captions: list[str], columns: int = 10, 
         grid.save(temporary, format="PNG")
 
 
-def intervals(model: RemixDiT) -> list[tuple[int, int]]:
-    """Return the timesteps of each expert as (low, high), from low to high - 1."""
+def is_flow(model: RemixDiT) -> bool:
+    """Return whether the noise levels of a model are those of a flow, from 0 to 1, and not timesteps."""
+    return model.boundaries is not None and model.boundaries[-1] == 1
+
+
+def intervals(model: RemixDiT) -> list[tuple[float, float]]:
+    """Return the noise levels of each expert as (low, high): the timesteps from low to high - 1, or those of a flow."""
+    if is_flow(model):
+        return list(pairwise(model.boundaries))
+    if model.boundaries:
+        return list(pairwise(math.ceil(boundary) for boundary in model.boundaries))
     return list(pairwise(i * model.num_timesteps // model.n_experts for i in range(model.n_experts + 1)))
+
+
+def interval_labels(model: RemixDiT, separator: str = "-") -> list[str]:
+    """Return the lowest and the highest noise level of each expert as text."""
+    if is_flow(model):
+        return [f"{low:.3g}{separator}{high:.3g}" for low, high in intervals(model)]
+    return [f"{low}{separator}{high - 1}" for low, high in intervals(model)]
 
 
 def save_coefficients(path, model: RemixDiT, title: str):
@@ -74,7 +91,7 @@ def save_coefficients(path, model: RemixDiT, title: str):
         image = axis.imshow(values, cmap="viridis", vmin=min(0, alpha.min()), vmax=max(1, alpha.max()), aspect="auto")
         axis.set_yticks(range(n_basis), [f"basis {k}" for k in range(n_basis)])
         if labelled:
-            ticks = [f"{i}\n{low}-{high - 1}" for i, (low, high) in enumerate(intervals(model))]
+            ticks = [f"{i}\n{label}" for i, label in enumerate(interval_labels(model))]
             axis.set_xticks(range(n_experts), ticks, fontsize=6)
             middle = (image.norm.vmin + image.norm.vmax) / 2
             for (k, i), value in np.ndenumerate(values.numpy()):
@@ -82,7 +99,8 @@ def save_coefficients(path, model: RemixDiT, title: str):
                 axis.text(i, k, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
         if blocks > 1:
             axis.set_title(f"block {block}", fontsize=8)
-    axes[-1, 0].set_xlabel("expert and its timesteps (expert 0: least noise)")
+    levels = "noise levels" if is_flow(model) else "timesteps"
+    axes[-1, 0].set_xlabel(f"expert and its {levels} (expert 0: least noise)")
     figure.suptitle(title, fontsize=10)
     figure.colorbar(image, ax=axes[:, 0].tolist(), label="coefficient")
     with atomic_write(Path(path)) as temporary:

@@ -32,9 +32,15 @@ def mixed_linear(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tens
     Returns:
         Output [B, ..., out], in the autocast dtype if autocast is enabled, otherwise in the dtype of x.
     """
+    # DDP counts each argument of the function several times when it decides where to cut a compiled graph.
+    weight, bias = weight.view(weight.shape), bias.view(bias.shape)
+    return MixedLinearFunction.apply(x.to(product_dtype(x)), alpha, weight, bias)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products with x: the autocast dtype if autocast is enabled, otherwise that of x."""
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return MixedLinearFunction.apply(x.to(dtype), alpha, weight, bias)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class MixedLinearFunction(torch.autograd.Function):
@@ -59,6 +65,21 @@ class MixedLinearFunction(torch.autograd.Function):
             grad_alpha = products(grad_theta, weight) + products(grad_theta_bias, bias)  # [G, K]
         # d loss / d beta = alpha_G^T (d loss / d Theta_G), [K, out, in] and [K, out]
         return grad_x, grad_alpha, mix(alpha.T, grad_theta), mix(alpha.T, grad_theta_bias)
+
+
+class LinearPerGroupFunction(torch.autograd.Function):
+    """`linear_per_group` for weights that are mixed already. x, weight and bias have one dtype."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear_per_group(x, weight, bias)  # [B, ..., out]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = linear_per_group_backward(grad.to(x.dtype), x, weight)
+        return grad_x, grad_weight, grad_bias.to(x.dtype)
 
 
 # A custom operator, because the compiler would keep the mixtures of the forward pass instead of mixing again. The

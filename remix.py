@@ -23,10 +23,25 @@ from models import DiT, DiT_models, classifier_free_guidance
 
 
 class BatchCoefficients:
-    """The coefficients of the current batch, shared by all mixed layers."""
+    """The coefficients of the current batch, shared by all mixed layers.
+
+    sharding.py has a subclass for bases that are divided among several processes.
+    """
 
     # [1 or depth, G, K] while RemixDiT.forward runs
     alpha: Tensor | None = None
+
+    def start(self, alpha: Tensor, experts: Tensor):
+        """Select the coefficients of the experts [G] of a batch from those of all experts [1 or depth, N, K]."""
+        self.alpha = alpha[:, experts]
+
+    def end(self):
+        """Forget the batch."""
+        self.alpha = None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum values over the processes that the bases are divided among."""
+        return values
 
     def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Return two contexts for code that runs now and again in the backward pass: the second restores the batch."""
@@ -223,11 +238,11 @@ class RemixDiT(nn.Module):
 
     def reset_bases(self):
         """Draw every basis separately, for training from scratch. Mixed modulation layers keep their initial zeros."""
-        for name, layer in self._mixed():
+        for name, layer in self.mixed():
             if not name.endswith(MODULATION):
                 layer.reset_parameters()
 
-    def _mixed(self) -> list[tuple[str, RemixLinear]]:
+    def mixed(self) -> list[tuple[str, RemixLinear]]:
         """Return the mixed layers and their names within the backbone."""
         return [(name, layer) for name, layer in self.backbone.named_modules() if isinstance(layer, RemixLinear)]
 
@@ -242,7 +257,7 @@ class RemixDiT(nn.Module):
         squared_distances, squared_spread, squared_norm = 0, 0, 0
         alpha = self._coefficients_per_row()
         alpha = alpha - alpha.mean(1, keepdim=True)  # [1 or depth, N, K]
-        for _, layer in self._mixed():
+        for _, layer in self.mixed():
             bases = layer.weight.flatten(1)  # [K, out * in]
             squared_norm = squared_norm + bases.square().sum() / self.n_basis
             # Bases are nearly equal: their products are accurate only after subtracting the mean.
@@ -251,7 +266,10 @@ class RemixDiT(nn.Module):
             squared_distances = squared_distances + gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
             row = alpha[layer.row]  # [N, K]
             squared_spread = squared_spread + ((row @ gram) * row).sum(1).mean()
-        return (squared_distances.clamp(min=0) / squared_norm).sqrt(), (squared_spread / squared_norm).sqrt()
+        sums = torch.cat([squared_distances.flatten(), squared_spread.view(1), squared_norm.view(1)])  # [K * K + 2]
+        *_, squared_spread, squared_norm = sums = self.batch_coefficients.sum(sums)
+        distances = (sums[:-2].clamp(min=0) / squared_norm).sqrt().view(self.n_basis, self.n_basis)
+        return distances, (squared_spread / squared_norm).sqrt()
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, groups: int | None = None, label_drop: Tensor | None = None
@@ -290,11 +308,11 @@ class RemixDiT(nn.Module):
 
     def _denoise(self, x: Tensor, t: Tensor, y: Tensor, label_drop: Tensor | None, experts: Tensor) -> Tensor:
         """Run the backbone on G equal groups, with the experts [G]."""
-        self.batch_coefficients.alpha = self._coefficients_per_row()[:, experts]  # [1 or depth, G, K]
+        self.batch_coefficients.start(self._coefficients_per_row(), experts)
         try:
             return self.backbone(x, t, y, label_drop)
         finally:
-            self.batch_coefficients.alpha = None
+            self.batch_coefficients.end()
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
         """See `models.classifier_free_guidance`."""
@@ -329,7 +347,7 @@ class RemixDiT(nn.Module):
     def _shared_dit(self) -> DiT:
         """Return a plain DiT in eval mode with the layers that all experts share; the mixed ones are random."""
         dit = DiT(**self.backbone.config).to(self.logits)
-        mixed = {name for name, _ in self._mixed()}
+        mixed = {name for name, _ in self.mixed()}
         shared = {k: v for k, v in self.backbone.state_dict().items() if k.rpartition(".")[0] not in mixed}
         dit.load_state_dict(shared, strict=False)
         return dit.eval()
@@ -353,7 +371,7 @@ class RemixDiT(nn.Module):
         copy of the weights is made.
         """
         layers_of_row = {}
-        for name, layer in self._mixed():
+        for name, layer in self.mixed():
             layers_of_row.setdefault(layer.row, []).append((dit.get_submodule(name), layer))
         for row, layers in layers_of_row.items():
             folded = [tensor for linear, _ in layers for tensor in (linear.weight, linear.bias)]

@@ -448,8 +448,9 @@ if __name__ == "__main__":
         "--ckpt",
         required=True,
         nargs="+",
-        help="checkpoint of this project, of facebookresearch/DiT or of the original Remix-DiT, or a DiT in diffusers' "
-        "layout (a folder or a hub name). Several files are independent experts: plain DiTs of this project, each "
+        help="checkpoint of this project, of facebookresearch/DiT, SiT, REPA or the original Remix-DiT, also "
+        "hf:OWNER/REPOSITORY/FILE on the Hugging Face hub, or a DiT in diffusers' layout (a folder or a hub name). "
+        "Several files are independent experts: plain DiTs of this project, each "
         "trained with other --timesteps, which together cover all timesteps",
     )
     group.add_argument(

@@ -34,6 +34,7 @@ from diffusion.interpolants import PATHS, TIME_SAMPLINGS
 from distributed import (
     PRECISIONS,
     StopSignal,
+    is_first_process,
     rank0_logger,
     restore_signals,
     setup,
@@ -47,6 +48,7 @@ from training.plan import (
     Parallelism,
     RunSettings,
     check_checkpoint_space,
+    choose_sharding,
     count_checkpoints,
     describe_run,
     dry_run,
@@ -63,6 +65,7 @@ from training.start import (
     noise_level,
     open_features,
     prepare_folder,
+    read_resume,
     run_config,
 )
 from training.statistics import ThroughputTimer, build_metrics, explain_failure, report_line
@@ -90,38 +93,41 @@ def main(args: argparse.Namespace):
         with torch.device("meta"):
             model = make_model(args.model, shape, mixing, settings.prior_bonus)
         n_checkpoints = count_checkpoints(folder, 0, settings.max_steps, **saving)
-        parallelism = Parallelism(world_size(), args.grad_accum, False, args.checkpoint_activations)
+        shard, _ = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
+        parallelism = Parallelism(world_size(), args.grad_accum, shard, args.checkpoint_activations)
         print("\n".join(dry_run(args.model, model, dataset, settings, process, parallelism, folder, n_checkpoints)))
         return
     # This seed is for the initial weights and mixing logits. The draws of each step have seeds of their own.
     torch.manual_seed(settings.global_seed)
-    initial = settings.load_weight, args.trust_pickle, dataset.classes, args.new_classes
-    model = make_model(args.model, shape, mixing, settings.prior_bonus, *initial)
+    weights = settings.load_weight, args.trust_pickle, process, dataset.classes, args.new_classes
+    model = make_model(args.model, shape, mixing, settings.prior_bonus, *weights)
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
+    shard, traffic = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
     lock_folder(folder, "--prefix")
     resume_path, state, damaged = find_resume(args.resume, folder, config)
     step = state["step"] if state else 0
     can_sample = settings.timesteps == NOISE_LEVELS[args.process]
     autoencoder, preview_note = choose_decoder(args.sample_every, can_sample, args.vae, dataset)
     n_checkpoints = count_checkpoints(folder, step, settings.max_steps, **saving)
-    disk_note = check_checkpoint_space(folder, model, n_checkpoints)
+    disk_note = check_checkpoint_space(folder, model, n_checkpoints) if is_first_process() else None
 
     # Join the other processes and prepare the run's folder.
     if args.deterministic:
         use_deterministic_algorithms()
     world = setup()
     stop = StopSignal()
-    if not world.same(step):
-        raise UserError(
-            "the processes found different checkpoints: all nodes need the same --results-dir on a shared file system"
-        )
+    # Rank 0 has compared the checkpoint with its checksums.
+    resume_path = world.from_main(resume_path)
+    if resume_path and not world.is_main:
+        state = read_resume(resume_path, config)
+        step = state["step"]
     if world.is_main:
         prepare_folder(folder, config, damaged)
     log = rank0_logger(world, folder / "log.txt")
     compiled = torch.cuda.is_available() if args.compile is None else args.compile
     devices = f"{world.size} x {world.device.type}{', compiled' if compiled else ''}"
     description = describe_run(args.model, model, dataset, settings, process, devices)
-    log_introduction(log, description, damaged, [disk_note, preview_note, *advice(model, settings)])
+    log_introduction(log, description, damaged, [*traffic, disk_note, preview_note, *advice(model, settings)])
 
     # Set up the training state.
     trainer = Trainer(
@@ -136,6 +142,7 @@ def main(args: argparse.Namespace):
         precision=settings.precision,
         compile=compiled,
         checkpoint_activations=args.checkpoint_activations,
+        shard=shard,
     )
     if state:
         trainer.load_state_dict(state, resume_path)
@@ -154,6 +161,7 @@ def main(args: argparse.Namespace):
             autoencoder,
             process if can_sample else None,
             partial(world.autocast, settings.precision),
+            world.device,
             log,
         )
     # Train. `step` counts the steps that are done.
@@ -182,21 +190,28 @@ def main(args: argparse.Namespace):
             if step % args.log_every == 0 or finished:
                 losses, nonfinite = trainer.stats.read()
                 speed = timer.read()
+                schedule = trainer.learning_rates() | {"prior_weight": prior_weight}
+                # Each process measures the distances between its own rows of sharded bases.
+                metrics = build_metrics(step, losses, nonfinite, model, schedule, speed)
                 if world.is_main:
-                    schedule = trainer.learning_rates() | {"prior_weight": prior_weight}
-                    metrics = build_metrics(step, losses, nonfinite, model, schedule, speed)
                     loggers.log_metrics(step, metrics)
                     log.info(report_line(metrics, settings.max_steps, settings.global_batch_size))
             if step % args.ckpt_every == 0 or finished or stopped:
                 with timer.paused():
+                    # There may be host memory for one copy of the state only.
+                    writer.wait()
                     stats = trainer.stats.state_dict()
+                    saved = {"config": config, "step": step, "window": stats} | trainer.state_dict()
                     if world.is_main:
-                        writer.save(step, {"config": config, "step": step, "window": stats} | trainer.state_dict())
-            if previews and step % args.sample_every == 0:
+                        writer.save(step, saved)
+                    del saved
+            if args.sample_every and step % args.sample_every == 0:
                 # The other processes wait for this one in their next step.
                 with timer.paused():
-                    for kind, path in previews.draw(step, trainer.ema).items():
+                    ema = trainer.whole_ema()
+                    for kind, path in previews.draw(step, ema).items() if previews else ():
                         loggers.log_image(step, kind, path)
+                    del ema
 
     # Wait until the last checkpoint is written, and report how the run ended.
     writer.wait()
@@ -356,8 +371,9 @@ def make_parser() -> ArgumentParser:
     add(
         "--load-weight",
         metavar="PATH",
-        help="initial weights: a checkpoint of a DiT or a RemixDiT, or a DiT in diffusers' layout (a folder, or a name "
-        "on the Hugging Face hub such as facebook/DiT-XL-2-256) (default: random weights)",
+        help="initial weights: a checkpoint of a DiT, SiT or RemixDiT, hf:OWNER/REPOSITORY/FILE for one on the Hugging "
+        "Face hub, or a DiT in diffusers' layout (a folder, or a hub name such as facebook/DiT-XL-2-256) (default: "
+        "random weights)",
     )
     add(
         "--new-classes",
@@ -492,6 +508,12 @@ def make_parser() -> ArgumentParser:
         action="store_true",
         help="slower algorithms on GPUs whose results do not vary from run to run, so that a resumed run can equal an "
         "uninterrupted one bit for bit; on CPUs this is always so",
+    )
+    add(
+        "--shard-bases",
+        action=argparse.BooleanOptionalAction,
+        help="each process owns a part of every basis, and the processes exchange the mixtures instead of the "
+        "gradients of the bases (default: if that sends less)",
     )
     add(
         "--num-workers",

@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from common import ArgumentParser, UserError, atomic_write, positive_int, run_script, seed_int
-from diffusion import create_diffusion
+from diffusion import FlowMatching, GaussianDiffusion, create_process
 from features import FeatureDataset
-from figures import intervals, save_coefficients, save_grid
+from figures import interval_labels, intervals, is_flow, save_coefficients, save_grid
 from models import DiT
 from remix import RemixDiT
 from training.statistics import noise_errors
@@ -59,9 +59,9 @@ def main(args: argparse.Namespace):
                 raise UserError(f"{args.pretrained} is not the plain DiT that {args.ckpt} was trained from")
             x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
             timesteps = interval_timesteps(model, args.per_interval)
-            diffusion = create_diffusion(**config["diffusion"])
+            diffusion = create_process(**config["diffusion"])
             reference, errors = expert_errors(model, pretrained, diffusion, x, y, timesteps, args.global_seed)
-            draw_losses(out, reference, errors, intervals(model), name)
+            draw_losses(out, reference, errors, model, name)
 
     written = [path for path in (out, out.with_suffix(".csv")) if path.exists()]
     print(f"wrote {' and '.join(map(str, written))}")
@@ -80,15 +80,17 @@ def default_out(args: argparse.Namespace) -> Path:
 
 
 def draw_coefficients(out: Path, model: RemixDiT, name: str):
-    """Draw a heat map of alpha. Columns are experts with their timesteps, rows are bases."""
+    """Draw a heat map of alpha. Columns are experts with their noise levels, rows are bases."""
     save_coefficients(out, model, f"{name}: mixing coefficients")
     alpha = model.coefficients().detach().view(-1, model.n_experts, model.n_basis)
     blocks, _, n_basis = alpha.shape
-    header = ["block", "expert", "first_timestep", "last_timestep", *(f"basis_{k}" for k in range(n_basis))]
+    names = ["lowest_noise_level", "highest_noise_level"] if is_flow(model) else ["first_timestep", "last_timestep"]
+    ends = intervals(model) if is_flow(model) else [(low, high - 1) for low, high in intervals(model)]
+    header = ["block", "expert", *names, *(f"basis_{k}" for k in range(n_basis))]
     rows = []
     for block, experts in enumerate(alpha.tolist()):
-        for i, ((low, high), values) in enumerate(zip(intervals(model), experts, strict=True)):
-            rows.append(["all" if blocks == 1 else block, i, low, high - 1, *values])
+        for i, (levels, values) in enumerate(zip(ends, experts, strict=True)):
+            rows.append(["all" if blocks == 1 else block, i, *levels, *values])
     write_csv(out, header, rows)
 
 
@@ -135,22 +137,31 @@ def load_images(data_path: str, count: int, seed: int, ckpt: str, model: RemixDi
 
 
 def interval_timesteps(model: RemixDiT, per_interval: int) -> np.ndarray:
-    """Return evenly spaced timesteps in each expert's interval, [N, per_interval]."""
+    """Return evenly spaced timesteps, or a flow's times, in each expert's interval, [N, per_interval]."""
+    if is_flow(model):
+        parts = (np.arange(per_interval) + 0.5) / per_interval
+        return np.stack([1 - (low + (high - low) * parts) for low, high in intervals(model)])
     return np.stack([np.linspace(low, high - 1, per_interval).round().astype(int) for low, high in intervals(model)])
 
 
 def expert_errors(
-    remix: RemixDiT, pretrained: DiT, diffusion, x: Tensor, y: Tensor, timesteps: np.ndarray, seed: int
+    remix: RemixDiT,
+    pretrained: DiT,
+    diffusion: GaussianDiffusion | FlowMatching,
+    x: Tensor,
+    y: Tensor,
+    timesteps: np.ndarray,
+    seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Measure the error of the predicted noise in every interval.
+    """Measure the error of the prediction in every interval: of the predicted noise, or of what a flow predicts.
 
     Args:
         remix: Model with N experts.
         pretrained: Plain DiT of the same architecture.
-        diffusion: Gaussian diffusion of both models.
+        diffusion: Process of both models.
         x: Encoded images, [n, C, H, W].
         y: Labels, [n].
-        timesteps: Timesteps of each interval, [N, per_interval].
+        timesteps: Timesteps or times of each interval, [N, per_interval].
         seed: Seed of the noise, which is the same for all models.
 
     Returns:
@@ -169,7 +180,7 @@ def expert_errors(
     return reference, np.stack(experts) / reference - 1
 
 
-def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, bounds: list[tuple[int, int]], name: str):
+def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, model: RemixDiT, name: str):
     """Draw the results of expert_errors as a heat map. Rows are experts, columns are intervals."""
     figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
     # Differences are tenths of a percent inside an expert's interval, and up to a factor of ten far outside it.
@@ -177,15 +188,15 @@ def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, bounds: li
     image = axis.imshow(100 * errors, cmap="RdBu_r", norm=scale)
     axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axis.set_xlabel("interval of timesteps (interval 0: least noise)")
+    axis.set_xlabel(f"interval of {'noise levels' if is_flow(model) else 'timesteps'} (interval 0: least noise)")
     axis.set_ylabel("expert")
     ticks = [-100, -10, -1, 0, 1, 10, 100]
     figure.colorbar(image, label="error relative to the pretrained model, %", ticks=ticks, format="%d")
-    own_is_best = float((errors.argmin(0) == np.arange(len(bounds))).mean())
+    own_is_best = float((errors.argmin(0) == np.arange(model.n_experts)).mean())
     axis.set_title(f"{name}: the interval's own expert has the lowest error in {own_is_best:.0%}", fontsize=10)
     save_png(figure, out)
 
-    header = ["expert", *(f"t_{low}_{high - 1}" for low, high in bounds)]
+    header = ["expert", *(f"{'u' if is_flow(model) else 't'}_{label}" for label in interval_labels(model, "_"))]
     rows = [["pretrained, absolute", *reference], *([i, *row] for i, row in enumerate(errors.tolist()))]
     write_csv(out, header, rows)
 

@@ -42,6 +42,8 @@ def _state_dict(model: DiT | RemixDiT) -> dict[str, Tensor]:
         raise UserError(
             "the original Remix-DiT supports softmax mixers of global scope over attention and MLP layers only"
         )
+    if model.boundaries is not None:
+        raise UserError("the original Remix-DiT supports experts with equal intervals of timesteps only")
     return {
         LOGITS if key == "logits" else key.removeprefix("backbone."): value for key, value in model.state_dict().items()
     }

@@ -121,7 +121,7 @@ def compare(out: Path, setting: str, rows: list[dict]) -> list[dict]:
 def score_table(names: list[str], rows: list[dict]) -> str:
     """Return the errors and scores of variants as a Markdown table."""
     lines = [
-        "| variant | seeds | test error | change, % | mean change over timesteps, % | FID | change | KID x 1000 | IS "
+        "| variant | seeds | test error | change, % | mean change over timesteps, % | FID | change | KID | IS "
         "| FID, ImageNet's features |",
         "|" + " --- |" * 10,
     ]
@@ -139,7 +139,7 @@ def score_table(names: list[str], rows: list[dict]) -> str:
             change(name, [row["ratio_change"] for row in variant]),
             mean_and_std(values["fid"], 2),
             change(name, [row["fid_change"] for row in variant]),
-            mean_and_std([1000 * kid for kid in values["kid"]], 2),
+            mean_and_std(values["kid"], 2),
             mean_and_std(values["inception_score"], 2),
             mean_and_std(values["imagenet_fid"], 2) if values["imagenet_fid"] else "-",
         ]

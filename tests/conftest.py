@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -31,6 +32,8 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # Flags of extract_features.py for the small images below, and of sample_ddp.py for few samples in few steps.
 PIXELS = ("--vae=none", "--image-size=8", "--num-workers=0")
 FEW_SAMPLES = ("--num-fid-samples=14", "--num-sampling-steps=8")
+# How an error says that a file is missing, on the disk or on the Hugging Face hub.
+MISSING = re.compile(r"no such f|the hub cannot be reached", re.IGNORECASE)
 
 
 # Numbers
@@ -120,6 +123,15 @@ def training_processes(prefix: str) -> list[int]:
         if entry.name.isdigit() and f"--prefix={prefix}".encode() in words and ranks:
             processes.append((ranks[0], int(entry.name)))
     return [pid for _, pid in sorted(processes)]
+
+
+@pytest.fixture(scope="module")
+def no_hub():
+    """The Hugging Face hub cannot be reached and its cache is empty, whether or not this is so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hub.offline", lambda: True)
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/no/such/cache")
+        yield
 
 
 # Training runs

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion import create_flow
 from distributed import World
 from features import FeatureDataset
+from models import DiT_models
+from remix import RemixDiT
 from training.batches import (
     BatchSampler,
     GlobalBatches,
@@ -83,13 +86,60 @@ def test_timesteps_of_an_independent_expert():
     assert (t.min(), t.max()) == (125, 249)
 
 
-def test_two_processes_draw_the_two_halves_of_the_batch_of_one():
+def owners(boundaries: list[float], t: np.ndarray) -> np.ndarray:
+    """The experts that own the times t, according to a model with these boundaries."""
+    model = RemixDiT(DiT_models["DiT-T/4"](8), 2, len(boundaries) - 1, boundaries=boundaries)
+    return model.expert_index(torch.from_numpy(t)).numpy()
+
+
+@pytest.mark.parametrize("boundaries", [[0, 875, 1000], [0, 0.5, 1.5, 400.25, 1000]])
+def test_timesteps_lie_within_the_boundaries_of_their_expert(boundaries):
+    n = len(boundaries) - 1
+    t = np.concatenate([sample_timesteps(0, s, 600 * n, n, n, boundaries=boundaries) for s in range(4)])
+    experts = owners(boundaries, t)
+    assert (np.bincount(experts) == 4 * 600).all(), "experts are sampled equally often"
+    for i in range(n):
+        drawn = t[experts == i]
+        possible = [level for level in range(1000) if boundaries[i] <= level < boundaries[i + 1]]
+        assert {drawn.min(), drawn.max()} <= set(possible)
+        assert abs(drawn.mean() - np.mean(possible)) <= 0.15 * (len(possible) - 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"time_sampling": "logit-normal", "time_mean": -0.5, "shift": 3.0}])
+def test_times_of_a_flow_follow_its_distribution_within_each_expert(options):
+    """With the quantiles as boundaries, the times of all experts together have the undivided distribution."""
+    from scipy.stats import kstest
+
+    flow = create_flow(**options)
+    boundaries = flow.quantiles(20)
+    t = [sample_timesteps(1, s, 160, 20, 16, boundaries=boundaries, flow=flow) for s in range(50)]
+    assert all(part.dtype == np.float32 for part in t)
+    for part in t:
+        groups = owners(boundaries, part).reshape(16, 10)
+        assert (groups == groups[:, :1]).all(), "a group lies within one expert's noise levels"
+    levels = 1 - np.concatenate(t).astype(np.float64)
+    assert kstest(flow.times.cdf(levels), "uniform").pvalue > 1e-3
+    alone = 1 - sample_timesteps(0, 0, 4000, timesteps=(0.25, 0.5), flow=flow)
+    assert 0.25 <= alone.min() < 0.26
+    assert 0.49 < alone.max() < 0.5
+
+
+def test_intervals_without_times_are_errors():
+    with pytest.raises(ValueError, match="no timestep"):
+        sample_timesteps(0, 0, 2, 2, 2, boundaries=[0, 0.5, 0.75, 1000])
+    with pytest.raises(ValueError, match="no training times"):
+        sample_timesteps(0, 0, 2, 2, 2, boundaries=[0, 1e-4, 1], flow=create_flow(prediction="noise"))
+
+
+@pytest.mark.parametrize("flow", [None, create_flow()])
+def test_two_processes_draw_the_two_halves_of_the_batch_of_one(flow):
     """With six groups of two images, each of the two processes' two microbatches of three needs three groups of one."""
     x, y = torch.zeros(12, 3, 8, 8), torch.arange(12)
+    experts = dict(n_experts=20, experts_per_batch=6, boundaries=flow and flow.quantiles(20), flow=flow)
 
     def draw(rank: int, size: int):
         world = World(rank, size, torch.device("cpu"))
-        sampler = BatchSampler(5, 12, world, n_experts=20, experts_per_batch=6, label_dropout=0.5, grad_accum=2)
+        sampler = BatchSampler(5, 12, world, **experts, label_dropout=0.5, grad_accum=2)
         return sampler.microbatches(sampler.draw(7, x[sampler.rows], y[sampler.rows]))
 
     whole, halves = draw(0, 1), [*draw(0, 2), *draw(1, 2)]

@@ -26,7 +26,7 @@ def commands(monkeypatch, tmp_path) -> list[tuple[str, list[str]]]:
 
 def test_every_step_is_run_for_every_model(commands):
     scripts = [script for script, _ in commands]
-    counts = {"train_fast.py": 3, "sample_ddp.py": 3, "evaluator.py": 3, "visualize.py": 1}
+    counts = {"train_fast.py": 4, "sample_ddp.py": 4, "evaluator.py": 4, "visualize.py": 1}
     assert scripts == ["studies/digits.py", "extract_features.py", *(s for s, n in counts.items() for _ in range(n))]
 
 

@@ -16,6 +16,7 @@ from conftest import PIXELS, ROOT, run
 sys.path.insert(0, str(ROOT / "studies"))
 
 import fashion
+import fashion_figures
 import fashion_page
 import fashion_tables
 import runs
@@ -281,6 +282,20 @@ def test_changes_are_paired_by_seed(tmp_path):
             assert row["fifth_changes"] == pytest.approx([-50, 0, 0, 0, 0])
             assert row["ratio_change"] == pytest.approx(-10)
             assert row["error_change"] == pytest.approx(100 * (1800 / 2800 - 1))
+
+
+def test_the_figure_shows_the_change_of_each_part_of_the_timesteps(tmp_path):
+    (tmp_path / "errors").mkdir()
+    base = np.linspace(1, 0.01, 1000)
+    for name, factor in (("continued", 1.0), ("remix-4-20", np.where(np.arange(1000) < 500, 1.0, 0.9))):
+        np.savez(tmp_path / "errors" / f"pixels-{name}-0.npz", test=base * factor)
+        fashion_page.append_row(tmp_path / "pixels.csv", {"variant": name, "seed": 0, "fid": 1})
+    rows = fashion_page.compare(tmp_path, "pixels", fashion_page.read_results(tmp_path / "pixels.csv"))
+    changes = fashion_figures.change_per_bin(tmp_path, "pixels", "remix-4-20", rows)
+    assert changes == pytest.approx(np.repeat([[0, -10]], 20).reshape(1, 40))
+    run("studies/fashion_figures.py", f"--out={tmp_path}")
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["timesteps-pixels.png"]
+    assert "no results" in run("studies/fashion_figures.py", f"--out={tmp_path / 'none'}", expect=2).stderr
 
 
 def test_only_differences_beyond_the_spread_of_three_seeds_have_a_star():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from figures import CAPTION_HEIGHT, GAP, intervals, save_grid
+from figures import CAPTION_HEIGHT, GAP, interval_labels, intervals, save_grid
 from models import DiT_models
 from remix import RemixDiT
 
@@ -37,3 +37,15 @@ def test_intervals_hold_the_timesteps_of_their_expert(n_experts):
     timesteps = [(i, t) for i, (low, high) in enumerate(intervals(model)) for t in range(low, high)]
     assert [t for _, t in timesteps] == list(range(1000))
     assert all(model.expert_index(t) == i for i, t in timesteps)
+
+
+@pytest.mark.parametrize("boundaries", [[0, 0.125, 0.875, 1], [0, 12.5, 875, 1000]])
+def test_intervals_are_those_between_the_boundaries(boundaries):
+    model = RemixDiT(DiT_models["DiT-T/4"](8), n_basis=2, n_experts=3, boundaries=boundaries)
+    if boundaries[-1] == 1:
+        assert intervals(model) == [(0, 0.125), (0.125, 0.875), (0.875, 1)]
+        assert interval_labels(model) == ["0-0.125", "0.125-0.875", "0.875-1"]
+    else:
+        assert intervals(model) == [(0, 13), (13, 875), (875, 1000)]
+        assert interval_labels(model) == ["0-12", "13-874", "875-999"]
+        assert [model.expert_index(t) for t in (12, 13, 874, 875)] == [0, 1, 1, 2]

@@ -49,6 +49,12 @@ def test_models_that_the_original_does_not_support(tmp_path, options):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_original_has_no_boundaries(tmp_path):
+    model = RemixDiT_models["RemixDiT-T/4"](input_size=8, n_experts=2, boundaries=[0, 875, 1000])
+    with pytest.raises(UserError, match="equal intervals"):
+        original.write(tmp_path / "a.pt", {"ema": model}, {})
+
+
 def test_content_of_other_formats_is_not_read():
     state = DiT_models["DiT-T/4"](input_size=8).state_dict()
     for content in (state, {original.LOGITS: torch.zeros(4, 2)}, {**state, original.LOGITS: torch.zeros(4)}):

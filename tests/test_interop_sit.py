@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 import torch
-from conftest import golden, relative
+from conftest import golden, relative, run, training_flags
 
 from checkpoint import choose_process, load_model
 from common import UserError
@@ -24,7 +24,7 @@ def sit_args(**changes) -> argparse.Namespace:
 
 def tiny(**options) -> DiT:
     """A tiny DiT whose output is not zero."""
-    dit = DiT_models["DiT-T/4"](input_size=8, num_classes=7, **options)
+    dit = DiT_models["DiT-T/4"](**{"input_size": 8, "num_classes": 7} | options)
     for parameter in dit.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return dit.eval().requires_grad_(False)
@@ -135,3 +135,27 @@ def test_content_of_other_formats_is_not_read():
         {"args": "text", **state},
     ):
         assert sit.read("a.pt", content, True, {}) is None
+
+
+def test_files_start_training(features, tmp_path):
+    """A REPA model starts a flow, with its C output channels. A flow does not start Gaussian diffusion."""
+    network = tiny(in_channels=3, num_classes=3, learn_sigma=False)
+    args = argparse.Namespace(path_type="linear", prediction="v", encoder_depth=2)
+    torch.save({"ema": network.state_dict(), "args": args}, tmp_path / "repa.pt")
+    flags = [
+        *training_flags(features, tmp_path, "warm", "RemixDiT-T/4"),
+        "--load-weight",
+        tmp_path / "repa.pt",
+        "--max-steps=1",
+    ]
+    run("train_fast.py", *flags, "--process=flow", "--lr=1e-9", "--coeff-lr=0")
+    model, config = load_model(tmp_path / "warm/checkpoints/0000001.pt")
+    assert config["diffusion"]["process"] == "flow"
+    x, t, y = torch.randn(3, 3, 8, 8), torch.tensor([0.1, 0.5, 0.9]), torch.arange(3)
+    with torch.no_grad():
+        assert relative(model(x, t, y), -network(x, 1 - t, y)) < 1e-4
+    for wrong, message in (
+        ([], "was trained with process=flow, this run has gaussian"),
+        (["--process=flow", "--path=GVP"], "was trained with path=linear, this run has GVP"),
+    ):
+        assert message in run("train_fast.py", *flags, *wrong, "--prefix=no", expect=2).stderr

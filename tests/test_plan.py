@@ -23,6 +23,9 @@ def test_a_dry_run_with_features_that_exist(features, tmp_path, monkeypatch):
     report = run("train_fast.py", *flags, "--dry-run").stdout
     assert f"24 images of 3 classes as 3 x 8 x 8 (from {features})" in report
     assert "GiB" in report and "hours" in report
+    flow = run("train_fast.py", *flags, "--dry-run", "--process=flow", "--time-shift=3").stdout
+    assert "flow matching: path=linear, prediction=velocity" in flow
+    assert "shift=3.0" in flow
     wrong = run("train_fast.py", "--data-path", "nowhere", "--image-size", 20, "--dry-run", expect=2)
     assert wrong.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -267,7 +267,7 @@ def test_one_hot_bases_train_like_independent_models_if_the_shared_parameters_ar
     n, diffusion = 4, create_diffusion()
     together = RemixDiT(pretrained, n, n, mixer="one-hot")
     apart = [copy.deepcopy(pretrained) for _ in range(n)]
-    mixed = {f"{name}.{part}" for name, _ in together._mixed() for part in ("weight", "bias")}
+    mixed = {f"{name}.{part}" for name, _ in together.mixed() for part in ("weight", "bias")}
     optimizers = []
     for backbone in (together.backbone, *apart):
         for name, parameter in backbone.named_parameters():

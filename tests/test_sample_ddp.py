@@ -10,9 +10,10 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 from checkpoint import load_model, save_checkpoint
-from diffusion import create_diffusion
+from diffusion import NOISE_LEVELS, create_diffusion, create_process
 from diffusion.solvers import SOLVERS
 from distributed import SampleGenerators
+from models import DiT_models
 from sample_ddp import label_list, label_of
 
 
@@ -102,6 +103,93 @@ def test_sampling_equals_the_plain_loop(ckpt, sampled):
     assert largest_difference(expected, sampled_images(sampled)[5]) <= 1
 
 
+@pytest.fixture(scope="module")
+def flow_ckpt(features, tmp_path_factory):
+    """A checkpoint of a flow with K = 2 and N = 6, with noise added to its weights, so that the experts differ."""
+    path = tmp_path_factory.mktemp("flow")
+    run("train_fast.py", *training_flags(features, path, "flow"), "--max-steps=1", "--process=flow", "--time-shift=2")
+    file = path / "flow/checkpoints/0000001.pt"
+    state = torch.load(file, weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    for key, value in state["ema"].items():
+        if value.ndim >= 2 and "pos_embed" not in key:
+            value += 0.1 * torch.randn(value.shape, generator=generator)
+    save_checkpoint(file, state)
+    return file
+
+
+FLOW_FLAGS = {
+    "euler": ("--num-sampling-steps=12",),
+    "heun": ("--sampler=heun", "--num-sampling-steps=5"),
+    "dopri5": ("--sampler=dopri5",),
+    "sde": ("--sampler=sde", "--num-sampling-steps=12", "--diffusion-form=linear", "--last-step=tweedie"),
+}
+
+
+@pytest.mark.parametrize("name", FLOW_FLAGS)
+@torch.no_grad()
+def test_sampling_a_flow_equals_the_plain_loop(flow_ckpt, tmp_path, name):
+    """Folding, guidance and batching change nothing: sample 5 is repeated alone, with the unfolded model."""
+    # One sample in the last batch. The steps of dopri5 depend on the batch.
+    flags = ("--num-fid-samples=6", "--per-proc-batch-size=5", f"--sample-dir={tmp_path}", "--name=flow")
+    run("sample_ddp.py", "--ckpt", flow_ckpt, *flags, *FLOW_FLAGS[name])
+    model, config = load_model(flow_ckpt)
+    flow = create_process(**config["diffusion"])
+    generators = SampleGenerators(0, [5])
+    noise = generators.randn((3, 8, 8))
+    label = torch.tensor([label_of(0, 5, 3), 3])
+
+    def denoise(x, t):
+        return model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), label, 1.5)[:1]
+
+    if name == "sde":
+        options = dict(form="linear", last_step="tweedie", step_noise=lambda step: generators.randn((3, 8, 8)))
+        x = flow.sde_sample_loop(denoise, noise.shape, noise=noise, steps=12, **options)
+    else:
+        options = dict(steps=5 if name == "heun" else 12, borders=model.boundaries)
+        x = flow.ode_sample_loop(denoise, noise.shape, noise=noise, method=name, **options)
+    expected = (127.5 * x[0] + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    images = sampled_images(tmp_path / "flow")
+    assert largest_difference(expected, images[5]) <= 1
+    assert images.astype(int).std() > 10
+    settings = json.loads((tmp_path / "flow/settings.json").read_text())
+    assert (settings["sampler"], settings["process"]) == (name, "flow")
+    assert ("step_sizes" in settings) == (name == "dopri5")
+    assert ("diffusion_form" in settings) == (name == "sde")
+
+
+def test_the_process_of_a_foreign_file_can_be_given(tmp_path):
+    """The networks of DiT and SiT have the same tensors, so a bare state dict does not say its process."""
+    torch.manual_seed(0)
+    model = DiT_models["DiT-T/4"](input_size=8, in_channels=3, num_classes=3)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    flags = ("--ckpt", tmp_path / "bare.pt", *FEW_SAMPLES, "--sample-dir", tmp_path)
+    run("sample_ddp.py", *flags, "--name=gaussian")
+    run("sample_ddp.py", *flags, "--name=flow", "--process=flow")
+    assert json.loads((tmp_path / "flow/settings.json").read_text())["sampler"] == "euler"
+    assert not np.array_equal(sampled_images(tmp_path / "gaussian"), sampled_images(tmp_path / "flow"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--sampler=ddpm",), "use one of euler, heun, dopri5, sde"),
+        (("--process=gaussian",), "was trained with --process flow"),
+        (("--sampler=dopri5",), "--num-sampling-steps has no meaning"),
+        (("--diffusion-form=sigma",), "--diffusion-form has no meaning for --sampler euler"),
+        (("--sampler=sde", "--last-step-size=1"), "last_step_size must be between"),
+        (("--sampler=sde", "--diffusion-form=SBDM"), "divides by zero"),
+        (("--num-sampling-steps=ddim8",), "whole number"),
+    ],
+)
+def test_wrong_input_for_a_flow(flow_ckpt, tmp_path, flags, message):
+    done = run("sample_ddp.py", "--ckpt", flow_ckpt, "--sample-dir", tmp_path / "out", *FEW_SAMPLES, *flags, expect=2)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_interrupted_sampling_is_finished(ckpt, tmp_path):
     flags = ("--ckpt", ckpt, *FEW_SAMPLES, f"--sample-dir={tmp_path}", "--name=again", "--per-proc-batch-size=7")
     run("sample_ddp.py", *flags)
@@ -174,6 +262,8 @@ def test_the_folder_is_named_after_the_checkpoint_and_the_settings(ckpt, tmp_pat
         (("--labels", "cat"), "expected a whole number"),
         (("--num-sampling-steps", "2000"), "cannot keep 2000"),
         (("--sampler", "dpmpp", "--num-sampling-steps", "ddim50"), "dpmpp takes a whole number of steps"),
+        (("--sampler", "heun"), "use one of ddpm, ddim"),
+        (("--process", "flow"), "was trained with --process gaussian"),
         (("--cfg-scale", "-1"), "at least 0"),
         (("--name", "../x"), "plain folder name"),
         (("--vae", "/no/such/vae"), "cannot load the VAE"),
@@ -187,11 +277,13 @@ def test_wrong_input(ckpt, tmp_path, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_independent_experts(features, tmp_path):
+@pytest.mark.parametrize("process", ["gaussian", "flow"])
+def test_independent_experts(features, tmp_path, process):
     files = []
-    for low, high in ((400, 1000), (0, 400)):
+    highest = NOISE_LEVELS[process][1]
+    for low, high in ((0.5 * highest, highest), (0, 0.5 * highest)):
         flags = training_flags(features, tmp_path, f"expert-{low}", "DiT-T/2")
-        run("train_fast.py", *flags, "--max-steps", 2, "--timesteps", low, high)
+        run("train_fast.py", *flags, "--max-steps", 2, "--process", process, "--timesteps", low, high)
         files.append(tmp_path / f"expert-{low}/checkpoints/0000002.pt")
     run("sample_ddp.py", "--ckpt", *files, *FEW_SAMPLES, "--sample-dir", tmp_path, "--name", "both")
     run("sample_ddp.py", "--ckpt", files[0], *FEW_SAMPLES, "--sample-dir", tmp_path, "--name", "alone")

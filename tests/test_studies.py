@@ -2,14 +2,19 @@
 
 import csv
 import sys
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+
+from diffusion import create_diffusion
 
 sys.path.insert(0, str(ROOT / "studies"))
 
 import digits
+import flow
 import runs
 import tables
 
@@ -67,3 +72,16 @@ def test_the_readme_holds_the_tables_of_the_results():
     readme = (ROOT / "studies" / "README.md").read_text().partition(tables.MARK)[2]
     for title, names in tables.TABLES.items():
         assert tables.markdown_table(title, names, rows) in readme
+
+
+@pytest.mark.parametrize("process", [{}, {"process": "flow"}])
+def test_the_held_out_error_of_a_flow_is_that_of_its_noise(monkeypatch, tmp_path, process):
+    """Without data and with an output of zeros, DDPM's predicted noise is 0 and the flow's is x_t = (1 - t) eps."""
+    monkeypatch.setattr(flow, "load_denoiser", lambda paths: (lambda x, t, y: 0 * x, {"diffusion": process}))
+    images = MagicMock(__len__=lambda _: 8)
+    images.__getitems__ = lambda rows: (torch.zeros(8, 1, 8, 8), torch.zeros(8, dtype=torch.long))
+    monkeypatch.setattr(flow, "FeatureDataset", lambda path: images)
+    data = create_diffusion().alphas_cumprod[::4]
+    noise_level = np.sqrt(1 - data) / (np.sqrt(data) + np.sqrt(1 - data))
+    expected = ((1 - noise_level) ** 2).mean() if process else 1
+    assert flow.heldout_error(tmp_path, tmp_path) == pytest.approx(expected, rel=0.02)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import GOLDEN, assert_same_weights, losses, run, training_flags
 
-from checkpoint import checkpoints, find_corruption, load_model
+from checkpoint import checkpoints, find_corruption, load_model, save_checkpoint
 from common import UserError
+from common import flags as flags_of
+from diffusion import create_flow, create_process
 from features import write_index, write_shard
 from models import DiT_models
 from training.start import make_model
@@ -58,15 +60,80 @@ def test_a_resumed_run_is_the_uninterrupted_one(features, tmp_path, model):
     assert_same_weights(tmp_path / "whole/checkpoints/0000006.pt", tmp_path / "resumed/checkpoints/0000006.pt")
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_resuming_with_another_number_of_processes(features, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "flag"), [(2, "--shard-bases"), (4, "--no-shard-bases")])
+def test_resuming_with_another_number_of_processes(features, tmp_path, processes, flag):
     """The checkpoint lies between two reports: the sums that it stores must not count several times."""
     schedule = ("--max-steps=6", "--ckpt-every=4", "--log-every=6")
     run("train_fast.py", *training_flags(features, tmp_path, "one"), *schedule)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "two/checkpoints/0000006.pt").unlink()
-    run("train_fast.py", *training_flags(features, tmp_path, "two"), *schedule, "--resume=auto", processes=processes)
+    flags = [*training_flags(features, tmp_path, "two"), *schedule, "--resume=auto", flag, "--sample-every=6"]
+    run("train_fast.py", *flags, processes=processes)
     assert losses(tmp_path / "two")[6] == pytest.approx(losses(tmp_path / "one")[6], rel=1e-4)
+    assert_same_weights(tmp_path / "one/checkpoints/0000006.pt", tmp_path / "two/checkpoints/0000006.pt", exact=False)
+    metrics = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("one", "two")]
+    assert metrics[1]["expert_spread"] == pytest.approx(metrics[0]["expert_spread"], rel=1e-3)
+    assert (tmp_path / "two/samples/0000006.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "flags"),
+    [
+        ("RemixDiT-T/2", dict(time_sampling="logit-normal", time_std=0.5, shift=2.0), ("--mixer=raw",)),
+        ("RemixDiT-T/2", dict(path="GVP"), ("--n-experts=2", "--boundaries", 0, 0.875, 1)),
+        ("DiT-T/2", dict(path="VP", prediction="noise", weight="velocity"), ("--timesteps", 0.25, 1)),
+    ],
+)
+def test_a_flow_trains_and_resumes(features, tmp_path, model, options, flags):
+    flags = (*flags_of(**{"time_shift" if name == "shift" else name: value for name, value in options.items()}), *flags)
+    schedule = ("--process=flow", *flags, "--max-steps=6", "--ckpt-every=4", "--log-every=3", "--sample-every=6")
+    run("train_fast.py", *training_flags(features, tmp_path, "whole", model), *schedule)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    (tmp_path / "resumed/checkpoints/0000006.pt").unlink()
+    run("train_fast.py", *training_flags(features, tmp_path, "resumed", model), *schedule, "--resume=auto")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "resumed"), "bit for bit"
+    assert_same_weights(tmp_path / "whole/checkpoints/0000006.pt", tmp_path / "resumed/checkpoints/0000006.pt")
+    # An expert for a part of the noise levels cannot sample alone.
+    assert (tmp_path / "whole/samples/0000006.png").exists() == ("--timesteps" not in flags)
+    metrics = json.loads((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[-1])
+    assert metrics["loss"] > 0
+    assert not {"mse", "vb"} & metrics.keys(), "a flow's loss has no parts"
+    _, config = load_model(tmp_path / "whole/checkpoints/0000006.pt")
+    assert create_process(**config["diffusion"]).config == create_flow(**options).config
+    again = [*training_flags(features, tmp_path, "whole", model), "--max-steps=6", "--resume=auto"]
+    assert "trained with --process flow" in run("train_fast.py", *again, expect=2).stderr
+
+
+def test_a_flow_learns_and_its_experts_own_the_quantiles(features, tmp_path):
+    flags = [*training_flags(features, tmp_path, "flow"), "--process=flow", "--time-shift=0.5"]
+    run("train_fast.py", *flags, "--max-steps", 100, "--log-every", 50)
+    first, last = losses(tmp_path / "flow").values()
+    assert last < 0.85 * first
+    model, _ = load_model(tmp_path / "flow/checkpoints/0000100.pt")
+    assert model.boundaries == pytest.approx(create_flow(shift=0.5).quantiles(6))
+
+
+def test_the_learning_rate_of_the_logits_ends_at_half_of_that_of_the_weights(features, tmp_path):
+    """The published training lowers both rates to the same value. --coeff-lr-end chooses another one."""
+    for name, flags, end in (("default", (), 5e-4), ("high", ("--coeff-lr-end=4e-3",), 4e-3)):
+        run("train_fast.py", *training_flags(features, tmp_path, name), "--max-steps=2", *flags)
+        _, middle = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        assert middle["coeff_lr"] == pytest.approx((1e-2 + end) / 2)
+        assert middle["lr"] == pytest.approx(0.75e-3)
+
+
+def test_runs_of_earlier_versions_resume_with_their_learning_rates(features, tmp_path):
+    """They had no --coeff-lr-end: the logits' learning rate fell to half of its peak."""
+    flags = [*training_flags(features, tmp_path, "old"), "--max-steps=2", "--ckpt-every=1"]
+    run("train_fast.py", *flags, "--coeff-lr-end=5e-3")
+    (tmp_path / "old/checkpoints/0000002.pt").rename(tmp_path / "whole.pt")
+    state = torch.load(tmp_path / "old/checkpoints/0000001.pt", weights_only=True)
+    del state["config"]["training"]["coeff_lr_end"]
+    save_checkpoint(tmp_path / "old/checkpoints/0000001.pt", state)
+    refused = run("train_fast.py", *flags, "--resume=auto", expect=2).stderr
+    assert "coeff_lr_end=0.005, this run asks for 0.0005" in refused
+    run("train_fast.py", *flags, "--resume=auto", "--coeff-lr-end=5e-3")
+    assert_same_weights(tmp_path / "whole.pt", tmp_path / "old/checkpoints/0000002.pt")
 
 
 def test_starting_from_a_pretrained_dit(features, tmp_path):
@@ -171,6 +238,19 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("learning rate", "above 0", "--lr", "nan"),
         wrong("timesteps", "must increase", "--timesteps", "500", "500", model="DiT-T/2"),
         wrong("timesteps of a RemixDiT", "trains on all timesteps", "--timesteps", "0", "500"),
+        wrong("boundaries", "must increase", "--boundaries", "0", "500", "500", "1000"),
+        wrong("range of boundaries", "run from 0 to 1000", "--boundaries", "0", "0.5", "1"),
+        wrong("number of boundaries", "6 experts need 7 boundaries", "--boundaries", "0", "500", "1000"),
+        wrong("boundaries without timesteps", "no timestep", "--boundaries", "0", "0.1", "0.2", "1000"),
+        wrong("boundaries of a DiT", "needs a RemixDiT", "--boundaries", "0", "1000", model="DiT-T/2"),
+        wrong("boundaries of a flow", "run from 0 to 1", "--process=flow", "--boundaries", "0", "875", "1000"),
+        wrong(
+            "noise levels of a flow", "run from 0 to 1", "--process=flow", "--timesteps", "0", "125", model="DiT-T/2"
+        ),
+        wrong("shift", "above 0", "--process=flow", "--time-shift=0"),
+        wrong("path", "need --process flow", "--path=VP"),
+        wrong("mean of uniform times", "need --time-sampling logit-normal", "--process=flow", "--time-mean=1"),
+        wrong("weight", "velocity prediction takes none", "--process=flow", "--weight=likelihood"),
         wrong("missing weights", "no such file", "--load-weight", "/nowhere.pt"),
         wrong("foreign weights", "number of heads", "--load-weight", str(GOLDEN / "remix_original_checkpoint.pt")),
         wrong("results", "Not a directory", "--results-dir", str(GOLDEN / "dit.pt")),
@@ -230,7 +310,8 @@ def with_nan(tmp_path_factory):
 
 def test_a_nan_on_one_process_of_two_is_skipped_on_both(with_nan, tmp_path):
     for name, processes in (("one", 1), ("two", 2)):
-        run("train_fast.py", *training_flags(with_nan, tmp_path, name), "--max-steps", 8, processes=processes)
+        flags = [*training_flags(with_nan, tmp_path, name), "--max-steps=8", "--shard-bases"]
+        run("train_fast.py", *flags, processes=processes)
     one, two = (load_model(tmp_path / name / "checkpoints/0000008.pt")[0].state_dict() for name in ("one", "two"))
     for key, value in one.items():
         assert value.isfinite().all()

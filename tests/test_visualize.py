@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, run
+from conftest import GOLDEN, run, training_flags
 from PIL import Image
 
 from checkpoint import build_model, load_model
-from diffusion import create_diffusion
+from diffusion import create_diffusion, create_process
 from features import FeatureDataset
 from training.statistics import noise_errors
 
@@ -51,6 +51,29 @@ def test_losses_of_the_experts_are_drawn(ckpt, features, tmp_path):
     assert float(rows[2 + 3][1 + 3]) == pytest.approx(float(expert_error / base_error - 1), abs=1e-4)
     wrong = run("visualize.py", "losses", ckpt, *flags, f"--pretrained={ckpt}", expect=2).stderr
     assert "not the plain DiT" in wrong
+
+
+def test_figures_of_a_flow_name_its_noise_levels(features, tmp_path):
+    flags = ["--process=flow", "--max-steps=1", "--n-experts=2", "--boundaries", 0, 0.875, 1]
+    run("train_fast.py", *training_flags(features, tmp_path, "flow"), *flags)
+    ckpt = tmp_path / "flow/checkpoints/0000001.pt"
+    model, config = load_model(ckpt)
+    run("visualize.py", "coefficients", ckpt, "--out", tmp_path / "alpha.png")
+    rows = rows_of(tmp_path / "alpha.csv")
+    assert rows[0][:4] == ["block", "expert", "lowest_noise_level", "highest_noise_level"]
+    assert [row[1:4] for row in rows[1:]] == [["0", "0", "0.875"], ["1", "0.875", "1"]]
+
+    torch.manual_seed(0)
+    base = build_model({**config["model"], "name": "DiT-T/2", "remix": None}).eval()
+    torch.save(base.state_dict(), tmp_path / "dit.pt")
+    flags = (f"--data-path={features}", f"--pretrained={tmp_path / 'dit.pt'}", "--images=8", "--per-interval=2")
+    run("visualize.py", "losses", ckpt, *flags, "--out", tmp_path / "losses.png")
+    rows = rows_of(tmp_path / "losses.csv")
+    assert rows[0] == ["expert", "u_0_0.875", "u_0.875_1"]
+    x, y = FeatureDataset(features).__getitems__(np.random.default_rng(0).permutation(24)[:8].tolist())
+    flow, times = create_process(**config["diffusion"]), [1 - 0.875 / 4, 1 - 0.875 * 3 / 4]
+    errors = [noise_errors(each, flow, x, y, times, per_timestep=8).mean() for each in (model.expert(1), base)]
+    assert float(rows[2 + 1][1]) == pytest.approx(float(errors[0] / errors[1] - 1), abs=1e-4)
 
 
 def test_coefficients_over_training_are_drawn(trained, tmp_path):

@@ -21,6 +21,7 @@ from features import FeatureDataset
 from grouped_linear import RECOMPUTED_GROUPS
 from models import DiT
 from remix import RemixDiT, RemixLinear
+from sharding import can_shard
 from training.batches import count_groups
 from training.trainer import recompute_blocks
 
@@ -151,6 +152,43 @@ class Parallelism:
     grad_accum: int = 1
     sharded: bool = False
     checkpoint_activations: bool = False
+
+
+def choose_sharding(
+    requested: bool | None, model: DiT | RemixDiT, settings: RunSettings, size: int, grad_accum: int
+) -> tuple[bool, list[str]]:
+    """Decide whether the bases are sharded over the processes.
+
+    Args:
+        requested: --shard-bases or --no-shard-bases; None to choose what sends less.
+        model: the model, whole; its parameters may be on the meta device.
+        settings: the settings of the run.
+        size: number of processes.
+        grad_accum: microbatches per process and step.
+
+    Returns:
+        The decision, and a line that gives what is sent; no line for one process or a plain DiT.
+
+    Raises:
+        UserError: if sharding is requested but not possible.
+    """
+    if size == 1 or not isinstance(model, RemixDiT):
+        if requested and size > 1:
+            raise UserError("--shard-bases: a DiT has no bases")
+        return False, []
+    if not can_shard(model, size):
+        if requested:
+            raise UserError(f"--shard-bases: {size} processes do not divide the outputs of every mixed layer")
+        return False, []
+    trained, bases, mixture = count_parameters(model)
+    n_images = settings.global_batch_size // size // grad_accum
+    mixtures = mixture * grad_accum * count_groups(n_images, settings.global_batch_size // settings.experts_per_batch)
+    width = PRECISIONS[settings.precision].itemsize
+    ways = Parallelism(size, sharded=True), Parallelism(size)
+    sharded, whole = (bytes_sent(trained, bases, mixtures, width, way) for way in ways)
+    shard = sharded < whole if requested is None else requested
+    sent = [f"{sharded / 2**20:,.1f} MiB per step if they are", f"{whole / 2**20:,.1f} MiB if they are not"]
+    return shard, [f"bases {'' if shard else 'not '}sharded: a process sends {', '.join(sent)}"]
 
 
 def dry_run(
@@ -446,9 +484,6 @@ def memory_bytes(
         gradients = max(0, gradients - activations)
     memory = {"weights": 4 * (owned + fixed), "gradients": gradients, "EMA": 4 * (owned + fixed)}
     memory |= {"AdamW's moments": 8 * owned, f"activations of {n_images} images (not compiled)": activations}
-    if size > 1 and parallelism.grad_accum > 1:
-        # Gradients that are not exchanged yet, beside the buckets of the exchange.
-        memory["accumulated gradients"] = 4 * (trained - bases if parallelism.sharded else trained)
     if parallelism.sharded:
         # Sent and received, in flight at the same time.
         memory["mixtures in exchange"] = 2 * dtype.itemsize * groups * mixture

@@ -38,6 +38,7 @@ class SamplePreview:
         autoencoder: decodes the samples; None to show three latent channels as colours.
         process: keyword arguments of `create_process`; None to draw no samples.
         autocast: function that returns the context the model runs in.
+        device: device that the model runs on.
         log: the run's logger, which reports pictures that cannot be drawn.
     """
 
@@ -48,6 +49,7 @@ class SamplePreview:
     autoencoder: Pixels | None
     process: dict | None
     autocast: Callable[[], AbstractContextManager]
+    device: torch.device
     log: logging.Logger
 
     def draw(self, step: int, model: DiT | RemixDiT) -> dict[str, Path]:
@@ -55,7 +57,7 @@ class SamplePreview:
 
         Args:
             step: number of steps done.
-            model: the model to show, in eval mode.
+            model: the model to show, in eval mode. It is moved to the device.
 
         Returns:
             The files that were written, by their kind: "samples" or "coefficients".
@@ -84,7 +86,8 @@ class SamplePreview:
     def _draw_samples(self, path: Path, model: DiT | RemixDiT):
         """Draw the grid of samples, with classifier-free guidance and few sampling steps."""
         backbone = model.backbone_config if isinstance(model, RemixDiT) else model.config
-        device = next(model.parameters()).device
+        device = self.device
+        model.to(device)
         shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
         noise = SampleGenerators(self.seed, range(SAMPLES)).randn(shape).to(device)
         classes = torch.arange(SAMPLES) * model.num_classes // SAMPLES

@@ -7,7 +7,7 @@ from pathlib import Path
 from checkpoint import VERSION, checkpoints, find_corruption, load_model, model_config, read_checkpoint
 from common import UserError, number, remove_leftovers, write_json
 from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
-from distributed import World
+from distributed import World, is_first_process
 from features import FeatureDataset
 from interop.shapes import PUBLISHED_VAE
 from models import DiT, DiT_models
@@ -103,6 +103,7 @@ def make_model(
     prior_bonus: float,
     load_weight: str | None = None,
     allow_pickle: bool = False,
+    process: dict | None = None,
     classes: list[str] | None = None,
     new_classes: bool = False,
 ) -> DiT | RemixDiT:
@@ -115,12 +116,14 @@ def make_model(
         prior_bonus: initial lead of the prior's basis in the mixing logits.
         load_weight: file of the initial weights; None for random weights.
         allow_pickle: whether that file may run code.
+        process: keyword arguments of `create_process`, which a file that is a flow must fit.
         classes: names of the dataset's classes; None if they are not known.
         new_classes: whether the file may be a model of other classes, whose embeddings are initialized again.
     """
     try:
         if load_weight:
-            return load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle, classes, new_classes)
+            known = process or {}, classes, new_classes
+            return load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle, *known)
         if mixing:
             return RemixDiT_models[name](**shape, **mixing, prior_bonus=prior_bonus)
         return DiT_models[name](**shape)
@@ -137,16 +140,24 @@ def load_initial_model(
     prior_bonus: float,
     path: str,
     allow_pickle: bool,
-    classes: list[str] | None = None,
-    new_classes: bool = False,
+    process: dict,
+    classes: list[str] | None,
+    new_classes: bool,
 ) -> DiT | RemixDiT:
-    """Load the weights at step 0 and check that they fit the model; the arguments are those of `make_model`."""
+    """Load the weights at step 0 and check that they fit the run; the arguments are those of `make_model`."""
     loaded, config = load_model(path, allow_pickle=allow_pickle, verify=True)
+    # A flow may start from a DiT, which has learned other features of the same images. The reverse is a mistake.
+    trained = config["diffusion"] if config["diffusion"].get("process") == "flow" else {}
+    for key in ("process", "path", "prediction") if trained else ():
+        if trained[key] != process.get(key):
+            run = process.get(key, "gaussian")
+            raise UserError(f"--load-weight {path} was trained with {key}={trained[key]}, this run has {run}")
     choose_classes(loaded, path, config["data"]["classes"], classes, shape["num_classes"], new_classes)
     loaded_config = loaded.backbone_config if isinstance(loaded, RemixDiT) else loaded.config
     needed_config = DiT_models[name.removeprefix("Remix")](**shape).config
     for key, value in needed_config.items():
-        if loaded_config[key] != value:
+        # Flows do not use the variance half of the output, which REPA's networks do not have.
+        if loaded_config[key] != value and not (process and key == "learn_sigma"):
             raise UserError(f"--load-weight {path} has {key}={loaded_config[key]}, this run needs {value}")
     if not isinstance(loaded, RemixDiT):
         return RemixDiT(loaded, **mixing, prior_bonus=prior_bonus) if mixing else loaded
@@ -240,19 +251,24 @@ def find_resume(
 ) -> tuple[Path | str | None, dict | None, dict[Path, str]]:
     """Find and read the checkpoint to resume from, and check that it belongs to the same run.
 
+    The whole file is read to compare it with its checksums. Therefore only the first process does this. The others get
+    its path later and call `read_resume`.
+
     Args:
         resume: a checkpoint, or "auto" for the newest undamaged one of the run; None for a new run.
         folder: the run's folder.
         config: configuration of this run.
 
     Returns:
-        The checkpoint's path and content, both None for a new run; and the newer checkpoints that are damaged, each
-        with a description of the damage.
+        The checkpoint's path and content, both None for a new run and on all processes but the first; and the newer
+        checkpoints that are damaged, each with a description of the damage.
 
     Raises:
         UserError: if the folder holds another run, or the checkpoint has another configuration or an earlier
             version, or cannot be read.
     """
+    if not is_first_process():
+        return None, None, {}
     present = checkpoints(folder / "checkpoints")
     path, damaged = resume, {}
     if resume == "auto":
@@ -266,7 +282,25 @@ def find_resume(
         return None, None, {}
     if present and present[0].parent.resolve() != Path(path).resolve().parent:
         raise UserError(f"{folder} already holds a different run from that of --resume {path}: use another --prefix")
-    state = read_checkpoint(path, mmap=False, verify=True)
+    # The newest checkpoint has been compared with its checksums already.
+    return path, read_resume(path, config, verify=resume != "auto"), damaged
+
+
+def read_resume(path: Path | str, config: dict, verify: bool = False) -> dict:
+    """Read the checkpoint to resume from, mapped into memory, and check that it belongs to the same run.
+
+    Args:
+        path: the checkpoint.
+        config: configuration of this run.
+        verify: compare all parts of the file with their checksums first.
+
+    Raises:
+        UserError: see `find_resume`.
+    """
+    if not Path(path).is_file():
+        where = "" if is_first_process() else ": all nodes need the same --results-dir on a shared file system"
+        raise UserError(f"{path}: no such file{where}")
+    state = read_checkpoint(path, verify=verify)
     if not {"config", "step", "model", "ema", "optimizer", "scaler", "window"} <= state.keys():
         raise UserError(f"--resume {path} holds weights but no training state: use it with --load-weight")
     if state.get("version", 0) < VERSION:
@@ -287,7 +321,7 @@ def find_resume(
                 f"--resume {path} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}: "
                 "use the same settings, or start a new run with --load-weight and another --prefix"
             )
-    return path, state, damaged
+    return state
 
 
 def newest_checkpoint(present: list[Path]) -> tuple[Path | None, dict[Path, str]]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import GaussianDiffusion
+from diffusion import FlowMatching, GaussianDiffusion
 from distributed import World, seed_for
 from models import DiT
 from remix import RemixDiT
@@ -307,24 +307,25 @@ def explain_failure(nonfinite: NonFiniteSteps, sampler: BatchSampler, model: DiT
 @torch.no_grad()
 def noise_errors(
     model,
-    diffusion: GaussianDiffusion,
+    diffusion: GaussianDiffusion | FlowMatching,
     x: Tensor,
     y: Tensor,
-    timesteps: Iterable[int],
+    timesteps: Iterable[float],
     per_timestep: int = 32,
     seed: int = 0,
 ) -> Tensor:
     """Compute the mean squared error of the predicted noise at each of some timesteps.
 
     Each timestep uses `per_timestep` of the images, in turn, and noise that depends only on (seed, timestep). Therefore
-    two models are evaluated on the same noisy images.
+    two models are evaluated on the same noisy images. For a flow the error is the training loss, and the noise depends
+    on the noise level in thousandths.
 
     Args:
         model: a network called as model(x, t, y). Every batch has one timestep, so it may be a folded RemixDiT.
         diffusion: the process that adds the noise.
         x: images [n, C, H, W], usually held out from training.
         y: labels [n], int64.
-        timesteps: timesteps to evaluate.
+        timesteps: timesteps, or times of a flow, to evaluate.
         per_timestep: images per timestep.
         seed: seed of the noise.
 
@@ -332,10 +333,16 @@ def noise_errors(
         Errors [number of timesteps], float32.
     """
     errors = []
+    is_flow = isinstance(diffusion, FlowMatching)
     for t in timesteps:
-        rows = (torch.arange(per_timestep) + int(t) * per_timestep) % len(x)
-        noise = torch.randn(x[rows].shape, generator=torch.Generator().manual_seed(seed_for(seed, int(t)))).to(x.device)
-        ts = torch.full((per_timestep,), int(t), device=x.device)
-        noisy = diffusion.q_sample(x[rows], ts, noise)
-        errors.append((model(noisy, ts, y[rows])[:, : x.shape[1]] - noise).square().mean())
+        number = round(1000 * (1 - t)) if is_flow else int(t)
+        rows = (torch.arange(per_timestep) + number * per_timestep) % len(x)
+        noise = torch.randn(x[rows].shape, generator=torch.Generator().manual_seed(seed_for(seed, number))).to(x.device)
+        ts = torch.full((per_timestep,), float(t) if is_flow else number, device=x.device)
+        if is_flow:
+            error = diffusion.training_losses(model, x[rows], ts, {"y": y[rows]}, noise)["loss"]
+        else:
+            noisy = diffusion.q_sample(x[rows], ts, noise)
+            error = (model(noisy, ts, y[rows])[:, : x.shape[1]] - noise).square()
+        errors.append(error.mean())
     return torch.stack(errors)

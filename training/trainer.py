@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,17 @@ from distributed import World
 from grouped_linear import choose_attention
 from models import DiT
 from remix import RemixDiT
+from sharding import gather_model, gather_rows, own_rows, shard_bases, sharded_parameters
 from training.statistics import LOSSES, TrainingStats
+
+# DDP cuts a compiled graph where its buckets end, and exchanges a bucket while the next one is computed.
+BUCKETS = 4
+
+
+def bucket_mib(parameters: list[Tensor]) -> float:
+    """Return the size of DDP's buckets for the gradients of some parameters, in MiB: a few blocks of the model."""
+    # PyTorch's default is 25 MiB, which is less than one block of a large model.
+    return max(25, sum(p.nbytes for p in parameters) / BUCKETS / 2**20)
 
 
 class TrainingLoss(nn.Module):
@@ -85,12 +95,15 @@ class Trainer:
         compile: whether to compile the model with its loss.
         checkpoint_activations: whether to store only the inputs of each block in the forward pass, and to compute its
             activations again in the backward pass.
+        shard: whether to shard the bases over the processes; see sharding.py.
 
     Attributes:
         model: the model in training.
         loss: `model` with its losses, wrapped in DistributedDataParallel if there are several processes.
         ema: copy of the model with the EMA of the weights, in eval mode.
         trained: the parameters that are trained.
+        shards: those of them of which this process owns a part, by their names in `model`.
+        replicated: the others, which DDP keeps equal on all processes.
         ema_params: the parameters of `ema` that correspond to `trained`.
         logit_params: the mixing logits if they are trained, as a list of one parameter; otherwise an empty list.
         optimizer: AdamW, with one group for the weights and one for the mixing logits.
@@ -113,6 +126,7 @@ class Trainer:
         precision: str = "fp32",
         compile: bool = False,
         checkpoint_activations: bool = False,
+        shard: bool = False,
     ):
         self.world = world
         self.clip_grad = clip_grad
@@ -122,10 +136,14 @@ class Trainer:
         self.stats = TrainingStats(world, self.loss_names)
         self.mark = lambda stage: None
 
+        if shard:
+            shard_bases(model, world)
         self.model = model.to(world.device).train()
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         pairs = zip(model.parameters(), self.ema.parameters(), strict=True)
+        self.shards = sharded_parameters(model)
+        self.replicated = [p for p in self.trained if all(p is not shard for shard in self.shards.values())]
         self.ema_params = [ema for parameter, ema in pairs if parameter.requires_grad]
         self.update_ema = get_ema_multi_avg_fn(ema_decay)
 
@@ -145,30 +163,80 @@ class Trainer:
         self.loss = TrainingLoss(self.model, diffusion.to(world.device), self.loss_names, prior)
         if compile:
             choose_attention(model, world.device)
+            # DDP has the compiled graph cut where its buckets end. A graph must wait for the exchanges that it starts,
+            # because the compiler reuses memory without knowing of exchanges in other graphs.
+            torch._dynamo.config.optimize_ddp = not shard
             # The shapes do not change during a run, and symbolic sizes would be slower.
             self.loss.compile(dynamic=False)
         if world.size > 1:
+            names = [f"model.{name}" for name in self.shards]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.loss, names)
             # The model has no buffers that change. Gradients that are views of the buckets need no copy.
-            self.loss = DistributedDataParallel(self.loss, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.loss = DistributedDataParallel(
+                self.loss,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=bucket_mib(self.replicated),
+            )
 
     def state_dict(self) -> dict[str, dict]:
-        """Return the weights, the EMA, the optimizer and the scaler for a checkpoint. The tensors are not copies."""
-        parts = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
-        return {name: part.state_dict() for name, part in parts.items()}
+        """Return the weights, the EMA, the optimizer and the scaler for a checkpoint, as copies in host memory.
+
+        Every process must call this. Only on rank 0 the result holds the tensors. Sharded bases are put together.
+        """
+        gather = partial(gather_rows, rank=self.world.rank, size=self.world.size)
+
+        def copy_to_host(tensor: Tensor) -> Tensor | None:
+            return tensor.detach().to("cpu", copy=True) if self.world.is_main else None
+
+        return {
+            "model": self._map_weights(self.model.state_dict(), gather, copy_to_host),
+            "ema": self._map_weights(self.ema.state_dict(), gather, copy_to_host),
+            "optimizer": self._map_moments(self.optimizer.state_dict(), gather, copy_to_host),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def _map_weights(self, state: dict[str, Tensor], sharded: Callable, other: Callable) -> dict[str, Tensor]:
+        """Apply one function to the sharded tensors of a model's state dict, and another one to all others."""
+        return {name: (sharded if name in self.shards else other)(tensor) for name, tensor in state.items()}
+
+    def _map_moments(self, state: dict, sharded: Callable, other: Callable) -> dict:
+        """Do the same to the tensors of the optimizer's state dict."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        sharded_indices = {i for i, p in enumerate(parameters) if any(p is shard for shard in self.shards.values())}
+        moments = {}
+        for i, tensors in state["state"].items():
+            # The number of steps is the same for all rows.
+            functions = {name: sharded if i in sharded_indices and name != "step" else other for name in tensors}
+            moments[i] = {name: functions[name](tensor) for name, tensor in tensors.items()}
+        return state | {"state": moments}
+
+    def whole_ema(self) -> DiT | RemixDiT | None:
+        """Return the EMA model with whole bases, on rank 0 only. Every process must call this.
+
+        If the bases are sharded, it is a copy that has them in host memory.
+        """
+        if self.shards:
+            return gather_model(self.ema, self.world)
+        return self.ema if self.world.is_main else None
 
     def load_state_dict(self, state: dict, path: Path | str):
         """Continue from a checkpoint.
 
         Args:
-            state: the checkpoint: what `state_dict` returns, and the state of `stats` under "window".
+            state: the checkpoint: what `state_dict` returns on rank 0, and the state of `stats` under "window". It may
+                be mapped from the file; each process reads what it needs of it.
             path: the checkpoint's file, for error messages.
 
         Raises:
             UserError: if the weights do not fit the model.
         """
-        load_weights(self.model, state["model"], path)
-        load_weights(self.ema, state["ema"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
+        own = partial(own_rows, rank=self.world.rank, size=self.world.size)
+        for model, part in ((self.model, "model"), (self.ema, "ema")):
+            load_weights(model, self._map_weights(state[part], own, lambda tensor: tensor), path)
+        # On CPUs, the optimizer keeps the tensors that it loads. They must not be those of the file.
+        copy_to_device = partial(Tensor.to, device=self.world.device, copy=True)
+        self.optimizer.load_state_dict(self._map_moments(state["optimizer"], own, copy_to_device))
         self.scaler.load_state_dict(state["scaler"])
         self.stats.load_state_dict(state["window"])
 
@@ -197,10 +265,15 @@ class Trainer:
                 x and noise [b, C, H, W] float32, t [b] int64, and the keyword arguments of the model with labels y [b].
             prior_weight: weight of the prior's cross-entropy in the loss.
         """
-        self.optimizer.zero_grad(set_to_none=True)
         # A tensor, because compiled code would be specific to the value of a number.
         prior_weight = torch.full((), prior_weight, device=self.world.device)
-        losses = self._accumulate_gradients(list(microbatches), prior_weight)
+        microbatches = list(microbatches)
+        if self.world.size > 1 and len(microbatches) > 1 and self.replicated[0].grad is None:
+            # DDP makes the gradients parts of its buckets in the first exchange, and of new buckets in the second one.
+            # Sums over microbatches before that would be a second copy of all gradients.
+            for _ in range(2):
+                self._accumulate_gradients(microbatches[:1], prior_weight)
+        losses = self._accumulate_gradients(microbatches, prior_weight)
         norm, nonfinite = self._check_gradients()
         self.mark("checks")
         self._update_weights(nonfinite)
@@ -212,6 +285,8 @@ class Trainer:
 
     def _accumulate_gradients(self, microbatches: list, prior_weight: Tensor) -> Tensor:
         """Sum the gradients of the microbatches and return the mean losses, in the order of `loss_names`."""
+        # With several microbatches, the gradients stay parts of DDP's buckets.
+        self.optimizer.zero_grad(set_to_none=self.world.size == 1 or len(microbatches) == 1)
         means = []
         for i, microbatch in enumerate(microbatches):
             # The processes exchange gradients once per step, after the last microbatch.
@@ -231,8 +306,16 @@ class Trainer:
         If a loss is not finite on any process, neither is the norm on any process, so every process skips the update.
         The host does not wait for the device.
         """
+        if self.shards:
+            grads = [p.grad for p in self.shards.values()]
+            scale = self.scaler.scale(torch.ones((), device=self.world.device))
+            squared_norm = self.world.sum((torch.nn.utils.get_total_norm(grads, foreach=True) / scale).square())
+            # The gradient of a shard may overflow on its process only, and every process must skip the update.
+            self.replicated[0].grad.masked_fill_(~squared_norm.isfinite(), math.inf)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained], foreach=True)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.replicated], foreach=True)
+        if self.shards:
+            norm = (norm.square() + squared_norm).sqrt()
         if self.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.trained, self.clip_grad, norm, foreach=True)
         return norm, ~norm.isfinite()

@@ -1,0 +1,93 @@
+"""Draw where the variants of the Fashion-MNIST study help: the change of the test error over the timesteps.
+
+    python studies/fashion_figures.py
+
+Reads the results of studies/fashion_tables.py and writes <out>/figures/timesteps-<setting>.png for every setting that
+has results of a variant.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from fashion_page import SETTINGS, compare, read_results
+
+from common import ArgumentParser, UserError, atomic_write, run_script
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+VARIANTS = {
+    "remix-4-20": "Remix-DiT 4-20",
+    "remix-4-8": "Remix-DiT 4-8",
+    "experts-per-batch-1": "Remix-DiT 4-20, one expert per batch",
+    "independent-8": "8 independent experts",
+    "bonus-8": "Remix-DiT 4-20, prior bonus 8",
+    "one-hot": "Remix-DiT 4-20, one-hot",
+}
+# The errors are averaged over this number of neighbouring timesteps.
+BIN = 25
+
+
+def main(args: argparse.Namespace):
+    out = Path(args.out)
+    drawn = []
+    for setting in SETTINGS:
+        rows = compare(out, setting, read_results(out / f"{setting}.csv"))
+        changes = {name: change_per_bin(out, setting, name, rows) for name in VARIANTS}
+        changes = {name: values for name, values in changes.items() if len(values)}
+        if changes:
+            drawn.append(out / "figures" / f"timesteps-{setting}.png")
+            draw(drawn[-1], changes)
+            print(f"wrote {drawn[-1]}")
+    if not drawn:
+        raise UserError(f"{out} has no results of a variant and of continued training: run studies/fashion_tables.py")
+
+
+def change_per_bin(out: Path, setting: str, name: str, rows: list[dict]) -> np.ndarray:
+    """Return the changes of a variant's test error relative to continued training, in percent.
+
+    Args:
+        out: folder of the results.
+        setting: key of SETTINGS.
+        name: the variant.
+        rows: what `compare` returns.
+
+    Returns:
+        Mean changes in bins of BIN timesteps [seeds, bins].
+    """
+    changes = []
+    for row in rows:
+        if row["variant"] == name:
+            paths = [out / "errors" / f"{setting}-{variant}-{row['seed']}.npz" for variant in (name, "continued")]
+            # [1000] each
+            own, base = (np.load(path)["test"].astype(np.float64) for path in paths)
+            changes.append(100 * ((own / base).reshape(-1, BIN).mean(1) - 1))
+    return np.array(changes)
+
+
+def draw(path: Path, changes: dict[str, np.ndarray]):
+    """Draw the mean change over the seeds, plus and minus one standard deviation, against the timestep."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    timesteps = np.arange(1000).reshape(-1, BIN).mean(1)
+    for name, values in changes.items():
+        mean = values.mean(0)
+        (line,) = axes.plot(timesteps, mean, label=f"{VARIANTS[name]} ({len(values)} seeds)")
+        if len(values) > 1:
+            std = values.std(0, ddof=1)
+            axes.fill_between(timesteps, mean - std, mean + std, color=line.get_color(), alpha=0.2)
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.set(xlabel="timestep", ylabel="change of the test error\nrelative to continued training, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description="Draw the change of the test error over the timesteps.")
+    parser.add_argument("--out", default="studies/results/fashion", metavar="FOLDER", help="results")
+    run_script(main, parser)
