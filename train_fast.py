@@ -13,6 +13,7 @@ import argparse
 import logging
 from contextlib import closing
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -57,7 +58,9 @@ from training.plan import (
 )
 from training.previews import SamplePreview, choose_decoder
 from training.start import (
+    check_new,
     check_noise_levels,
+    expert_boundaries,
     find_resume,
     make_batch_sampler,
     make_model,
@@ -79,7 +82,34 @@ STOP_CHECK = 4
 
 
 def main(args: argparse.Namespace):
-    """Train a model as the flags say; see `make_parser`."""
+    """Train a model, or several independent experts one after the other, as the flags say; see `make_parser`."""
+    for run in independent_runs(args) if args.independent else [args]:
+        if not train(run):
+            break
+        if args.independent:
+            # The compiler limits how often it compiles the same code for another model.
+            torch.compiler.reset()
+
+
+def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """Return the flags of each independent expert's run, which differ in --timesteps and --prefix."""
+    if args.model in RemixDiT_models or args.timesteps:
+        raise UserError("--independent trains a plain DiT per interval: use it with --model DiT-... and no --timesteps")
+    if args.resume not in (None, "auto"):
+        raise UserError("--independent resumes its runs with --resume auto only")
+    boundaries = expert_boundaries(create_process(**process_options(args)), args.independent)
+    prefix = args.prefix or default_prefix(args.model, None)
+    runs = []
+    for i, interval in enumerate(pairwise(boundaries)):
+        runs.append(argparse.Namespace(**vars(args) | {"timesteps": list(interval), "prefix": f"{prefix}-{i}"}))
+        if not args.resume:
+            check_new(Path(args.results_dir) / runs[-1].prefix)
+    # The dry runs of all experts are the same.
+    return runs[:1] if args.dry_run else runs
+
+
+def train(args: argparse.Namespace) -> bool:
+    """Train one model, and return whether it was trained for all its steps."""
     # Check all input before any device or process group is used.
     dataset = open_features(args.data_path, args.image_size, assume=args.dry_run)
     shape = model_shape(dataset, args.num_classes)
@@ -96,7 +126,7 @@ def main(args: argparse.Namespace):
         shard, _ = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
         parallelism = Parallelism(world_size(), args.grad_accum, shard, args.checkpoint_activations)
         print("\n".join(dry_run(args.model, model, dataset, settings, process, parallelism, folder, n_checkpoints)))
-        return
+        return False
     # This seed is for the initial weights and mixing logits. The draws of each step have seeds of their own.
     torch.manual_seed(settings.global_seed)
     weights = settings.load_weight, args.trust_pickle, process, dataset.classes, args.new_classes
@@ -226,6 +256,7 @@ def main(args: argparse.Namespace):
         log.info(f"stopped by {cause} after step {step:,}; --resume auto continues the run")
     else:
         log.info("done")
+    return not stopped
 
 
 def process_options(args: argparse.Namespace) -> dict:
@@ -253,8 +284,7 @@ def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | Flow
     if boundaries:
         check_noise_levels("--boundaries", boundaries, args.process, diffusion, complete=True)
     elif isinstance(diffusion, FlowMatching):
-        # Rounded, so that other versions of SciPy give the same.
-        boundaries = [round(level, 9) for level in diffusion.quantiles(args.n_experts)]
+        boundaries = expert_boundaries(diffusion, args.n_experts)
     mixed_layers = [*MIXED_LAYERS, MODULATION] if args.mix_modulation else [*MIXED_LAYERS]
     return dict(
         n_basis=args.n_basis,
@@ -304,10 +334,13 @@ def resolve_settings(
     experts_per_batch = (args.experts_per_batch or max(divisors)) if remix else 1
     if batch_size % experts_per_batch:
         raise UserError(f"--experts-per-batch {experts_per_batch} does not divide --global-batch-size {batch_size}")
+    max_steps = (args.max_steps or max(1, args.epochs * n_images // batch_size)) // (args.independent or 1)
+    if not max_steps:
+        raise UserError(f"--independent {args.independent}: there are fewer steps than experts")
     lr = args.lr or (2e-5 if args.load_weight else 1e-4)
     coeff_lr_end = min(lr / 2, args.coeff_lr) if args.coeff_lr_end is None else args.coeff_lr_end
     return RunSettings(
-        max_steps=args.max_steps or max(1, args.epochs * n_images // batch_size),
+        max_steps=max_steps,
         global_batch_size=batch_size,
         experts_per_batch=experts_per_batch,
         timesteps=timesteps,
@@ -412,6 +445,13 @@ def make_parser() -> ArgumentParser:
         metavar=("LO", "HI"),
         help="train a plain DiT on the timesteps LO to HI - 1 only, or on a flow's noise levels LO to HI, as one of "
         "several independent experts (default: all)",
+    )
+    add(
+        "--independent",
+        type=number(int, 2, 1000),
+        metavar="N",
+        help="train N plain DiTs one after the other, on the noise levels that a RemixDiT's N experts would have; "
+        "--max-steps is the total, each trains for an N-th of it; their folders are <prefix>-0, <prefix>-1, ...",
     )
     add("--image-size", type=positive_int, metavar="PIXELS", help="side of the images, to check the features")
     add("--num-classes", type=positive_int, metavar="N", help="number of classes (default: that of the features)")

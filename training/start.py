@@ -67,6 +67,14 @@ def noise_level(text: str) -> float:
     return int(value) if value.is_integer() else value
 
 
+def expert_boundaries(diffusion: GaussianDiffusion | FlowMatching, n_experts: int) -> list[float]:
+    """Return the default boundaries between experts: N + 1 noise levels, which bound intervals of equal probability."""
+    if isinstance(diffusion, FlowMatching):
+        # Rounded, so that other versions of SciPy give the same.
+        return [round(level, 9) for level in diffusion.quantiles(n_experts)]
+    return [i * diffusion.num_timesteps // n_experts for i in range(n_experts + 1)]
+
+
 def check_noise_levels(
     flag: str, levels: list[float], process: str, diffusion: GaussianDiffusion | FlowMatching, complete: bool = False
 ):
@@ -246,6 +254,15 @@ def make_batch_sampler(
     )
 
 
+def check_new(folder: Path):
+    """Raise UserError if a folder holds a run."""
+    if present := checkpoints(folder / "checkpoints"):
+        raise UserError(
+            f"{folder} already holds a run, up to {present[0].name}: "
+            "use --resume auto to continue it, or another --prefix to start a new one"
+        )
+
+
 def find_resume(
     resume: str | None, folder: Path, config: dict
 ) -> tuple[Path | str | None, dict | None, dict[Path, str]]:
@@ -274,11 +291,7 @@ def find_resume(
     if resume == "auto":
         path, damaged = newest_checkpoint(present)
     if path is None:
-        if present:
-            raise UserError(
-                f"{folder} already holds a run, up to {present[0].name}: "
-                "use --resume auto to continue it, or another --prefix to start a new one"
-            )
+        check_new(folder)
         return None, None, {}
     if present and present[0].parent.resolve() != Path(path).resolve().parent:
         raise UserError(f"{folder} already holds a different run from that of --resume {path}: use another --prefix")
