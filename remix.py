@@ -51,8 +51,11 @@ class BatchCoefficients:
     def _restored(self, batch: dict) -> Iterator[None]:
         current = vars(self).copy()
         vars(self).update(batch)
-        yield
-        vars(self).update(current)
+        try:
+            yield
+        finally:
+            # PyTorch ends the second run with an exception once it has what it needs.
+            vars(self).update(current)
 
 
 class RemixLinear(nn.Module):

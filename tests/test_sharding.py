@@ -32,7 +32,6 @@ from training.trainer import BUCKETS, Trainer, bucket_mib
 
 BATCH = 16
 ONE = World(0, 1, torch.device("cpu"))
-WHOLE_AND_SHARDED = list(product((False, True), (1, 2)))  # (shard, grad_accum)
 
 
 def in_processes(size: int, function, *arguments):
@@ -85,11 +84,14 @@ def train(trainer: Trainer, steps: range, grad_accum: int = 1) -> dict:
 
 def check_training(world: World, folder: Path, depth: int, compiled: bool):
     expected = torch.load(folder / "one.pt")
-    for shard, grad_accum in WHOLE_AND_SHARDED:
+    options = [{"shard": False}, {"shard": True}]
+    if not compiled:
+        options.append({"shard": True, "checkpoint_activations": True})
+    for chosen, grad_accum in product(options, (1, 2)):
         torch._dynamo.reset()
-        trainer = make_trainer(world, random_remix_dit(depth=depth), shard=shard, compile=compiled)
+        trainer = make_trainer(world, random_remix_dit(depth=depth), compile=compiled, **chosen)
         result = train(trainer, range(20), grad_accum)
-        case = f"shard={shard}, grad_accum={grad_accum}"
+        case = f"{chosen}, grad_accum={grad_accum}"
         assert result["norm"] == pytest.approx(expected["norm"], rel=1e-5), case
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5), case
         for name, gradient in expected["gradients"].items() if world.is_main else ():

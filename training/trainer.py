@@ -24,6 +24,12 @@ from training.statistics import LOSSES, TrainingStats
 
 # DDP cuts a compiled graph where its buckets end, and exchanges a bucket while the next one is computed.
 BUCKETS = 4
+# The compiler may order a graph for little memory, which lets every exchange end before the next operation. These
+# options move the starts of exchanges forward and the waits for them backward.
+OVERLAP = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["sink_waits", "raise_comms"],
+}
 
 
 def bucket_mib(parameters: list[Tensor]) -> float:
@@ -167,7 +173,7 @@ class Trainer:
             # because the compiler reuses memory without knowing of exchanges in other graphs.
             torch._dynamo.config.optimize_ddp = not shard
             # The shapes do not change during a run, and symbolic sizes would be slower.
-            self.loss.compile(dynamic=False)
+            self.loss.compile(dynamic=False, options=OVERLAP if shard else None)
         if world.size > 1:
             names = [f"model.{name}" for name in self.shards]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.loss, names)
