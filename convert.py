@@ -12,6 +12,7 @@ dit: a file of facebookresearch/DiT, with the same keys: a plain DiT, or one exp
 sit: a training checkpoint of willisma/SiT, likewise, from a model that was trained with --process flow.
 safetensors: the EMA weights and the config. Loading a .safetensors file never executes code.
 diffusers: a folder with the EMA weights: a pipeline for a RemixDiT, a DiTTransformer2DModel for a DiT or an --expert.
+--ema-std makes an EMA of any width, if the training stored snapshots (train_fast.py --ema-snapshots).
 --merge makes one plain DiT of all experts, as a baseline or as a start for distillation, in any format but original.
 """
 
@@ -25,6 +26,7 @@ from diffusion import NOISE_LEVELS
 from figures import intervals
 from interop import diffusers, dit, original, sit
 from models import DiT
+from posthoc_ema import WIDEST, reconstruct
 from remix import RemixDiT
 
 
@@ -39,11 +41,17 @@ def main(args: argparse.Namespace):
 
     keys = ("ema", "model") if args.to in ("original", "dit", "sit") else ("ema",)
     models, config = load_models(args.ckpt, keys, args.trust_pickle, args.num_heads)
+    if args.ema_std:
+        ema = reconstruct(args.ckpt, args.ema_std, models["ema"].state_dict())
+        models["ema"].load_state_dict(ema)
+        config["source"] = f"post-hoc EMA of relative standard deviation {args.ema_std} of {args.ckpt}"
     choose_process(args.ckpt, config, args.process)
     if args.to in ("dit", "sit") or chosen:
         models = {key: fold_experts(model, args.expert, args.merge, args.ckpt) for key, model in models.items()}
         name = config["model"]["name"]
         config["model"] = model_config(name and name.removeprefix("Remix"), models["ema"])
+        if args.merge:
+            config["source"] = f"experts of {args.ckpt}, merged with the weights {args.merge}"
 
     if args.to == "original":
         original.write(args.out, models, config)
@@ -123,6 +131,13 @@ if __name__ == "__main__":
         choices=["mean", "interval"],
         help="make one plain DiT of all experts: the mean of their weights, or their mean weighted by the lengths of "
         "the experts' intervals of noise levels",
+    )
+    parser.add_argument(
+        "--ema-std",
+        type=number(float, 0.01, WIDEST),
+        metavar="STD",
+        help="replace the EMA by one of this width, from the snapshots of train_fast.py --ema-snapshots: the standard "
+        "deviation of its profile relative to the training time, such as 0.10 (arXiv 2312.02696)",
     )
     parser.add_argument(
         "--process",

@@ -43,6 +43,7 @@ from distributed import (
     world_size,
 )
 from models import DiT, DiT_models
+from posthoc_ema import SNAPSHOT_DTYPES, TRACKED_STDS, count_snapshots
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models
 from training.loggers import MetricLogger, logger_names, open_loggers
 from training.plan import (
@@ -139,7 +140,11 @@ def train(args: argparse.Namespace) -> bool:
     can_sample = settings.timesteps == NOISE_LEVELS[args.process]
     autoencoder, preview_note = choose_decoder(args.sample_every, can_sample, args.vae, dataset)
     n_checkpoints = count_checkpoints(folder, step, settings.max_steps, **saving)
-    disk_note = check_checkpoint_space(folder, model, n_checkpoints) if is_first_process() else None
+    disk_note = None
+    if is_first_process():
+        n_snapshots = count_snapshots(step, settings.max_steps, args.ema_snapshots)
+        snapshot_bytes = SNAPSHOT_DTYPES[args.ema_snapshot_dtype].itemsize
+        disk_note = check_checkpoint_space(folder, model, n_checkpoints, n_snapshots, snapshot_bytes)
 
     # Join the other processes and prepare the run's folder.
     if args.deterministic:
@@ -173,6 +178,7 @@ def train(args: argparse.Namespace) -> bool:
         compile=compiled,
         checkpoint_activations=args.checkpoint_activations,
         shard=shard,
+        ema_stds=settings.ema_stds or (),
     )
     if state:
         trainer.load_state_dict(state, resume_path)
@@ -235,6 +241,12 @@ def train(args: argparse.Namespace) -> bool:
                     if world.is_main:
                         writer.save(step, saved)
                     del saved
+            if args.ema_snapshots and (step % args.ema_snapshots == 0 or finished):
+                with timer.paused():
+                    averages = trainer.whole_averages()
+                    if world.is_main:
+                        writer.save_snapshot(step, averages, args.ema_snapshot_dtype)
+                    del averages
             if args.sample_every and step % args.sample_every == 0:
                 # The other processes wait for this one in their next step.
                 with timer.paused():
@@ -355,6 +367,7 @@ def resolve_settings(
         precision=args.precision or ("bf16" if args.dry_run or torch.cuda.is_available() else "fp32"),
         global_seed=args.global_seed,
         load_weight=args.load_weight,
+        ema_stds=[*TRACKED_STDS] if args.ema_snapshots else None,
     )
 
 
@@ -523,6 +536,14 @@ def make_parser() -> ArgumentParser:
         help="number added to the initial logit of each expert's basis in the prior, which is floor(i K / N)",
     )
     add("--ema-decay", type=number(float, 0, 1), default=0.9999, metavar="DECAY", help="EMA decay per step")
+    add(
+        "--ema-snapshots",
+        type=positive_int,
+        metavar="STEPS",
+        help="track two more averages for post-hoc EMA (arXiv 2312.02696), and store them in the run's folder ema/ at "
+        "this interval; convert.py --ema-std makes an EMA of any width of them (default: none)",
+    )
+    add("--ema-snapshot-dtype", choices=SNAPSHOT_DTYPES, default="float16", help="type of the numbers in the snapshots")
     add(
         "--clip-grad",
         type=number(float, 0),

@@ -11,6 +11,7 @@ from distributed import World, is_first_process
 from features import FeatureDataset
 from interop.shapes import PUBLISHED_VAE
 from models import DiT, DiT_models
+from posthoc_ema import snapshot_folder
 from remix import RemixDiT, RemixDiT_models
 from training.batches import BatchSampler, sample_timesteps
 from training.plan import AssumedFeatures, RunSettings
@@ -363,6 +364,8 @@ def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
     """Create or clean up the run's folder, and write its config.json. Damaged checkpoints are renamed."""
     for path in damaged:
         path.rename(path.with_suffix(".pt.damaged"))
-    remove_leftovers(folder, folder / "checkpoints", folder / "samples", folder / "coefficients")
+    remove_leftovers(
+        folder, snapshot_folder(folder), folder / "checkpoints", folder / "samples", folder / "coefficients"
+    )
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
