@@ -170,7 +170,7 @@ def read_checkpoint(path, allow_pickle: bool = False, mmap: bool = True, verify:
     """
     path = Path(local_file(path))
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path} is a folder without checkpoints" if path.is_dir() else f"{path}: no such file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     content = _read_torch(path, allow_pickle, mmap, verify)
@@ -224,6 +224,25 @@ def checkpoints(folder) -> list[Path]:
     return sorted(files, key=lambda path: int(path.stem), reverse=True)
 
 
+def find_checkpoint(path):
+    """Return the newest checkpoint of a run.
+
+    Args:
+        path: folder of a run, or its folder of checkpoints. Any other path is returned unchanged.
+
+    Raises:
+        UserError: if the folder of checkpoints is empty.
+    """
+    folder = Path(path)
+    places = [folder / "checkpoints", folder] if folder.is_dir() else []
+    for place in places:
+        if found := checkpoints(place):
+            return str(found[0])
+    if places and places[0].is_dir():
+        raise UserError(f"{path} holds no checkpoint: {places[0]} has no file such as 0010000.pt")
+    return path
+
+
 def find_corruption(path) -> str | None:
     """Compare all parts of a checkpoint with the checksums that the file stores.
 
@@ -269,7 +288,8 @@ def load_model(
     Args:
         path: a checkpoint of this project, of facebookresearch/DiT or willisma/SiT (a state dict, also under "ema" or
             "model"), of REPA or of the original Remix-DiT, or a DiT in diffusers' layout (a folder or a name on the
-            Hugging Face hub). hf:OWNER/REPOSITORY/FILE is a file on the hub.
+            Hugging Face hub). hf:OWNER/REPOSITORY/FILE is a file on the hub. The folder of a run of this project stands
+            for its newest checkpoint.
         ema: load the EMA weights if the file has them, otherwise the raw weights.
         allow_pickle: let the file execute code.
         verify: compare the file with its checksums first.
@@ -284,6 +304,7 @@ def load_model(
     Raises:
         UserError: if the file is missing or damaged, has an unknown format, or contradicts the overrides.
     """
+    path = find_checkpoint(path)
     transformer = diffusers.find_transformer(path)
     weights_file = transformer[1] if transformer else path
     content = read_checkpoint(weights_file, allow_pickle, verify=verify)
@@ -304,7 +325,9 @@ def _read_own(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, di
     if content.get("format") != FORMAT:
         return None
     config = content["config"]
-    known = {"model": config["model"]["name"], **config["model"]["backbone"], **(config["model"]["remix"] or {})}
+    # Omitted options of the model have their default.
+    known = {"frequency_shift": 0, "model": config["model"]["name"]}
+    known |= config["model"]["backbone"] | (config["model"]["remix"] or {})
     for key, value in overrides.items():
         if known.get(key) != value:
             raise UserError(f"{path} holds {key}={known.get(key)}, not {value}")

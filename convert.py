@@ -21,7 +21,17 @@ from pathlib import Path
 
 from autoencoder import Latents, load_autoencoder
 from checkpoint import choose_process, load_model, model_config, save_safetensors
-from common import ArgumentParser, UserError, number, positive_int, run_script
+from common import (
+    TIMESTEP_FREQUENCIES_FLAG,
+    ArgumentParser,
+    UserError,
+    counted,
+    frequency_override,
+    number,
+    positive_int,
+    run_script,
+    warn,
+)
 from diffusion import NOISE_LEVELS
 from figures import intervals
 from interop import diffusers, dit, original, sit
@@ -37,15 +47,19 @@ def main(args: argparse.Namespace):
         raise UserError(f"--vae is stored in a pipeline: use it with --to diffusers, not --to {args.to}")
     chosen = args.expert is not None or args.merge is not None
     if chosen and args.to == "original":
-        raise UserError("--to original stores all experts: use another format with --expert or --merge")
+        raise UserError("--expert and --merge give a DiT: use another format than --to original")
 
     keys = ("ema", "model") if args.to in ("original", "dit", "sit") else ("ema",)
-    models, config = load_models(args.ckpt, keys, args.trust_pickle, args.num_heads)
+    overrides = {"num_heads": args.num_heads} if args.num_heads else {}
+    overrides |= frequency_override(args.timestep_frequencies)
+    models, config = load_models(args.ckpt, keys, args.trust_pickle, overrides)
     if args.ema_std:
         ema = reconstruct(args.ckpt, args.ema_std, models["ema"].state_dict())
         models["ema"].load_state_dict(ema)
         config["source"] = f"post-hoc EMA of relative standard deviation {args.ema_std} of {args.ckpt}"
     choose_process(args.ckpt, config, args.process)
+    if args.to in ("dit", "sit") and config["model"]["backbone"].get("frequency_shift"):
+        warn(f"{args.out} cannot record the timestep frequencies: load it with --timestep-frequencies diffusers")
     if args.to in ("dit", "sit") or chosen:
         models = {key: fold_experts(model, args.expert, args.merge, args.ckpt) for key, model in models.items()}
         name = config["model"]["name"]
@@ -69,10 +83,9 @@ def main(args: argparse.Namespace):
 
 
 def load_models(
-    path: str, keys: tuple[str, ...], allow_pickle: bool, num_heads: int | None
+    path: str, keys: tuple[str, ...], allow_pickle: bool, overrides: dict
 ) -> tuple[dict[str, DiT | RemixDiT], dict]:
     """Load the model with the EMA weights for the key "ema", and with the raw weights for "model"; and the config."""
-    overrides = {"num_heads": num_heads} if num_heads else {}
     models = {}
     for key in keys:
         models[key], config = load_model(path, ema=key == "ema", allow_pickle=allow_pickle, **overrides)
@@ -92,11 +105,13 @@ def fold_experts(model: DiT | RemixDiT, expert: int | None, merge: str | None, p
     if isinstance(model, DiT):
         if merge:
             raise UserError(f"--merge: {path} holds a plain DiT, not the experts of a RemixDiT")
+        if expert is not None:
+            raise UserError(f"--expert {expert}: {path} holds a plain DiT, which has no experts")
         return model
     if merge:
         return model.merge([high - low for low, high in intervals(model)] if merge == "interval" else None)
     if expert is None:
-        raise UserError(f"{path} holds {model.n_experts} experts: choose one with --expert, or use --merge")
+        raise UserError(f"{path} holds {counted(model.n_experts, 'expert')}: choose one with --expert, or use --merge")
     if expert >= model.n_experts:
         raise UserError(f"--expert {expert}: {path} has the experts 0 to {model.n_experts - 1}")
     return model.expert(expert)
@@ -152,4 +167,5 @@ if __name__ == "__main__":
         type=positive_int,
         help="number of attention heads, for a file without a config that fits no registered model",
     )
+    parser.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     run_script(main, parser)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.utils.deterministic
 from torch.distributed.rendezvous import rendezvous
 
-from common import LocalError
+from common import LocalError, counted
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # SLURM can send SIGUSR1 some time before it ends a job.
@@ -140,7 +140,7 @@ def _select_device(local_rank: int) -> torch.device:
     if local_rank >= n_gpus:
         raise LocalError(
             f"process {local_rank} of this node has no GPU: "
-            f"start at most {n_gpus} processes per node (--nproc_per_node)"
+            f"start at most {counted(n_gpus, 'process', 'processes')} per node (--nproc_per_node)"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)

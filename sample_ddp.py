@@ -30,20 +30,25 @@ from PIL import Image
 from tqdm import tqdm
 
 from autoencoder import Pixels, load_autoencoder
-from checkpoint import choose_process, fingerprint, load_denoiser
+from checkpoint import choose_process, find_checkpoint, fingerprint, load_denoiser
 from common import (
+    TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
     UserError,
     atomic_write,
     check_disk,
     check_settings,
+    counted,
     folder_name,
+    frequency_override,
     lock_folder,
+    name_write_errors,
     number,
     positive_int,
     remove_leftovers,
     run_script,
     seed_int,
+    write_array,
     write_json,
 )
 from diffusion import FLOW_SAMPLERS, NOISE_LEVELS, PROCESS_SAMPLERS, SAMPLERS, make_sampler
@@ -91,6 +96,7 @@ class Pipeline:
     """What the checkpoint determines about sampling.
 
     Attributes:
+        ckpt: name of the checkpoint, for error messages.
         model: the network, or the switch between the networks of several experts.
         guide: the weaker model of autoguidance, if there is one.
         schedule: guidance scale at each noise level.
@@ -104,6 +110,7 @@ class Pipeline:
         null_label: label that stands for no class.
     """
 
+    ckpt: str
     model: DiT | ExpertSwitch
     guide: DiT | ExpertSwitch | None
     schedule: GuidanceSchedule
@@ -118,10 +125,13 @@ class Pipeline:
 
 def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is used.
+    args.ckpt = [find_checkpoint(path) for path in args.ckpt]
     overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
+    overrides |= frequency_override(args.timestep_frequencies)
     model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
     choose_process(args.ckpt[0], config, args.process)
     check_data_flags(args.image_size, args.num_classes, config, args.ckpt[0])
+    check_original_flags(args.n_basis, args.n_experts, args.tf32, config, args.ckpt[0])
     settings = sample_settings(args, config["diffusion"].get("process", "gaussian"))
     vae = args.vae or config["data"]["vae"]
     guide = load_guide(args, config) if args.guide_ckpt else None
@@ -132,6 +142,9 @@ def main(args: argparse.Namespace):
     record = {"ckpt": args.ckpt, "ckpt_fingerprint": fingerprints, "vae": vae, **used}
     if args.guide_ckpt:
         record |= {"guide_ckpt": args.guide_ckpt, "guide_fingerprint": fingerprint(args.guide_ckpt)}
+    # Omitted for the default, as in the config.
+    if shift := config["model"]["backbone"].get("frequency_shift"):
+        record["frequency_shift"] = shift
     if config["diffusion"].get("process"):
         record["process"] = config["diffusion"]["process"]
     if pipeline.timesteps is None:
@@ -166,7 +179,7 @@ def main(args: argparse.Namespace):
     sampler = f"{settings.sampler}, {steps} network evaluations per sample, guidance scale {settings.cfg_scale}"
     if settings.guidance_interval:
         sampler += " at noise levels {:g} to {:g}".format(*settings.guidance_interval)
-    logger.info(f"{total:,} samples by {sampler} -> {folder}")
+    logger.info(f"{counted(total, 'sample')} by {sampler} -> {folder}")
     logger.info(disk)
 
     # Sample this process's share of the missing batches. Each batch is written to a file of its own.
@@ -231,6 +244,19 @@ def check_data_flags(image_size: int | None, num_classes: int | None, config: di
             raise UserError(f"--{flag} {given}, but {ckpt} was trained with {trained}")
 
 
+def check_original_flags(n_basis: int | None, n_experts: int | None, tf32: bool, config: dict, ckpt: str):
+    """Raise UserError if flags that only the original repository needs contradict the checkpoint or this script."""
+    mixing = config["model"]["remix"]
+    for flag, given, key in (("n-basis", n_basis, "n_basis"), ("n-experts", n_experts, "n_experts")):
+        recorded = f"was trained with {mixing[key]}" if mixing else "is a plain DiT"
+        if given is not None and (mixing or {}).get(key) != given:
+            raise UserError(f"--{flag} {given}, but {ckpt} {recorded}: leave the flag out, the checkpoint replaces it")
+    if not tf32:
+        raise UserError(
+            "--no-tf32: --precision replaces it; for fp32 without TF32 set NVIDIA_TF32_OVERRIDE=0 in the environment"
+        )
+
+
 def trained_classes(config: dict) -> int:
     """Return the number of classes in the training data; the model may have more."""
     return len(config["data"]["classes"] or []) or config["model"]["backbone"]["num_classes"]
@@ -280,6 +306,7 @@ def make_pipeline(
     # The factor by which the training data were multiplied, which may differ from the VAE's own.
     autoencoder.scale = config["data"]["scale"]
     return Pipeline(
+        ckpt=ckpt,
         model=model,
         guide=guide,
         schedule=schedule,
@@ -384,6 +411,9 @@ def sample(
 
     Returns:
         RGB images [n, H, W, 3], uint8.
+
+    Raises:
+        UserError: if a sample is not finite, because the model's training has diverged.
     """
     n = len(numbers)
     if compiled:
@@ -417,7 +447,12 @@ def sample(
         progress=show_steps,
         step_noise=lambda step: generators.randn(pipeline.shape),
     )
-    return pipeline.autoencoder.decode(samples[:n]).cpu().numpy()
+    finite = samples[:n].isfinite().flatten(1).all(1)
+    images = pipeline.autoencoder.decode(samples[:n]).cpu().numpy()
+    if not finite.all():
+        first = numbers[int(finite.int().argmin())]
+        raise UserError(f"sample {first} is not finite: the training of {pipeline.ckpt} has diverged")
+    return images
 
 
 def label_of(seed: int, i: int, n_classes: int, labels: str | list[int] | None = None) -> int:
@@ -458,9 +493,10 @@ def write_batch(folder: Path, numbers: range, images: np.ndarray, save_png: bool
     if save_png:
         (folder / "png").mkdir(parents=True, exist_ok=True)
         for i, image in zip(numbers, images, strict=True):
-            Image.fromarray(image).save(folder / "png" / f"{i:06d}.png")
-    with atomic_write(part_path(folder, numbers)) as temporary, open(temporary, "wb") as file:
-        np.save(file, images)
+            path = folder / "png" / f"{i:06d}.png"
+            with name_write_errors(path):
+                Image.fromarray(image).save(path)
+    write_array(part_path(folder, numbers), images)
 
 
 def write_results(pipeline: Pipeline, settings: SampleSettings, batches: list[range], folder: Path):
@@ -497,9 +533,9 @@ if __name__ == "__main__":
         "--ckpt",
         required=True,
         nargs="+",
-        help="checkpoint of this project, of facebookresearch/DiT, SiT, REPA or the original Remix-DiT, also "
-        "hf:OWNER/REPOSITORY/FILE on the Hugging Face hub, or a DiT in diffusers' layout (a folder or a hub name). "
-        "Several files are independent experts: plain DiTs of this project, each "
+        help="checkpoint of this project (a run's folder stands for its newest one), of facebookresearch/DiT, SiT, "
+        "REPA or the original Remix-DiT, also hf:OWNER/REPOSITORY/FILE on the Hugging Face hub, or a DiT in diffusers' "
+        "layout (a folder or a hub name). Several files are independent experts: plain DiTs of this project, each "
         "trained with other --timesteps, which together cover all timesteps",
     )
     group.add_argument(
@@ -520,6 +556,7 @@ if __name__ == "__main__":
         type=positive_int,
         help="number of attention heads; required only for a checkpoint of another project that fits no --model",
     )
+    group.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     group.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,
@@ -613,6 +650,14 @@ if __name__ == "__main__":
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="run the model through torch.compile (default: on GPUs, if there are at least 1000 steps in total)",
+    )
+    group = parser.add_argument_group(
+        "flags of the original repository", "They are not needed, and are compared with the checkpoint."
+    )
+    group.add_argument("--n-basis", type=positive_int, metavar="K", help="number of bases")
+    group.add_argument("--n-experts", type=positive_int, metavar="N", help="number of experts")
+    group.add_argument(
+        "--tf32", action=argparse.BooleanOptionalAction, default=True, help="--precision fp32 always allows TF32"
     )
     group = parser.add_argument_group("results")
     group.add_argument("--sample-dir", default="samples", help="parent folder of the results")

@@ -10,7 +10,6 @@ processes, nor on when the run was resumed.
 """
 
 import argparse
-import logging
 from contextlib import closing
 from functools import partial
 from itertools import pairwise
@@ -20,9 +19,12 @@ import torch
 
 from checkpoint import CheckpointWriter
 from common import (
+    TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
     UserError,
+    counted,
     folder_name,
+    frequency_override,
     lock_folder,
     number,
     positive_int,
@@ -42,9 +44,9 @@ from distributed import (
     use_deterministic_algorithms,
     world_size,
 )
-from models import DiT, DiT_models
+from models import DiT_models
 from posthoc_ema import SNAPSHOT_DTYPES, TRACKED_STDS, count_snapshots
-from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models
+from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT_models
 from training.loggers import MetricLogger, logger_names, open_loggers
 from training.plan import (
     Parallelism,
@@ -59,10 +61,13 @@ from training.plan import (
 )
 from training.previews import SamplePreview, choose_decoder
 from training.start import (
+    advice,
     check_new,
     check_noise_levels,
+    default_prefix,
     expert_boundaries,
     find_resume,
+    log_introduction,
     make_batch_sampler,
     make_model,
     model_shape,
@@ -113,7 +118,7 @@ def train(args: argparse.Namespace) -> bool:
     """Train one model, and return whether it was trained for all its steps."""
     # Check all input before any device or process group is used.
     dataset = open_features(args.data_path, args.image_size, assume=args.dry_run)
-    shape = model_shape(dataset, args.num_classes)
+    shape = model_shape(dataset, args.num_classes) | frequency_override(args.timestep_frequencies)
     process = process_options(args)
     diffusion = create_process(**process)
     settings = resolve_settings(args, len(dataset), diffusion)
@@ -135,7 +140,7 @@ def train(args: argparse.Namespace) -> bool:
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
     shard, traffic = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
     lock_folder(folder, "--prefix")
-    resume_path, state, damaged = find_resume(args.resume, folder, config)
+    resume_path, state, damaged = find_resume(args.resume, folder, config, args.extend)
     step = state["step"] if state else 0
     can_sample = settings.timesteps == NOISE_LEVELS[args.process]
     autoencoder, preview_note = choose_decoder(args.sample_every, can_sample, args.vae, dataset)
@@ -154,8 +159,10 @@ def train(args: argparse.Namespace) -> bool:
     # Rank 0 has compared the checkpoint with its checksums.
     resume_path = world.from_main(resume_path)
     if resume_path and not world.is_main:
-        state = read_resume(resume_path, config)
+        state = read_resume(resume_path, config, args.extend)
         step = state["step"]
+    # Before anything else is written to the folder, because a logger may be unable to start.
+    loggers = open_loggers(args.log_to, folder, config, step) if world.is_main else []
     if world.is_main:
         prepare_folder(folder, config, damaged)
     log = rank0_logger(world, folder / "log.txt")
@@ -186,7 +193,7 @@ def train(args: argparse.Namespace) -> bool:
     del state
     sampler = make_batch_sampler(settings, model, diffusion, world, args.grad_accum)
     writer = CheckpointWriter(folder / "checkpoints", log, args.keep, args.keep_every)
-    loggers = MetricLogger(open_loggers(args.log_to, folder, config, step) if world.is_main else [], log)
+    loggers = MetricLogger(loggers, log)
     previews = None
     if args.sample_every and world.is_main:
         previews = SamplePreview(
@@ -200,14 +207,17 @@ def train(args: argparse.Namespace) -> bool:
             world.device,
             log,
         )
+
     # Train. `step` counts the steps that are done.
+    schedule_steps = config["training"]["schedule_steps"] or settings.max_steps
     peak_flops_per_s = matmul_rate(world.device, settings.precision) * world.size
     timer = ThroughputTimer(world.device, training_flops(config["model"]["backbone"]), peak_flops_per_s)
+    picture_s = 0.0
     failed = stopped = False
     done = step == settings.max_steps
     with closing(loggers), sampler.load(dataset, range(step, settings.max_steps), args.num_workers) as batches:
         while not done:
-            progress = step / settings.max_steps
+            progress = min(1, step / schedule_steps)
             prior_weight = settings.prior_strength * (1 - progress)
             trainer.set_progress(progress)
             trainer.step(step, sampler.microbatches(next(batches)), prior_weight)
@@ -231,7 +241,8 @@ def train(args: argparse.Namespace) -> bool:
                 metrics = build_metrics(step, losses, nonfinite, model, schedule, speed)
                 if world.is_main:
                     loggers.log_metrics(step, metrics)
-                    log.info(report_line(metrics, settings.max_steps, settings.global_batch_size))
+                    pictures = settings.max_steps // args.sample_every - step // args.sample_every if previews else 0
+                    log.info(report_line(metrics, settings.max_steps, settings.global_batch_size, pictures * picture_s))
             if step % args.ckpt_every == 0 or finished or stopped:
                 with timer.paused():
                     # There may be host memory for one copy of the state only.
@@ -254,6 +265,7 @@ def train(args: argparse.Namespace) -> bool:
                     for kind, path in previews.draw(step, ema).items() if previews else ():
                         loggers.log_image(step, kind, path)
                     del ema
+                picture_s = timer.last_pause
 
     # Wait until the last checkpoint is written, and report how the run ended.
     writer.wait()
@@ -308,11 +320,6 @@ def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | Flow
     )
 
 
-def default_prefix(name: str, mixing: dict | None) -> str:
-    """Return the name of the run's folder if --prefix does not give it."""
-    return name.replace("/", "-") + (f"-{mixing['n_basis']}-{mixing['n_experts']}" if mixing else "")
-
-
 def resolve_settings(
     args: argparse.Namespace, n_images: int, diffusion: GaussianDiffusion | FlowMatching
 ) -> RunSettings:
@@ -328,10 +335,9 @@ def resolve_settings(
     """
     batch_size = args.global_batch_size
     if batch_size % (world_size() * args.grad_accum):
+        processes = counted(world_size(), "process", "processes")
         parts = f" with {args.grad_accum} microbatches each" if args.grad_accum > 1 else ""
-        raise UserError(
-            f"--global-batch-size {batch_size} cannot be divided equally among {world_size()} processes{parts}"
-        )
+        raise UserError(f"--global-batch-size {batch_size} cannot be divided equally among {processes}{parts}")
     if args.keep_every and (not args.keep or args.keep_every % args.ckpt_every):
         raise UserError("--keep-every needs --keep, and must be a multiple of --ckpt-every")
     if args.new_classes and not args.load_weight:
@@ -371,20 +377,6 @@ def resolve_settings(
     )
 
 
-def advice(model: DiT | RemixDiT, settings: RunSettings) -> list[str]:
-    """Return advice about the settings, if there is any."""
-    if isinstance(model, RemixDiT) and settings.experts_per_batch < min(8, model.n_experts):
-        return ["fewer than 8 experts per batch: in studies/README.md, more of them gave a lower error"]
-    return []
-
-
-def log_introduction(log: logging.Logger, description: list[str], damaged: dict[Path, str], notes: list[str]):
-    """Log what the run will do, and the damaged checkpoints that it does not resume from."""
-    skipped = [f"SKIPPED {path}: {reason}" for path, reason in damaged.items()]
-    for line in [*description, *skipped, *notes]:
-        log.info(line)
-
-
 def make_parser() -> ArgumentParser:
     """Return the parser of the flags."""
     parser = ArgumentParser(description="Train a DiT or a RemixDiT on features from extract_features.py.")
@@ -397,6 +389,13 @@ def make_parser() -> ArgumentParser:
         "--resume",
         metavar="PATH|auto",
         help="checkpoint to resume from; auto: the newest undamaged one of this run, or a new run if there is none",
+    )
+    add(
+        "--extend",
+        choices=["hold", "stretch"],
+        default="hold",
+        help="with --resume, if a finished run gets more steps: hold the final learning rates, or stretch the schedule "
+        "over all steps",
     )
     add("--global-seed", type=seed_int, default=0, metavar="SEED", help="seed of all random draws")
     add(
@@ -427,6 +426,7 @@ def make_parser() -> ArgumentParser:
         help="let --load-weight be a model of other classes: their embeddings are initialized again, except those of "
         "classes whose names are equal, and of the null class",
     )
+    add("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     add("--n-basis", type=positive_int, default=4, metavar="K", help="number of basis models")
     add("--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="number of experts")
     add(
@@ -511,15 +511,16 @@ def make_parser() -> ArgumentParser:
     add(
         "--lr",
         type=number(float, 0, above=True),
-        help="peak learning rate of the bases and shared weights (default: the published 2e-5 with --load-weight, "
-        "otherwise DiT's 1e-4)",
+        help="peak learning rate of the bases and shared weights; it falls to half of it by a cosine over the run "
+        "(default: the published 2e-5 with --load-weight, otherwise DiT's 1e-4)",
     )
     add("--coeff-lr", type=number(float, 0), default=1e-2, metavar="LR", help="peak learning rate of the mixing logits")
     add(
         "--coeff-lr-end",
         type=number(float, 0),
         metavar="LR",
-        help="final learning rate of the mixing logits (default: half of --lr, as published, but not above --coeff-lr)",
+        help="final learning rate of the mixing logits, to which theirs falls by a cosine (default: half of --lr, as "
+        "published, but not above --coeff-lr)",
     )
     add(
         "--prior-strength",
@@ -618,6 +619,7 @@ def make_parser() -> ArgumentParser:
         action="store_true",
         help="allow pickles in --load-weight, which can execute code: only for files that you trust",
     )
+    add("--strict", action="store_true", help="no effect: --load-weight must always fit (a flag of the original)")
     return parser
 
 

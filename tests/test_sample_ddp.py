@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import FEW_SAMPLES, GOLDEN, locked, make_images, run, sampled_images, training_flags
+from conftest import FEW_SAMPLES, GOLDEN, file_limit, locked, make_images, run, sampled_images, training_flags
 from PIL import Image
 from torch._dynamo.utils import counters
 
@@ -84,6 +84,34 @@ def test_a_second_run_into_the_same_folder_is_refused(ckpt, tmp_path):
     assert [path.name for path in (tmp_path / "one").iterdir()] == [".lock"]
     run("sample_ddp.py", *flags)
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["grid.png", "samples.npz", "settings.json"]
+
+
+def test_a_model_that_has_diverged(ckpt, tmp_path):
+    """The samples of one class are not finite."""
+    labels = [label_of(0, i, 3) for i in range(14)]
+    broken = next(label for label in range(3) if label != labels[0])
+    state = torch.load(ckpt, weights_only=True)
+    state["ema"]["backbone.y_embedder.embedding_table.weight"][broken] = torch.nan
+    save_checkpoint(tmp_path / "diverged.pt", state)
+    flags = ("--ckpt", tmp_path / "diverged.pt", *FEW_SAMPLES, "--sample-dir", tmp_path, "--name", "one")
+    stderr = run("sample_ddp.py", *flags, expect=2).stderr
+    first = labels.index(broken)
+    assert f"sample {first} is not finite: the training of {tmp_path / 'diverged.pt'} has diverged" in stderr
+    assert not (tmp_path / "one/samples.npz").exists()
+
+
+@pytest.mark.parametrize("limit", [1000, 3500, 10_000])
+def test_a_full_disk(ckpt, tmp_path, limit):
+    """The limit is too small for a batch, for the grid, or for all samples in one file."""
+    flags = ("--ckpt", ckpt.parent.parent, "--sample-dir", tmp_path, "--name=one", "--per-proc-batch-size=10")
+    flags += ("--num-fid-samples=60", "--num-sampling-steps=2", "--vae=none")
+    with file_limit(limit):
+        stderr = run("sample_ddp.py", *flags, expect=2).stderr
+    assert stderr.splitlines()[-1].endswith(": File too large")
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "one/samples.npz").exists()
+    run("sample_ddp.py", *flags)
+    assert len(sampled_images(tmp_path / "one")) == 60
 
 
 @torch.no_grad()
@@ -244,6 +272,7 @@ def test_other_flags(ckpt, sampled, tmp_path, flags):
     ("flags", "name"),
     [
         ((), "run-0000004-ddpm8-cfg1.5-seed0"),
+        (("--n-basis=2", "--n-experts=6", "--tf32"), "run-0000004-ddpm8-cfg1.5-seed0"),
         (("--no-ema", "--sampler=ddim", "--cfg-scale=1", "--global-seed=3"), "run-0000004-raw-ddim8-cfg1.0-seed3"),
     ],
 )
@@ -268,6 +297,9 @@ def test_the_folder_is_named_after_the_checkpoint_and_the_settings(ckpt, tmp_pat
         (("--name", "../x"), "plain folder name"),
         (("--vae", "/no/such/vae"), "cannot load the VAE"),
         (("--ckpt", str(GOLDEN / "remix_original_checkpoint.pt")), "number of heads"),
+        (("--n-experts", "8"), "--n-experts 8, but"),
+        (("--n-basis", "4", "--n-experts", "6"), "was trained with 2: leave the flag out"),
+        (("--no-tf32",), "--precision replaces it"),
     ],
 )
 def test_wrong_input(ckpt, tmp_path, flags, message):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 
 import numpy as np
@@ -136,6 +137,36 @@ def test_runs_of_earlier_versions_resume_with_their_learning_rates(features, tmp
     assert_same_weights(tmp_path / "whole.pt", tmp_path / "old/checkpoints/0000002.pt")
 
 
+def test_a_finished_run_is_extended(features, tmp_path):
+    """With the final learning rate, or with the schedule of a longer run. An extension can be interrupted as well."""
+
+    def extend(name, *flags, expect=0):
+        common = [*training_flags(features, tmp_path, name), "--ckpt-every=2", "--resume=auto"]
+        return run("train_fast.py", *common, *flags, expect=expect)
+
+    def rates(name):
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [line["lr"] / 1e-3 for line in lines]
+
+    extend("hold", "--max-steps=4")
+    shutil.copytree(tmp_path / "hold", tmp_path / "stretch")
+    short = rates("hold")
+    extend("hold", "--max-steps=8")
+    assert rates("hold") == pytest.approx([*short, 0.5, 0.5, 0.5, 0.5])
+    extend("stretch", "--max-steps=8", "--extend=stretch")
+    cosine = [0.75 + 0.25 * math.cos(math.pi * step / 8) for step in range(8)]
+    assert rates("stretch") == pytest.approx([*short, *cosine[4:]])
+
+    shutil.copytree(tmp_path / "hold", tmp_path / "interrupted")
+    (tmp_path / "interrupted/checkpoints/0000008.pt").unlink()
+    for steps in (7, 9):
+        assert "only a finished run" in extend("interrupted", f"--max-steps={steps}", expect=2).stderr
+    extend("interrupted", "--max-steps=8")
+    assert_same_weights(*(tmp_path / name / "checkpoints/0000008.pt" for name in ("hold", "interrupted")))
+    extend("interrupted", "--max-steps=9")
+    assert rates("interrupted")[-1] == pytest.approx(0.5)
+
+
 def test_starting_from_a_pretrained_dit(features, tmp_path):
     torch.manual_seed(0)
     dit = DiT_models["DiT-T/2"](input_size=8, in_channels=3, num_classes=3)
@@ -143,7 +174,7 @@ def test_starting_from_a_pretrained_dit(features, tmp_path):
     for model in ("DiT-T/2", "RemixDiT-T/2"):
         prefix = model.replace("/", "-")
         flags = [*training_flags(features, tmp_path, prefix, model), f"--load-weight={tmp_path / 'dit.pt'}"]
-        run("train_fast.py", *flags, "--max-steps=1", "--lr=1e-9", "--coeff-lr=0")
+        run("train_fast.py", *flags, "--max-steps=1", "--lr=1e-9", "--coeff-lr=0", "--strict")
         trained, _ = load_model(tmp_path / prefix / "checkpoints/0000001.pt")
         expert = trained if model == "DiT-T/2" else trained.expert(5)
         for key, value in dit.state_dict().items():
@@ -277,6 +308,7 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("classes of nothing", "--new-classes needs --load-weight", "--new-classes"),
         wrong("no weights", "holds no", "--load-weight", str(GOLDEN / "diffusion.pt")),
         wrong("resume nothing", "no such file", "--resume", "/nowhere.pt"),
+        wrong("resume a folder", "is a folder without checkpoints", "--resume", str(GOLDEN)),
         wrong("resume weights", "no training state", "--resume", str(GOLDEN / "dit.pt")),
         wrong("model", "invalid choice", model="DiT-Q/2"),
         wrong("world", "cannot be divided equally among 2 processes", "--global-batch-size", "11", processes=2),
@@ -293,13 +325,21 @@ def test_wrong_input(features, tmp_path, flags, message, processes, model):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_to_resume_from_stands_for_its_newest_checkpoint(trained, features, tmp_path):
+    shutil.copytree(trained, tmp_path / "trained")
+    flags = [*training_flags(features, tmp_path, "trained"), "--max-steps=4", "--resume"]
+    for folder in (tmp_path / "trained", tmp_path / "trained/checkpoints"):
+        stderr = run("train_fast.py", *flags, folder).stderr
+        assert f"resumed from {tmp_path / 'trained/checkpoints/0000004.pt'}" in stderr
+
+
 def test_nothing_is_overwritten_or_mixed(trained, features, tmp_path):
     shutil.copytree(trained, tmp_path / "trained")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "trained").rglob("*")}
     again = [*training_flags(features, tmp_path, "trained"), "--max-steps", 4]
     assert "already holds a run" in run("train_fast.py", *again, expect=2).stderr
     for change, message in (
-        (("--max-steps", 8), "max_steps=4, this run asks for 8"),
+        (("--max-steps", 3), "belongs to a run of 4 steps, this run asks for 3"),
         (("--global-seed", 1), "global_seed=0, this run asks for 1"),
         (("--n-basis", 3), "n_basis=2, this run asks for 3"),
         (("--model", "DiT-T/2"), "was trained with"),

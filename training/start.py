@@ -1,10 +1,19 @@
 """The start of a run: its data, the model at step 0, its configuration, and the checkpoint to resume from."""
 
+import logging
 from dataclasses import asdict
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
-from checkpoint import VERSION, checkpoints, find_corruption, load_model, model_config, read_checkpoint
+from checkpoint import (
+    VERSION,
+    checkpoints,
+    find_checkpoint,
+    find_corruption,
+    load_model,
+    model_config,
+    read_checkpoint,
+)
 from common import UserError, number, remove_leftovers, write_json
 from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
 from distributed import World, is_first_process
@@ -15,6 +24,9 @@ from posthoc_ema import snapshot_folder
 from remix import RemixDiT, RemixDiT_models
 from training.batches import BatchSampler, sample_timesteps
 from training.plan import AssumedFeatures, RunSettings
+
+# Options that may differ from those of the checkpoint that a run resumes from. `extend_schedule` checks two of them.
+MAY_DIFFER = ("training.load_weight", "training.max_steps", "training.schedule_steps")
 
 
 def open_features(path: str, image_size: int | None, assume: bool) -> FeatureDataset | AssumedFeatures:
@@ -120,7 +132,7 @@ def make_model(
 
     Args:
         name: name of the model, of DiT_models or RemixDiT_models.
-        shape: keyword arguments of the DiT, from `model_shape`.
+        shape: keyword arguments of the DiT, from `model_shape`, and its frequency_shift if the user gives one.
         mixing: keyword arguments of the RemixDiT, from `mixing_options`; None for a plain DiT.
         prior_bonus: initial lead of the prior's basis in the mixing logits.
         load_weight: file of the initial weights; None for random weights.
@@ -154,7 +166,8 @@ def load_initial_model(
     new_classes: bool,
 ) -> DiT | RemixDiT:
     """Load the weights at step 0 and check that they fit the run; the arguments are those of `make_model`."""
-    loaded, config = load_model(path, allow_pickle=allow_pickle, verify=True)
+    overrides = {key: value for key, value in shape.items() if key == "frequency_shift"}
+    loaded, config = load_model(path, allow_pickle=allow_pickle, verify=True, **overrides)
     # A flow may start from a DiT, which has learned other features of the same images. The reverse is a mistake.
     trained = config["diffusion"] if config["diffusion"].get("process") == "flow" else {}
     for key in ("process", "path", "prediction") if trained else ():
@@ -265,7 +278,7 @@ def check_new(folder: Path):
 
 
 def find_resume(
-    resume: str | None, folder: Path, config: dict
+    resume: str | None, folder: Path, config: dict, extend: str
 ) -> tuple[Path | str | None, dict | None, dict[Path, str]]:
     """Find and read the checkpoint to resume from, and check that it belongs to the same run.
 
@@ -275,7 +288,9 @@ def find_resume(
     Args:
         resume: a checkpoint, or "auto" for the newest undamaged one of the run; None for a new run.
         folder: the run's folder.
-        config: configuration of this run.
+        config: configuration of this run. Its schedule_steps is set if the run has been extended, or is now.
+        extend: what happens to the schedules if a finished run gets more steps: "hold" keeps their final values, and
+            "stretch" lets them fall over all steps of the longer run.
 
     Returns:
         The checkpoint's path and content, both None for a new run and on all processes but the first; and the newer
@@ -291,21 +306,24 @@ def find_resume(
     path, damaged = resume, {}
     if resume == "auto":
         path, damaged = newest_checkpoint(present)
+    elif resume:
+        path = find_checkpoint(resume)
     if path is None:
         check_new(folder)
         return None, None, {}
     if present and present[0].parent.resolve() != Path(path).resolve().parent:
         raise UserError(f"{folder} already holds a different run from that of --resume {path}: use another --prefix")
     # The newest checkpoint has been compared with its checksums already.
-    return path, read_resume(path, config, verify=resume != "auto"), damaged
+    return path, read_resume(path, config, extend, verify=resume != "auto"), damaged
 
 
-def read_resume(path: Path | str, config: dict, verify: bool = False) -> dict:
+def read_resume(path: Path | str, config: dict, extend: str, verify: bool = False) -> dict:
     """Read the checkpoint to resume from, mapped into memory, and check that it belongs to the same run.
 
     Args:
         path: the checkpoint.
-        config: configuration of this run.
+        config: configuration of this run. Its schedule_steps is set, see `find_resume`.
+        extend: see `find_resume`.
         verify: compare all parts of the file with their checksums first.
 
     Raises:
@@ -325,17 +343,38 @@ def read_resume(path: Path | str, config: dict, verify: bool = False) -> dict:
     trained, asked = (part["diffusion"].get("process", "gaussian") for part in (state["config"], config))
     if trained != asked:
         raise UserError(f"--resume {path} was trained with --process {trained}, this run asks for {asked}")
+    extend_schedule(path, state, config["training"], extend)
     before, now = flatten(state["config"]), flatten(config)
     if "training.coeff_lr_end" not in before and config["model"]["remix"]:
         # Earlier versions had no such option.
         before["training.coeff_lr_end"] = before["training.coeff_lr"] / 2
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and key != "training.load_weight":
+        if before.get(key) != now.get(key) and key not in MAY_DIFFER:
             raise UserError(
                 f"--resume {path} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}: "
                 "use the same settings, or start a new run with --load-weight and another --prefix"
             )
     return state
+
+
+def extend_schedule(path, state: dict, training: dict, extend: str):
+    """Set schedule_steps in the "training" part of a config that resumes from `state`. See `find_resume` for `extend`.
+
+    Raises:
+        UserError: if the number of steps differs from that of the checkpoint, and the checkpoint is not that of a
+            finished run with fewer steps.
+    """
+    before = state["config"]["training"]
+    steps, more_steps = before["max_steps"], training["max_steps"]
+    training["schedule_steps"] = before.get("schedule_steps")
+    if more_steps == steps:
+        return
+    if more_steps < steps or state["step"] < steps:
+        raise UserError(
+            f"--resume {path} belongs to a run of {steps} steps, this run asks for {more_steps}: "
+            "only a finished run can be extended, with more steps"
+        )
+    training["schedule_steps"] = (before.get("schedule_steps") or steps) if extend == "hold" else None
 
 
 def newest_checkpoint(present: list[Path]) -> tuple[Path | None, dict[Path, str]]:
@@ -369,3 +408,22 @@ def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
     )
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
+
+
+def default_prefix(name: str, mixing: dict | None) -> str:
+    """Return the name of the run's folder if --prefix does not give it."""
+    return name.replace("/", "-") + (f"-{mixing['n_basis']}-{mixing['n_experts']}" if mixing else "")
+
+
+def advice(model: DiT | RemixDiT, settings: RunSettings) -> list[str]:
+    """Return advice about the settings, if there is any."""
+    if isinstance(model, RemixDiT) and settings.experts_per_batch < min(8, model.n_experts):
+        return ["fewer than 8 experts per batch: in studies/README.md, more of them gave a lower error"]
+    return []
+
+
+def log_introduction(log: logging.Logger, description: list[str], damaged: dict[Path, str], notes: list[str]):
+    """Log what the run will do, and the damaged checkpoints that it does not resume from."""
+    skipped = [f"SKIPPED {path}: {reason}" for path, reason in damaged.items()]
+    for line in [*description, *skipped, *notes]:
+        log.info(line)

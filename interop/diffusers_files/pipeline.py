@@ -7,9 +7,20 @@ This file is stored beside exported weights and requires only diffusers and PyTo
 """
 
 import inspect
+import json
+from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -28,29 +39,50 @@ class RemixDiTPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]  # noqa: RUF012, as in diffusers
+    code = Path(__file__).read_text()
 
     def __init__(self, transformer: ModelMixin, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        """See ConfigMixin. `auto_map` is for AutoModel, and would be reported as an unknown argument here."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
+    def save_config(self, save_directory: str | Path, **kwargs):
+        """Write model_index.json and this file to a folder. The arguments are those of ConfigMixin.save_config."""
+        super().save_config(save_directory, **kwargs)
+        folder = Path(save_directory)
+        name = type(self.transformer).__name__
+        index = json.loads((folder / "model_index.json").read_text())
+        index["_class_name"] = ["pipeline", type(self).__name__]
+        index["transformer"] = ["remix_transformer", name]
+        # AutoModel looks here, also for a subfolder.
+        index["auto_map"] = {"AutoModel": f"remix_transformer.{name}"}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "pipeline.py").write_text(self.code)
+
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: list[int],
+        class_labels: int | list[int],
         guidance_scale: float = 1.5,
         num_inference_steps: int = 250,
+        num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         guided_channels: int = 3,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Generate one image per label.
+        """Generate images of the given classes.
 
         Args:
-            class_labels: the class of every image.
+            class_labels: the class of each image, from 0 to the number of classes - 1, or one class.
             guidance_scale: scale of classifier-free guidance (arXiv 2207.12598). 1 means no guidance.
             num_inference_steps: number of denoising steps.
+            num_images_per_prompt: number of images per label. The images of a label follow each other.
             generator: random generator, or a list with one per image.
             latents: the noise [B, C, H, W] to start from. By default it is drawn from `generator`.
             guided_channels: number of channels of the predicted noise that are guided, the first ones. The published
@@ -61,16 +93,19 @@ class RemixDiTPipeline(DiffusionPipeline):
 
         Returns:
             The images.
+
+        Raises:
+            ValueError: if a label is out of range.
         """
         config = self.transformer.config
         device = self._execution_device
         channels = config.in_channels
-        labels = torch.tensor(class_labels, device=device)
+        labels = self._repeat_labels(class_labels, num_images_per_prompt).to(device)
+        shape = (len(labels), channels, config.sample_size, config.sample_size)
         if guidance_scale != 1:
             labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
         x = latents
         if x is None:
-            shape = (len(class_labels), channels, config.sample_size, config.sample_size)
             x = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
 
         scheduler = self.scheduler
@@ -81,7 +116,7 @@ class RemixDiTPipeline(DiffusionPipeline):
         # DDIM computes the noise again from the clipped prediction of the image, as in the published DiT.
         options = {"generator": generator, "use_clipped_model_output": True}
         options = {key: options[key] for key in options.keys() & inspect.signature(scheduler.step).parameters.keys()}
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        _set_timesteps(scheduler, num_inference_steps, device)
         x = x.to(device) * scheduler.init_noise_sigma
         for t in self.progress_bar(scheduler.timesteps):
             scaled = scheduler.scale_model_input(x, t).to(self.transformer.dtype)
@@ -92,6 +127,15 @@ class RemixDiTPipeline(DiffusionPipeline):
         images = self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _repeat_labels(self, class_labels: int | list[int], repeats: int) -> Tensor:
+        """Return the labels, each of them `repeats` times. Raises ValueError if a label is out of range."""
+        labels = [class_labels] if isinstance(class_labels, int) else [int(label) for label in class_labels]
+        num_classes = self.transformer.config.num_embeds_ada_norm
+        for label in labels:
+            if not 0 <= label < num_classes:
+                raise ValueError(f"class_labels must be from 0 to {num_classes - 1}, but {label} is among them")
+        return torch.tensor(labels).repeat_interleave(repeats)
 
     def _predict(self, x: Tensor, t: Tensor, labels: Tensor, guidance_scale: float, guided_channels: int) -> Tensor:
         """Run the transformer on x [B, C, H, W] at timestep t, with guidance if there are 2B labels."""
@@ -115,3 +159,16 @@ class RemixDiTPipeline(DiffusionPipeline):
             return x
         x = x.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(x) if output_type == "pil" else x
+
+
+def _set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device):
+    """Set the timesteps of a scheduler.
+
+    Those that EulerDiscreteScheduler chooses itself are not integers, and its last step is a short one. It gets the
+    integers that the other solvers use, evenly spaced from T - 1 to about T / num_inference_steps.
+    """
+    if not isinstance(scheduler, EulerDiscreteScheduler):
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        return
+    timesteps = np.linspace(0, scheduler.config.num_train_timesteps - 1, num_inference_steps + 1).round()[:0:-1]
+    scheduler.set_timesteps(timesteps=timesteps.tolist(), device=device)
