@@ -20,7 +20,7 @@ import argparse
 from pathlib import Path
 
 from autoencoder import Latents, load_autoencoder
-from checkpoint import choose_process, load_model, model_config, save_safetensors
+from checkpoint import choose_process, find_checkpoint, load_model, model_config, save_safetensors
 from common import (
     TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
@@ -47,14 +47,16 @@ def main(args: argparse.Namespace):
         raise UserError(f"--vae is stored in a pipeline: use it with --to diffusers, not --to {args.to}")
     chosen = args.expert is not None or args.merge is not None
     if chosen and args.to == "original":
-        raise UserError("--expert and --merge give a DiT: use another format than --to original")
+        raise UserError(
+            "--expert and --merge give a DiT: use --to dit, sit, diffusers or safetensors, not --to original"
+        )
 
     keys = ("ema", "model") if args.to in ("original", "dit", "sit") else ("ema",)
     overrides = {"num_heads": args.num_heads} if args.num_heads else {}
     overrides |= frequency_override(args.timestep_frequencies)
     models, config = load_models(args.ckpt, keys, args.trust_pickle, overrides)
     if args.ema_std:
-        ema = reconstruct(args.ckpt, args.ema_std, models["ema"].state_dict())
+        ema = reconstruct(find_checkpoint(args.ckpt), args.ema_std, models["ema"].state_dict())
         models["ema"].load_state_dict(ema)
         config["source"] = f"post-hoc EMA of relative standard deviation {args.ema_std} of {args.ckpt}"
     choose_process(args.ckpt, config, args.process)

@@ -174,7 +174,7 @@ def load_initial_model(
         if trained[key] != process.get(key):
             run = process.get(key, "gaussian")
             raise UserError(f"--load-weight {path} was trained with {key}={trained[key]}, this run has {run}")
-    choose_classes(loaded, path, config["data"]["classes"], classes, shape["num_classes"], new_classes)
+    choose_classes(loaded, path, config["data"].get("classes"), classes, shape["num_classes"], new_classes)
     loaded_config = loaded.backbone_config if isinstance(loaded, RemixDiT) else loaded.config
     needed_config = DiT_models[name.removeprefix("Remix")](**shape).config
     for key, value in needed_config.items():
