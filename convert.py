@@ -47,9 +47,7 @@ def main(args: argparse.Namespace):
         raise UserError(f"--vae is stored in a pipeline: use it with --to diffusers, not --to {args.to}")
     chosen = args.expert is not None or args.merge is not None
     if chosen and args.to == "original":
-        raise UserError(
-            "--expert and --merge give a DiT: use --to dit, sit, diffusers or safetensors, not --to original"
-        )
+        raise UserError("--expert and --merge give a DiT: use another format, not --to original")
 
     keys = ("ema", "model") if args.to in ("original", "dit", "sit") else ("ema",)
     overrides = {"num_heads": args.num_heads} if args.num_heads else {}
