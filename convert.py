@@ -11,7 +11,7 @@ original: a file of the original Remix-DiT repository, with state dicts under "e
 dit: a file of facebookresearch/DiT, with the same keys: a plain DiT, or one expert of a RemixDiT folded into a DiT.
 sit: a training checkpoint of willisma/SiT, likewise, from a model that was trained with --process flow.
 safetensors: the EMA weights and the config. Loading a .safetensors file never executes code.
-diffusers: a folder with the EMA weights: a pipeline for a RemixDiT, a DiTTransformer2DModel for a DiT or an --expert.
+diffusers: a folder with the EMA weights: a pipeline for a RemixDiT or a flow, otherwise a DiTTransformer2DModel.
 --ema-std makes an EMA of any width, if the training stored snapshots (train_fast.py --ema-snapshots).
 --merge makes one plain DiT of all experts, as a baseline or as a start for distillation, in any format but original.
 """
@@ -76,8 +76,8 @@ def main(args: argparse.Namespace):
     elif args.to == "safetensors":
         save_safetensors(args.out, models["ema"], config)
     else:
-        if args.vae and isinstance(models["ema"], DiT):
-            raise UserError("--vae is stored in the pipeline of a RemixDiT, this is the folder of one DiT")
+        if args.vae and not diffusers.is_pipeline(models["ema"], config):
+            raise UserError("--vae is stored in the pipeline of a RemixDiT or a flow, this is the folder of one DiT")
         diffusers.write(args.out, models, config, load_vae(args.vae))
     print(f"wrote {args.out}")
 

@@ -54,6 +54,7 @@ LARGEST_NORM_EPS = 1e-5
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel", "RemixDiTTransformer2DModel")
 # Options that an exported RemixDiT and its config have in common.
 REMIX_OPTIONS = ("n_basis", "n_experts", "mixer", "scope", "num_timesteps", "boundaries")
+FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # In patches. It limits the memory that a config with wrong numbers can take, as the position embedding is computed.
 LARGEST_SIDE = 256
@@ -158,6 +159,8 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     shift = _frequency_shift(path, stored, overrides)
     config = make_config(path, backbone, remix, overrides | {"num_heads": num_heads, "frequency_shift": shift})
     config["data"] |= _find_vae(config_file)
+    if flow := stored.get("flow"):
+        config["diffusion"] = {"process": "flow"} | {key: flow[key] for key in FLOW_OPTIONS if key in flow}
     if remix:
         state = {"logits": logits} | {f"backbone.{key}": value for key, value in state.items()}
     return config, state
@@ -297,27 +300,45 @@ def _rename_to_theirs(state: dict[str, Tensor], embedders: list[str]) -> dict[st
 def write(path, models: dict[str, DiT | RemixDiT], config: dict, vae=None):
     """Write the EMA model as a folder for diffusers.
 
-    A DiT becomes the folder of a DiTTransformer2DModel. A RemixDiT becomes the folder of a pipeline, which holds all
-    the code that diffusers needs to run it.
+    A DiT becomes the folder of a DiTTransformer2DModel. A RemixDiT or a flow becomes the folder of a pipeline, which
+    holds all the code that diffusers needs to run it.
 
     Args:
         path: the folder to create.
         models: "ema" maps to the model to write.
         config: the config of the checkpoint that the model comes from.
-        vae: a diffusers.AutoencoderKL to store in the pipeline of a RemixDiT, or None.
+        vae: a diffusers.AutoencoderKL to store in the pipeline, or None.
 
     Raises:
         UserError: if diffusers cannot represent the model, or the VAE has another number of channels.
     """
     model = models["ema"]
     if isinstance(model, RemixDiT):
-        _write_pipeline(path, model, config, vae)
+        transformer = _mixed_transformer(model, config)
     else:
-        _write_transformer(path, model, config)
+        transformer = _plain_transformer(model, config)
+    if is_pipeline(model, config):
+        _write_pipeline(path, transformer, config, vae)
+    else:
+        with _new_folder(path) as folder:
+            transformer.save_pretrained(folder)
 
 
-def _write_transformer(path, dit: DiT, config: dict):
-    """Write a DiT as the folder of a DiTTransformer2DModel.
+def is_pipeline(model: DiT | RemixDiT, config: dict) -> bool:
+    """Return whether `write` writes a pipeline, because the model needs more than diffusers' own DiT pipeline."""
+    return isinstance(model, RemixDiT) or _flow(config) is not None
+
+
+def _flow(config: dict) -> dict | None:
+    """Return the settings of a flow, or None for Gaussian diffusion."""
+    process = config["diffusion"]
+    if process.get("process") != "flow":
+        return None
+    return {"path": "linear", "prediction": "velocity"} | {key: process[key] for key in FLOW_OPTIONS if key in process}
+
+
+def _plain_transformer(dit: DiT, config: dict):
+    """Return a DiTTransformer2DModel with the weights of a DiT.
 
     The timestep embedding of diffusers' class has other frequencies than the published DiT. The class in the exported
     Python file has those of the model, and AutoModel loads it with trust_remote_code=True.
@@ -326,32 +347,36 @@ def _write_transformer(path, dit: DiT, config: dict):
     from interop.diffusers_files.remix_transformer import PublishedDiTTransformer2DModel
 
     transformer = PublishedDiTTransformer2DModel(**_transformer_arguments(dit, config))
-    transformer.register_to_config(frequency_shift=dit.frequency_shift)
+    recorded = {"frequency_shift": dit.frequency_shift, "flow": _flow(config)}
+    transformer.register_to_config(**{key: value for key, value in recorded.items() if value is not None})
     embedders = [f"transformer_blocks.{i}.norm1.emb" for i in range(dit.config["depth"])]
     transformer.load_state_dict(_rename_to_theirs(dit.state_dict(), embedders))
-    with _new_folder(path) as folder:
-        transformer.save_pretrained(folder)
+    return transformer
 
 
-def _write_pipeline(path, remix: RemixDiT, config: dict, vae):
-    """Write a RemixDiT as the folder of a pipeline, which holds the K bases and mixes them when it runs."""
+def _write_pipeline(path, transformer, config: dict, vae):
+    """Write the folder of a pipeline. That of a RemixDiT holds the K bases and mixes them when it runs."""
     # diffusers takes seconds to import.
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     from interop.diffusers_files.pipeline import RemixDiTPipeline
 
-    if vae is not None and remix.in_channels != vae.config.latent_channels:
-        raise UserError(f"the model denoises {remix.in_channels} channels, the VAE has {vae.config.latent_channels}")
-    scheduler = DDPMScheduler(
-        variance_type="learned_range" if remix.backbone.config["learn_sigma"] else "fixed_large",
-        clip_sample=config["data"]["vae"] == "none",
-        timestep_spacing="linspace",
-    )
+    shape, flow = transformer.config, _flow(config)
+    if vae is not None and shape.in_channels != vae.config.latent_channels:
+        raise UserError(f"the model denoises {shape.in_channels} channels, the VAE has {vae.config.latent_channels}")
+    if flow is None:
+        scheduler = DDPMScheduler(
+            variance_type="learned_range" if shape.out_channels > shape.in_channels else "fixed_large",
+            clip_sample=config["data"]["vae"] == "none",
+            timestep_spacing="linspace",
+        )
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=flow.get("shift", 1.0))
     if vae is not None:
         # The model was trained on latents with this scale, whatever the VAE's own config contains.
         vae.register_to_config(scaling_factor=config["data"]["scale"])
     with _new_folder(path) as folder:
-        RemixDiTPipeline(_mixed_transformer(remix, config), scheduler, vae).save_pretrained(folder)
+        RemixDiTPipeline(transformer, scheduler, vae).save_pretrained(folder)
 
 
 def _mixed_transformer(remix: RemixDiT, config: dict):
@@ -364,6 +389,7 @@ def _mixed_transformer(remix: RemixDiT, config: dict):
         **{name: getattr(remix, name) for name in REMIX_OPTIONS},
         mixed_layers=[part for layer in remix.mixed_layers for part in BLOCK_LAYERS[layer]],
         frequency_shift=remix.backbone.frequency_shift,
+        flow=_flow(config),
     )
     weights = _rename_to_theirs(remix.backbone.state_dict(), ["embedder"])
     weights["logits"] = remix.logits.detach().view(-1, remix.n_experts, remix.n_basis)
@@ -379,7 +405,10 @@ def _transformer_arguments(dit: DiT, config: dict) -> dict:
     positions = sincos_positions(shape["hidden_size"], shape["input_size"] // shape["patch_size"])
     if not torch.allclose(dit.pos_embed[0], positions, atol=1e-5):
         raise UserError("diffusers supports only DiTs with the published position embedding")
-    if changed := set(config["diffusion"]) - {"learn_sigma"}:
+    flow = _flow(config)
+    if flow and (flow["path"], flow["prediction"]) != ("linear", "velocity"):
+        raise UserError("of flows, only those with a linear path and a velocity prediction can be exported")
+    if flow is None and (changed := set(config["diffusion"]) - {"learn_sigma"}):
         raise UserError(
             f"only models of the published diffusion process can be exported, this one has another {', '.join(changed)}"
         )

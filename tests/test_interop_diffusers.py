@@ -24,6 +24,9 @@ from models import DiT, DiT_models
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, FoldedRemixDiT, RemixDiT_models
 
 LABELS = [2, 0, 1]
+# Of two flows, what a file records, and what is read back. The first is a bare state dict that the user calls a flow.
+FLOW = {"process": "flow", "path": "linear", "prediction": "velocity"}
+FLOWS = {"flow-dit": ({"process": "flow"}, FLOW), "flow-remix": (FLOW | {"shift": 3.0}, FLOW | {"shift": 3.0})}
 
 
 def perturbed(model):
@@ -35,9 +38,9 @@ def perturbed(model):
     return model.eval()
 
 
-def save(path, model, name, data):
+def save(path, model, name, data, diffusion=None):
     """Save a model whose EMA weights are its raw weights."""
-    config = {"model": model_config(name, model), "diffusion": {}, "data": data, "training": {}}
+    config = {"model": model_config(name, model), "diffusion": diffusion or {}, "data": data, "training": {}}
     save_checkpoint(path, {"config": config, "model": model.state_dict(), "ema": model.state_dict()})
     return path
 
@@ -196,7 +199,7 @@ def test_paths_of_files_are_not_hub_names(tmp_path):
 
 @pytest.fixture(scope="module")
 def exported(ckpt, vae, tmp_path_factory):
-    """Folders of a DiT, an expert, a pixel pipeline and a latent pipeline with a VAE, and their checkpoints."""
+    """Folders of a DiT, an expert, a pixel pipeline, a latent pipeline with a VAE, and pipelines of two flows."""
     path = tmp_path_factory.mktemp("exported")
     dit = perturbed(DiT_models["DiT-T/4"](input_size=8, in_channels=4, num_classes=3, learn_sigma=False))
     shape = dict(input_size=8, in_channels=4, num_classes=3, n_basis=3, n_experts=7, scope="local")
@@ -208,6 +211,13 @@ def exported(ckpt, vae, tmp_path_factory):
     run("convert.py", ckpt, path / "expert", "--to", "diffusers", "--expert", 4)
     run("convert.py", ckpt, path / "pixels", "--to", "diffusers", "--vae", "none")
     run("convert.py", path / "latent.pt", path / "latents", "--to", "diffusers", "--vae", vae)
+    save(path / "flow-dit.pt", dit, "DiT-T/4", data, FLOWS["flow-dit"][0])
+    # Two of the steps are on boundaries: with a shift of 3, 0.1 becomes 0.25, and 0.5 becomes 0.75.
+    shape = dict(input_size=8, in_channels=4, num_classes=3, n_basis=3, n_experts=4, boundaries=[0, 0.25, 0.6, 0.75, 1])
+    remix = perturbed(RemixDiT_models["RemixDiT-T/2"](**shape))
+    save(path / "flow-remix.pt", remix, "RemixDiT-T/2", data, FLOWS["flow-remix"][0])
+    run("convert.py", path / "flow-dit.pt", path / "flow-dit", "--to", "diffusers", "--vae", vae)
+    run("convert.py", path / "flow-remix.pt", path / "flow-remix", "--to", "diffusers")
     return path
 
 
@@ -287,8 +297,23 @@ with torch.no_grad():
         assert torch.equal(twice, listed)
         one = pipe(1, generator=torch.Generator().manual_seed(0), **few).images
         assert torch.equal(one, pipe([1], generator=torch.Generator().manual_seed(0), **few).images)
+    for name in ("flow-dit", "flow-remix"):
+        settings = dict(class_labels=given["labels"], latents=given["latents-noise"], num_inference_steps=10)
+        pipe = load_pipeline(name)
+        results[name] = pipe(**settings, output_type="latent").images
+        pipe.save_pretrained(f"{name}-saved")
+        again = load_pipeline(f"{name}-saved")
+        assert torch.equal(again(**settings, output_type="latent").images, results[name])
+        if again.vae is not None:
+            results["flow-size"] = [image.size for image in again(**settings).images]
+        again.scheduler = diffusers.DDPMScheduler()
+        try:
+            again(**settings)
+        except ValueError as error:
+            results[f"{name}-scheduler"] = str(error)
+    for name, pipe in pipes.items():
         pipe.to(torch.bfloat16)
-        assert pipe(**settings, output_type="latent").images.isfinite().all()
+        assert pipe([0, 1], num_inference_steps=4, output_type="latent").images.isfinite().all()
 assert "timm" not in sys.modules
 torch.save(results, "results.pt")
 """
@@ -365,6 +390,37 @@ def test_exported_pipelines_give_our_samples(exported, results, ckpt, name, samp
     theirs = results[f"{name}-{sampler}"]
     assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
     assert ours.std() > 0.1
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_exported_flows_give_our_samples(exported, results, name):
+    model, config = load_denoiser([exported / f"{name}.pt"])
+    labels, noise = torch.tensor(LABELS), draw_all(4)(None)
+    loop, times = make_sampler("euler", "10", **config["diffusion"])
+    requested = iter(times)
+
+    def denoise(x, t):
+        both = [torch.cat(pair) for pair in ((x, x), (t, t), (labels, torch.full_like(labels, 3)))]
+        network = model.for_timestep(next(requested)) if name == "flow-remix" else model
+        return network.forward_with_cfg(*both, 1.5)[:3]
+
+    ours = loop(denoise, noise.shape, noise=noise)
+    theirs = results[name]
+    assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
+    assert (ours - noise).std() > 0.1
+    assert "needs a FlowMatch scheduler" in results[f"{name}-scheduler"]
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_exported_flows_are_read_back(exported, results, name):
+    ours, config = load_model(exported / f"{name}.pt")
+    for folder in (name, f"{name}-saved"):
+        back, config_back = load_model(exported / folder)
+        assert config_back["diffusion"] == FLOWS[name][1]
+        assert config_back["model"] == config["model"]
+        assert all(torch.equal(value, back.state_dict()[key]) for key, value in ours.state_dict().items())
+    assert results["flow-size"] == [(16, 16)] * 3, "a flow DiT's pipeline holds the VAE"
 
 
 @torch.no_grad()
@@ -485,6 +541,8 @@ def test_models_that_diffusers_cannot_represent(tmp_path):
         (DiT_models["DiT-T/4"](**shape, class_dropout_prob=0.0), {}, "null class"),
         (moved, {}, "position embedding"),
         (DiT_models["DiT-T/4"](**shape), {"noise_schedule": "squaredcos_cap_v2"}, "noise_schedule"),
+        (DiT_models["DiT-T/4"](**shape), {"process": "flow", "path": "GVP"}, "linear path and a velocity"),
+        (DiT_models["DiT-T/4"](**shape), {"process": "flow", "prediction": "noise"}, "linear path and a velocity"),
     ):
         config = {"diffusion": diffusion, "data": {"vae": "none"}}
         with pytest.raises(UserError, match=message):

@@ -17,6 +17,7 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     ImagePipelineOutput,
     ModelMixin,
     SchedulerMixin,
@@ -32,8 +33,9 @@ class RemixDiTPipeline(DiffusionPipeline):
     """Class-conditional image generation with a Remix-DiT.
 
     Args:
-        transformer: a RemixDiTTransformer2DModel.
-        scheduler: a scheduler for models that predict noise. Its defaults are those of the published DiT.
+        transformer: a RemixDiTTransformer2DModel, or a PublishedDiTTransformer2DModel that is a flow.
+        scheduler: a scheduler for models that predict noise, whose defaults are those of the published DiT; or for
+            flows one for models that predict the velocity (FlowMatch...).
         vae: the autoencoder that decodes the latents, or None for a model of pixels.
     """
 
@@ -85,7 +87,7 @@ class RemixDiTPipeline(DiffusionPipeline):
             num_images_per_prompt: number of images per label. The images of a label follow each other.
             generator: random generator, or a list with one per image.
             latents: the noise [B, C, H, W] to start from. By default it is drawn from `generator`.
-            guided_channels: number of channels of the predicted noise that are guided, the first ones. The published
+            guided_channels: number of channels of the prediction that are guided, the first ones. The published
                 DiT guides three of four.
             output_type: "pil", "np" [B, H, W, C] or "pt" [B, C, H, W] for images in [0, 1], or "latent" for the
                 denoised input of the transformer. A model of latents without a VAE always returns the latter.
@@ -95,7 +97,7 @@ class RemixDiTPipeline(DiffusionPipeline):
             The images.
 
         Raises:
-            ValueError: if a label is out of range.
+            ValueError: if a label is out of range, or if only one of model and scheduler is for flows.
         """
         config = self.transformer.config
         device = self._execution_device
@@ -108,7 +110,10 @@ class RemixDiTPipeline(DiffusionPipeline):
         if x is None:
             x = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
 
-        scheduler = self.scheduler
+        scheduler, flow = self.scheduler, bool(config.get("flow"))
+        if flow != type(scheduler).__name__.startswith("FlowMatch"):
+            kind = "a flow, which needs a FlowMatch scheduler" if flow else "no flow"
+            raise ValueError(f"the scheduler is a {type(scheduler).__name__}, but the model is {kind}")
         uses_variance = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in LEARNED
         if not uses_variance and scheduler.config.get("variance_type") in LEARNED:
             # This setting comes from the config of a DDPMScheduler. The scheduler gets the predicted noise only.
@@ -117,10 +122,13 @@ class RemixDiTPipeline(DiffusionPipeline):
         options = {"generator": generator, "use_clipped_model_output": True}
         options = {key: options[key] for key in options.keys() & inspect.signature(scheduler.step).parameters.keys()}
         _set_timesteps(scheduler, num_inference_steps, device)
-        x = x.to(device) * scheduler.init_noise_sigma
+        x = x.to(device) * getattr(scheduler, "init_noise_sigma", 1)
         for t in self.progress_bar(scheduler.timesteps):
-            scaled = scheduler.scale_model_input(x, t).to(self.transformer.dtype)
-            out = self._predict(scaled, t, labels, guidance_scale, min(guided_channels, channels))
+            # The time of a flow is 1 for data. The scheduler's is 0 for data, and its velocity has the other sign.
+            scaled = x if flow else scheduler.scale_model_input(x, t)
+            time, sign = (1 - t / scheduler.config.num_train_timesteps, -1) if flow else (t, 1)
+            guided = min(guided_channels, channels)
+            out = sign * self._predict(scaled.to(self.transformer.dtype), time, labels, guidance_scale, guided)
             out = out if uses_variance else out[:, :channels]
             x = scheduler.step(out, t, x, **options).prev_sample
 
@@ -165,8 +173,13 @@ def _set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: 
     """Set the timesteps of a scheduler.
 
     Those that EulerDiscreteScheduler chooses itself are not integers, and its last step is a short one. It gets the
-    integers that the other solvers use, evenly spaced from T - 1 to about T / num_inference_steps.
+    integers that the other solvers use, evenly spaced from T - 1 to about T / num_inference_steps. For flows, Euler's
+    noise levels are evenly spaced from 1 to 0, before the scheduler shifts them.
     """
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
+        return
     if not isinstance(scheduler, EulerDiscreteScheduler):
         scheduler.set_timesteps(num_inference_steps, device=device)
         return

@@ -30,7 +30,7 @@ class SavedWithCode:
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
         """See ConfigMixin. Entries of the config that are not arguments are kept without a warning."""
-        others = {"auto_map", "frequency_shift"} - inspect.signature(cls.__init__).parameters.keys()
+        others = {"auto_map", "frequency_shift", "flow"} - inspect.signature(cls.__init__).parameters.keys()
         arguments = {key: value for key, value in config_dict.items() if key not in others}
         init_dict, unused, hidden = super().extract_init_dict(arguments, **kwargs)
         return init_dict, unused, hidden | {key: config_dict[key] for key in others & config_dict.keys()}
@@ -41,7 +41,7 @@ class SavedWithCode:
         folder = Path(save_directory)
         config = json.loads((folder / "config.json").read_text())
         # The parent class adds its own arguments, which the class may not accept.
-        accepted = {"frequency_shift", *inspect.signature(type(self).__init__).parameters}
+        accepted = {"frequency_shift", "flow", *inspect.signature(type(self).__init__).parameters}
         config = {key: value for key, value in config.items() if key.startswith("_") or key in accepted}
         config["_class_name"] = self.saved_name or type(self).__name__
         config["auto_map"] = {"AutoModel": f"remix_transformer.{type(self).__name__}"}
@@ -126,8 +126,10 @@ class RemixDiTTransformer2DModel(SavedWithCode, DiTTransformer2DModel):
             logits.
         scope: "local" if every block has mixing coefficients of its own, otherwise "global".
         mixed_layers: names of the mixed linear layers within a block. All other layers are shared by the experts.
-        boundaries: N + 1 increasing timesteps from 0 to T, or None for equal intervals.
+        boundaries: N + 1 increasing timesteps from 0 to T, or noise levels from 0 to 1 for a flow, or None for equal
+            intervals of the timesteps.
         frequency_shift: the shift s of the timestep frequencies 10000^(-i/(128 - s)).
+        flow: the settings of a flow, whose timesteps are 1 minus the noise level; None for Gaussian diffusion.
 
     The other arguments are those of DiTTransformer2DModel.
     """
@@ -152,6 +154,7 @@ class RemixDiTTransformer2DModel(SavedWithCode, DiTTransformer2DModel):
         mixed_layers: list[str],
         boundaries: list[float] | None = None,
         frequency_shift: int = 0,
+        flow: dict | None = None,
     ):
         super().__init__(
             num_attention_heads=num_attention_heads,
@@ -184,8 +187,11 @@ class RemixDiTTransformer2DModel(SavedWithCode, DiTTransformer2DModel):
         config = self.config
         if config.boundaries is None:
             return (config.n_experts * (int(timestep) + 1) - 1) // config.num_timesteps
-        inner = torch.tensor(config.boundaries[1:-1], dtype=torch.float32)
-        return int(torch.bucketize(torch.tensor(timestep, dtype=torch.float32), inner, right=True))
+        inner, level = torch.tensor(config.boundaries[1:-1]), torch.tensor(timestep, dtype=torch.float32)
+        if config.flow:
+            # Steps on a boundary belong to the expert above, although the noise level is rounded.
+            inner, level = inner.double() - 2**-20, 1 - level
+        return int(torch.bucketize(level, inner.float(), right=True))
 
     @torch.no_grad()
     def select(self, timestep: Tensor):
