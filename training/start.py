@@ -329,7 +329,7 @@ def read_resume(path: Path | str, config: dict, extend: str, verify: bool = Fals
     Raises:
         UserError: see `find_resume`.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         where = "" if is_first_process() else ": all nodes need the same --results-dir on a shared file system"
         raise UserError(f"{path}: no such file{where}")
     state = read_checkpoint(path, verify=verify)
