@@ -1,9 +1,12 @@
 """Conversion between images and what the model denoises: a VAE's latents (diffusers' AutoencoderKL) or plain pixels."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from common import UserError, first_line
+from hub import offline
 
 # The VAEs published with latent diffusion and used by DiT.
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -68,13 +71,17 @@ class Latents(Pixels):
 
         # The one-line error below replaces diffusers' warnings.
         logging.set_verbosity_error()
+        on_hub = not (Path(name).exists() or Path(name).is_absolute())
+        cached_only = on_hub and offline()
         try:
-            self.vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False).eval().requires_grad_(False)
+            vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False, local_files_only=cached_only)
         except (OSError, ValueError) as error:
+            reason = "the Hugging Face hub cannot be reached" if cached_only else first_line(error)
             raise UserError(
-                f"cannot load the VAE {name!r} (a hub name or a folder that holds a diffusers AutoencoderKL): "
-                f"{first_line(error)}"
+                f"cannot load the VAE {name!r} ({reason}): use --vae PATH for a local folder of a diffusers "
+                "AutoencoderKL, or --vae none for models of pixels"
             ) from None
+        self.vae = vae.eval().requires_grad_(False)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.scale = self.vae.config.scaling_factor
         self.channels = (self.vae.config.latent_channels,)

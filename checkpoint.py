@@ -8,10 +8,11 @@ A checkpoint is a dict of plain types and tensors, written by torch.save and rea
         diffusion       the keyword arguments of `create_process`; without "process" it is Gaussian diffusion
         data            image size, classes, autoencoder and scale of the latents
         training        the options of the training run
-        source          only for a file of another project whose weights were changed when they were read: the changes
+        source          only if the weights were changed when a file of another project was read, or by convert.py
     step                number of completed training steps
     model, ema          state dicts of the raw weights and of their exponential moving average (EMA)
     optimizer, scaler   state of the optimizer and of the gradient scaler
+    averages            only with --ema-snapshots: the power-function averages of the trained tensors
     window              sums of the metrics since the last log line
 """
 
@@ -34,6 +35,7 @@ from diffusion import NOISE_LEVELS
 from hub import local_file
 from interop import diffusers, dit, original, sit
 from models import DiT
+from posthoc_ema import write_snapshot
 from remix import ExpertSwitch, FoldedRemixDiT, IndependentExperts, RemixDiT
 
 FORMAT = "remix-dit"
@@ -97,8 +99,16 @@ class CheckpointWriter:
             step: number of steps done.
             state: the content, in host memory. It must not be changed afterwards.
         """
+        self._start(self._write, self.folder / f"{step:07d}.pt", state)
+
+    def save_snapshot(self, step: int, averages: dict[str, dict[str, Tensor]], dtype: str):
+        """Start writing a snapshot for post-hoc EMA, likewise; see `posthoc_ema.write_snapshot` for the arguments."""
+        self._start(self._write_snapshot, step, averages, dtype)
+
+    def _start(self, write, *arguments):
+        """Call a function in the thread, after the previous file has been written."""
         self.wait()
-        self.thread = threading.Thread(target=self._write, args=(self.folder / f"{step:07d}.pt", state))
+        self.thread = threading.Thread(target=write, args=arguments)
         self.thread.start()
 
     def wait(self):
@@ -121,6 +131,12 @@ class CheckpointWriter:
             self._delete_old(path)
         except OSError as error:
             self.logger.error(f"could not delete an old checkpoint: {error}")
+
+    def _write_snapshot(self, step: int, averages: dict[str, dict[str, Tensor]], dtype: str):
+        try:
+            write_snapshot(self.folder.parent, step, averages, dtype)
+        except Exception as error:
+            self.logger.error(f"COULD NOT SAVE the snapshot of step {step}: {first_line(error)}; training continues")
 
     def _delete_old(self, saved: Path):
         """Delete the checkpoints that are not to be kept.
@@ -154,7 +170,7 @@ def read_checkpoint(path, allow_pickle: bool = False, mmap: bool = True, verify:
     """
     path = Path(local_file(path))
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path} is a folder without checkpoints" if path.is_dir() else f"{path}: no such file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     content = _read_torch(path, allow_pickle, mmap, verify)
@@ -208,6 +224,25 @@ def checkpoints(folder) -> list[Path]:
     return sorted(files, key=lambda path: int(path.stem), reverse=True)
 
 
+def find_checkpoint(path):
+    """Return the newest checkpoint of a run.
+
+    Args:
+        path: folder of a run, or its folder of checkpoints. Any other path is returned unchanged.
+
+    Raises:
+        UserError: if the folder of checkpoints is empty.
+    """
+    folder = Path(path)
+    places = [folder / "checkpoints", folder] if folder.is_dir() else []
+    for place in places:
+        if found := checkpoints(place):
+            return str(found[0])
+    if places and places[0].is_dir():
+        raise UserError(f"{path} holds no checkpoint: {places[0]} has no file such as 0010000.pt")
+    return path
+
+
 def find_corruption(path) -> str | None:
     """Compare all parts of a checkpoint with the checksums that the file stores.
 
@@ -253,7 +288,8 @@ def load_model(
     Args:
         path: a checkpoint of this project, of facebookresearch/DiT or willisma/SiT (a state dict, also under "ema" or
             "model"), of REPA or of the original Remix-DiT, or a DiT in diffusers' layout (a folder or a name on the
-            Hugging Face hub). hf:OWNER/REPOSITORY/FILE is a file on the hub.
+            Hugging Face hub). hf:OWNER/REPOSITORY/FILE is a file on the hub. The folder of a run of this project stands
+            for its newest checkpoint.
         ema: load the EMA weights if the file has them, otherwise the raw weights.
         allow_pickle: let the file execute code.
         verify: compare the file with its checksums first.
@@ -268,6 +304,7 @@ def load_model(
     Raises:
         UserError: if the file is missing or damaged, has an unknown format, or contradicts the overrides.
     """
+    path = find_checkpoint(path)
     transformer = diffusers.find_transformer(path)
     weights_file = transformer[1] if transformer else path
     content = read_checkpoint(weights_file, allow_pickle, verify=verify)
@@ -288,7 +325,9 @@ def _read_own(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, di
     if content.get("format") != FORMAT:
         return None
     config = content["config"]
-    known = {"model": config["model"]["name"], **config["model"]["backbone"], **(config["model"]["remix"] or {})}
+    # Omitted options of the model have their default.
+    known = {"frequency_shift": 0, "model": config["model"]["name"]}
+    known |= config["model"]["backbone"] | (config["model"]["remix"] or {})
     for key, value in overrides.items():
         if known.get(key) != value:
             raise UserError(f"{path} holds {key}={known.get(key)}, not {value}")

@@ -1,6 +1,7 @@
 """Input errors, atomic file writes, locks of folders and argument parsing shared by all scripts."""
 
 import argparse
+import errno
 import fcntl
 import json
 import math
@@ -11,11 +12,19 @@ import socket
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
+# Choices of --timestep-frequencies, and the `frequency_shift` of a DiT that they stand for.
+TIMESTEP_FREQUENCIES = {"published": 0, "diffusers": 1}
+TIMESTEP_FREQUENCIES_FLAG = dict(
+    choices=[*TIMESTEP_FREQUENCIES],
+    help="frequencies of the timestep embedding that the weights were trained with: those of the published DiT, or "
+    "those of diffusers' DiTTransformer2DModel (default: the file's, or published)",
+)
 # The file in a folder of results that its writer locks; it exists while the writer runs, or after it was killed.
 LOCK = ".lock"
 # The locks that this process holds: the locked file, its path, and the folders that were created for it.
@@ -28,6 +37,11 @@ class UserError(ValueError):
 
 class LocalError(UserError):
     """A UserError that may occur on this process only, so that every process prints its own."""
+
+
+def frequency_override(choice: str | None) -> dict[str, int]:
+    """Return the keyword argument of a DiT that a choice of --timestep-frequencies gives; none without the flag."""
+    return {} if choice is None else {"frequency_shift": TIMESTEP_FREQUENCIES[choice]}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -45,6 +59,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         fail(self.prog, message)
+
+
+def warn(message: str):
+    """Print a warning on stderr, on the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def fail(prog: str, message: str, everywhere: bool = False):
@@ -170,6 +190,11 @@ def flags(**values) -> list[str]:
     return words
 
 
+def counted(n: int, singular: str, plural: str | None = None) -> str:
+    """Return a number with its noun, such as "1 step" and "1,000 steps"; `plural` is singular + "s" if not given."""
+    return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
+
+
 def folder_name(text: str) -> str:
     """Check one folder name without separators, as an argparse type; it cannot lead outside its parent folder."""
     if text in ("", ".", "..") or "/" in text or "\\" in text or "\0" in text:
@@ -180,6 +205,11 @@ def folder_name(text: str) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message (at most 200 characters), or the error's type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def cache_folder() -> Path:
+    """Return the folder in which results that can be computed again are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remix-dit"
 
 
 def check_disk(folder, needed: int, what: str) -> str:
@@ -246,6 +276,16 @@ def lock_folder(folder, flag: str):
         os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
+@contextmanager
+def wait_for_lock(path: Path):
+    """Hold the lock of a file, after any other process that holds it; without a lock if the file system has none."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.lockf(stack.enter_context(open(path, "a")), fcntl.LOCK_EX)
+        yield
+
+
 def _unlock_folders():
     """Release all locks; folders that were created for a lock and hold nothing else are removed."""
     while _locks:
@@ -268,24 +308,59 @@ def remove_leftovers(*folders: Path):
 def atomic_write(path):
     """Write a file so that readers see either the old file or the complete new one, even if the writer is killed.
 
-    On success the temporary file is flushed to disk and renamed to `path`. On an error it is removed.
+    On success the temporary file is flushed to disk and renamed to `path`. On an error it is removed. The file gets the
+    permissions that the user's umask gives a new file.
 
     Args:
         path: file to write; missing parent folders are created.
 
     Yields:
         Path of a temporary file in the same folder, to write to.
+
+    Raises:
+        OSError: with the file's name, if it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
+        with name_write_errors(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            # Some libraries replace the file by one that only its owner can read.
+            if temporary.stat().st_mode != mode:
+                temporary.chmod(mode)
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def name_write_errors(path):
+    """Name the file or folder `path` in an error of writing it, such as a full disk, so that it gives one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except Exception as error:
+        # torch.save and safetensors raise exceptions of their own.
+        if not any(words in str(error) for words in ("(os error ", "PytorchStreamWriter failed", "unexpected pos")):
+            raise
+        raise OSError(errno.EIO, "cannot be written (is the disk full?)", str(path)) from error
+
+
+def write_array(path, array: np.ndarray):
+    """Write an array to a .npy file, atomically."""
+    array = np.ascontiguousarray(array)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        # np.save would report no error if only the last bytes do not fit on the disk.
+        file.write(array.data)
 
 
 def write_json(path, content):

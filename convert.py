@@ -5,23 +5,38 @@
     python convert.py outputs/RUN/checkpoints/0100000.pt expert3.pt --to sit --expert 3
     python convert.py outputs/RUN/checkpoints/0100000.pt remix.safetensors --to safetensors
     python convert.py outputs/RUN/checkpoints/0100000.pt remix --to diffusers --vae ema
+    python convert.py outputs/RUN/checkpoints/0100000.pt merged.safetensors --to safetensors --merge mean
 
 original: a file of the original Remix-DiT repository, with state dicts under "ema" and "model".
 dit: a file of facebookresearch/DiT, with the same keys: a plain DiT, or one expert of a RemixDiT folded into a DiT.
 sit: a training checkpoint of willisma/SiT, likewise, from a model that was trained with --process flow.
 safetensors: the EMA weights and the config. Loading a .safetensors file never executes code.
-diffusers: a folder with the EMA weights: a pipeline for a RemixDiT, a DiTTransformer2DModel for a DiT or an --expert.
+diffusers: a folder with the EMA weights: a pipeline for a RemixDiT or a flow, otherwise a DiTTransformer2DModel.
+--ema-std makes an EMA of any width, if the training stored snapshots (train_fast.py --ema-snapshots).
+--merge makes one plain DiT of all experts, as a baseline or as a start for distillation, in any format but original.
 """
 
 import argparse
 from pathlib import Path
 
 from autoencoder import Latents, load_autoencoder
-from checkpoint import choose_process, load_model, save_safetensors
-from common import ArgumentParser, UserError, number, positive_int, run_script
+from checkpoint import choose_process, find_checkpoint, load_model, model_config, save_safetensors
+from common import (
+    TIMESTEP_FREQUENCIES_FLAG,
+    ArgumentParser,
+    UserError,
+    counted,
+    frequency_override,
+    number,
+    positive_int,
+    run_script,
+    warn,
+)
 from diffusion import NOISE_LEVELS
+from figures import intervals
 from interop import diffusers, dit, original, sit
 from models import DiT
+from posthoc_ema import WIDEST, reconstruct
 from remix import RemixDiT
 
 
@@ -30,12 +45,27 @@ def main(args: argparse.Namespace):
         raise UserError(f"{args.out} exists: choose another name")
     if args.vae and args.to != "diffusers":
         raise UserError(f"--vae is stored in a pipeline: use it with --to diffusers, not --to {args.to}")
+    chosen = args.expert is not None or args.merge is not None
+    if chosen and args.to == "original":
+        raise UserError("--expert and --merge give a DiT: use another format, not --to original")
 
     keys = ("ema", "model") if args.to in ("original", "dit", "sit") else ("ema",)
-    models, config = load_models(args.ckpt, keys, args.trust_pickle, args.num_heads)
+    overrides = {"num_heads": args.num_heads} if args.num_heads else {}
+    overrides |= frequency_override(args.timestep_frequencies)
+    models, config = load_models(args.ckpt, keys, args.trust_pickle, overrides)
+    if args.ema_std:
+        ema = reconstruct(find_checkpoint(args.ckpt), args.ema_std, models["ema"].state_dict())
+        models["ema"].load_state_dict(ema)
+        config["source"] = f"post-hoc EMA of relative standard deviation {args.ema_std} of {args.ckpt}"
     choose_process(args.ckpt, config, args.process)
-    if args.to in ("dit", "sit") or (args.to == "diffusers" and args.expert is not None):
-        models = {key: fold_expert(model, args.expert, args.ckpt) for key, model in models.items()}
+    if args.to in ("dit", "sit") and config["model"]["backbone"].get("frequency_shift"):
+        warn(f"{args.out} cannot record the timestep frequencies: load it with --timestep-frequencies diffusers")
+    if args.to in ("dit", "sit") or chosen:
+        models = {key: fold_experts(model, args.expert, args.merge, args.ckpt) for key, model in models.items()}
+        name = config["model"]["name"]
+        config["model"] = model_config(name and name.removeprefix("Remix"), models["ema"])
+        if args.merge:
+            config["source"] = f"experts of {args.ckpt}, merged with the weights {args.merge}"
 
     if args.to == "original":
         original.write(args.out, models, config)
@@ -46,29 +76,42 @@ def main(args: argparse.Namespace):
     elif args.to == "safetensors":
         save_safetensors(args.out, models["ema"], config)
     else:
-        if args.vae and isinstance(models["ema"], DiT):
-            raise UserError("--vae is stored in the pipeline of a RemixDiT, this is the folder of one DiT")
+        if args.vae and not diffusers.is_pipeline(models["ema"], config):
+            raise UserError("--vae is stored in the pipeline of a RemixDiT or a flow, this is the folder of one DiT")
         diffusers.write(args.out, models, config, load_vae(args.vae))
     print(f"wrote {args.out}")
 
 
 def load_models(
-    path: str, keys: tuple[str, ...], allow_pickle: bool, num_heads: int | None
+    path: str, keys: tuple[str, ...], allow_pickle: bool, overrides: dict
 ) -> tuple[dict[str, DiT | RemixDiT], dict]:
     """Load the model with the EMA weights for the key "ema", and with the raw weights for "model"; and the config."""
-    overrides = {"num_heads": num_heads} if num_heads else {}
     models = {}
     for key in keys:
         models[key], config = load_model(path, ema=key == "ema", allow_pickle=allow_pickle, **overrides)
     return models, config
 
 
-def fold_expert(model: DiT | RemixDiT, expert: int | None, path: str) -> DiT:
-    """Return a plain DiT: expert number `expert` of a RemixDiT, or the model itself if it is a plain DiT."""
+def fold_experts(model: DiT | RemixDiT, expert: int | None, merge: str | None, path: str) -> DiT:
+    """Fold experts of a RemixDiT into one plain DiT.
+
+    Args:
+        model: the model; a plain DiT is returned as it is.
+        expert: index of the expert.
+        merge: take all experts instead: "mean" with equal weights, or "interval" with the lengths of their intervals of
+            noise levels as weights.
+        path: the checkpoint, for error messages.
+    """
     if isinstance(model, DiT):
+        if merge:
+            raise UserError(f"--merge: {path} holds a plain DiT, not the experts of a RemixDiT")
+        if expert is not None:
+            raise UserError(f"--expert {expert}: {path} holds a plain DiT, which has no experts")
         return model
+    if merge:
+        return model.merge([high - low for low, high in intervals(model)] if merge == "interval" else None)
     if expert is None:
-        raise UserError(f"{path} holds {model.n_experts} experts: choose one with --expert")
+        raise UserError(f"{path} holds {counted(model.n_experts, 'expert')}: choose one with --expert, or use --merge")
     if expert >= model.n_experts:
         raise UserError(f"--expert {expert}: {path} has the experts 0 to {model.n_experts - 1}")
     return model.expert(expert)
@@ -96,8 +139,20 @@ if __name__ == "__main__":
         action="store_true",
         help="let the checkpoint execute code: use this only for files that you made yourself",
     )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--expert", type=number(int, 0), help="the expert to fold into a plain DiT")
+    group.add_argument(
+        "--merge",
+        choices=["mean", "interval"],
+        help="make one plain DiT of all experts: the mean of their weights, or their mean weighted by the lengths of "
+        "the experts' intervals of noise levels",
+    )
     parser.add_argument(
-        "--expert", type=number(int, 0), help="the expert to fold into a DiT, with --to dit, sit or diffusers"
+        "--ema-std",
+        type=number(float, 0.01, WIDEST),
+        metavar="STD",
+        help="replace the EMA by one of this width, from the snapshots of train_fast.py --ema-snapshots: the standard "
+        "deviation of its profile relative to the training time, such as 0.10 (arXiv 2312.02696)",
     )
     parser.add_argument(
         "--process",
@@ -112,4 +167,5 @@ if __name__ == "__main__":
         type=positive_int,
         help="number of attention heads, for a file without a config that fits no registered model",
     )
+    parser.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     run_script(main, parser)

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import sys
 import warnings
 import zipfile
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import ArgumentParser, UserError, atomic_write, positive_int, run_script, write_json
+from common import ArgumentParser, UserError, atomic_write, cache_folder, positive_int, run_script, write_json
 from images import describe_kinds, is_image, read_image
 
 # Precision and Recall use the distance from each point to its nearest neighbour of this number.
@@ -37,6 +36,8 @@ NEIGHBOURS = 3
 STANDARD_COUNT = 50_000
 # The covariance matrix of more features would need more than 3 GB.
 MAX_FEATURES = 20_000
+# ADM's network. Any .pth file is taken to hold its weights.
+INCEPTION = "inception-2015-12-05"
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 EXTRA_SCORES = {"kid": "KID", "fd-dinov2": "FD-DINOv2"}
 
@@ -49,6 +50,9 @@ def main(args: argparse.Namespace):
     for path in paths:
         check_file(path)
         print_left_out(path)
+    for flag, path in (("json", args.json), ("save-stats", args.save_stats)):
+        if path and Path(path).is_dir():
+            raise UserError(f"--{flag} {path} is a folder: name a file")
     if args.weights and not Path(args.weights).is_file():
         raise UserError(f"--weights {args.weights}: no such file")
 
@@ -56,9 +60,12 @@ def main(args: argparse.Namespace):
     # The rounding of TF32 would change the scores.
     torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cache = None if args.cache == "none" else Path(args.cache)
+    network = content_hash(args.weights) if args.weights and args.weights.endswith(".pt2") else INCEPTION
+    for path in paths:
+        check_networks(args.reference, path, network)
+    cache = None if str(args.cache) == "none" else Path(args.cache)
     extra = args.also or []
-    name = content_hash(args.weights) if args.weights else "inception-2015-12-05"
+    name = content_hash(args.weights) if args.weights else INCEPTION
     extractors = {"": FeatureExtractor(lambda: load_network(args.weights), name, 3, cache, args.batch_size, device)}
     if "fd-dinov2" in extra and has_images(args.reference):
         extractors["_dinov2"] = FeatureExtractor(load_dinov2, "dinov2-vit-l-14", 1, cache, args.batch_size, device)
@@ -70,7 +77,7 @@ def main(args: argparse.Namespace):
     ref = image_features(args.reference, extractors)
     if args.save_stats:
         with atomic_write(args.save_stats) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **{key: ref[key] for key in STATISTICS})
+            np.savez(file, network=network, **{key: ref[key] for key in STATISTICS})
 
     # Score the sample files one after the other.
     results = {}
@@ -113,6 +120,28 @@ def image_features(path, extractors: dict[str, "FeatureExtractor"]) -> dict[str,
         for suffix, extractor in extractors.items():
             features |= {f"{key}{suffix}": value for key, value in extractor(path).items()}
     return features | (read_statistics(path) if has_statistics(path) else {})
+
+
+def check_networks(reference, path, network: str):
+    """Check that the features of two files come from one network.
+
+    Args:
+        reference: a file of images or statistics.
+        path: another one, or the same.
+        network: name of the network that processes images.
+
+    Raises:
+        UserError: if a file holds statistics of another network.
+    """
+    sources = {}
+    for file in (reference, path):
+        if has_statistics(file):
+            sources[f"the statistics in {file}"] = read_network(file)
+        if has_images(file):
+            sources["the network for images (--weights)"] = network
+    if len(set(sources.values())) > 1:
+        names = ", ".join(f"{source}: {name}" for source, name in sources.items())
+        raise UserError(f"features of different networks cannot be compared ({names})")
 
 
 def check_match(reference, ref: dict, path, sample: dict):
@@ -172,10 +201,12 @@ def print_notes(reference, ref: dict, path, sample: dict, scores: dict[str, floa
 
 
 def print_scores(scores: dict[str, float]):
-    """Print one score per line, and all of them as a row of a LaTeX table."""
+    """Print one score per line, and all of them as a row of a LaTeX table unless a score is missing."""
     for key, value in scores.items():
         print(f"{key}: {value}")
-    print(" & ".join(format_score(key, value) for key, value in scores.items()) + r" \\")
+    # Two files of statistics have no scores of images.
+    if not any(map(math.isnan, scores.values())):
+        print(" & ".join(format_score(key, value) for key, value in scores.items()) + r" \\")
 
 
 def print_row(path: str, scores: dict[str, float], width: int, header: bool):
@@ -650,6 +681,7 @@ def check_file(path):
             next(read_images(path, 1))
         if has_statistics(path):
             read_statistics(path)
+            read_network(path)
     except UserError:
         raise
     # A damaged archive raises errors of many types.
@@ -702,6 +734,12 @@ def read_statistics(path) -> dict[str, np.ndarray]:
         if len(statistics[mu]) != len(statistics[sigma]):
             raise UserError(f"{path}: {mu} {statistics[mu].shape} and {sigma} {statistics[sigma].shape} do not match")
     return statistics
+
+
+def read_network(path) -> str:
+    """Return the name of the network of a file's statistics; ADM's own files, which have no name, are Inception's."""
+    with np.load(path, allow_pickle=False) as file:
+        return str(file["network"])[:64] if "network" in file else INCEPTION
 
 
 def read_header(path, file, length: int) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -814,7 +852,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--cache",
         metavar="FOLDER",
-        default=os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "remix-dit"),
+        default=cache_folder(),
         help="cache of features (8 KB per image and 70 MB per file), or none",
     )
     run_script(main, parser)

@@ -32,6 +32,7 @@ from common import (
     UserError,
     check_disk,
     check_settings,
+    counted,
     lock_folder,
     number,
     positive_int,
@@ -101,7 +102,10 @@ def main(args: argparse.Namespace):
         for path in [folder / INDEX, *(shard_path(folder, "features", shard) for shard in repaired)]:
             path.unlink(missing_ok=True)
     world.barrier()
-    logger.info(f"{len(images.samples):,} images of {len(images.classes):,} classes, {n_views} views each -> {folder}")
+    logger.info(
+        f"{counted(len(images.samples), 'image')} of {counted(len(images.classes), 'class', 'classes')}, "
+        f"{counted(n_views, 'view')} each -> {folder}"
+    )
     for note in [*notes, disk]:
         logger.info(note)
 
@@ -115,7 +119,8 @@ def main(args: argparse.Namespace):
         described = dict(vae=args.vae, scale=autoencoder.scale, image_size=args.image_size, classes=images.classes)
         index = write_index(folder, n_shards, **described, store=args.store)
         logger.info(
-            f"Encoded {index['images']:,} images as {index['views']} x {index['shape']} each, in {n_shards} shards."
+            f"Encoded {counted(index['images'], 'image')} as {index['views']} x {index['shape']} each, "
+            f"in {counted(n_shards, 'shard')}."
         )
     report_skipped(folder, args.skip_bad, logger.info)
 
@@ -226,7 +231,7 @@ def report_skipped(folder: Path, accept: bool, log):
         log(f"unreadable: {name} ({reason})")
     if skipped and not accept:
         log(
-            f"{len(skipped)} images could not be read and were left out. The same command tries again; --skip-bad "
+            f"{counted(len(skipped), 'image')} could not be read: left out. The same command tries again; --skip-bad "
             "accepts that, and --max-pixels accepts larger images."
         )
         raise SystemExit(1)

@@ -11,21 +11,25 @@ index.json is written last. It records the VAE, its scale, the image size, the c
 concatenated along the channels to [images, views, 2C, H, W].
 """
 
+import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from common import UserError, atomic_write, write_json
+from common import UserError, atomic_write, cache_folder, wait_for_lock, write_array, write_json
 from distributed import seed_for
 
 STORES = ("draw", "moments")
 SHARD_SIZE = 1024
 INDEX = "index.json"
+# More labels of the original layout than this are kept in the cache: reading ImageNet's million files takes minutes.
+FEW_LABELS = 10_000
 # Every shard that is open holds a file descriptor, and systems limit these, often to 1024.
 OPEN_SHARDS = 128
 
@@ -50,8 +54,7 @@ def write_shard(folder: Path, shard: int, features: np.ndarray, labels: np.ndarr
         with atomic_write(shard_path(folder, "skipped", shard)) as temporary:
             temporary.write_text("".join(f"{name}\t{reason}\n" for name, reason in skipped.items()))
     for kind, array in (("labels", labels.astype(np.int64)), ("features", features.astype(np.float32))):
-        with atomic_write(shard_path(folder, kind, shard)) as temporary, open(temporary, "wb") as file:
-            np.save(file, array)
+        write_array(shard_path(folder, kind, shard), array)
 
 
 def read_skipped(folder: Path) -> dict[str, str]:
@@ -178,10 +181,8 @@ class FeatureDataset(Dataset):
         self.files = sorted(features.glob("*.npy"), key=lambda path: (len(path.stem), path.stem))
         if not self.files or {path.name for path in self.files} != {path.name for path in labels.glob("*.npy")}:
             raise UserError(f"{features} and {labels} do not hold one .npy file each for the same images")
-        # Reading the labels of ImageNet, a million small files, takes about a minute.
-        with ThreadPoolExecutor(16) as pool:
-            values = pool.map(lambda path: int(self._load_file(labels / path.name).reshape(-1)[0]), self.files)
-            self.labels = np.array(list(values))
+        names = [path.name for path in self.files]
+        self.labels = self._cached_labels(labels, names) if len(names) > FEW_LABELS else self._labels(labels, names)
         self.views, *shape = self._load_file(self.files[0]).shape
         if len(shape) != 3:
             raise UserError(f"{self.files[0]} has shape {(self.views, *shape)}, not [views, C, H, W]")
@@ -192,6 +193,36 @@ class FeatureDataset(Dataset):
         self.scale = None
         self.classes = None
         self.store = "draw"
+
+    def _cached_labels(self, folder: Path, names: list[str]) -> np.ndarray:
+        """Return the labels of many files, from the cache if possible.
+
+        The first process that needs them reads the files, while the others wait for it. The cache is valid for the same
+        names and the same time of the last change of the folder. Some labels are compared with their files, because
+        replacing the content of a file does not change that time.
+        """
+        key = hashlib.sha256("\n".join([str(folder.stat().st_mtime_ns), *names]).encode()).hexdigest()
+        where = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+        cache = cache_folder() / f"labels-{where}.npz"
+        some = np.linspace(0, len(names) - 1, 64).astype(int)
+        with wait_for_lock(cache.with_suffix(".lock")):
+            try:
+                with np.load(cache, allow_pickle=False) as saved:
+                    known, labels = str(saved["key"]) == key, saved["labels"]
+                if known and (labels[some] == self._labels(folder, [names[i] for i in some])).all():
+                    return labels
+            # There is none, or it is damaged.
+            except Exception:
+                pass
+            labels = self._labels(folder, names)
+            with suppress(OSError), atomic_write(cache) as temporary, open(temporary, "wb") as file:
+                np.savez(file, key=key, labels=labels)
+        return labels
+
+    def _labels(self, folder: Path, names: list[str]) -> np.ndarray:
+        """Read the labels of the original layout's files with these names."""
+        with ThreadPoolExecutor(16) as pool:
+            return np.array(list(pool.map(lambda name: int(self._load_file(folder / name).reshape(-1)[0]), names)))
 
     def _load(self, kind: str, shard: int) -> np.ndarray:
         """Map a shard's features or labels and check their shape against the index."""

@@ -58,7 +58,8 @@ def intervals(model: RemixDiT) -> list[tuple[float, float]]:
     if is_flow(model):
         return list(pairwise(model.boundaries))
     if model.boundaries:
-        return list(pairwise(math.ceil(boundary) for boundary in model.boundaries))
+        # As in tensors, which hold the boundaries in float32.
+        return list(pairwise(math.ceil(np.float32(boundary)) for boundary in model.boundaries))
     return list(pairwise(i * model.num_timesteps // model.n_experts for i in range(model.n_experts + 1)))
 
 

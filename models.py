@@ -25,24 +25,30 @@ class TimestepEmbedder(nn.Module):
     Args:
         hidden_size: size D of the embedding.
         frequencies: number of sinusoids, half of them cosines.
+        shift: see `sinusoid_frequencies`.
     """
 
-    def __init__(self, hidden_size: int, frequencies: int = 256):
+    def __init__(self, hidden_size: int, frequencies: int = 256, shift: int = 0):
         super().__init__()
+        self.shift = shift
         self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         self.frequencies = frequencies
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed the timesteps t [B] -> [B, D]."""
-        angles = t[:, None].float() * sinusoid_frequencies(self.frequencies, t.device)  # [B, frequencies / 2]
+        frequencies = sinusoid_frequencies(self.frequencies, t.device, self.shift)
+        angles = t[:, None].float() * frequencies  # [B, frequencies / 2]
         embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, frequencies]
         return self.mlp(embedding.to(self.mlp[0].weight.dtype))  # [B, D]
 
 
-def sinusoid_frequencies(n: int, device=None) -> Tensor:
-    """Return the frequencies 10000^(-i / (n / 2)) of n sinusoids, the first half of which are cosines, [n / 2]."""
+def sinusoid_frequencies(n: int, device=None, shift: int = 0) -> Tensor:
+    """Return the frequencies 10000^(-i / (n / 2 - shift)) of n sinusoids, the first half of which are cosines, [n / 2].
+
+    `shift` is 0 in the published DiT, and 1 in diffusers' class.
+    """
     half = n // 2
-    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
+    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / (half - shift))
 
 
 class LabelEmbedder(nn.Module):
@@ -141,6 +147,7 @@ class DiT(nn.Module):
         num_classes: number of classes. The null class has this index.
         learn_sigma: predict the variance too (Improved DDPM, arXiv 2102.09672, eq. 15). The output then has 2C
             channels: the noise, then the interpolation value of the variance.
+        frequency_shift: see `TimestepEmbedder`.
 
     Raises:
         ValueError: if the sizes are not divisible as described.
@@ -158,6 +165,7 @@ class DiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        frequency_shift: int = 0,
     ):
         super().__init__()
         if input_size % patch_size:
@@ -178,13 +186,17 @@ class DiT(nn.Module):
             num_classes=num_classes,
             learn_sigma=learn_sigma,
         )
+        # Omitted for the default, so that configs written by earlier versions still match.
+        if frequency_shift:
+            self.config["frequency_shift"] = frequency_shift
         self.patch_size = patch_size
         self.in_channels = in_channels
         self.num_classes = num_classes
+        self.frequency_shift = frequency_shift
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, shift=frequency_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         positions = sincos_positions(hidden_size, input_size // patch_size)
         # A parameter rather than a buffer, as in the published checkpoints.
@@ -213,6 +225,26 @@ class DiT(nn.Module):
             self.final_layer.linear,
         ):
             nn.init.zeros_(linear.weight)
+
+    @torch.no_grad()
+    def reset_classes(self, num_classes: int, kept: dict[int, int]):
+        """Replace the table of the class embeddings by a newly initialized one for other classes.
+
+        The embedding of the null class is kept.
+
+        Args:
+            num_classes: number of new classes.
+            kept: old label of each new class whose embedding is kept.
+        """
+        old = self.y_embedder
+        size = old.embedding_table.embedding_dim
+        new = LabelEmbedder(num_classes, size, old.dropout_prob).to(old.embedding_table.weight)
+        nn.init.normal_(new.embedding_table.weight, std=0.02)
+        rows = kept | ({num_classes: self.num_classes} if old.dropout_prob > 0 else {})
+        for row, old_row in rows.items():
+            new.embedding_table.weight[row] = old.embedding_table.weight[old_row]
+        self.y_embedder = new
+        self.num_classes = self.config["num_classes"] = num_classes
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Arrange the patches x [B, L, P * P * out_channels] as images [B, out_channels, H, W]."""

@@ -79,6 +79,7 @@ class ShardedCoefficients(BatchCoefficients):
 
     def end(self):
         super().end()
+        # A new list, because blocks that run again in the backward pass use the present one.
         self.received = []
 
     def sum(self, values: Tensor) -> Tensor:

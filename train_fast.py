@@ -10,18 +10,21 @@ processes, nor on when the run was resumed.
 """
 
 import argparse
-import logging
 from contextlib import closing
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from checkpoint import CheckpointWriter
 from common import (
+    TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
     UserError,
+    counted,
     folder_name,
+    frequency_override,
     lock_folder,
     number,
     positive_int,
@@ -41,8 +44,9 @@ from distributed import (
     use_deterministic_algorithms,
     world_size,
 )
-from models import DiT, DiT_models
-from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT, RemixDiT_models
+from models import DiT_models
+from posthoc_ema import SNAPSHOT_DTYPES, TRACKED_STDS, count_snapshots
+from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT_models
 from training.loggers import MetricLogger, logger_names, open_loggers
 from training.plan import (
     Parallelism,
@@ -57,8 +61,13 @@ from training.plan import (
 )
 from training.previews import SamplePreview, choose_decoder
 from training.start import (
+    advice,
+    check_new,
     check_noise_levels,
+    default_prefix,
+    expert_boundaries,
     find_resume,
+    log_introduction,
     make_batch_sampler,
     make_model,
     model_shape,
@@ -79,10 +88,37 @@ STOP_CHECK = 4
 
 
 def main(args: argparse.Namespace):
-    """Train a model as the flags say; see `make_parser`."""
+    """Train a model, or several independent experts one after the other, as the flags say; see `make_parser`."""
+    for run in independent_runs(args) if args.independent else [args]:
+        if not train(run):
+            break
+        if args.independent:
+            # The compiler limits how often it compiles the same code for another model.
+            torch.compiler.reset()
+
+
+def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """Return the flags of each independent expert's run, which differ in --timesteps and --prefix."""
+    if args.model in RemixDiT_models or args.timesteps:
+        raise UserError("--independent trains a plain DiT per interval: use it with --model DiT-... and no --timesteps")
+    if args.resume not in (None, "auto"):
+        raise UserError("--independent resumes its runs with --resume auto only")
+    boundaries = expert_boundaries(create_process(**process_options(args)), args.independent)
+    prefix = args.prefix or default_prefix(args.model, None)
+    runs = []
+    for i, interval in enumerate(pairwise(boundaries)):
+        runs.append(argparse.Namespace(**vars(args) | {"timesteps": list(interval), "prefix": f"{prefix}-{i}"}))
+        if not args.resume:
+            check_new(Path(args.results_dir) / runs[-1].prefix)
+    # The dry runs of all experts are the same.
+    return runs[:1] if args.dry_run else runs
+
+
+def train(args: argparse.Namespace) -> bool:
+    """Train one model, and return whether it was trained for all its steps."""
     # Check all input before any device or process group is used.
     dataset = open_features(args.data_path, args.image_size, assume=args.dry_run)
-    shape = model_shape(dataset, args.num_classes)
+    shape = model_shape(dataset, args.num_classes) | frequency_override(args.timestep_frequencies)
     process = process_options(args)
     diffusion = create_process(**process)
     settings = resolve_settings(args, len(dataset), diffusion)
@@ -96,20 +132,24 @@ def main(args: argparse.Namespace):
         shard, _ = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
         parallelism = Parallelism(world_size(), args.grad_accum, shard, args.checkpoint_activations)
         print("\n".join(dry_run(args.model, model, dataset, settings, process, parallelism, folder, n_checkpoints)))
-        return
+        return False
     # This seed is for the initial weights and mixing logits. The draws of each step have seeds of their own.
     torch.manual_seed(settings.global_seed)
-    weights = (settings.load_weight, args.trust_pickle, process)
+    weights = settings.load_weight, args.trust_pickle, process, dataset.classes, args.new_classes
     model = make_model(args.model, shape, mixing, settings.prior_bonus, *weights)
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
     shard, traffic = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
     lock_folder(folder, "--prefix")
-    resume_path, state, damaged = find_resume(args.resume, folder, config)
+    resume_path, state, damaged = find_resume(args.resume, folder, config, args.extend)
     step = state["step"] if state else 0
     can_sample = settings.timesteps == NOISE_LEVELS[args.process]
     autoencoder, preview_note = choose_decoder(args.sample_every, can_sample, args.vae, dataset)
     n_checkpoints = count_checkpoints(folder, step, settings.max_steps, **saving)
-    disk_note = check_checkpoint_space(folder, model, n_checkpoints) if is_first_process() else None
+    disk_note = None
+    if is_first_process():
+        n_snapshots = count_snapshots(step, settings.max_steps, args.ema_snapshots)
+        snapshot_bytes = SNAPSHOT_DTYPES[args.ema_snapshot_dtype].itemsize
+        disk_note = check_checkpoint_space(folder, model, n_checkpoints, n_snapshots, snapshot_bytes)
 
     # Join the other processes and prepare the run's folder.
     if args.deterministic:
@@ -119,8 +159,10 @@ def main(args: argparse.Namespace):
     # Rank 0 has compared the checkpoint with its checksums.
     resume_path = world.from_main(resume_path)
     if resume_path and not world.is_main:
-        state = read_resume(resume_path, config)
+        state = read_resume(resume_path, config, args.extend)
         step = state["step"]
+    # Before anything else is written to the folder, because a logger may be unable to start.
+    loggers = open_loggers(args.log_to, folder, config, step) if world.is_main else []
     if world.is_main:
         prepare_folder(folder, config, damaged)
     log = rank0_logger(world, folder / "log.txt")
@@ -143,6 +185,7 @@ def main(args: argparse.Namespace):
         compile=compiled,
         checkpoint_activations=args.checkpoint_activations,
         shard=shard,
+        ema_stds=settings.ema_stds or (),
     )
     if state:
         trainer.load_state_dict(state, resume_path)
@@ -150,7 +193,7 @@ def main(args: argparse.Namespace):
     del state
     sampler = make_batch_sampler(settings, model, diffusion, world, args.grad_accum)
     writer = CheckpointWriter(folder / "checkpoints", log, args.keep, args.keep_every)
-    loggers = MetricLogger(open_loggers(args.log_to, folder, config, step) if world.is_main else [], log)
+    loggers = MetricLogger(loggers, log)
     previews = None
     if args.sample_every and world.is_main:
         previews = SamplePreview(
@@ -164,14 +207,17 @@ def main(args: argparse.Namespace):
             world.device,
             log,
         )
+
     # Train. `step` counts the steps that are done.
+    schedule_steps = config["training"]["schedule_steps"] or settings.max_steps
     peak_flops_per_s = matmul_rate(world.device, settings.precision) * world.size
     timer = ThroughputTimer(world.device, training_flops(config["model"]["backbone"]), peak_flops_per_s)
+    picture_s = 0.0
     failed = stopped = False
     done = step == settings.max_steps
     with closing(loggers), sampler.load(dataset, range(step, settings.max_steps), args.num_workers) as batches:
         while not done:
-            progress = step / settings.max_steps
+            progress = min(1, step / schedule_steps)
             prior_weight = settings.prior_strength * (1 - progress)
             trainer.set_progress(progress)
             trainer.step(step, sampler.microbatches(next(batches)), prior_weight)
@@ -195,7 +241,8 @@ def main(args: argparse.Namespace):
                 metrics = build_metrics(step, losses, nonfinite, model, schedule, speed)
                 if world.is_main:
                     loggers.log_metrics(step, metrics)
-                    log.info(report_line(metrics, settings.max_steps, settings.global_batch_size))
+                    pictures = settings.max_steps // args.sample_every - step // args.sample_every if previews else 0
+                    log.info(report_line(metrics, settings.max_steps, settings.global_batch_size, pictures * picture_s))
             if step % args.ckpt_every == 0 or finished or stopped:
                 with timer.paused():
                     # There may be host memory for one copy of the state only.
@@ -205,6 +252,12 @@ def main(args: argparse.Namespace):
                     if world.is_main:
                         writer.save(step, saved)
                     del saved
+            if args.ema_snapshots and (step % args.ema_snapshots == 0 or finished):
+                with timer.paused():
+                    averages = trainer.whole_averages()
+                    if world.is_main:
+                        writer.save_snapshot(step, averages, args.ema_snapshot_dtype)
+                    del averages
             if args.sample_every and step % args.sample_every == 0:
                 # The other processes wait for this one in their next step.
                 with timer.paused():
@@ -212,6 +265,7 @@ def main(args: argparse.Namespace):
                     for kind, path in previews.draw(step, ema).items() if previews else ():
                         loggers.log_image(step, kind, path)
                     del ema
+                picture_s = timer.last_pause
 
     # Wait until the last checkpoint is written, and report how the run ended.
     writer.wait()
@@ -226,6 +280,7 @@ def main(args: argparse.Namespace):
         log.info(f"stopped by {cause} after step {step:,}; --resume auto continues the run")
     else:
         log.info("done")
+    return not stopped
 
 
 def process_options(args: argparse.Namespace) -> dict:
@@ -253,8 +308,7 @@ def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | Flow
     if boundaries:
         check_noise_levels("--boundaries", boundaries, args.process, diffusion, complete=True)
     elif isinstance(diffusion, FlowMatching):
-        # Rounded, so that other versions of SciPy give the same.
-        boundaries = [round(level, 9) for level in diffusion.quantiles(args.n_experts)]
+        boundaries = expert_boundaries(diffusion, args.n_experts)
     mixed_layers = [*MIXED_LAYERS, MODULATION] if args.mix_modulation else [*MIXED_LAYERS]
     return dict(
         n_basis=args.n_basis,
@@ -264,11 +318,6 @@ def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | Flow
         mixed_layers=mixed_layers,
         boundaries=boundaries,
     )
-
-
-def default_prefix(name: str, mixing: dict | None) -> str:
-    """Return the name of the run's folder if --prefix does not give it."""
-    return name.replace("/", "-") + (f"-{mixing['n_basis']}-{mixing['n_experts']}" if mixing else "")
 
 
 def resolve_settings(
@@ -286,12 +335,13 @@ def resolve_settings(
     """
     batch_size = args.global_batch_size
     if batch_size % (world_size() * args.grad_accum):
+        processes = counted(world_size(), "process", "processes")
         parts = f" with {args.grad_accum} microbatches each" if args.grad_accum > 1 else ""
-        raise UserError(
-            f"--global-batch-size {batch_size} cannot be divided equally among {world_size()} processes{parts}"
-        )
+        raise UserError(f"--global-batch-size {batch_size} cannot be divided equally among {processes}{parts}")
     if args.keep_every and (not args.keep or args.keep_every % args.ckpt_every):
         raise UserError("--keep-every needs --keep, and must be a multiple of --ckpt-every")
+    if args.new_classes and not args.load_weight:
+        raise UserError("--new-classes needs --load-weight")
     remix = args.model in RemixDiT_models
     timesteps = args.timesteps or NOISE_LEVELS[args.process]
     if remix and timesteps != NOISE_LEVELS[args.process]:
@@ -302,10 +352,13 @@ def resolve_settings(
     experts_per_batch = (args.experts_per_batch or max(divisors)) if remix else 1
     if batch_size % experts_per_batch:
         raise UserError(f"--experts-per-batch {experts_per_batch} does not divide --global-batch-size {batch_size}")
+    max_steps = (args.max_steps or max(1, args.epochs * n_images // batch_size)) // (args.independent or 1)
+    if not max_steps:
+        raise UserError(f"--independent {args.independent}: there are fewer steps than experts")
     lr = args.lr or (2e-5 if args.load_weight else 1e-4)
     coeff_lr_end = min(lr / 2, args.coeff_lr) if args.coeff_lr_end is None else args.coeff_lr_end
     return RunSettings(
-        max_steps=args.max_steps or max(1, args.epochs * n_images // batch_size),
+        max_steps=max_steps,
         global_batch_size=batch_size,
         experts_per_batch=experts_per_batch,
         timesteps=timesteps,
@@ -320,21 +373,8 @@ def resolve_settings(
         precision=args.precision or ("bf16" if args.dry_run or torch.cuda.is_available() else "fp32"),
         global_seed=args.global_seed,
         load_weight=args.load_weight,
+        ema_stds=[*TRACKED_STDS] if args.ema_snapshots else None,
     )
-
-
-def advice(model: DiT | RemixDiT, settings: RunSettings) -> list[str]:
-    """Return advice about the settings, if there is any."""
-    if isinstance(model, RemixDiT) and settings.experts_per_batch < min(8, model.n_experts):
-        return ["fewer than 8 experts per batch: in studies/README.md, more of them gave a lower error"]
-    return []
-
-
-def log_introduction(log: logging.Logger, description: list[str], damaged: dict[Path, str], notes: list[str]):
-    """Log what the run will do, and the damaged checkpoints that it does not resume from."""
-    skipped = [f"SKIPPED {path}: {reason}" for path, reason in damaged.items()]
-    for line in [*description, *skipped, *notes]:
-        log.info(line)
 
 
 def make_parser() -> ArgumentParser:
@@ -349,6 +389,13 @@ def make_parser() -> ArgumentParser:
         "--resume",
         metavar="PATH|auto",
         help="checkpoint to resume from; auto: the newest undamaged one of this run, or a new run if there is none",
+    )
+    add(
+        "--extend",
+        choices=["hold", "stretch"],
+        default="hold",
+        help="with --resume, if a finished run gets more steps: hold the final learning rates, or stretch the schedule "
+        "over all steps",
     )
     add("--global-seed", type=seed_int, default=0, metavar="SEED", help="seed of all random draws")
     add(
@@ -373,6 +420,13 @@ def make_parser() -> ArgumentParser:
         "Face hub, or a DiT in diffusers' layout (a folder, or a hub name such as facebook/DiT-XL-2-256) (default: "
         "random weights)",
     )
+    add(
+        "--new-classes",
+        action="store_true",
+        help="let --load-weight be a model of other classes: their embeddings are initialized again, except those of "
+        "classes whose names are equal, and of the null class",
+    )
+    add("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     add("--n-basis", type=positive_int, default=4, metavar="K", help="number of basis models")
     add("--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="number of experts")
     add(
@@ -404,6 +458,13 @@ def make_parser() -> ArgumentParser:
         metavar=("LO", "HI"),
         help="train a plain DiT on the timesteps LO to HI - 1 only, or on a flow's noise levels LO to HI, as one of "
         "several independent experts (default: all)",
+    )
+    add(
+        "--independent",
+        type=number(int, 2, 1000),
+        metavar="N",
+        help="train N plain DiTs one after the other, on the noise levels that a RemixDiT's N experts would have; "
+        "--max-steps is the total, each trains for an N-th of it; their folders are <prefix>-0, <prefix>-1, ...",
     )
     add("--image-size", type=positive_int, metavar="PIXELS", help="side of the images, to check the features")
     add("--num-classes", type=positive_int, metavar="N", help="number of classes (default: that of the features)")
@@ -450,15 +511,16 @@ def make_parser() -> ArgumentParser:
     add(
         "--lr",
         type=number(float, 0, above=True),
-        help="peak learning rate of the bases and shared weights (default: the published 2e-5 with --load-weight, "
-        "otherwise DiT's 1e-4)",
+        help="peak learning rate of the bases and shared weights; it falls to half of it by a cosine over the run "
+        "(default: the published 2e-5 with --load-weight, otherwise DiT's 1e-4)",
     )
     add("--coeff-lr", type=number(float, 0), default=1e-2, metavar="LR", help="peak learning rate of the mixing logits")
     add(
         "--coeff-lr-end",
         type=number(float, 0),
         metavar="LR",
-        help="final learning rate of the mixing logits (default: half of --lr, as published, but not above --coeff-lr)",
+        help="final learning rate of the mixing logits, to which theirs falls by a cosine (default: half of --lr, as "
+        "published, but not above --coeff-lr)",
     )
     add(
         "--prior-strength",
@@ -475,6 +537,14 @@ def make_parser() -> ArgumentParser:
         help="number added to the initial logit of each expert's basis in the prior, which is floor(i K / N)",
     )
     add("--ema-decay", type=number(float, 0, 1), default=0.9999, metavar="DECAY", help="EMA decay per step")
+    add(
+        "--ema-snapshots",
+        type=positive_int,
+        metavar="STEPS",
+        help="track two more averages for post-hoc EMA (arXiv 2312.02696), and store them in the run's folder ema/ at "
+        "this interval; convert.py --ema-std makes an EMA of any width of them (default: none)",
+    )
+    add("--ema-snapshot-dtype", choices=SNAPSHOT_DTYPES, default="float16", help="type of the numbers in the snapshots")
     add(
         "--clip-grad",
         type=number(float, 0),
@@ -549,6 +619,7 @@ def make_parser() -> ArgumentParser:
         action="store_true",
         help="allow pickles in --load-weight, which can execute code: only for files that you trust",
     )
+    add("--strict", action="store_true", help="no effect: --load-weight must always fit (a flag of the original)")
     return parser
 
 

@@ -4,16 +4,21 @@
     python visualize.py losses outputs/RUN/checkpoints/0100000.pt --pretrained DiT.pt --data-path data/encoded
     python visualize.py training outputs/RUN
     python visualize.py grids samples/A/samples.npz samples/B/samples.npz
+    python visualize.py ema outputs/RUN/checkpoints/0100000.pt --data-path data/held_out
 
 coefficients: heat map of the mixing coefficients (figures 4a and 4b of the paper).
-losses: error of every expert over all timesteps, relative to the pretrained model (figure 4c of the paper).
+losses: error of every expert over all timesteps, relative to the pretrained model (figure 4c of the paper), and to the
+    best expert of each interval.
 training: mixing coefficients over the steps of a run.
 grids: the same samples of several models, one row per model; no CSV file.
+ema: held-out error over the width of the EMA, from the snapshots of a run with --ema-snapshots.
 """
 
 import argparse
 import csv
 import json
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -26,14 +31,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import load_model
-from common import ArgumentParser, UserError, atomic_write, positive_int, run_script, seed_int
+from checkpoint import find_checkpoint, load_model
+from common import (
+    TIMESTEP_FREQUENCIES_FLAG,
+    ArgumentParser,
+    UserError,
+    atomic_write,
+    frequency_override,
+    number,
+    positive_int,
+    run_script,
+    seed_int,
+)
 from diffusion import FlowMatching, GaussianDiffusion, create_process
 from features import FeatureDataset
 from figures import interval_labels, intervals, is_flow, save_coefficients, save_grid
 from models import DiT
-from remix import RemixDiT
+from posthoc_ema import WIDEST, reconstruct
+from remix import FoldedRemixDiT, RemixDiT
 from training.statistics import noise_errors
+
+# Evenly spaced noise levels at which the error of an EMA is measured.
+EMA_LEVELS = 50
 
 
 def main(args: argparse.Namespace):
@@ -44,17 +63,26 @@ def main(args: argparse.Namespace):
     if args.figure == "grids":
         draw_grids(out, args.samples, args.images)
     elif args.figure == "training":
-        draw_training(out, Path(args.run) / "metrics.jsonl")
+        draw_training(out, Path(args.run))
+    elif args.figure == "ema":
+        args.ckpt = find_checkpoint(args.ckpt)
+        model, config = load_model(args.ckpt)
+        x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
+        diffusion = create_process(**config["diffusion"])
+        errors = ema_errors(args.ckpt, model, diffusion, x, y, args.stds, args.global_seed)
+        draw_ema(out, errors, config["model"]["name"])
     else:
-        heads = {"num_heads": args.num_heads} if args.num_heads else {}
-        model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **heads)
+        args.ckpt = find_checkpoint(args.ckpt)
+        overrides = {"num_heads": args.num_heads} if args.num_heads else {}
+        overrides |= frequency_override(args.timestep_frequencies)
+        model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **overrides)
         if not isinstance(model, RemixDiT):
             raise UserError(f"{args.ckpt} holds a plain DiT, which has no mixing coefficients")
         name = config["model"]["name"]
         if args.figure == "coefficients":
             draw_coefficients(out, model, name)
         else:
-            pretrained, _ = load_model(args.pretrained, allow_pickle=args.trust_pickle, **heads)
+            pretrained, _ = load_model(args.pretrained, allow_pickle=args.trust_pickle, **overrides)
             if not isinstance(pretrained, DiT) or pretrained.config != model.backbone_config:
                 raise UserError(f"{args.pretrained} is not the plain DiT that {args.ckpt} was trained from")
             x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
@@ -94,8 +122,9 @@ def draw_coefficients(out: Path, model: RemixDiT, name: str):
     write_csv(out, header, rows)
 
 
-def draw_training(out: Path, metrics: Path):
-    """Draw the coefficients of every expert over the steps of a run, from its metrics.jsonl."""
+def draw_training(out: Path, run: Path):
+    """Draw the coefficients of every expert over the steps of a run, from the metrics.jsonl in its folder."""
+    metrics = run / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(f"{metrics}: no such file")
     lines = [line for line in map(json.loads, metrics.read_text().splitlines()) if "coefficients" in line]
@@ -103,8 +132,10 @@ def draw_training(out: Path, metrics: Path):
         raise UserError(f"{metrics} has no coefficients: the run trains a plain DiT, or has not logged yet")
     steps = [line["step"] for line in lines]
     alpha = np.array([line["coefficients"] for line in lines])  # [steps, N, K], or [steps, depth, N, K]
+    title = f"{run.resolve().name}: mixing coefficients over training"
     if alpha.ndim == 4:
         alpha = alpha.mean(1)
+        title += ", mean over the blocks"
     n_experts, n_basis = alpha.shape[1:]
 
     figure, axes = plt.subplots(
@@ -117,7 +148,9 @@ def draw_training(out: Path, metrics: Path):
         axis.set_ylabel(f"basis {k}")
     axes[-1, 0].set_xlabel("step")
     scale = plt.cm.ScalarMappable(plt.Normalize(0, n_experts - 1), plt.matplotlib.colors.ListedColormap(colors))
-    figure.colorbar(scale, ax=axes[:, 0].tolist(), label="expert (expert 0: least noise)")
+    ticks = matplotlib.ticker.MaxNLocator(integer=True)
+    figure.colorbar(scale, ax=axes[:, 0].tolist(), label="expert (expert 0: least noise)", ticks=ticks)
+    figure.suptitle(title, fontsize=10)
     save_png(figure, out)
 
     header = ["step", *(f"expert_{i}_basis_{k}" for i in range(n_experts) for k in range(n_basis))]
@@ -127,10 +160,10 @@ def draw_training(out: Path, metrics: Path):
 # Losses of the experts
 
 
-def load_images(data_path: str, count: int, seed: int, ckpt: str, model: RemixDiT) -> tuple[Tensor, Tensor]:
+def load_images(data_path: str, count: int, seed: int, ckpt: str, model: DiT | RemixDiT) -> tuple[Tensor, Tensor]:
     """Return `count` random encoded images [n, C, H, W] and their labels [n]."""
     dataset = FeatureDataset(data_path)
-    config = model.backbone_config
+    config = model.backbone_config if isinstance(model, RemixDiT) else model.config
     if dataset.shape != (config["in_channels"], config["input_size"], config["input_size"]):
         raise UserError(f"{data_path} holds features of shape {dataset.shape}, which {ckpt} cannot process")
     return dataset.__getitems__(np.random.default_rng(seed).permutation(len(dataset))[:count].tolist())
@@ -172,33 +205,96 @@ def expert_errors(
     x, y, remix, pretrained = x.to(device), y.to(device), remix.to(device), pretrained.to(device)
 
     def interval_errors(model: DiT) -> np.ndarray:
-        errors = noise_errors(model, diffusion, x, y, timesteps.ravel(), min(32, len(x)), seed)
+        errors = noise_errors(model, diffusion, x, y, timesteps.ravel(), min(32, len(x)), seed, timesteps_per_batch=8)
         return errors.view(len(timesteps), -1).mean(1).cpu().numpy()
 
-    reference = interval_errors(pretrained)
-    experts = [interval_errors(remix.expert(i)) for i in tqdm(range(remix.n_experts), desc="experts")]
-    return reference, np.stack(experts) / reference - 1
+    models = chain([pretrained], map(remix.expert, range(remix.n_experts)))
+    errors = [interval_errors(model) for model in tqdm(models, total=1 + remix.n_experts, desc="models")]
+    return errors[0], np.stack(errors[1:]) / errors[0] - 1
 
 
 def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, model: RemixDiT, name: str):
-    """Draw the results of expert_errors as a heat map. Rows are experts, columns are intervals."""
-    figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
+    """Draw the results of expert_errors as two heat maps. Rows are experts, columns are intervals.
+
+    The left one is relative to the pretrained model, the right one to the best expert of each interval. Where the
+    experts are good in their own intervals, the diagonal of the right one is 0.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    above_best = (1 + errors) / (1 + errors).min(0) - 1
     # Differences are tenths of a percent inside an expert's interval, and up to a factor of ten far outside it.
-    scale = matplotlib.colors.SymLogNorm(linthresh=0.5, vmin=-100, vmax=100)
-    image = axis.imshow(100 * errors, cmap="RdBu_r", norm=scale)
-    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axis.set_xlabel(f"interval of {'noise levels' if is_flow(model) else 'timesteps'} (interval 0: least noise)")
-    axis.set_ylabel("expert")
-    ticks = [-100, -10, -1, 0, 1, 10, 100]
-    figure.colorbar(image, label="error relative to the pretrained model, %", ticks=ticks, format="%d")
+    scale = partial(matplotlib.colors.SymLogNorm, linthresh=0.5, vmax=100)
+    maps = (
+        (100 * errors, "RdBu_r", scale(vmin=-100), "the pretrained model", [-100, -10, -1, 0, 1, 10, 100]),
+        (100 * above_best, "viridis_r", scale(vmin=0), "the best expert of the interval", [0, 1, 10, 100]),
+    )
+    levels = "noise levels" if is_flow(model) else "timesteps"
+    for axis, (values, colors, norm, baseline, ticks) in zip(axes, maps, strict=True):
+        image = axis.imshow(values, cmap=colors, norm=norm)
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axis.set_xlabel(f"interval of {levels} (interval 0: least noise)")
+        axis.set_ylabel("expert")
+        figure.colorbar(image, ax=axis, label=f"error relative to {baseline}, %", ticks=ticks, format="%d")
     own_is_best = float((errors.argmin(0) == np.arange(model.n_experts)).mean())
-    axis.set_title(f"{name}: the interval's own expert has the lowest error in {own_is_best:.0%}", fontsize=10)
+    figure.suptitle(f"{name}: the interval's own expert has the lowest error in {own_is_best:.0%}", fontsize=10)
     save_png(figure, out)
 
     header = ["expert", *(f"{'u' if is_flow(model) else 't'}_{label}" for label in interval_labels(model, "_"))]
     rows = [["pretrained, absolute", *reference], *([i, *row] for i, row in enumerate(errors.tolist()))]
     write_csv(out, header, rows)
+
+
+# Widths of the EMA
+
+
+def ema_errors(
+    ckpt: str,
+    model: DiT | RemixDiT,
+    diffusion: GaussianDiffusion | FlowMatching,
+    x: Tensor,
+    y: Tensor,
+    stds: list[float],
+    seed: int,
+) -> dict[float | None, float]:
+    """Measure the error of averages of the weights of several widths, on the same images and noise.
+
+    Args:
+        ckpt: Checkpoint of a run with snapshots.
+        model: Its model, with the EMA of the training.
+        diffusion: Process of the model.
+        x: Encoded images, [n, C, H, W].
+        y: Labels, [n].
+        stds: Relative standard deviations of the averages.
+        seed: Seed of the noise.
+
+    Returns:
+        Mean error over evenly spaced noise levels, by width; that of the training's EMA has the key None.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    levels = (np.arange(EMA_LEVELS) + 0.5) / EMA_LEVELS
+    times = 1 - levels if isinstance(diffusion, FlowMatching) else (levels * diffusion.num_timesteps).astype(int)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x, y, errors = x.to(device), y.to(device), {}
+    for std in tqdm([None, *stds], desc="widths"):
+        model.load_state_dict(state if std is None else reconstruct(ckpt, std, state))
+        network = FoldedRemixDiT(model) if isinstance(model, RemixDiT) else model
+        per_time = noise_errors(network.to(device), diffusion, x, y, times, min(32, len(x)), seed)
+        errors[std] = per_time.mean().item()
+    return errors
+
+
+def draw_ema(out: Path, errors: dict[float | None, float], name: str):
+    """Draw the results of ema_errors."""
+    stds = sorted(std for std in errors if std is not None)
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axis.plot(stds, [errors[std] for std in stds], marker="o", label="post-hoc EMA")
+    axis.axhline(errors[None], color="gray", linestyle="--", label="EMA of the training")
+    axis.set_xlabel("relative standard deviation of the EMA")
+    axis.set_ylabel("held-out error")
+    axis.set_title(name, fontsize=10)
+    axis.legend()
+    save_png(figure, out)
+    write_csv(out, ["std", "error"], [["training", errors[None]], *([std, errors[std]] for std in stds)])
 
 
 # Samples
@@ -211,12 +307,13 @@ def draw_grids(out: Path, paths: list[str], count: int):
     """
     rows, names = [], []
     for path in paths:
+        path = Path(path) / "samples.npz" if Path(path).is_dir() else Path(path)
         try:
             with np.load(path, allow_pickle=False) as file:
                 rows.append(file["arr_0"][:count])
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is not a file of samples: {error}") from None
-        names.append(Path(path).parent.name or Path(path).stem)
+        names.append(path.parent.name or path.stem)
     if len({row.shape for row in rows}) > 1:
         shapes = ", ".join(str(row.shape) for row in rows)
         raise UserError(f"the files hold images of different sizes, or too few images: {shapes}")
@@ -239,7 +336,7 @@ def write_csv(figure: Path, header: list, rows: list[list]):
 if __name__ == "__main__":
     parser = ArgumentParser(description="Draw figures of trained models as PNG, with their numbers as CSV.")
     figures = parser.add_subparsers(
-        dest="figure", required=True, metavar="FIGURE", help="coefficients, losses, training or grids"
+        dest="figure", required=True, metavar="FIGURE", help="coefficients, losses, training, grids or ema"
     )
     coefficients = figures.add_parser(
         "coefficients", help="heat map of the mixing coefficients (figures 4a and 4b of the paper)"
@@ -249,6 +346,8 @@ if __name__ == "__main__":
     )
     training = figures.add_parser("training", help="mixing coefficients over the steps of a run")
     grids = figures.add_parser("grids", help="the same samples of several models, one row per model")
+
+    ema = figures.add_parser("ema", help="held-out error over the width of the EMA (train_fast.py --ema-snapshots)")
 
     for figure in (coefficients, losses):
         figure.add_argument("ckpt", help="checkpoint of a RemixDiT")
@@ -264,14 +363,27 @@ if __name__ == "__main__":
         figure.add_argument(
             "--trust-pickle", action="store_true", help="load pickles, which can run code: only for your own files"
         )
+        figure.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     losses.add_argument("--pretrained", required=True, help="checkpoint of the DiT that the training started from")
     losses.add_argument("--data-path", required=True, help="encoded images, preferably not those of the training")
     losses.add_argument("--images", type=positive_int, default=256, help="number of images")
     losses.add_argument("--per-interval", type=positive_int, default=10, help="timesteps per expert's interval")
     losses.add_argument("--global-seed", type=seed_int, default=0, help="seed of the images and the noise")
     training.add_argument("run", help="folder of a run, outputs/<prefix>")
-    grids.add_argument("samples", nargs="+", help="samples.npz files of the same seed, one per model")
+    grids.add_argument("samples", nargs="+", help="folders of samples, or samples.npz files, of the same seed")
     grids.add_argument("--images", type=positive_int, default=10, help="images per model")
-    for figure in (coefficients, losses, training, grids):
+    ema.add_argument("ckpt", help="checkpoint in the folder of a run with snapshots")
+    ema.add_argument("--data-path", required=True, help="encoded images, preferably not those of the training")
+    ema.add_argument("--images", type=positive_int, default=256, help="number of images")
+    ema.add_argument(
+        "--stds",
+        type=number(float, 0.01, WIDEST),
+        nargs="+",
+        default=[0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2],
+        metavar="STD",
+        help="relative standard deviations of the averages",
+    )
+    ema.add_argument("--global-seed", type=seed_int, default=0, help="seed of the images and the noise")
+    for figure in (coefficients, losses, training, grids, ema):
         figure.add_argument("--out", help="PNG file to write (default: beside the checkpoint or in the run's folder)")
     run_script(main, parser)

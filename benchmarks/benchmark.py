@@ -51,6 +51,8 @@ def main(args: argparse.Namespace):
             raise UserError(f"--experts-per-batch {groups} does not divide --batch-size {args.batch_size}")
     if world_size() > 1 and args.parts != ["training"]:
         raise UserError("several processes can only measure --parts training")
+    if world_size() == 1 and args.shard_bases:
+        raise UserError("--shard-bases needs several processes (torchrun)")
     world = setup()
     name = args.name or default_name(args, world)
     machine = describe_machine(world)
@@ -108,7 +110,8 @@ def default_name(args: argparse.Namespace, world: World) -> str:
     device = torch.cuda.get_device_name(world.device).split()[-1] if world.device.type == "cuda" else "cpu"
     device = f"{world.size}x{device}" if world.size > 1 else device
     compiled = "compiled" if args.compile else "eager"
-    return f"{device}-{args.model}-b{args.batch_size}-{args.precision}-{compiled}".replace("/", "").lower()
+    sharded = "-sharded" if args.shard_bases else ""
+    return f"{device}-{args.model}-b{args.batch_size}-{args.precision}-{compiled}{sharded}".replace("/", "").lower()
 
 
 def measure_floors(world: World, precision: str) -> dict[str, float]:
@@ -260,8 +263,11 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
 
     def add(name: str, model: DiT | RemixDiT, groups: int | None):
         """Add a model to `runs`, with what a step costs and the bytes that it holds between steps."""
-        costs[name] = step_costs(model, args.batch_size, groups, args.precision, Parallelism(world.size))
-        trainer = Trainer(model, diffusion, world, lr=1e-5, precision=args.precision, compile=args.compile)
+        sharded = args.shard_bases and groups is not None
+        parallelism = Parallelism(world.size, sharded=sharded)
+        costs[name] = step_costs(model, args.batch_size, groups, args.precision, parallelism)
+        options = {"precision": args.precision, "compile": args.compile, "shard": sharded}
+        trainer = Trainer(model, diffusion, world, lr=1e-5, **options)
         clocks[name] = Clock(world)
         trainer.mark = clocks[name].mark
 
@@ -278,7 +284,8 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
         runs[USUAL], clocks[USUAL] = usual_training(dit, diffusion, batch, args.steps, world)
     add("DiT", copy.deepcopy(dit), None)
     for groups in args.experts_per_batch:
-        add(f"RemixDiT G={groups}", RemixDiT(dit, N_BASIS, N_EXPERTS), groups)
+        name = f"RemixDiT G={groups}" + (", sharded bases" if args.shard_bases else "")
+        add(name, RemixDiT(dit, N_BASIS, N_EXPERTS), groups)
 
     times = take_turns(runs, clocks, args.warmup, args.rounds)
     flops = training_flops(dit.config)
@@ -588,6 +595,9 @@ if __name__ == "__main__":
         default=[1, 4, 8],
         metavar="G",
         help="numbers of experts per process and step to measure for RemixDiT; without a number only DiT is measured",
+    )
+    parser.add_argument(
+        "--shard-bases", action="store_true", help="shard the bases of RemixDiT over the processes (training)"
     )
     parser.add_argument("--skip-usual", action="store_true", help="do not measure the usual training loop")
     parser.add_argument("--steps", type=positive_int, default=1, help="training steps per round (more on fast devices)")

@@ -48,9 +48,15 @@ training() {
   measure --parts training --steps 5 --skip-usual --model "$@"
 }
 
+# On all GPUs: first with the bases on every GPU, then sharded. Their memory does not fit together for XL/2.
 training_all() {
-  run torchrun --standalone --nproc_per_node="$GPUS" benchmarks/benchmark.py --out "$OUT" \
-    --parts training --steps 5 --skip-usual --batch-size 32 --experts-per-batch 2 --model "$@"
+  measure_all --model "$1"
+  measure_all --model "$1" --shard-bases
+}
+
+measure_all() {
+  run torchrun --standalone --nproc_per_node="$GPUS" benchmarks/benchmark.py --out "$OUT" --parts training --steps 5 \
+    --batch-size 32 --experts-per-batch 2 "$@"
 }
 
 for stage in "$@"; do

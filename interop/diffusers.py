@@ -1,7 +1,8 @@
-"""DiTs in the layout of Hugging Face diffusers: read from a folder or the Hugging Face hub, and written to a folder.
+"""Models in the layout of Hugging Face diffusers: read from a folder or the Hugging Face hub, written to a folder.
 
 diffusers keeps the query, key and value projections of an attention layer separate, and gives every block its own copy
-of the timestep and label embedders. Every other tensor has one counterpart under facebookresearch/DiT's names.
+of the timestep and label embedders. Every other tensor has one counterpart under facebookresearch/DiT's names. A
+RemixDiT has the K bases of its mixed layers in tensors with one more dimension, and its embedders once.
 """
 
 import functools
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import LocalError, UserError, first_line
+from common import TIMESTEP_FREQUENCIES, LocalError, UserError, first_line, name_write_errors, warn
 from hub import offline
 from interop.shapes import backbone_from_shapes, make_config
 from models import DiT, sincos_positions
@@ -49,8 +50,11 @@ DIT_SETTINGS = {
 }
 # The weights were trained with 1e-6. Converted models may have 1e-5, the default of diffusers.
 LARGEST_NORM_EPS = 1e-5
-# The second is the name in older versions of diffusers.
-CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+# The second is the name in older versions of diffusers, the third is in the file that is exported with a RemixDiT.
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel", "RemixDiTTransformer2DModel")
+# Options that an exported RemixDiT and its config have in common.
+REMIX_OPTIONS = ("n_basis", "n_experts", "mixer", "scope", "num_timesteps", "boundaries")
+FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # In patches. It limits the memory that a config with wrong numbers can take, as the position embedding is computed.
 LARGEST_SIDE = 256
@@ -62,11 +66,12 @@ EXPORTED_CODE = Path(__file__).resolve().parent / "diffusers_files"
 
 
 def find_transformer(path) -> tuple[Path, Path] | None:
-    """Find the files of the DiTTransformer2DModel in a folder or on the Hugging Face hub.
+    """Find the files of the transformer in a folder or on the Hugging Face hub.
 
     Args:
-        path: the folder of a DiTTransformer2DModel, the folder of a DiTPipeline (which has the model in transformer/),
-            or a hub name such as facebook/DiT-XL-2-256, whose files huggingface_hub downloads unless it has them.
+        path: the folder of a DiTTransformer2DModel or RemixDiTTransformer2DModel, the folder of a pipeline (which has
+            the model in transformer/), or a hub name such as facebook/DiT-XL-2-256, whose files huggingface_hub
+            downloads unless it has them.
 
     Returns:
         The paths of config.json and of the weights, or None if `path` is that of a file, which may be missing.
@@ -86,7 +91,10 @@ def find_transformer(path) -> tuple[Path, Path] | None:
     weights = [folder / file for file in WEIGHTS if (folder / file).is_file()]
     if not config.is_file() or not weights:
         missing = folder / WEIGHTS[0] if config.is_file() else config
-        raise UserError(f"{path} holds no DiTTransformer2DModel in diffusers' layout: there is no {missing}")
+        raise UserError(
+            f"{path} holds neither a run's checkpoints nor a DiTTransformer2DModel in diffusers' layout: "
+            f"there is no {missing}"
+        )
     return config, weights[0]
 
 
@@ -115,7 +123,7 @@ def _download(name: str) -> Path:
 
 
 def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[str, Tensor]] | None:
-    """Read a DiTTransformer2DModel from a folder or a hub name. `interop` documents the arguments and the result.
+    """Read a DiT or a RemixDiT from a folder or a hub name. `interop` documents the arguments and the result.
 
     `content` is the loaded content of the weights file that `find_transformer` returns. `ema` has no effect, because
     the folder holds one set of weights.
@@ -127,7 +135,11 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     try:
         stored = json.loads(config_file.read_text())
         _check_settings(path, stored)
-        state = _rename_to_ours(path, content)
+        content = dict(content)
+        remix, logits = None, None
+        if stored["_class_name"] == CLASSES[2]:
+            remix, logits = _read_mixing(stored, content)
+        state = _rename_to_ours(path, content, shared_embedders=remix is not None)
         _check_sizes(path, stored, state)
         side = stored["sample_size"] // state["x_embedder.proj.weight"].shape[-1]
         state.setdefault("pos_embed", sincos_positions(len(state["x_embedder.proj.bias"]), side).unsqueeze(0))
@@ -144,9 +156,42 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
         raise UserError(f"{path} holds no DiT in diffusers' layout: its tensors have other dimensions")
     if overrides.get("num_heads", num_heads) != num_heads:
         raise UserError(f"{path} holds num_heads={num_heads}, not {overrides['num_heads']}")
-    config = make_config(path, backbone, None, overrides | {"num_heads": num_heads})
+    shift = _frequency_shift(path, stored, overrides)
+    config = make_config(path, backbone, remix, overrides | {"num_heads": num_heads, "frequency_shift": shift})
     config["data"] |= _find_vae(config_file)
+    if flow := stored.get("flow"):
+        config["diffusion"] = {"process": "flow"} | {key: flow[key] for key in FLOW_OPTIONS if key in flow}
+    if remix:
+        state = {"logits": logits} | {f"backbone.{key}": value for key, value in state.items()}
     return config, state
+
+
+def _read_mixing(stored: dict, content: dict[str, Tensor]) -> tuple[dict, Tensor]:
+    """Return the keyword arguments of a RemixDiT and its logits, which are removed from `content`."""
+    layer_of = {parts[0]: layer for layer, parts in BLOCK_LAYERS.items()}
+    remix = {name: stored[name] for name in REMIX_OPTIONS if stored.get(name) is not None}
+    remix["mixed_layers"] = [layer_of[name] for name in stored["mixed_layers"] if name in layer_of]
+    logits = content.pop("logits")
+    return remix, logits if remix["scope"] == "local" else logits.squeeze(0)
+
+
+def _frequency_shift(path, stored: dict, overrides: dict) -> int:
+    """Return the shift of the timestep frequencies (see `models.TimestepEmbedder`) that weights were trained with.
+
+    Prints a warning if neither the config.json nor the user gives it.
+    """
+    given, recorded = overrides.get("frequency_shift"), stored.get("frequency_shift")
+    # Earlier exports of this project have a class with the published frequencies.
+    if recorded is None and "PublishedDiT" in str(stored.get("auto_map")):
+        recorded = TIMESTEP_FREQUENCIES["published"]
+    if None not in (given, recorded) and given != recorded:
+        raise UserError(f"{path} holds frequency_shift={recorded}, not {given}")
+    if given is None and recorded is None:
+        warn(
+            f"{path} does not say whether it was trained with the timestep frequencies of the published DiT (assumed) "
+            "or with those of diffusers' class (--timestep-frequencies diffusers)"
+        )
+    return given if given is not None else recorded or TIMESTEP_FREQUENCIES["published"]
 
 
 def _check_settings(path, stored: dict):
@@ -155,8 +200,8 @@ def _check_settings(path, stored: dict):
     if kind not in CLASSES:
         raise UserError(f"{path} holds a {kind}, not a DiTTransformer2DModel")
     for key, expected in DIT_SETTINGS.items():
-        # Only a DiTTransformer2DModel has these values as its defaults.
-        found = stored.get(key, expected if kind == CLASSES[0] else None)
+        # A Transformer2DModel has other defaults.
+        found = stored.get(key, None if kind == CLASSES[1] else expected)
         if found != expected:
             raise UserError(f"{path} has {key}={found}, a DiT has {expected}")
     if stored.get("norm_eps", LARGEST_NORM_EPS) > LARGEST_NORM_EPS:
@@ -191,11 +236,17 @@ def _find_vae(config_file: Path) -> dict:
         raise UserError(f"{folder / 'config.json'} is not the config of an AutoencoderKL: {error}") from None
 
 
-def _rename_to_ours(path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a DiTTransformer2DModel's tensors under facebookresearch/DiT's names.
+def _rename_to_ours(path, state: dict[str, Tensor], shared_embedders: bool) -> dict[str, Tensor]:
+    """Return a transformer's tensors under facebookresearch/DiT's names.
 
-    Raises KeyError for a missing tensor, and UserError for an additional one or for embedders that differ between
-    blocks.
+    Args:
+        path: for error messages.
+        state: the transformer's tensors.
+        shared_embedders: whether the transformer has its embedders once, not once per block.
+
+    Raises:
+        KeyError: for a missing tensor.
+        UserError: for an additional tensor, or for embedders that differ between blocks.
     """
     depth = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("transformer_blocks.")), default=-1)
     if not 1 <= depth <= len(state):
@@ -208,14 +259,16 @@ def _rename_to_ours(path, state: dict[str, Tensor]) -> dict[str, Tensor]:
             ours[f"{layer}.{kind}"] = left.pop(f"{theirs}.{kind}")
     for layer, theirs in EMBEDDERS.items():
         for kind in ("weight", "bias") if "mlp" in layer else ("weight",):
-            first, *others = (left.pop(f"{block}.norm1.emb.{theirs}.{kind}") for block in blocks)
+            modules = ["embedder"] if shared_embedders else [f"{block}.norm1.emb" for block in blocks]
+            first, *others = (left.pop(f"{module}.{theirs}.{kind}") for module in modules)
             if not all(torch.equal(other, first) for other in others):
                 raise UserError(f"{path} has blocks with different values of {theirs}: a DiT has one for all blocks")
             ours[f"{layer}.{kind}"] = first
     for i, block in enumerate(blocks):
         for layer, theirs in BLOCK_LAYERS.items():
             for kind in ("weight", "bias"):
-                ours[f"blocks.{i}.{layer}.{kind}"] = torch.cat([left.pop(f"{block}.{part}.{kind}") for part in theirs])
+                values = [left.pop(f"{block}.{part}.{kind}") for part in theirs]
+                ours[f"blocks.{i}.{layer}.{kind}"] = torch.cat(values, dim=-2 if kind == "weight" else -1)
     if "pos_embed.pos_embed" in left:
         ours["pos_embed"] = left.pop("pos_embed.pos_embed")
     if left:
@@ -247,97 +300,101 @@ def _rename_to_theirs(state: dict[str, Tensor], embedders: list[str]) -> dict[st
 def write(path, models: dict[str, DiT | RemixDiT], config: dict, vae=None):
     """Write the EMA model as a folder for diffusers.
 
-    A DiT becomes the folder of a DiTTransformer2DModel. A RemixDiT becomes the folder of a pipeline, which holds all
-    the code that diffusers needs to run it.
+    A DiT becomes the folder of a DiTTransformer2DModel. A RemixDiT or a flow becomes the folder of a pipeline, which
+    holds all the code that diffusers needs to run it.
 
     Args:
         path: the folder to create.
         models: "ema" maps to the model to write.
         config: the config of the checkpoint that the model comes from.
-        vae: a diffusers.AutoencoderKL to store in the pipeline of a RemixDiT, or None.
+        vae: a diffusers.AutoencoderKL to store in the pipeline, or None.
 
     Raises:
         UserError: if diffusers cannot represent the model, or the VAE has another number of channels.
     """
     model = models["ema"]
     if isinstance(model, RemixDiT):
-        _write_pipeline(path, model, config, vae)
+        transformer = _mixed_transformer(model, config)
     else:
-        _write_transformer(path, model, config)
+        transformer = _plain_transformer(model, config)
+    if is_pipeline(model, config):
+        _write_pipeline(path, transformer, config, vae)
+    else:
+        with _new_folder(path) as folder:
+            transformer.save_pretrained(folder)
 
 
-def _write_transformer(path, dit: DiT, config: dict):
-    """Write a DiT as the folder of a DiTTransformer2DModel.
+def is_pipeline(model: DiT | RemixDiT, config: dict) -> bool:
+    """Return whether `write` writes a pipeline, because the model needs more than diffusers' own DiT pipeline."""
+    return isinstance(model, RemixDiT) or _flow(config) is not None
+
+
+def _flow(config: dict) -> dict | None:
+    """Return the settings of a flow, or None for Gaussian diffusion."""
+    process = config["diffusion"]
+    if process.get("process") != "flow":
+        return None
+    return {"path": "linear", "prediction": "velocity"} | {key: process[key] for key in FLOW_OPTIONS if key in process}
+
+
+def _plain_transformer(dit: DiT, config: dict):
+    """Return a DiTTransformer2DModel with the weights of a DiT.
 
     The timestep embedding of diffusers' class has other frequencies than the published DiT. The class in the exported
-    Python file has the published ones, and AutoModel loads it with trust_remote_code=True.
+    Python file has those of the model, and AutoModel loads it with trust_remote_code=True.
     """
     # diffusers takes seconds to import.
-    from diffusers import DiTTransformer2DModel
+    from interop.diffusers_files.remix_transformer import PublishedDiTTransformer2DModel
 
-    transformer = DiTTransformer2DModel(**_transformer_arguments(dit, config))
+    transformer = PublishedDiTTransformer2DModel(**_transformer_arguments(dit, config))
+    recorded = {"frequency_shift": dit.frequency_shift, "flow": _flow(config)}
+    transformer.register_to_config(**{key: value for key, value in recorded.items() if value is not None})
     embedders = [f"transformer_blocks.{i}.norm1.emb" for i in range(dit.config["depth"])]
     transformer.load_state_dict(_rename_to_theirs(dit.state_dict(), embedders))
-    with _new_folder(path) as folder:
-        transformer.save_pretrained(folder)
-        shutil.copyfile(EXPORTED_CODE / "remix_transformer.py", folder / "remix_transformer.py")
-        stored = json.loads((folder / "config.json").read_text())
-        stored["auto_map"] = {"AutoModel": "remix_transformer.PublishedDiTTransformer2DModel"}
-        (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+    return transformer
 
 
-def _write_pipeline(path, remix: RemixDiT, config: dict, vae):
-    """Write a RemixDiT as the folder of a pipeline, which holds the K bases and mixes them when it runs."""
+def _write_pipeline(path, transformer, config: dict, vae):
+    """Write the folder of a pipeline. That of a RemixDiT holds the K bases and mixes them when it runs."""
     # diffusers takes seconds to import.
-    import diffusers
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-    transformer, arguments = _mixed_transformer(remix, config)
-    if vae is not None and remix.in_channels != vae.config.latent_channels:
-        raise UserError(f"the model denoises {remix.in_channels} channels, the VAE has {vae.config.latent_channels}")
-    scheduler = diffusers.DDPMScheduler(
-        variance_type="learned_range" if remix.backbone.config["learn_sigma"] else "fixed_large",
-        clip_sample=config["data"]["vae"] == "none",
-        timestep_spacing="linspace",
-    )
-    index = {
-        "_class_name": ["pipeline", "RemixDiTPipeline"],
-        "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "transformer": ["remix_transformer", "RemixDiTTransformer2DModel"],
-        "vae": [None, None] if vae is None else ["diffusers", "AutoencoderKL"],
-    }
+    from interop.diffusers_files.pipeline import RemixDiTPipeline
+
+    shape, flow = transformer.config, _flow(config)
+    if vae is not None and shape.in_channels != vae.config.latent_channels:
+        raise UserError(f"the model denoises {shape.in_channels} channels, the VAE has {vae.config.latent_channels}")
+    if flow is None:
+        scheduler = DDPMScheduler(
+            variance_type="learned_range" if shape.out_channels > shape.in_channels else "fixed_large",
+            clip_sample=config["data"]["vae"] == "none",
+            timestep_spacing="linspace",
+        )
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=flow.get("shift", 1.0))
+    if vae is not None:
+        # The model was trained on latents with this scale, whatever the VAE's own config contains.
+        vae.register_to_config(scaling_factor=config["data"]["scale"])
     with _new_folder(path) as folder:
-        transformer.save_pretrained(folder / "transformer")
-        stored = json.loads((folder / "transformer" / "config.json").read_text())
-        # The other entries are defaults of the parent class, which the exported class does not accept.
-        stored = {key: value for key, value in stored.items() if key.startswith("_") or key in arguments}
-        (folder / "transformer" / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
-        scheduler.save_pretrained(folder / "scheduler")
-        if vae is not None:
-            # The model was trained on latents with this scale, whatever the VAE's own config contains.
-            vae.register_to_config(scaling_factor=config["data"]["scale"])
-            vae.save_pretrained(folder / "vae")
-        shutil.copyfile(EXPORTED_CODE / "remix_transformer.py", folder / "transformer" / "remix_transformer.py")
-        shutil.copyfile(EXPORTED_CODE / "pipeline.py", folder / "pipeline.py")
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        RemixDiTPipeline(transformer, scheduler, vae).save_pretrained(folder)
 
 
 def _mixed_transformer(remix: RemixDiT, config: dict):
-    """Return a RemixDiTTransformer2DModel with the weights of a RemixDiT, and its keyword arguments."""
+    """Return a RemixDiTTransformer2DModel with the weights of a RemixDiT."""
+    # diffusers takes seconds to import.
     from interop.diffusers_files.remix_transformer import RemixDiTTransformer2DModel
 
-    arguments = _transformer_arguments(remix.backbone, config) | dict(
-        n_basis=remix.n_basis,
-        n_experts=remix.n_experts,
-        num_timesteps=remix.num_timesteps,
-        local_scope=remix.scope == "local",
+    transformer = RemixDiTTransformer2DModel(
+        **_transformer_arguments(remix.backbone, config),
+        **{name: getattr(remix, name) for name in REMIX_OPTIONS},
         mixed_layers=[part for layer in remix.mixed_layers for part in BLOCK_LAYERS[layer]],
+        frequency_shift=remix.backbone.frequency_shift,
+        flow=_flow(config),
     )
-    transformer = RemixDiTTransformer2DModel(**arguments)
     weights = _rename_to_theirs(remix.backbone.state_dict(), ["embedder"])
-    weights["coefficients"] = remix.coefficients().detach().reshape(-1, remix.n_experts, remix.n_basis)
+    weights["logits"] = remix.logits.detach().view(-1, remix.n_experts, remix.n_basis)
     transformer.load_state_dict(weights)
-    return transformer, arguments
+    return transformer
 
 
 def _transformer_arguments(dit: DiT, config: dict) -> dict:
@@ -348,7 +405,10 @@ def _transformer_arguments(dit: DiT, config: dict) -> dict:
     positions = sincos_positions(shape["hidden_size"], shape["input_size"] // shape["patch_size"])
     if not torch.allclose(dit.pos_embed[0], positions, atol=1e-5):
         raise UserError("diffusers supports only DiTs with the published position embedding")
-    if changed := set(config["diffusion"]) - {"learn_sigma"}:
+    flow = _flow(config)
+    if flow and (flow["path"], flow["prediction"]) != ("linear", "velocity"):
+        raise UserError("of flows, only those with a linear path and a velocity prediction can be exported")
+    if flow is None and (changed := set(config["diffusion"]) - {"learn_sigma"}):
         raise UserError(
             f"only models of the published diffusion process can be exported, this one has another {', '.join(changed)}"
         )
@@ -367,12 +427,19 @@ def _transformer_arguments(dit: DiT, config: dict) -> dict:
 
 @contextmanager
 def _new_folder(path):
-    """Yield a temporary folder beside `path`, which is renamed to `path` on success and removed on failure."""
+    """Yield a temporary folder beside `path`, which is renamed to `path` on success and removed on failure.
+
+    Its files get the permissions that the user's umask gives new files; safetensors gives them to the owner only.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
+    mode = temporary.stat().st_mode & 0o666
     try:
-        yield temporary
+        with name_write_errors(path):
+            yield temporary
+        for file in temporary.rglob("*.safetensors"):
+            file.chmod(mode)
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

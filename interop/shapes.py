@@ -16,7 +16,7 @@ PUBLISHED_VAE = {"vae": "stabilityai/sd-vae-ft-ema", "scale": 0.18215}
 WRAPPER_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
 
 # Options of a DiT that tensor shapes do not show. An override replaces their values.
-HIDDEN_OPTIONS = ("num_heads", "class_dropout_prob")
+HIDDEN_OPTIONS = ("num_heads", "class_dropout_prob", "frequency_shift")
 
 
 def find_state_dict(content: dict, ema: bool) -> dict[str, Tensor]:
@@ -81,8 +81,8 @@ def make_config(path, backbone: dict, remix: dict | None, overrides: dict) -> di
         path: the file, for error messages.
         backbone: the result of `backbone_from_shapes`.
         remix: the keyword arguments of `remix.RemixDiT` that the tensors show, or None for a plain DiT.
-        overrides: the overrides of `checkpoint.load_model`. `num_heads` and `class_dropout_prob` are used as given.
-            `model`, the expected name, and all other options are compared with the tensors.
+        overrides: the overrides of `checkpoint.load_model`. Those of HIDDEN_OPTIONS are used as given. `model`, the
+            expected name, and all other options are compared with the tensors.
 
     Returns:
         The config (see checkpoint.py). Its part "training" is None.
@@ -99,6 +99,9 @@ def make_config(path, backbone: dict, remix: dict | None, overrides: dict) -> di
     _check_name(path, overrides.get("model", name), name, backbone, remix)
     _check_options(path, options, backbone, remix)
     backbone |= {key: options[key] for key in HIDDEN_OPTIONS if key in options}
+    if not backbone.get("frequency_shift"):
+        # A DiT's config omits the default.
+        backbone.pop("frequency_shift", None)
     if "num_heads" not in backbone:
         shape = f"width {backbone['hidden_size']}, depth {backbone['depth']}"
         raise UserError(f"{path} fits no registered model ({shape}): specify its number of heads (num_heads)")

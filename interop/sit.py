@@ -10,13 +10,11 @@ the same flow has the velocity v(x, t) = -v_REPA(x, 1 - t). Both changes are lin
 """
 
 import argparse
-import os
-import sys
 
 import torch
 from torch import Tensor
 
-from common import UserError, atomic_write
+from common import UserError, atomic_write, warn
 from interop.shapes import backbone_from_shapes, find_state_dict, make_config
 from models import DiT, DiT_models, sinusoid_frequencies
 
@@ -48,9 +46,9 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
         return config, state
     config["diffusion"] = _process(path, REPA_PATHS, {"path_type": "linear", **args, "prediction": "velocity"})
     config["source"] = REPA_CHANGES
-    if projectors and int(os.environ.get("RANK", 0)) == 0:
+    if projectors:
         n_parameters = sum(state[key].numel() for key in projectors)
-        print(f"{path}: left out REPA's projector heads ({n_parameters:,} parameters)", file=sys.stderr)
+        warn(f"{path}: left out REPA's projector heads ({n_parameters:,} parameters)")
     return config, _repa_to_sit({key: value for key, value in state.items() if key not in projectors})
 
 

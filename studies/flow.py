@@ -144,10 +144,15 @@ def draw(path: Path, rows: list[dict]):
         x = [np.mean([row["evaluations"] for row in mine if row["steps"] == step]) for step in steps]
         fids = [np.mean([row["fid"] for row in mine if row["steps"] == step]) for step in steps]
         style = "--" if process == "gaussian" else "-"
-        axes.plot(x, fids, style, marker="*" if sampler == "dopri5" else "o", markersize=5, label=label)
+        # dopri5 is one point.
+        marker = (
+            {"marker": "*", "markersize": 11, "zorder": 3} if sampler == "dopri5" else {"marker": "o", "markersize": 4}
+        )
+        axes.plot(x, fids, style, **marker, label=label)
     axes.set(xscale="log", yscale="log", xlabel="network evaluations per sample")
     axes.set_ylabel("FID, features of the digits' classifier")
     axes.set_xticks(EVALUATIONS, [str(n) for n in EVALUATIONS])
+    axes.set_yticks([70, 100, 150, 200, 300], ["70", "100", "150", "200", "300"])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
@@ -169,7 +174,7 @@ def print_table(rows: list[dict], numbers: list[int]):
         print(f"| {n} | {' | '.join(cells)} |")
     adaptive = [row for row in rows if row["sampler"] == "dopri5"]
     fid = mean_and_std([row["fid"] for row in adaptive], 2)
-    print(f"dopri5: {fid} with {', '.join(str(row['evaluations']) for row in adaptive)} evaluations")
+    print(f"\ndopri5: {fid} with {', '.join(str(row['evaluations']) for row in adaptive)} evaluations")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import runpy
 import subprocess
 import sys
@@ -100,6 +101,17 @@ def locked(folder: Path):
     finally:
         process.kill()
         process.join()
+
+
+@contextmanager
+def file_limit(size: int):
+    """Let writing fail beyond `size` bytes of a file, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def wait_for(condition: Callable, seconds: float = 60):

@@ -41,12 +41,18 @@ def test_every_part_is_measured(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_is_measured_on_several_processes(tmp_path):
+@pytest.mark.parametrize(
+    ("sharded", "name"), [((), "RemixDiT G=2"), (("--shard-bases",), "RemixDiT G=2, sharded bases")]
+)
+def test_training_is_measured_on_several_processes(tmp_path, sharded, name):
     settings = flags(parts=("training",), precision="fp32", compile=False, warmup=1, rounds=2, experts_per_batch=(2,))
-    run("benchmarks/benchmark.py", *TOY, *settings, *flags(out=tmp_path, name="two"), processes=2)
+    run("benchmarks/benchmark.py", *TOY, *settings, *flags(out=tmp_path, name="two"), *sharded, processes=2)
     results = json.loads((tmp_path / "two.json").read_text())
     assert results["machine"]["device"].startswith("2 x ")
-    assert [row["model"] for row in results["training"]] == ["DiT", "RemixDiT G=2"]
+    assert [row["model"] for row in results["training"]] == [
+        "DiT",
+        "RemixDiT G=2" + (", sharded bases" if sharded else ""),
+    ]
     for row in results["training"]:
         assert row["images/s"] == pytest.approx(2 * 4 / row["ms/step"] * 1e3)
 
@@ -83,11 +89,11 @@ def test_a_failure_on_the_gpu_does_not_end_the_other_measurements(commands):
     called, errors = commands(expect=1, gpus=8)
     sizes = [size for size in ("S/2", "B/2", "L/2", "XL/2") for command in called if f"--model {size}" in command]
     assert set(sizes) == {"S/2", "B/2", "L/2", "XL/2"}
-    assert called[-4:] == [command for command in called if command.startswith("torchrun")]
+    assert called[-8:] == [command for command in called if command.startswith("torchrun")]
     assert "--parts sampling" in " ".join(called) and "pytest" in called[0]
     failed = [line.removeprefix("failed: ") for line in errors.splitlines()]
     assert failed == [command for command in called if "XL/2" in command]
-    assert len(failed) == 3
+    assert len(failed) == 4
 
 
 def test_one_gpu_is_measured_without_torchrun(commands):

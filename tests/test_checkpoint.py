@@ -11,6 +11,7 @@ from checkpoint import (
     CheckpointWriter,
     build_model,
     checkpoints,
+    find_checkpoint,
     find_corruption,
     load_model,
     model_config,
@@ -150,6 +151,19 @@ def test_saving_copies_the_state_before_it_returns(tmp_path):
     weight += 1
     writer.wait()
     assert not torch.load(tmp_path / "0000001.pt", weights_only=True)["model"]["w"].any()
+
+
+def test_a_runs_folder_stands_for_its_newest_checkpoint(tmp_path):
+    folder = tmp_path / "run/checkpoints"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_model(tmp_path / "run")
+    for name in ("0000020.pt", "0000100.pt", "0000300.pt.damaged"):
+        (folder / name).touch()
+    newest = str(folder / "0000100.pt")
+    assert find_checkpoint(tmp_path / "run") == find_checkpoint(folder) == find_checkpoint(newest) == newest
+    with pytest.raises(UserError, match="neither a run's checkpoints nor"):
+        load_model(tmp_path)
 
 
 def test_which_checkpoints_are_kept(features, tmp_path):

@@ -5,13 +5,23 @@ import json
 import shutil
 import socket
 
+import numpy as np
 import pytest
-from conftest import locked
+from conftest import file_limit, locked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
-from common import ArgumentParser, UserError, atomic_write, check_settings, lock_folder, number, remove_leftovers
+from common import (
+    ArgumentParser,
+    UserError,
+    atomic_write,
+    check_settings,
+    lock_folder,
+    number,
+    remove_leftovers,
+    write_array,
+)
 
 
 @given(st.text(max_size=12))
@@ -51,6 +61,20 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         raise RuntimeError
     assert [entry.name for entry in path.parent.iterdir()] == ["file"]
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("size", [10, 500, 2000, 100_000])
+def test_an_array_that_does_not_fit_on_the_disk(tmp_path, size):
+    """The limit cuts the last bytes off, which np.save would not report."""
+    path, array = tmp_path / "a.npy", np.arange(size, dtype=np.float32).reshape(2, -1).T
+    write_array(path, array)
+    assert np.array_equal(np.load(path), array)
+    length = path.stat().st_size
+    path.unlink()
+    for missing in (1, 40):
+        with file_limit(length - missing), pytest.raises(OSError, match="File too large"):
+            write_array(path, array)
+        assert not list(tmp_path.iterdir())
 
 
 def test_temporary_files_of_killed_writers_are_removed(tmp_path):

@@ -11,12 +11,13 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, run
+from conftest import GOLDEN, ROOT, file_limit, run
 from PIL import Image
 
 from evaluator import (
     AdmInception,
     GaussianStatistics,
+    content_hash,
     fid_bias,
     frechet_distance,
     inception_score,
@@ -142,6 +143,53 @@ def test_precision_recall_matches_adm(adm):
     assert recall == pytest.approx(float(adm["recall"]), abs=0.01)
 
 
+def half_precision_recall(ref, sample, round_every_term: bool = True) -> tuple[float, float]:
+    """Precision and recall with the distances in half precision, as ADM's evaluator computes them on a CPU.
+
+    `round_every_term` says whether the sum of a squared norm is rounded after every term, or once.
+    """
+
+    def half(x):
+        return x.half().float()
+
+    def norms(x):
+        if not round_every_term:
+            return half(half(x.square()).sum(1))
+        total = torch.zeros(len(x))
+        for column in half(x.square()).T:
+            total = half(total + column)
+        return total
+
+    def distances(a, b):
+        a, b = half(torch.as_tensor(a)), half(torch.as_tensor(b))
+        return half(half(norms(a)[:, None] - half(2 * half(a @ b.T))) + norms(b)).clamp(min=0)
+
+    def radii(x):
+        return distances(x, x).kthvalue(4, dim=1).values
+
+    between = distances(ref, sample)
+    covered = (between <= radii(ref)[:, None]).any(0), (between <= radii(sample)).any(1)
+    return tuple(points.double().mean().item() for points in covered)
+
+
+def test_adm_takes_distances_in_half_precision(adm):
+    """This explains the whole difference between ADM's scores and ours. docs/evaluation.md gives numbers."""
+    assert half_precision_recall(adm["ref_pool"], adm["sample_pool"]) == pytest.approx(
+        (float(adm["precision"]), float(adm["recall"])), abs=1e-12
+    )
+    # As many points and features as in the documentation, with the norm of Inception's features.
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(20, 2048, generator=generator) / 20**0.5
+    ref, sample = (
+        torch.nn.functional.softplus(2 * std * torch.randn(1500, 20, generator=generator) @ common - 1) * 0.45
+        for std in (1, 0.95)
+    )
+    scores = [precision_recall(ref, sample), *(half_precision_recall(ref, sample, every) for every in (False, True))]
+    documented = [(0.7707, 0.6180), (0.7727, 0.6193), (0.7920, 0.6433)]
+    assert np.array(scores) == pytest.approx(np.array(documented), abs=0.002)
+    assert scores[0][1] < scores[1][1] < scores[2][1]
+
+
 @pytest.mark.parametrize("block", [7, 32, 1024])
 def test_precision_recall_matches_the_definition(block):
     generator = np.random.default_rng(1)
@@ -245,7 +293,9 @@ def test_printed_scores_match_the_functions(files):
 
 def test_statistics_in_the_reference_file_are_used(files, tmp_path):
     d, s = 12, 16
-    np.savez(tmp_path / "stats.npz", mu=np.full(d, 7.0), sigma=np.eye(d), mu_s=np.zeros(s), sigma_s=np.eye(s))
+    network = content_hash(files / "toy.pt2")
+    arrays = dict(mu=np.full(d, 7.0), sigma=np.eye(d), mu_s=np.zeros(s), sigma_s=np.eye(s))
+    np.savez(tmp_path / "stats.npz", network=network, **arrays)
     done = run("evaluator.py", tmp_path / "stats.npz", files / "sample.npz", "--weights", files / "toy.pt2")
     scores = parse_scores(done.stdout)
     assert scores["FID"] > 40 * d, "the means differ by more than 6 in every dimension"
@@ -259,7 +309,7 @@ def test_saved_statistics_replace_images(files, tmp_path):
     assert run("evaluator.py", files / "ref.npz", *flags).stdout == "", "without samples, no scores are printed"
     pool = toy_outputs(files / "ref.npz")[0].double()
     with np.load(tmp_path / "ref") as file:
-        assert set(file) == {"mu", "sigma", "mu_s", "sigma_s"}
+        assert set(file) == {"network", "mu", "sigma", "mu_s", "sigma_s"}
         np.testing.assert_allclose(file["mu"], pool.mean(0), rtol=1e-6)
         np.testing.assert_allclose(file["sigma"], torch.cov(pool.T), rtol=1e-5, atol=1e-8)
     by_images = scores_of(files, files / "ref.npz", files / "sample.npz")
@@ -273,6 +323,19 @@ def test_saved_statistics_replace_images(files, tmp_path):
     out = run("evaluator.py", tmp_path / "ref", tmp_path / "sample", "--weights", tmp_path / "none.pth").stdout
     assert parse_scores(out)["FID"] == pytest.approx(by_images["FID"], rel=1e-9)
     assert np.isnan(parse_scores(out)["Inception Score"])
+    assert "&" not in out, "no row of a LaTeX table without all scores"
+
+
+@pytest.mark.slow
+def test_the_documented_feature_network(files, tmp_path, monkeypatch):
+    """The example of docs/evaluation.md, without the download of its weights and for smaller images."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/evaluation.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert '"DEFAULT"' in code
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('"DEFAULT"', "None").replace("256, 256", "8, 8"), {})
+    images = (files / "ref.npz", files / "sample.npz")
+    out = run("evaluator.py", *images, "--weights", tmp_path / "resnet18.pt2", "--cache=none", "--batch-size=7").stdout
+    assert all(np.isfinite(value) for value in parse_scores(out).values())
 
 
 def test_a_folder_of_images_equals_an_array(files, tmp_path):
@@ -285,6 +348,16 @@ def test_a_folder_of_images_equals_an_array(files, tmp_path):
     (tmp_path / "images" / "notes.txt").write_text("not an image")
     scores = scores_of(files, files / "ref.npz", tmp_path / "images", "--batch-size", 7)
     assert scores == pytest.approx(scores_of(files, files / "ref.npz", files / "sample.npz"), rel=1e-6)
+
+
+def test_files_that_cannot_be_written(files, tmp_path):
+    flags = [files / "ref.npz", files / "sample.npz", "--weights", files / "toy.pt2", "--cache=none"]
+    for flag in ("--json", "--save-stats"):
+        stderr = run("evaluator.py", *flags, flag, tmp_path, expect=2).stderr
+        assert stderr == f"evaluator.py: error: {flag} {tmp_path} is a folder: name a file\n"
+    with file_limit(1000):
+        stderr = run("evaluator.py", *flags, "--save-stats", tmp_path / "stats.npz", expect=2).stderr
+    assert stderr.splitlines()[-1] == f"evaluator.py: error: {tmp_path / 'stats.npz'}: File too large"
 
 
 def test_several_files_are_printed_as_a_table(files, tmp_path):
@@ -430,11 +503,9 @@ def test_dinov2_that_cannot_be_downloaded(files, hub):
         (lambda path: np.savez(path, arr_0=np.zeros((9, 12, 12, 3), np.uint8)), "cannot process the images"),
         (lambda path: np.savez(path, other=np.zeros(3)), "neither images"),
         (lambda path: save_statistics(path, mu=np.zeros(11)), "mu (11,) and sigma (12, 12) do not match"),
-        (lambda path: save_statistics(path, mu=np.zeros(11), sigma=np.eye(11)), "has 12 pooled features"),
         (lambda path: save_statistics(path, sigma_s=np.eye(16)[:5]), "is not a mean or covariance"),
         (lambda path: save_statistics(path, mu=np.array(0.0)), "is not a mean or covariance"),
         (lambda path: save_statistics(path, mu=np.zeros(12, int)), "is not a mean or covariance"),
-        (lambda path: save_statistics(path, mu=np.full(12, np.nan)), "are not finite"),
         (lambda path: save_images(path, (8, 8), (8, 8), (8, 8)), "holds 3 images"),
         (lambda path: save_images(path, *[(8, 8)] * 70, (8, 9)), "0070.png is 8x9, "),
         (lambda path: save_images(path, *[(8, 8)] * 4, mode="F", suffix="tif"), "pixels are 32-bit floats"),
@@ -445,6 +516,33 @@ def test_errors_for_wrong_files(files, tmp_path, make, message):
     make(tmp_path / "wrong.npz")
     done = run("evaluator.py", files / "ref.npz", tmp_path / "wrong.npz", "--weights", files / "toy.pt2", expect=2)
     assert message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(mu=np.zeros(11), sigma=np.eye(11)), "has 12 pooled features"),
+        (dict(mu=np.full(12, np.nan)), "are not finite"),
+    ],
+)
+def test_errors_for_wrong_statistics(files, tmp_path, changes, message):
+    save_statistics(tmp_path / "wrong.npz", network=content_hash(files / "toy.pt2"), **changes)
+    done = run("evaluator.py", files / "ref.npz", tmp_path / "wrong.npz", "--weights", files / "toy.pt2", expect=2)
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_statistics_of_another_network_are_refused(files, tmp_path):
+    """Statistics without a name are ADM's, of Inception. Two files of statistics are compared without any network."""
+    adm, other, images = tmp_path / "adm.npz", tmp_path / "other.npz", files / "sample.npz"
+    save_statistics(adm)
+    save_statistics(other, network="abcd")
+    toy = ("--weights", files / "toy.pt2")
+    for flags in ((adm, images, *toy), (images, adm, *toy), (other, images, *toy), (other, adm), (other, images)):
+        stderr = run("evaluator.py", *flags, expect=2).stderr
+        assert "features of different networks cannot be compared" in stderr
+        assert stderr.count("\n") == 1
+    for path in (adm, other):
+        assert parse_scores(run("evaluator.py", path, path, *toy).stdout)["FID"] == pytest.approx(0, abs=1e-6)
 
 
 def save_statistics(path, **changes):

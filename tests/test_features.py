@@ -1,9 +1,11 @@
 """The encoded-dataset format: packed shards, stored moments, the original layout, damaged files."""
 
 import json
+import multiprocessing
 import os
 import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,3 +178,59 @@ def test_damaged_features(features, tmp_path, damage, message):
     damage(folder)
     with pytest.raises(UserError, match=message):
         FeatureDataset(folder)
+
+
+def write_original_layout(folder: Path, labels: list[int]):
+    for kind in ("features", "labels"):
+        (folder / f"imagenet8_{kind}").mkdir(parents=True, exist_ok=True)
+    for i, label in enumerate(labels):
+        np.save(folder / f"imagenet8_features/{i}.npy", np.zeros((1, 1, 1, 1), np.float32))
+        np.save(folder / f"imagenet8_labels/{i}.npy", np.array([label]))
+
+
+def test_many_labels_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("features.FEW_LABELS", 50)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_original_layout(tmp_path, list(range(80)))
+
+    def opened() -> tuple[int, list[int]]:
+        """Open the dataset, and return how many label files were read, and the labels."""
+        read = []
+        load = FeatureDataset._load_file
+        with monkeypatch.context() as patch:
+            patch.setattr(FeatureDataset, "_load_file", staticmethod(lambda path: (read.append(path), load(path))[1]))
+            labels = FeatureDataset(tmp_path).labels.tolist()
+        return sum("labels" in path.parent.name for path in read), labels
+
+    assert opened() == (80, list(range(80)))
+    assert opened() == (64, list(range(80))), "some labels are compared with their files"
+    np.save(tmp_path / "imagenet8_labels/0.npy", np.array([7]))
+    assert opened()[1][0] == 7
+    write_original_layout(tmp_path, [5] * 81)
+    assert opened() == (81, [5] * 81)
+    (cache,) = (tmp_path / "cache/remix-dit").glob("*.npz")
+    cache.write_bytes(b"damaged")
+    assert opened() == (81, [5] * 81)
+
+
+def test_processes_that_start_together_read_many_labels_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("features.FEW_LABELS", 50)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_original_layout(tmp_path, list(range(80)))
+    load, context = FeatureDataset._load_file, multiprocessing.get_context("fork")
+    read = context.Value("i", 0)
+
+    def count(path):
+        if "labels" in path.parent.name:
+            with read.get_lock():
+                read.value += 1
+        return load(path)
+
+    monkeypatch.setattr(FeatureDataset, "_load_file", staticmethod(count))
+    processes = [context.Process(target=FeatureDataset, args=(tmp_path,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert read.value == 80 + 2 * 64

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from figures import CAPTION_HEIGHT, GAP, interval_labels, intervals, save_grid
+from figures import CAPTION_HEIGHT, GAP, interval_labels, intervals, save_coefficients, save_grid
 from models import DiT_models
 from remix import RemixDiT
 
@@ -31,9 +31,12 @@ def test_captions_are_cut_at_the_width_of_their_tile(tmp_path):
     assert (continued < 255).any()
 
 
-@pytest.mark.parametrize("n_experts", [1, 6, 20])
-def test_intervals_hold_the_timesteps_of_their_expert(n_experts):
-    model = RemixDiT(DiT_models["DiT-T/4"](input_size=8, num_classes=2), n_basis=2, n_experts=n_experts)
+@pytest.mark.parametrize(
+    ("n_experts", "boundaries"), [(1, None), (6, None), (20, None), (4, [0, 1, 100.5, 333.3333, 1000]), (1, [0, 1000])]
+)
+def test_intervals_hold_the_timesteps_of_their_expert(n_experts, boundaries):
+    dit = DiT_models["DiT-T/4"](input_size=8, num_classes=2)
+    model = RemixDiT(dit, n_basis=2, n_experts=n_experts, boundaries=boundaries)
     timesteps = [(i, t) for i, (low, high) in enumerate(intervals(model)) for t in range(low, high)]
     assert [t for _, t in timesteps] == list(range(1000))
     assert all(model.expert_index(t) == i for i, t in timesteps)
@@ -49,3 +52,9 @@ def test_intervals_are_those_between_the_boundaries(boundaries):
         assert intervals(model) == [(0, 13), (13, 875), (875, 1000)]
         assert interval_labels(model) == ["0-12", "13-874", "875-999"]
         assert [model.expert_index(t) for t in (12, 13, 874, 875)] == [0, 1, 1, 2]
+
+
+def test_the_coefficients_of_a_flow_are_drawn(tmp_path):
+    model = RemixDiT(DiT_models["DiT-T/4"](8), n_basis=2, n_experts=3, boundaries=[0, 0.25, 0.5, 1])
+    save_coefficients(tmp_path / "alpha.png", model, "a flow")
+    assert Image.open(tmp_path / "alpha.png").width > 300

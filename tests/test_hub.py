@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from conftest import run
+from conftest import make_images, run
 
 import hub
 from checkpoint import fingerprint, load_model
@@ -57,3 +57,13 @@ def test_incomplete_names(name):
 def test_other_paths_are_left_alone(tmp_path):
     for path in ("pretrained/a.pt", tmp_path / "a.pt", "facebook/DiT-XL-2-256"):
         assert hub.local_file(path) is path
+
+
+def test_a_vae_on_a_hub_that_cannot_be_reached(tmp_path):
+    began = time.perf_counter()
+    flags = ("--data-path", make_images(tmp_path / "images", per_class=1), "--features-path", tmp_path / "f")
+    stderr = run("extract_features.py", *flags, expect=2).stderr
+    assert "'stabilityai/sd-vae-ft-ema' (the Hugging Face hub cannot be reached): use --vae PATH" in stderr
+    assert "or --vae none for models of pixels" in stderr
+    assert time.perf_counter() - began < 25
+    assert not (tmp_path / "f").exists()

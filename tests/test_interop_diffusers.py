@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -19,9 +21,12 @@ from diffusion.solvers import make_sampler
 from distributed import seed_for
 from interop import diffusers
 from models import DiT, DiT_models
-from remix import MIXED_LAYERS, MODULATION, FoldedRemixDiT, RemixDiT_models
+from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, FoldedRemixDiT, RemixDiT_models
 
 LABELS = [2, 0, 1]
+# Of two flows, what a file records, and what is read back. The first is a bare state dict that the user calls a flow.
+FLOW = {"process": "flow", "path": "linear", "prediction": "velocity"}
+FLOWS = {"flow-dit": ({"process": "flow"}, FLOW), "flow-remix": (FLOW | {"shift": 3.0}, FLOW | {"shift": 3.0})}
 
 
 def perturbed(model):
@@ -33,9 +38,9 @@ def perturbed(model):
     return model.eval()
 
 
-def save(path, model, name, data):
+def save(path, model, name, data, diffusion=None):
     """Save a model whose EMA weights are its raw weights."""
-    config = {"model": model_config(name, model), "diffusion": {}, "data": data, "training": {}}
+    config = {"model": model_config(name, model), "diffusion": diffusion or {}, "data": data, "training": {}}
     save_checkpoint(path, {"config": config, "model": model.state_dict(), "ema": model.state_dict()})
     return path
 
@@ -74,6 +79,13 @@ def batch(channels: int = 3):
     generator = torch.Generator().manual_seed(1)
     t = torch.tensor([0, 1, 250, 499, 500, 999])
     return torch.randn(6, channels, 8, 8, generator=generator), t, torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+@torch.no_grad()
+def run_model(model) -> torch.Tensor:
+    """Return a model's outputs for `batch`, of this project or of diffusers."""
+    out = model(*batch())
+    return out if isinstance(out, torch.Tensor) else out.sample
 
 
 @torch.no_grad()
@@ -187,7 +199,7 @@ def test_paths_of_files_are_not_hub_names(tmp_path):
 
 @pytest.fixture(scope="module")
 def exported(ckpt, vae, tmp_path_factory):
-    """Folders of a DiT, an expert, a pixel pipeline and a latent pipeline with a VAE, and their checkpoints."""
+    """Folders of a DiT, an expert, a pixel pipeline, a latent pipeline with a VAE, and pipelines of two flows."""
     path = tmp_path_factory.mktemp("exported")
     dit = perturbed(DiT_models["DiT-T/4"](input_size=8, in_channels=4, num_classes=3, learn_sigma=False))
     shape = dict(input_size=8, in_channels=4, num_classes=3, n_basis=3, n_experts=7, scope="local")
@@ -199,13 +211,21 @@ def exported(ckpt, vae, tmp_path_factory):
     run("convert.py", ckpt, path / "expert", "--to", "diffusers", "--expert", 4)
     run("convert.py", ckpt, path / "pixels", "--to", "diffusers", "--vae", "none")
     run("convert.py", path / "latent.pt", path / "latents", "--to", "diffusers", "--vae", vae)
+    save(path / "flow-dit.pt", dit, "DiT-T/4", data, FLOWS["flow-dit"][0])
+    # Two of the steps are on boundaries: with a shift of 3, 0.1 becomes 0.25, and 0.5 becomes 0.75.
+    shape = dict(input_size=8, in_channels=4, num_classes=3, n_basis=3, n_experts=4, boundaries=[0, 0.25, 0.6, 0.75, 1])
+    remix = perturbed(RemixDiT_models["RemixDiT-T/2"](**shape))
+    save(path / "flow-remix.pt", remix, "RemixDiT-T/2", data, FLOWS["flow-remix"][0])
+    run("convert.py", path / "flow-dit.pt", path / "flow-dit", "--to", "diffusers", "--vae", vae)
+    run("convert.py", path / "flow-remix.pt", path / "flow-remix", "--to", "diffusers")
     return path
 
 
 USE_EXPORTED = """
 import sys
+import diffusers
 import torch
-from diffusers import AutoModel, DDIMScheduler, DPMSolverMultistepScheduler, DiffusionPipeline, DiTTransformer2DModel
+from diffusers import AutoModel, DiffusionPipeline, DiTTransformer2DModel
 
 for name in ("remix", "models", "interop"):
     try:
@@ -213,38 +233,99 @@ for name in ("remix", "models", "interop"):
     except ImportError:
         continue
     raise SystemExit(f"{name} can be imported")
+
+def load_pipeline(name):
+    pipe = DiffusionPipeline.from_pretrained(name, custom_pipeline=name, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
 given = torch.load("given.pt", weights_only=True)
 results = {}
+# All models are loaded before one is used, so that diffusers executes the exported code several times.
+pipes = {name: load_pipeline(name) for name in ("pixels", "latents")}
+models = {name: AutoModel.from_pretrained(name, trust_remote_code=True) for name in ("dit", "expert")}
+again = load_pipeline("pixels")
 with torch.no_grad():
-    for name in ("dit", "expert"):
+    for name, model in models.items():
         x, t, y = given[name]
-        results[name] = AutoModel.from_pretrained(name, trust_remote_code=True)(x, t, y).sample
+        results[name] = model(x, t, y).sample
         results[f"{name}-stock"] = DiTTransformer2DModel.from_pretrained(name)(x, t, y).sample
-    for name in ("pixels", "latents"):
-        pipe = DiffusionPipeline.from_pretrained(name, custom_pipeline=name, trust_remote_code=True)
-        pipe.set_progress_bar_config(disable=True)
-        published = pipe.scheduler.config
+        model.save_pretrained(f"{name}-saved")
+        saved = AutoModel.from_pretrained(f"{name}-saved", trust_remote_code=True)
+        assert torch.equal(saved(x, t, y).sample, results[name])
+    for name, pipe in pipes.items():
+        published = pipe.scheduler
         settings = dict(class_labels=given["labels"], num_inference_steps=10)
-        for sampler in ("ddpm", "ddim", "dpmpp"):
-            if sampler == "ddim":
-                pipe.scheduler = DDIMScheduler.from_config(published, timestep_spacing="leading")
-            elif sampler == "dpmpp":
-                pipe.scheduler = DPMSolverMultistepScheduler.from_config(published)
+        for sampler, (scheduler, changes) in given["schedulers"].items():
+            pipe.scheduler = getattr(diffusers, scheduler).from_config(published.config, **changes)
             draws = [torch.Generator().manual_seed(seed) for seed in given["seeds"]]
             results[f"{name}-{sampler}"] = pipe(**settings, generator=draws, output_type="latent").images
-        noise = given[f"{name}-noise"]
-        results[f"{name}-unguided"] = pipe(**settings, latents=noise, guidance_scale=1, output_type="pt").images
-        images = pipe(**settings, output_type="pil").images
-        results[f"{name}-size"] = [image.size for image in images]
+        settings["latents"] = given[f"{name}-noise"]
+        x, t, y = given[f"{name}-noise"], torch.full((3,), 700), torch.tensor([0, 1, 3])
+        unguided = dict(**settings, guidance_scale=1)
+        results[f"{name}-unguided"] = pipe(**unguided, output_type="pt").images
+        results[f"{name}-size"] = [image.size for image in pipe(**settings, output_type="pil").images]
+        pipe.scheduler = published
+        pipe.save_pretrained(f"{name}-saved")
+        draw = lambda pipe: pipe(**settings, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        expected = draw(pipe)
+        assert torch.equal(draw(load_pipeline(f"{name}-saved")), expected)
+        for folder in (name, f"{name}-saved"):
+            model = AutoModel.from_pretrained(folder, subfolder="transformer", trust_remote_code=True)
+            assert torch.equal(model(x, t, y).sample, pipe.transformer(x, t, y).sample)
+        if name == "pixels":
+            assert torch.equal(draw(again), expected)
+        # Weights that change in place are used at the next call, without a change of the expert.
+        before = model(x, t, y).sample
+        model.logits[:, :, 0] += 5
+        assert not torch.equal(model(x, t, y).sample, before)
+        model.logits[:, :, 0] -= 5
+        model.transformer_blocks[1].ff.net[2].weight *= 1.01
+        assert not torch.allclose(model(x, t, y).sample, before)
         try:
-            pipe.transformer(x, torch.tensor([0, 999]).repeat(3), y)
+            pipe.transformer(x, torch.tensor([0, 999, 999]), y)
         except ValueError as error:
-            results["refused"] = str(error)
+            results["several experts"] = str(error)
+        for label in (-1, 3):
+            try:
+                pipe([0, label], num_inference_steps=1)
+            except ValueError as error:
+                results[f"label {label}"] = str(error)
+        few = dict(num_inference_steps=4, output_type="latent")
+        twice = pipe([2, 0], num_images_per_prompt=2, generator=torch.Generator().manual_seed(0), **few).images
+        listed = pipe([2, 2, 0, 0], generator=torch.Generator().manual_seed(0), **few).images
+        assert torch.equal(twice, listed)
+        one = pipe(1, generator=torch.Generator().manual_seed(0), **few).images
+        assert torch.equal(one, pipe([1], generator=torch.Generator().manual_seed(0), **few).images)
+    for name in ("flow-dit", "flow-remix"):
+        settings = dict(class_labels=given["labels"], latents=given["latents-noise"], num_inference_steps=10)
+        pipe = load_pipeline(name)
+        results[name] = pipe(**settings, output_type="latent").images
+        pipe.save_pretrained(f"{name}-saved")
+        again = load_pipeline(f"{name}-saved")
+        assert torch.equal(again(**settings, output_type="latent").images, results[name])
+        if again.vae is not None:
+            results["flow-size"] = [image.size for image in again(**settings).images]
+        again.scheduler = diffusers.DDPMScheduler()
+        try:
+            again(**settings)
+        except ValueError as error:
+            results[f"{name}-scheduler"] = str(error)
+    for name, pipe in pipes.items():
         pipe.to(torch.bfloat16)
-        assert pipe(**settings, output_type="latent").images.isfinite().all()
+        assert pipe([0, 1], num_inference_steps=4, output_type="latent").images.isfinite().all()
 assert "timm" not in sys.modules
 torch.save(results, "results.pt")
 """
+
+# Our samplers: number of steps, the class of diffusers, and the settings that it needs beside those of the export.
+SCHEDULERS = {
+    "ddpm": ("10", "DDPMScheduler", {}),
+    "ddim": ("ddim10", "DDIMScheduler", {"timestep_spacing": "leading"}),
+    "dpmpp": ("10", "DPMSolverMultistepScheduler", {}),
+    "unipc": ("10", "UniPCMultistepScheduler", {}),
+    "euler": ("10", "EulerDiscreteScheduler", {}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +336,7 @@ def results(exported, tmp_path_factory):
         "expert": batch(3),
         "labels": LABELS,
         "seeds": [seed_for(0, i) for i in range(3)],
+        "schedulers": {sampler: settings for sampler, (_, *settings) in SCHEDULERS.items()},
         "pixels-noise": draw_all(3)(None),
         "latents-noise": draw_all(4)(None),
     }
@@ -264,6 +346,7 @@ def results(exported, tmp_path_factory):
     command = [sys.executable, "-I", "-c", USE_EXPORTED]
     done = subprocess.run(command, cwd=exported, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not re.search("passed to (Published|Remix)DiT", done.stderr), "the exported classes know their configs"
     return torch.load(exported / "results.pt", weights_only=True)
 
 
@@ -285,10 +368,10 @@ def test_exported_dits_give_our_outputs(exported, results, ckpt):
             torch.testing.assert_close(back.state_dict()[key], value, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", "10"), ("ddim", "ddim10"), ("dpmpp", "10")])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
 @pytest.mark.parametrize("name", ["pixels", "latents"])
 @torch.no_grad()
-def test_exported_pipelines_give_our_samples(exported, results, ckpt, name, sampler, steps):
+def test_exported_pipelines_give_our_samples(exported, results, ckpt, name, sampler):
     model, _ = load_denoiser([ckpt if name == "pixels" else exported / "latent.pt"])
     assert isinstance(model, FoldedRemixDiT)
     pixels, labels = name == "pixels", torch.tensor(LABELS)
@@ -299,22 +382,57 @@ def test_exported_pipelines_give_our_samples(exported, results, ckpt, name, samp
         return model.forward_with_cfg(*both, 1.5)[:3]
 
     noise = draw(None)
-    # diffusers' DPM-Solver does not clip.
-    clip = pixels and sampler != "dpmpp"
-    ours = make_sampler(sampler, steps)[0](denoise, noise.shape, noise=noise, clip_denoised=clip, step_noise=draw)
+    # diffusers' solvers do not clip.
+    clip = pixels and sampler in ("ddpm", "ddim")
+    ours = make_sampler(sampler, SCHEDULERS[sampler][0])[0](
+        denoise, noise.shape, noise=noise, clip_denoised=clip, step_noise=draw
+    )
     theirs = results[f"{name}-{sampler}"]
     assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
     assert ours.std() > 0.1
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_exported_flows_give_our_samples(exported, results, name):
+    model, config = load_denoiser([exported / f"{name}.pt"])
+    labels, noise = torch.tensor(LABELS), draw_all(4)(None)
+    loop, times = make_sampler("euler", "10", **config["diffusion"])
+    requested = iter(times)
+
+    def denoise(x, t):
+        both = [torch.cat(pair) for pair in ((x, x), (t, t), (labels, torch.full_like(labels, 3)))]
+        network = model.for_timestep(next(requested)) if name == "flow-remix" else model
+        return network.forward_with_cfg(*both, 1.5)[:3]
+
+    ours = loop(denoise, noise.shape, noise=noise)
+    theirs = results[name]
+    assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
+    assert (ours - noise).std() > 0.1
+    assert "needs a FlowMatch scheduler" in results[f"{name}-scheduler"]
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_exported_flows_are_read_back(exported, results, name):
+    ours, config = load_model(exported / f"{name}.pt")
+    for folder in (name, f"{name}-saved"):
+        back, config_back = load_model(exported / folder)
+        assert config_back["diffusion"] == FLOWS[name][1]
+        assert config_back["model"] == config["model"]
+        assert all(torch.equal(value, back.state_dict()[key]) for key, value in ours.state_dict().items())
+    assert results["flow-size"] == [(16, 16)] * 3, "a flow DiT's pipeline holds the VAE"
 
 
 @torch.no_grad()
 def test_exported_pipelines_decode_as_we_do(exported, results, vae):
     assert results["pixels-size"] == [(8, 8)] * 3
     assert results["latents-size"] == [(16, 16)] * 3
-    assert "belong to 0 to 6" in results["refused"]
+    assert "belong to 0 to 6" in results["several experts"]
+    assert results["label 3"] == "class_labels must be from 0 to 2, but 3 is among them"
+    assert results["label -1"] == "class_labels must be from 0 to 2, but -1 is among them"
     model, _ = load_denoiser([exported / "latent.pt"])
     noise = draw_all(4)(None)
-    loop, _ = make_sampler("dpmpp", "10")
+    loop, _ = make_sampler("euler", "10")
     x = loop(partial(model, y=torch.tensor(LABELS)), noise.shape, noise=noise, clip_denoised=False)
     autoencoder = load_autoencoder(str(vae))
     # The checkpoint's scale, which differs from the one in the VAE's config.
@@ -331,6 +449,89 @@ def test_a_pipeline_stores_the_bases_once(exported, ckpt):
     assert not (exported / "pixels" / "vae").exists()
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_remix_dit_is_read_back(tmp_path, mixer, scope):
+    """Bit for bit and with its config, by load_model and through convert.py."""
+    options = dict(mixer=mixer, scope=scope, frequency_shift=int(scope == "local"))
+    if mixer == "raw":
+        options |= dict(mixed_layers=[*MIXED_LAYERS, MODULATION], boundaries=[0, 100.5, 333.3, 800, 1000])
+    shape = dict(input_size=8, in_channels=3, num_classes=3, n_basis=2, n_experts=4)
+    model = perturbed(RemixDiT_models["RemixDiT-T/4"](**shape, **options))
+    ours = save(tmp_path / "a.pt", model, "RemixDiT-T/4", {"vae": "none", "scale": 1.0})
+    run("convert.py", ours, tmp_path / "folder", "--to=diffusers")
+    run("convert.py", tmp_path / "folder", tmp_path / "b.safetensors", "--to=safetensors")
+    for path in (tmp_path / "folder", tmp_path / "folder/transformer", tmp_path / "b.safetensors"):
+        back, config = load_model(path)
+        assert config["model"] == model_config("RemixDiT-T/4", model)
+        assert back.config == model.config
+        assert all(torch.equal(value, back.state_dict()[key]) for key, value in model.state_dict().items())
+    for key, value in (("mixer", "softmax"), ("n_experts", 5), ("frequency_shift", 2)):
+        if {**model.config, **options}[key] != value:
+            with pytest.raises(UserError, match=key):
+                load_model(tmp_path / "folder", **{key: value})
+
+    # The exported model computes what ours does, with the same experts at the boundaries.
+    exported, x = diffusers._mixed_transformer(model, {"diffusion": {}}).eval(), torch.randn(1, 3, 8, 8)
+    for t in (0, 100, 101, 249, 250, 333, 334, 749, 750, 999):
+        assert exported.expert_index(t) == model.expert_index(t)
+        with torch.no_grad():
+            theirs = exported(x, torch.tensor([t]), torch.tensor([2])).sample
+            assert relative(theirs, model(x, torch.tensor([t]), torch.tensor([2]))) < 1e-5
+
+
+def test_an_exported_remix_dit_starts_training(exported, ckpt, features, tmp_path):
+    flags = [*training_flags(features, tmp_path, "warm"), "--max-steps=1", "--lr=1e-9", "--coeff-lr=0"]
+    run("train_fast.py", *flags, "--load-weight", exported / "pixels")
+    before, started = load_model(ckpt)[0], load_model(tmp_path / "warm/checkpoints/0000001.pt")[0]
+    for key, value in before.state_dict().items():
+        torch.testing.assert_close(started.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_damaged_remix_dits(exported, tmp_path):
+    shutil.copytree(exported / "pixels", tmp_path / "damaged")
+    folder = tmp_path / "damaged" / "transformer"
+    for damage, message in (
+        (lambda: change(folder, {"mixer": "softplus"}), "mixer must be one of"),
+        (lambda: change(folder, {"mixer": "raw", "n_basis": 7}), "does not fit"),
+        (lambda: change(folder, {"n_basis": 2, "scope": None}), "'scope' is missing"),
+        (lambda: change(folder, {"scope": "global"}, logits=None), "'logits' is missing"),
+    ):
+        damage()
+        with pytest.raises(UserError, match=message):
+            load_model(tmp_path / "damaged")
+
+
+def test_timestep_frequencies_of_diffusers(transformer, features, tmp_path, capsys):
+    """Weights that were trained with diffusers' own class give its outputs with --timestep-frequencies diffusers."""
+    theirs = run_model(make_transformer())
+    model, config = load_model(transformer, frequency_shift=1)
+    assert not capsys.readouterr().err
+    assert relative(run_model(model), theirs) < 1e-5
+    assert relative(run_model(load_model(transformer)[0]), theirs) > 1e-3
+    assert "does not say" in capsys.readouterr().err
+
+    # A file of facebookresearch/DiT does not record it.
+    flag = "--timestep-frequencies=diffusers"
+    done = run("convert.py", transformer, tmp_path / "dit.pt", "--to=dit", flag)
+    assert "cannot record the timestep frequencies" in done.stderr
+    assert torch.equal(run_model(load_model(tmp_path / "dit.pt", frequency_shift=1)[0]), run_model(model))
+
+    # All files of this project record it.
+    flags = [*training_flags(features, tmp_path, "warm"), "--max-steps=1", "--lr=1e-9", "--coeff-lr=0"]
+    done = run("train_fast.py", *flags, "--load-weight", transformer, flag)
+    assert "does not say" not in done.stderr
+    started = tmp_path / "warm/checkpoints/0000001.pt"
+    run("convert.py", started, tmp_path / "expert", "--to=diffusers", "--expert=0")
+    for path in (started, tmp_path / "expert"):
+        back, config = load_model(path)
+        assert config["model"]["backbone"]["frequency_shift"] == 1
+        assert relative(run_model(back), theirs) < 1e-4
+        done = run("sample_ddp.py", "--ckpt", path, "--timestep-frequencies=published", expect=2)
+        assert "frequency_shift=1, not 0" in done.stderr
+    assert not capsys.readouterr().err
+
+
 def test_models_that_diffusers_cannot_represent(tmp_path):
     shape = dict(input_size=8, num_classes=3)
     moved = DiT_models["DiT-T/4"](**shape)
@@ -340,6 +541,8 @@ def test_models_that_diffusers_cannot_represent(tmp_path):
         (DiT_models["DiT-T/4"](**shape, class_dropout_prob=0.0), {}, "null class"),
         (moved, {}, "position embedding"),
         (DiT_models["DiT-T/4"](**shape), {"noise_schedule": "squaredcos_cap_v2"}, "noise_schedule"),
+        (DiT_models["DiT-T/4"](**shape), {"process": "flow", "path": "GVP"}, "linear path and a velocity"),
+        (DiT_models["DiT-T/4"](**shape), {"process": "flow", "prediction": "noise"}, "linear path and a velocity"),
     ):
         config = {"diffusion": diffusion, "data": {"vae": "none"}}
         with pytest.raises(UserError, match=message):

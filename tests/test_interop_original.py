@@ -49,10 +49,20 @@ def test_models_that_the_original_does_not_support(tmp_path, options):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_original_has_no_boundaries(tmp_path):
-    model = RemixDiT_models["RemixDiT-T/4"](input_size=8, n_experts=2, boundaries=[0, 875, 1000])
-    with pytest.raises(UserError, match="equal intervals"):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_basis": 4, "n_experts": 12},
+        {"n_basis": 4, "n_experts": 10},
+        {"n_basis": 2, "n_experts": 4, "boundaries": [0, 100, 200, 300, 1000]},
+    ],
+)
+def test_numbers_of_experts_that_the_original_cannot_run(tmp_path, options):
+    """It loads K=4, N=12 without an error, and uses wrong experts from timestep 249 on."""
+    model = RemixDiT_models["RemixDiT-T/4"](input_size=8, **options)
+    with pytest.raises(UserError, match=f"K={options['n_basis']}, N={options['n_experts']}"):
         original.write(tmp_path / "a.pt", {"ema": model}, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_content_of_other_formats_is_not_read():

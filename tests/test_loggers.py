@@ -159,6 +159,7 @@ def test_wandb_without_a_key(features, tmp_path):
     assert done.returncode == 2, done.stderr[-2000:]
     assert done.stderr.splitlines()[-1].startswith("train_fast.py: error: --log-to wandb:")
     assert "WANDB_MODE=offline" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_logger_that_fails_is_reported_and_the_others_still_log(tmp_path, caplog):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import FEW_SAMPLES, GOLDEN, locked, make_images, run, sampled_images, training_flags
+from conftest import FEW_SAMPLES, GOLDEN, file_limit, locked, make_images, run, sampled_images, training_flags
 from PIL import Image
 from torch._dynamo.utils import counters
 
@@ -14,7 +14,7 @@ from diffusion import NOISE_LEVELS, create_diffusion, create_process
 from diffusion.solvers import SOLVERS
 from distributed import SampleGenerators
 from models import DiT_models
-from sample_ddp import label_of
+from sample_ddp import label_list, label_of
 
 
 def largest_difference(a: np.ndarray, b: np.ndarray) -> int:
@@ -84,6 +84,34 @@ def test_a_second_run_into_the_same_folder_is_refused(ckpt, tmp_path):
     assert [path.name for path in (tmp_path / "one").iterdir()] == [".lock"]
     run("sample_ddp.py", *flags)
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["grid.png", "samples.npz", "settings.json"]
+
+
+def test_a_model_that_has_diverged(ckpt, tmp_path):
+    """The samples of one class are not finite."""
+    labels = [label_of(0, i, 3) for i in range(14)]
+    broken = next(label for label in range(3) if label != labels[0])
+    state = torch.load(ckpt, weights_only=True)
+    state["ema"]["backbone.y_embedder.embedding_table.weight"][broken] = torch.nan
+    save_checkpoint(tmp_path / "diverged.pt", state)
+    flags = ("--ckpt", tmp_path / "diverged.pt", *FEW_SAMPLES, "--sample-dir", tmp_path, "--name", "one")
+    stderr = run("sample_ddp.py", *flags, expect=2).stderr
+    first = labels.index(broken)
+    assert f"sample {first} is not finite: the training of {tmp_path / 'diverged.pt'} has diverged" in stderr
+    assert not (tmp_path / "one/samples.npz").exists()
+
+
+@pytest.mark.parametrize("limit", [1000, 3500, 10_000])
+def test_a_full_disk(ckpt, tmp_path, limit):
+    """The limit is too small for a batch, for the grid, or for all samples in one file."""
+    flags = ("--ckpt", ckpt.parent.parent, "--sample-dir", tmp_path, "--name=one", "--per-proc-batch-size=10")
+    flags += ("--num-fid-samples=60", "--num-sampling-steps=2", "--vae=none")
+    with file_limit(limit):
+        stderr = run("sample_ddp.py", *flags, expect=2).stderr
+    assert stderr.splitlines()[-1].endswith(": File too large")
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "one/samples.npz").exists()
+    run("sample_ddp.py", *flags)
+    assert len(sampled_images(tmp_path / "one")) == 60
 
 
 @torch.no_grad()
@@ -206,6 +234,21 @@ def test_interrupted_sampling_is_finished(ckpt, tmp_path):
     assert "cfg_scale=1.5, not 4.0" in refused.stderr
 
 
+@pytest.mark.parametrize(("labels", "expected"), [("equal", [0, 1, 2, 0, 1, 2]), ("2,0,2", [2, 0, 2, 2, 0, 2])])
+def test_chosen_labels(ckpt, tmp_path, labels, expected):
+    flags = ("--ckpt", ckpt, *FEW_SAMPLES, "--num-fid-samples=6", "--num-sampling-steps=1", f"--sample-dir={tmp_path}")
+    run("sample_ddp.py", *flags, f"--labels={labels}")
+    (folder,) = tmp_path.iterdir()
+    assert np.load(folder / "samples.npz")["arr_1"].tolist() == expected
+    assert json.loads((folder / "settings.json").read_text())["labels"] == label_list(labels)
+
+
+def test_equal_labels_differ_in_number_by_at_most_one():
+    """For N samples of C classes, each class has N / C samples, rounded up or down."""
+    counts = np.bincount([label_of(0, i, 10, "equal") for i in range(57)])
+    assert set(counts) == {5, 6}
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -229,6 +272,7 @@ def test_other_flags(ckpt, sampled, tmp_path, flags):
     ("flags", "name"),
     [
         ((), "run-0000004-ddpm8-cfg1.5-seed0"),
+        (("--n-basis=2", "--n-experts=6", "--tf32"), "run-0000004-ddpm8-cfg1.5-seed0"),
         (("--no-ema", "--sampler=ddim", "--cfg-scale=1", "--global-seed=3"), "run-0000004-raw-ddim8-cfg1.0-seed3"),
     ],
 )
@@ -243,6 +287,8 @@ def test_the_folder_is_named_after_the_checkpoint_and_the_settings(ckpt, tmp_pat
         (("--ckpt", "/nowhere.pt"), "no such file"),
         (("--model", "RemixDiT-S/2"), "not RemixDiT-S/2"),
         (("--num-classes", "10"), "was trained with 3"),
+        (("--labels", "0,3"), "--labels 3: "),
+        (("--labels", "cat"), "expected a whole number"),
         (("--num-sampling-steps", "2000"), "cannot keep 2000"),
         (("--sampler", "dpmpp", "--num-sampling-steps", "ddim50"), "dpmpp takes a whole number of steps"),
         (("--sampler", "heun"), "use one of ddpm, ddim"),
@@ -251,6 +297,9 @@ def test_the_folder_is_named_after_the_checkpoint_and_the_settings(ckpt, tmp_pat
         (("--name", "../x"), "plain folder name"),
         (("--vae", "/no/such/vae"), "cannot load the VAE"),
         (("--ckpt", str(GOLDEN / "remix_original_checkpoint.pt")), "number of heads"),
+        (("--n-experts", "8"), "--n-experts 8, but"),
+        (("--n-basis", "4", "--n-experts", "6"), "was trained with 2: leave the flag out"),
+        (("--no-tf32",), "--precision replaces it"),
     ],
 )
 def test_wrong_input(ckpt, tmp_path, flags, message):

@@ -85,3 +85,12 @@ def test_the_held_out_error_of_a_flow_is_that_of_its_noise(monkeypatch, tmp_path
     noise_level = np.sqrt(1 - data) / (np.sqrt(data) + np.sqrt(1 - data))
     expected = ((1 - noise_level) ** 2).mean() if process else 1
     assert flow.heldout_error(tmp_path, tmp_path) == pytest.approx(expected, rel=0.02)
+
+
+def test_the_readme_holds_the_table_of_the_flows(capsys):
+    with open(ROOT / "studies" / "results" / "flow" / "flow.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {"steps": int(row["steps"] or 0), "fid": float(row["fid"])}
+    flow.print_table(rows, flow.EVALUATIONS)
+    assert capsys.readouterr().out.strip() in (ROOT / "studies" / "README.md").read_text()

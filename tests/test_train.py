@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 import torch
 from conftest import GOLDEN, assert_same_weights, losses, run, training_flags
 
-from checkpoint import checkpoints, find_corruption, load_model, save_checkpoint
+from checkpoint import checkpoints, find_corruption, load_denoiser, load_model, save_checkpoint
+from common import UserError
 from common import flags as flags_of
 from diffusion import create_flow, create_process
 from features import write_index, write_shard
 from models import DiT_models
+from training.start import make_model
 
 
 def test_the_files_of_a_run(trained, features):
@@ -134,6 +137,36 @@ def test_runs_of_earlier_versions_resume_with_their_learning_rates(features, tmp
     assert_same_weights(tmp_path / "whole.pt", tmp_path / "old/checkpoints/0000002.pt")
 
 
+def test_a_finished_run_is_extended(features, tmp_path):
+    """With the final learning rate, or with the schedule of a longer run. An extension can be interrupted as well."""
+
+    def extend(name, *flags, expect=0):
+        common = [*training_flags(features, tmp_path, name), "--ckpt-every=2", "--resume=auto"]
+        return run("train_fast.py", *common, *flags, expect=expect)
+
+    def rates(name):
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [line["lr"] / 1e-3 for line in lines]
+
+    extend("hold", "--max-steps=4")
+    shutil.copytree(tmp_path / "hold", tmp_path / "stretch")
+    short = rates("hold")
+    extend("hold", "--max-steps=8")
+    assert rates("hold") == pytest.approx([*short, 0.5, 0.5, 0.5, 0.5])
+    extend("stretch", "--max-steps=8", "--extend=stretch")
+    cosine = [0.75 + 0.25 * math.cos(math.pi * step / 8) for step in range(8)]
+    assert rates("stretch") == pytest.approx([*short, *cosine[4:]])
+
+    shutil.copytree(tmp_path / "hold", tmp_path / "interrupted")
+    (tmp_path / "interrupted/checkpoints/0000008.pt").unlink()
+    for steps in (7, 9):
+        assert "only a finished run" in extend("interrupted", f"--max-steps={steps}", expect=2).stderr
+    extend("interrupted", "--max-steps=8")
+    assert_same_weights(*(tmp_path / name / "checkpoints/0000008.pt" for name in ("hold", "interrupted")))
+    extend("interrupted", "--max-steps=9")
+    assert rates("interrupted")[-1] == pytest.approx(0.5)
+
+
 def test_starting_from_a_pretrained_dit(features, tmp_path):
     torch.manual_seed(0)
     dit = DiT_models["DiT-T/2"](input_size=8, in_channels=3, num_classes=3)
@@ -141,11 +174,47 @@ def test_starting_from_a_pretrained_dit(features, tmp_path):
     for model in ("DiT-T/2", "RemixDiT-T/2"):
         prefix = model.replace("/", "-")
         flags = [*training_flags(features, tmp_path, prefix, model), f"--load-weight={tmp_path / 'dit.pt'}"]
-        run("train_fast.py", *flags, "--max-steps=1", "--lr=1e-9", "--coeff-lr=0")
+        run("train_fast.py", *flags, "--max-steps=1", "--lr=1e-9", "--coeff-lr=0", "--strict")
         trained, _ = load_model(tmp_path / prefix / "checkpoints/0000001.pt")
         expert = trained if model == "DiT-T/2" else trained.expert(5)
         for key, value in dit.state_dict().items():
             torch.testing.assert_close(expert.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_new_classes_keep_the_embeddings_of_equal_names(trained):
+    path = str(trained / "checkpoints/0000004.pt")
+    shape = dict(input_size=8, in_channels=3, num_classes=4)
+    mixing = {key: value for key, value in load_model(path)[0].config.items() if key != "num_timesteps"}
+    new = ["cat", "class2", "dog", "class0"]
+    with pytest.raises(UserError, match="has 3 classes, this run has 4: --new-classes"):
+        make_model("RemixDiT-T/2", shape, mixing, 3.0, path, classes=new)
+    with pytest.raises(UserError, match="its class 0 is class0, in the features it is class1: --new-classes"):
+        make_model(
+            "RemixDiT-T/2", shape | {"num_classes": 3}, mixing, 3.0, path, classes=["class1", "class0", "class2"]
+        )
+    model = make_model("RemixDiT-T/2", shape, mixing, 3.0, path, classes=new, new_classes=True)
+    before = load_model(path)[0].backbone.y_embedder.embedding_table.weight
+    after = model.backbone.y_embedder.embedding_table.weight
+    assert torch.equal(after[[1, 3, 4]], before[[2, 0, 3]])
+    assert model.backbone_config["num_classes"] == model.num_classes == 4
+
+
+def test_independent_experts_in_one_command(features, tmp_path):
+    """Each is the run with its --timesteps alone. The second command continues what the first has not done."""
+    flags = training_flags(features, tmp_path, "expert", "DiT-T/2")
+    command = [*flags, "--independent=3", "--max-steps=7", "--sample-every=0"]
+    run("train_fast.py", *command)
+    files = [tmp_path / f"expert-{i}/checkpoints/0000002.pt" for i in range(3)]
+    alone = training_flags(features, tmp_path, "alone", "DiT-T/2")
+    run("train_fast.py", *alone, "--timesteps", 333, 666, "--max-steps=2", "--sample-every=0")
+    assert_same_weights(files[1], tmp_path / "alone/checkpoints/0000002.pt")
+    _, config = load_denoiser(files)
+    assert config["training"]["timesteps"] == [0, 333]
+
+    files[1].rename(tmp_path / "whole.pt")
+    assert "expert-0 already holds a run" in run("train_fast.py", *command, expect=2).stderr
+    run("train_fast.py", *command, "--resume=auto")
+    assert_same_weights(files[1], tmp_path / "whole.pt")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -231,11 +300,15 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("path", "need --process flow", "--path=VP"),
         wrong("mean of uniform times", "need --time-sampling logit-normal", "--process=flow", "--time-mean=1"),
         wrong("weight", "velocity prediction takes none", "--process=flow", "--weight=likelihood"),
+        wrong("independent Remix-DiTs", "trains a plain DiT per interval", "--independent", "2"),
+        wrong("too few steps", "fewer steps than experts", "--independent", "3", model="DiT-T/2"),
         wrong("missing weights", "no such file", "--load-weight", "/nowhere.pt"),
         wrong("foreign weights", "number of heads", "--load-weight", str(GOLDEN / "remix_original_checkpoint.pt")),
         wrong("results", "Not a directory", "--results-dir", str(GOLDEN / "dit.pt")),
+        wrong("classes of nothing", "--new-classes needs --load-weight", "--new-classes"),
         wrong("no weights", "holds no", "--load-weight", str(GOLDEN / "diffusion.pt")),
         wrong("resume nothing", "no such file", "--resume", "/nowhere.pt"),
+        wrong("resume a folder", "is a folder without checkpoints", "--resume", str(GOLDEN)),
         wrong("resume weights", "no training state", "--resume", str(GOLDEN / "dit.pt")),
         wrong("model", "invalid choice", model="DiT-Q/2"),
         wrong("world", "cannot be divided equally among 2 processes", "--global-batch-size", "11", processes=2),
@@ -252,13 +325,21 @@ def test_wrong_input(features, tmp_path, flags, message, processes, model):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_to_resume_from_stands_for_its_newest_checkpoint(trained, features, tmp_path):
+    shutil.copytree(trained, tmp_path / "trained")
+    flags = [*training_flags(features, tmp_path, "trained"), "--max-steps=4", "--resume"]
+    for folder in (tmp_path / "trained", tmp_path / "trained/checkpoints"):
+        stderr = run("train_fast.py", *flags, folder).stderr
+        assert f"resumed from {tmp_path / 'trained/checkpoints/0000004.pt'}" in stderr
+
+
 def test_nothing_is_overwritten_or_mixed(trained, features, tmp_path):
     shutil.copytree(trained, tmp_path / "trained")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "trained").rglob("*")}
     again = [*training_flags(features, tmp_path, "trained"), "--max-steps", 4]
     assert "already holds a run" in run("train_fast.py", *again, expect=2).stderr
     for change, message in (
-        (("--max-steps", 8), "max_steps=4, this run asks for 8"),
+        (("--max-steps", 3), "belongs to a run of 4 steps, this run asks for 3"),
         (("--global-seed", 1), "global_seed=0, this run asks for 1"),
         (("--n-basis", 3), "n_basis=2, this run asks for 3"),
         (("--model", "DiT-T/2"), "was trained with"),

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, run, training_flags
+from conftest import GOLDEN, file_limit, run, training_flags
 from PIL import Image
 
+import visualize
 from checkpoint import build_model, load_model
 from diffusion import create_diffusion, create_process
 from features import FeatureDataset
+from remix import RemixDiT_models
 from training.statistics import noise_errors
 
 
@@ -24,6 +26,19 @@ def test_coefficients_are_drawn(ckpt, tmp_path):
     assert [[float(v) for v in row[4:]] for row in rows[1:]] == [pytest.approx(row) for row in alpha.tolist()]
     assert [row[2:4] for row in rows[1:]][:2] == [["0", "165"], ["166", "332"]]
     assert Image.open(tmp_path / "alpha.png").width > 500
+
+
+def test_a_runs_folder_stands_for_its_newest_checkpoint(ckpt, tmp_path):
+    run("visualize.py", "coefficients", ckpt.parent.parent, "--out", tmp_path / "folder.png")
+    run("visualize.py", "coefficients", ckpt, "--out", tmp_path / "file.png")
+    assert (tmp_path / "folder.csv").read_text() == (tmp_path / "file.csv").read_text()
+
+
+def test_a_full_disk(ckpt, tmp_path):
+    with file_limit(10_000):
+        stderr = run("visualize.py", "coefficients", ckpt, "--out", tmp_path / "alpha.png", expect=2).stderr
+    assert stderr == f"visualize.py: error: {tmp_path / 'alpha.png'}: File too large\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_plain_model_has_no_coefficients(tmp_path):
@@ -84,9 +99,43 @@ def test_coefficients_over_training_are_drawn(trained, tmp_path):
     assert [float(v) for v in rows[-1][1:]] == pytest.approx(raw.coefficients().flatten().tolist(), abs=1e-5)
 
 
+@pytest.fixture
+def figure(monkeypatch):
+    """The figures that are drawn, instead of their files."""
+    drawn = []
+    monkeypatch.setattr(visualize, "save_png", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(visualize, "write_csv", lambda *arguments: None)
+    return drawn
+
+
+def test_the_figure_of_training_has_a_title_and_whole_experts(trained, figure, tmp_path):
+    visualize.draw_training(tmp_path / "a.png", trained)
+    assert figure[0].get_suptitle() == "trained: mixing coefficients over training"
+    ticks = figure[0].axes[-1].get_yticks()
+    assert len(ticks) > 2
+    assert all(tick == round(tick) for tick in ticks)
+
+
+def test_losses_are_relative_to_the_pretrained_model_and_to_the_best_expert(figure, tmp_path):
+    errors = np.array([[-0.5, 0.2, 0.1], [0.0, -0.1, 0.1], [0.5, 0.3, 0.0]])
+    model = RemixDiT_models["RemixDiT-T/4"](input_size=8, n_basis=2, n_experts=3)
+    visualize.draw_losses(tmp_path / "a.png", np.ones(3), errors, model, "name")
+    left, right = (axis.images[0].get_array() for axis in figure[0].axes[:2])
+    np.testing.assert_allclose(left, 100 * errors)
+    assert right.diagonal().tolist() == [0, 0, 0]
+    assert right[2].tolist() == pytest.approx([200, 100 * (1.3 / 0.9 - 1), 0])
+
+
+def test_timesteps_can_be_batched(ckpt, features):
+    model, diffusion = load_model(ckpt)[0].expert(2), create_diffusion()
+    x, y = FeatureDataset(features).__getitems__(list(range(6)))
+    one, several = (noise_errors(model, diffusion, x, y, [3, 500, 999], 4, 0, n) for n in (1, 2))
+    torch.testing.assert_close(one, several)
+
+
 def test_grids_side_by_side(sampled, tmp_path):
     samples = sampled / "samples.npz"
-    run("visualize.py", "grids", samples, samples, "--images=5", "--out", tmp_path / "two.png")
+    run("visualize.py", "grids", samples, sampled, "--images=5", "--out", tmp_path / "two.png")
     picture = np.array(Image.open(tmp_path / "two.png"))
     half = picture.shape[0] // 2
     assert np.array_equal(picture[20:half], picture[half + 18 : 2 * half - 2])

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -111,7 +112,8 @@ class WandbLogger:
         import wandb
 
         id_file = folder / "wandb-id.txt"
-        if not id_file.exists():
+        created = [path for path in (id_file, folder / "wandb") if not path.exists()]
+        if id_file in created:
             with atomic_write(id_file) as temporary:
                 temporary.write_text(uuid.uuid4().hex[:8])
         try:
@@ -127,6 +129,11 @@ class WandbLogger:
             )
         # Without a key or a connection wandb may raise any exception.
         except Exception as error:
+            for path in created:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
             raise UserError(
                 f"--log-to wandb: {first_line(error)} (WANDB_MODE=offline needs neither a key nor a network)"
             ) from None
@@ -180,12 +187,11 @@ class MetricLogger:
 
 def open_loggers(names: list[str] | None, folder: Path, config: dict, first_step: int) -> list:
     """Open metrics.jsonl and the loggers of --log-to."""
-    loggers = [MetricsFile(folder / "metrics.jsonl", first_step)]
+    # wandb may be unable to start. It is opened first, so that nothing has been written to the folder then.
+    loggers = [WandbLogger(folder, config)] if "wandb" in (names or []) else []
     if "tensorboard" in (names or []):
         loggers.append(TensorBoardLogger(folder, first_step))
-    if "wandb" in (names or []):
-        loggers.append(WandbLogger(folder, config))
-    return loggers
+    return [MetricsFile(folder / "metrics.jsonl", first_step), *loggers]
 
 
 def scalars(metrics: dict) -> dict[str, float]:

@@ -14,12 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import checkpoints
-from common import UserError, check_disk
+from common import UserError, check_disk, counted
 from diffusion import FlowMatching, GaussianDiffusion, create_process
 from distributed import PRECISIONS
 from features import FeatureDataset
 from grouped_linear import RECOMPUTED_GROUPS
 from models import DiT
+from posthoc_ema import TRACKED_STDS
 from remix import RemixDiT, RemixLinear
 from sharding import can_shard
 from training.batches import count_groups
@@ -60,6 +61,8 @@ class RunSettings:
         precision: precision of the matrix products.
         global_seed: seed of all random draws.
         load_weight: file that the weights at step 0 come from; None for random weights.
+        ema_stds: widths of the averages for post-hoc EMA; None if there are none.
+        schedule_steps: number of steps over which the learning rates and the prior's weight fall; None for max_steps.
     """
 
     max_steps: int
@@ -76,6 +79,8 @@ class RunSettings:
     precision: str
     global_seed: int
     load_weight: str | None
+    ema_stds: list[float] | None = None
+    schedule_steps: int | None = None
 
 
 class AssumedFeatures:
@@ -126,13 +131,13 @@ def describe_run(
     source = f"from {dataset.path}"
     if isinstance(dataset, AssumedFeatures):
         source = f"ImageNet, assumed because {dataset.path} does not exist"
-    experts = f", {settings.experts_per_batch} experts per batch" if remix else ""
+    experts = f", {counted(settings.experts_per_batch, 'expert')} per batch" if remix else ""
     batch = f"batch {settings.global_batch_size} on {devices}, {settings.precision}"
     flow = [f"{name}={value}" for name, value in process.items() if name != "process"]
     return [
         f"{name}: {parameters:,.2f} M parameters, from {settings.load_weight or 'scratch'}",
-        f"{len(dataset):,} images of {model.num_classes:,} classes as {shape} ({source})",
-        f"{settings.max_steps:,} steps of {batch}{experts}",
+        f"{counted(len(dataset), 'image')} of {counted(model.num_classes, 'class', 'classes')} as {shape} ({source})",
+        f"{counted(settings.max_steps, 'step')} of {batch}{experts}",
         *([f"flow matching: {', '.join(flow)}"] if flow else []),
     ]
 
@@ -214,7 +219,7 @@ def dry_run(
         n_checkpoints: number of checkpoints that the run needs space for.
     """
     size = parallelism.size
-    lines = describe_run(name, model, dataset, settings, process, f"{size} GPUs")
+    lines = describe_run(name, model, dataset, settings, process, counted(size, "GPU"))
     try:
         disk = check_checkpoint_space(folder, model, n_checkpoints)
     except UserError as error:
@@ -228,13 +233,13 @@ def dry_run(
     memory["CUDA and NCCL (assumed)"] = CUDA_CONTEXT
     parts = ", ".join(f"{part_size / 2**30:.2f} {part}" for part, part_size in memory.items())
     lines += [f"memory per GPU: {sum(memory.values()) / 2**30:.1f} GiB (estimate): {parts}", disk]
-    lines += describe_step(costs, settings.precision, size)
+    lines.append(describe_step(costs, settings.precision, size))
     hours = settings.max_steps * costs.step_seconds(settings.precision, size) / 3600
     lines.append(f"time: {hours:,.2f} hours (estimate)")
     return lines
 
 
-def describe_step(costs: "StepCosts", precision: str, size: int) -> list[str]:
+def describe_step(costs: "StepCosts", precision: str, size: int) -> str:
     """Return the line that says how long a step takes, and why.
 
     Args:
@@ -251,10 +256,10 @@ def describe_step(costs: "StepCosts", precision: str, size: int) -> list[str]:
     if size > 1:
         parts.append(f"{1e3 * seconds['network']:.1f} ms of network beside them ({costs.sent / 1e9:.2f} GB sent)")
     step_ms = 1e3 * costs.step_seconds(precision, size)
-    return [
+    return (
         f"step: {step_ms:.1f} ms (estimate): {', '.join(parts)}; bound by {costs.bound(precision, size)}, at "
         f"{REACHED_FLOPS:.0%} of an H100's matrix products and {REACHED_BYTES:.0%} of its other rates"
-    ]
+    )
 
 
 def count_checkpoints(
@@ -280,13 +285,17 @@ def count_checkpoints(
     return max(1, count)
 
 
-def check_checkpoint_space(folder: Path, model: nn.Module, count: int) -> str:
-    """Check that a run's checkpoints fit on the disk.
+def check_checkpoint_space(
+    folder: Path, model: nn.Module, count: int, n_snapshots: int = 0, snapshot_bytes: int = 0
+) -> str:
+    """Check that a run's checkpoints, and its snapshots for post-hoc EMA, fit on the disk.
 
     Args:
         folder: the run's folder.
         model: the model in training.
         count: number of checkpoints.
+        n_snapshots: number of snapshots of the averages for post-hoc EMA, which checkpoints hold too.
+        snapshot_bytes: bytes per number in a snapshot.
 
     Returns:
         One line with the needed and the free space.
@@ -298,7 +307,13 @@ def check_checkpoint_space(folder: Path, model: nn.Module, count: int) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # float32: the weights, their EMA, and the two moments of AdamW.
     size = 4 * (2 * parameters + 2 * trained)
-    return check_disk(folder, count * size, f"{count} more checkpoints of {size / 2**20:,.1f} MiB")
+    what = counted(count, "more checkpoint")
+    averages = len(TRACKED_STDS) * trained if n_snapshots else 0
+    if n_snapshots:
+        size += 4 * averages
+        what = f"{counted(n_snapshots, 'snapshot')} of averages and {what}"
+    needed = count * size + n_snapshots * averages * snapshot_bytes
+    return check_disk(folder, needed, f"{what} of {size / 2**20:,.1f} MiB")
 
 
 @dataclass(frozen=True)
@@ -392,10 +407,13 @@ def count_parameters(model: DiT | RemixDiT) -> tuple[int, int, int]:
 def activation_traffic(config: dict, n_images: int, width: int, twice: bool) -> float:
     """Count the bytes of activations that the kernels between the matrix products read and write in a step.
 
-    Per token and channel of a block, in a forward pass: the two residual additions, each fused with the normalization
-    and the modulation behind it (8 bytes of the float32 residual and 2 activations each), attention (4 activations) and
-    GELU (8 activations). In a backward pass: GELU (12), attention (10), the gradients of the biases (9), and for each
-    normalization 20 bytes in float32 and 4 activations.
+    They are the kernels that the compiler would write for one block on a GPU (benchmarks/h100_kernels.py has the tool).
+    Vectors that are the same for all tokens of an image do not count. Per token and channel of a block:
+
+    forward: the two residual additions, normalizations and modulations (16 bytes of the float32 residual and 5
+    activations), attention (4 activations) and GELU (8). backward: GELU (12), attention (10), the concatenation of its
+    three gradients (6), the gradients of the biases (9), and the normalizations, modulations and gates (44 bytes in
+    float32 and 10 activations).
 
     Args:
         config: the keyword arguments of the DiT.
@@ -403,7 +421,7 @@ def activation_traffic(config: dict, n_images: int, width: int, twice: bool) -> 
         width: bytes of an activation.
         twice: whether the forward pass of the blocks runs twice.
     """
-    forward, backward = 16 + 16 * width, 40 + 39 * width
+    forward, backward = 16 + 17 * width, 44 + 47 * width
     tokens = n_images * (config["input_size"] // config["patch_size"]) ** 2
     return tokens * config["depth"] * config["hidden_size"] * (forward * (2 if twice else 1) + backward)
 

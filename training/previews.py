@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from autoencoder import Pixels, load_autoencoder
-from common import UserError, first_line
+from common import UserError, counted, first_line
 from diffusion.solvers import QUICK, make_sampler
 from distributed import SampleGenerators
 from features import FeatureDataset
@@ -130,7 +130,7 @@ def choose_decoder(
     """
     if not sample_every:
         return None, "no pictures (--sample-every 0)"
-    when = f"pictures every {sample_every:,} steps"
+    when = f"pictures every {counted(sample_every, 'step')}"
     if not can_sample:
         return None, f"{when}, without samples: an expert for a part of the timesteps cannot sample alone"
     name = vae or ("none" if dataset.vae == "none" else None)

@@ -1,19 +1,32 @@
 """The start of a run: its data, the model at step 0, its configuration, and the checkpoint to resume from."""
 
+import logging
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
-from checkpoint import VERSION, checkpoints, find_corruption, load_model, model_config, read_checkpoint
+from checkpoint import (
+    VERSION,
+    checkpoints,
+    find_checkpoint,
+    find_corruption,
+    load_model,
+    model_config,
+    read_checkpoint,
+)
 from common import UserError, number, remove_leftovers, write_json
 from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
 from distributed import World, is_first_process
 from features import FeatureDataset
 from interop.shapes import PUBLISHED_VAE
 from models import DiT, DiT_models
+from posthoc_ema import snapshot_folder
 from remix import RemixDiT, RemixDiT_models
 from training.batches import BatchSampler, sample_timesteps
 from training.plan import AssumedFeatures, RunSettings
+
+# Options that may differ from those of the checkpoint that a run resumes from. `extend_schedule` checks two of them.
+MAY_DIFFER = ("training.load_weight", "training.max_steps", "training.schedule_steps")
 
 
 def open_features(path: str, image_size: int | None, assume: bool) -> FeatureDataset | AssumedFeatures:
@@ -67,6 +80,14 @@ def noise_level(text: str) -> float:
     return int(value) if value.is_integer() else value
 
 
+def expert_boundaries(diffusion: GaussianDiffusion | FlowMatching, n_experts: int) -> list[float]:
+    """Return the default boundaries between experts: N + 1 noise levels, which bound intervals of equal probability."""
+    if isinstance(diffusion, FlowMatching):
+        # Rounded, so that other versions of SciPy give the same.
+        return [round(level, 9) for level in diffusion.quantiles(n_experts)]
+    return [i * diffusion.num_timesteps // n_experts for i in range(n_experts + 1)]
+
+
 def check_noise_levels(
     flag: str, levels: list[float], process: str, diffusion: GaussianDiffusion | FlowMatching, complete: bool = False
 ):
@@ -104,21 +125,26 @@ def make_model(
     load_weight: str | None = None,
     allow_pickle: bool = False,
     process: dict | None = None,
+    classes: list[str] | None = None,
+    new_classes: bool = False,
 ) -> DiT | RemixDiT:
     """Build the model at step 0.
 
     Args:
         name: name of the model, of DiT_models or RemixDiT_models.
-        shape: keyword arguments of the DiT, from `model_shape`.
+        shape: keyword arguments of the DiT, from `model_shape`, and its frequency_shift if the user gives one.
         mixing: keyword arguments of the RemixDiT, from `mixing_options`; None for a plain DiT.
         prior_bonus: initial lead of the prior's basis in the mixing logits.
         load_weight: file of the initial weights; None for random weights.
         allow_pickle: whether that file may run code.
         process: keyword arguments of `create_process`, which a file that is a flow must fit.
+        classes: names of the dataset's classes; None if they are not known.
+        new_classes: whether the file may be a model of other classes, whose embeddings are initialized again.
     """
     try:
         if load_weight:
-            return load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle, process or {})
+            known = process or {}, classes, new_classes
+            return load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle, *known)
         if mixing:
             return RemixDiT_models[name](**shape, **mixing, prior_bonus=prior_bonus)
         return DiT_models[name](**shape)
@@ -129,16 +155,26 @@ def make_model(
 
 
 def load_initial_model(
-    name: str, shape: dict, mixing: dict | None, prior_bonus: float, path: str, allow_pickle: bool, process: dict
+    name: str,
+    shape: dict,
+    mixing: dict | None,
+    prior_bonus: float,
+    path: str,
+    allow_pickle: bool,
+    process: dict,
+    classes: list[str] | None,
+    new_classes: bool,
 ) -> DiT | RemixDiT:
     """Load the weights at step 0 and check that they fit the run; the arguments are those of `make_model`."""
-    loaded, config = load_model(path, allow_pickle=allow_pickle, verify=True)
+    overrides = {key: value for key, value in shape.items() if key == "frequency_shift"}
+    loaded, config = load_model(path, allow_pickle=allow_pickle, verify=True, **overrides)
     # A flow may start from a DiT, which has learned other features of the same images. The reverse is a mistake.
     trained = config["diffusion"] if config["diffusion"].get("process") == "flow" else {}
     for key in ("process", "path", "prediction") if trained else ():
         if trained[key] != process.get(key):
             run = process.get(key, "gaussian")
             raise UserError(f"--load-weight {path} was trained with {key}={trained[key]}, this run has {run}")
+    choose_classes(loaded, path, config["data"].get("classes"), classes, shape["num_classes"], new_classes)
     loaded_config = loaded.backbone_config if isinstance(loaded, RemixDiT) else loaded.config
     needed_config = DiT_models[name.removeprefix("Remix")](**shape).config
     for key, value in needed_config.items():
@@ -154,6 +190,40 @@ def load_initial_model(
         if loaded.config.get(key) != value:
             raise UserError(f"--load-weight {path} has {key}={loaded.config.get(key)}, this run asks for {value}")
     return loaded
+
+
+def choose_classes(
+    model: DiT | RemixDiT,
+    path: str,
+    old: list[str] | None,
+    new: list[str] | None,
+    num_classes: int,
+    new_classes: bool,
+):
+    """Check that a loaded model has the classes of the dataset, or initialize their embeddings again.
+
+    Args:
+        model: the loaded model. Its embeddings are replaced if `new_classes` is true.
+        path: its file, for error messages.
+        old: names of the model's classes; None if they are not known.
+        new: names of the dataset's classes; None if they are not known.
+        num_classes: number of classes of the run.
+        new_classes: replace the embeddings, except those of classes with equal names.
+
+    Raises:
+        UserError: if the classes differ and `new_classes` is false.
+    """
+    if new_classes:
+        backbone = model.backbone if isinstance(model, RemixDiT) else model
+        kept = {new.index(name): old.index(name) for name in {*(old or [])} & {*(new or [])}}
+        backbone.reset_classes(num_classes, kept)
+        return
+    remedy = "--new-classes initializes the embeddings of classes with other names again"
+    if model.num_classes != num_classes:
+        raise UserError(f"--load-weight {path} has {model.num_classes} classes, this run has {num_classes}: {remedy}")
+    for i, (before, now) in enumerate(zip_longest(old or [], new or [])):
+        if old and new and before != now:
+            raise UserError(f"--load-weight {path}: its class {i} is {before}, in the features it is {now}: {remedy}")
 
 
 def run_config(
@@ -198,8 +268,17 @@ def make_batch_sampler(
     )
 
 
+def check_new(folder: Path):
+    """Raise UserError if a folder holds a run."""
+    if present := checkpoints(folder / "checkpoints"):
+        raise UserError(
+            f"{folder} already holds a run, up to {present[0].name}: "
+            "use --resume auto to continue it, or another --prefix to start a new one"
+        )
+
+
 def find_resume(
-    resume: str | None, folder: Path, config: dict
+    resume: str | None, folder: Path, config: dict, extend: str
 ) -> tuple[Path | str | None, dict | None, dict[Path, str]]:
     """Find and read the checkpoint to resume from, and check that it belongs to the same run.
 
@@ -209,7 +288,9 @@ def find_resume(
     Args:
         resume: a checkpoint, or "auto" for the newest undamaged one of the run; None for a new run.
         folder: the run's folder.
-        config: configuration of this run.
+        config: configuration of this run. Its schedule_steps is set if the run has been extended, or is now.
+        extend: what happens to the schedules if a finished run gets more steps: "hold" keeps their final values, and
+            "stretch" lets them fall over all steps of the longer run.
 
     Returns:
         The checkpoint's path and content, both None for a new run and on all processes but the first; and the newer
@@ -225,31 +306,30 @@ def find_resume(
     path, damaged = resume, {}
     if resume == "auto":
         path, damaged = newest_checkpoint(present)
+    elif resume:
+        path = find_checkpoint(resume)
     if path is None:
-        if present:
-            raise UserError(
-                f"{folder} already holds a run, up to {present[0].name}: "
-                "use --resume auto to continue it, or another --prefix to start a new one"
-            )
+        check_new(folder)
         return None, None, {}
     if present and present[0].parent.resolve() != Path(path).resolve().parent:
         raise UserError(f"{folder} already holds a different run from that of --resume {path}: use another --prefix")
     # The newest checkpoint has been compared with its checksums already.
-    return path, read_resume(path, config, verify=resume != "auto"), damaged
+    return path, read_resume(path, config, extend, verify=resume != "auto"), damaged
 
 
-def read_resume(path: Path | str, config: dict, verify: bool = False) -> dict:
+def read_resume(path: Path | str, config: dict, extend: str, verify: bool = False) -> dict:
     """Read the checkpoint to resume from, mapped into memory, and check that it belongs to the same run.
 
     Args:
         path: the checkpoint.
-        config: configuration of this run.
+        config: configuration of this run. Its schedule_steps is set, see `find_resume`.
+        extend: see `find_resume`.
         verify: compare all parts of the file with their checksums first.
 
     Raises:
         UserError: see `find_resume`.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         where = "" if is_first_process() else ": all nodes need the same --results-dir on a shared file system"
         raise UserError(f"{path}: no such file{where}")
     state = read_checkpoint(path, verify=verify)
@@ -263,17 +343,38 @@ def read_resume(path: Path | str, config: dict, verify: bool = False) -> dict:
     trained, asked = (part["diffusion"].get("process", "gaussian") for part in (state["config"], config))
     if trained != asked:
         raise UserError(f"--resume {path} was trained with --process {trained}, this run asks for {asked}")
+    extend_schedule(path, state, config["training"], extend)
     before, now = flatten(state["config"]), flatten(config)
     if "training.coeff_lr_end" not in before and config["model"]["remix"]:
         # Earlier versions had no such option.
         before["training.coeff_lr_end"] = before["training.coeff_lr"] / 2
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and key != "training.load_weight":
+        if before.get(key) != now.get(key) and key not in MAY_DIFFER:
             raise UserError(
                 f"--resume {path} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}: "
                 "use the same settings, or start a new run with --load-weight and another --prefix"
             )
     return state
+
+
+def extend_schedule(path, state: dict, training: dict, extend: str):
+    """Set schedule_steps in the "training" part of a config that resumes from `state`. See `find_resume` for `extend`.
+
+    Raises:
+        UserError: if the number of steps differs from that of the checkpoint, and the checkpoint is not that of a
+            finished run with fewer steps.
+    """
+    before = state["config"]["training"]
+    steps, more_steps = before["max_steps"], training["max_steps"]
+    training["schedule_steps"] = before.get("schedule_steps")
+    if more_steps == steps:
+        return
+    if more_steps < steps or state["step"] < steps:
+        raise UserError(
+            f"--resume {path} belongs to a run of {steps} steps, this run asks for {more_steps}: "
+            "only a finished run can be extended, with more steps"
+        )
+    training["schedule_steps"] = (before.get("schedule_steps") or steps) if extend == "hold" else None
 
 
 def newest_checkpoint(present: list[Path]) -> tuple[Path | None, dict[Path, str]]:
@@ -302,6 +403,27 @@ def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
     """Create or clean up the run's folder, and write its config.json. Damaged checkpoints are renamed."""
     for path in damaged:
         path.rename(path.with_suffix(".pt.damaged"))
-    remove_leftovers(folder, folder / "checkpoints", folder / "samples", folder / "coefficients")
+    remove_leftovers(
+        folder, snapshot_folder(folder), folder / "checkpoints", folder / "samples", folder / "coefficients"
+    )
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
+
+
+def default_prefix(name: str, mixing: dict | None) -> str:
+    """Return the name of the run's folder if --prefix does not give it."""
+    return name.replace("/", "-") + (f"-{mixing['n_basis']}-{mixing['n_experts']}" if mixing else "")
+
+
+def advice(model: DiT | RemixDiT, settings: RunSettings) -> list[str]:
+    """Return advice about the settings, if there is any."""
+    if isinstance(model, RemixDiT) and settings.experts_per_batch < min(8, model.n_experts):
+        return ["fewer than 8 experts per batch: in studies/README.md, more of them gave a lower error"]
+    return []
+
+
+def log_introduction(log: logging.Logger, description: list[str], damaged: dict[Path, str], notes: list[str]):
+    """Log what the run will do, and the damaged checkpoints that it does not resume from."""
+    skipped = [f"SKIPPED {path}: {reason}" for path, reason in damaged.items()]
+    for line in [*description, *skipped, *notes]:
+        log.info(line)

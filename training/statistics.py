@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import counted
 from diffusion import FlowMatching, GaussianDiffusion
 from distributed import World, seed_for
 from models import DiT
@@ -172,6 +173,9 @@ class ThroughputTimer:
         device: the device that trains.
         flops_per_image: FLOPs of a training step per image, from `plan.training_flops`.
         peak_flops_per_s: FLOP/s of a large matrix product on all devices together, from `plan.matmul_rate`.
+
+    Attributes:
+        last_pause: seconds of the latest pause; 0 before the first.
     """
 
     def __init__(self, device: torch.device, flops_per_image: float, peak_flops_per_s: float):
@@ -179,6 +183,7 @@ class ThroughputTimer:
         self.flops_per_image = flops_per_image
         self.peak_flops_per_s = peak_flops_per_s
         self.images = 0
+        self.last_pause = 0.0
         self.start = time.perf_counter()
 
     def add(self, images: int):
@@ -192,7 +197,8 @@ class ThroughputTimer:
             torch.cuda.synchronize(self.device)
         paused_at = time.perf_counter()
         yield
-        self.start += time.perf_counter() - paused_at
+        self.last_pause = time.perf_counter() - paused_at
+        self.start += self.last_pause
 
     def read(self) -> dict[str, float]:
         """Return the speed since the last call. The device must have finished its steps.
@@ -262,21 +268,22 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
-def report_line(metrics: dict, max_steps: int, batch_size: int) -> str:
+def report_line(metrics: dict, max_steps: int, batch_size: int, pictures_s: float = 0) -> str:
     """Return the line of log.txt for the metrics of a step.
 
     Args:
         metrics: metrics from `build_metrics`.
         max_steps: number of steps of the run.
         batch_size: images per global batch.
+        pictures_s: seconds that the remaining pictures will take.
     """
     means = [f"{name} {metrics[name]:.4f}" for name in ("loss", "mse") if metrics.get(name) is not None]
     parts = [f"step {metrics['step']:07d}/{max_steps:07d}", *(means or ["no finite loss"])]
     if "entropy" in metrics:
         parts += [f"entropy {np.mean(metrics['entropy']):.3f}", f"spread {metrics['expert_spread']:.4f}"]
     if metrics["bad_steps"]:
-        parts.append(f"{metrics['bad_steps']} non-finite steps")
-    remaining = (max_steps - metrics["step"]) * batch_size / metrics["images_per_s"]
+        parts.append(counted(metrics["bad_steps"], "non-finite step"))
+    remaining = (max_steps - metrics["step"]) * batch_size / metrics["images_per_s"] + pictures_s
     parts += [
         f"lr {metrics['lr']:.2e}",
         f"{metrics['images_per_s']:,.0f} images/s",
@@ -297,7 +304,7 @@ def explain_failure(nonfinite: NonFiniteSteps, sampler: BatchSampler, model: DiT
     if isinstance(model, RemixDiT):
         experts = f"experts {sorted(set(model.expert_index(torch.from_numpy(t)).tolist()))}, "
     return (
-        f"{nonfinite.longest_streak:.0f} steps in a row had a loss or gradient that is not finite; "
+        f"{counted(int(nonfinite.longest_streak), 'step')} in a row had a loss or gradient that is not finite; "
         f"the last, step {nonfinite.step:.0f}: {experts}{times}, "
         f"loss {nonfinite.loss}, gradient norm {nonfinite.norm}. These steps did not change the weights. The run ends. "
         "--resume repeats these steps. To change a setting, start a new run from a checkpoint with --load-weight"
@@ -313,6 +320,7 @@ def noise_errors(
     timesteps: Iterable[float],
     per_timestep: int = 32,
     seed: int = 0,
+    timesteps_per_batch: int = 1,
 ) -> Tensor:
     """Compute the mean squared error of the predicted noise at each of some timesteps.
 
@@ -321,28 +329,31 @@ def noise_errors(
     on the noise level in thousandths.
 
     Args:
-        model: a network called as model(x, t, y). Every batch has one timestep, so it may be a folded RemixDiT.
+        model: a network called as model(x, t, y). By default every batch has one timestep, so it may be a folded
+            RemixDiT.
         diffusion: the process that adds the noise.
         x: images [n, C, H, W], usually held out from training.
         y: labels [n], int64.
         timesteps: timesteps, or times of a flow, to evaluate.
         per_timestep: images per timestep.
         seed: seed of the noise.
+        timesteps_per_batch: timesteps that the model processes at once.
 
     Returns:
         Errors [number of timesteps], float32.
     """
     errors = []
     is_flow = isinstance(diffusion, FlowMatching)
-    for t in timesteps:
-        number = round(1000 * (1 - t)) if is_flow else int(t)
-        rows = (torch.arange(per_timestep) + number * per_timestep) % len(x)
-        noise = torch.randn(x[rows].shape, generator=torch.Generator().manual_seed(seed_for(seed, number))).to(x.device)
-        ts = torch.full((per_timestep,), float(t) if is_flow else number, device=x.device)
+    for chunk in torch.as_tensor(list(timesteps)).split(timesteps_per_batch):
+        numbers = (1000 * (1 - chunk)).round().long() if is_flow else chunk.long()
+        rows = (torch.arange(per_timestep) + numbers[:, None] * per_timestep).flatten() % len(x)
+        generators = (torch.Generator().manual_seed(seed_for(seed, number)) for number in numbers.tolist())
+        noise = torch.cat([torch.randn(per_timestep, *x.shape[1:], generator=g) for g in generators]).to(x.device)
+        ts = (chunk.float() if is_flow else numbers).repeat_interleave(per_timestep).to(x.device)
         if is_flow:
             error = diffusion.training_losses(model, x[rows], ts, {"y": y[rows]}, noise)["loss"]
         else:
             noisy = diffusion.q_sample(x[rows], ts, noise)
             error = (model(noisy, ts, y[rows])[:, : x.shape[1]] - noise).square()
-        errors.append(error.mean())
-    return torch.stack(errors)
+        errors.append(error.view(len(chunk), -1).mean(1))
+    return torch.cat(errors)

@@ -7,9 +7,21 @@ This file is stored beside exported weights and requires only diffusers and PyTo
 """
 
 import inspect
+import json
+from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -21,39 +33,61 @@ class RemixDiTPipeline(DiffusionPipeline):
     """Class-conditional image generation with a Remix-DiT.
 
     Args:
-        transformer: a RemixDiTTransformer2DModel.
-        scheduler: a scheduler for models that predict noise. Its defaults are those of the published DiT.
+        transformer: a RemixDiTTransformer2DModel, or a PublishedDiTTransformer2DModel that is a flow.
+        scheduler: a scheduler for models that predict noise, whose defaults are those of the published DiT; or for
+            flows one for models that predict the velocity (FlowMatch...).
         vae: the autoencoder that decodes the latents, or None for a model of pixels.
     """
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]  # noqa: RUF012, as in diffusers
+    code = Path(__file__).read_text()
 
     def __init__(self, transformer: ModelMixin, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        """See ConfigMixin. `auto_map` is for AutoModel, and would be reported as an unknown argument here."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
+    def save_config(self, save_directory: str | Path, **kwargs):
+        """Write model_index.json and this file to a folder. The arguments are those of ConfigMixin.save_config."""
+        super().save_config(save_directory, **kwargs)
+        folder = Path(save_directory)
+        name = type(self.transformer).__name__
+        index = json.loads((folder / "model_index.json").read_text())
+        index["_class_name"] = ["pipeline", type(self).__name__]
+        index["transformer"] = ["remix_transformer", name]
+        # AutoModel looks here, also for a subfolder.
+        index["auto_map"] = {"AutoModel": f"remix_transformer.{name}"}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "pipeline.py").write_text(self.code)
+
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: list[int],
+        class_labels: int | list[int],
         guidance_scale: float = 1.5,
         num_inference_steps: int = 250,
+        num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         guided_channels: int = 3,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Generate one image per label.
+        """Generate images of the given classes.
 
         Args:
-            class_labels: the class of every image.
+            class_labels: the class of each image, from 0 to the number of classes - 1, or one class.
             guidance_scale: scale of classifier-free guidance (arXiv 2207.12598). 1 means no guidance.
             num_inference_steps: number of denoising steps.
+            num_images_per_prompt: number of images per label. The images of a label follow each other.
             generator: random generator, or a list with one per image.
             latents: the noise [B, C, H, W] to start from. By default it is drawn from `generator`.
-            guided_channels: number of channels of the predicted noise that are guided, the first ones. The published
+            guided_channels: number of channels of the prediction that are guided, the first ones. The published
                 DiT guides three of four.
             output_type: "pil", "np" [B, H, W, C] or "pt" [B, C, H, W] for images in [0, 1], or "latent" for the
                 denoised input of the transformer. A model of latents without a VAE always returns the latter.
@@ -61,19 +95,25 @@ class RemixDiTPipeline(DiffusionPipeline):
 
         Returns:
             The images.
+
+        Raises:
+            ValueError: if a label is out of range, or if only one of model and scheduler is for flows.
         """
         config = self.transformer.config
         device = self._execution_device
         channels = config.in_channels
-        labels = torch.tensor(class_labels, device=device)
+        labels = self._repeat_labels(class_labels, num_images_per_prompt).to(device)
+        shape = (len(labels), channels, config.sample_size, config.sample_size)
         if guidance_scale != 1:
             labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
         x = latents
         if x is None:
-            shape = (len(class_labels), channels, config.sample_size, config.sample_size)
             x = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
 
-        scheduler = self.scheduler
+        scheduler, flow = self.scheduler, bool(config.get("flow"))
+        if flow != type(scheduler).__name__.startswith("FlowMatch"):
+            kind = "a flow, which needs a FlowMatch scheduler" if flow else "no flow"
+            raise ValueError(f"the scheduler is a {type(scheduler).__name__}, but the model is {kind}")
         uses_variance = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in LEARNED
         if not uses_variance and scheduler.config.get("variance_type") in LEARNED:
             # This setting comes from the config of a DDPMScheduler. The scheduler gets the predicted noise only.
@@ -81,17 +121,29 @@ class RemixDiTPipeline(DiffusionPipeline):
         # DDIM computes the noise again from the clipped prediction of the image, as in the published DiT.
         options = {"generator": generator, "use_clipped_model_output": True}
         options = {key: options[key] for key in options.keys() & inspect.signature(scheduler.step).parameters.keys()}
-        scheduler.set_timesteps(num_inference_steps, device=device)
-        x = x.to(device) * scheduler.init_noise_sigma
+        _set_timesteps(scheduler, num_inference_steps, device)
+        x = x.to(device) * getattr(scheduler, "init_noise_sigma", 1)
         for t in self.progress_bar(scheduler.timesteps):
-            scaled = scheduler.scale_model_input(x, t).to(self.transformer.dtype)
-            out = self._predict(scaled, t, labels, guidance_scale, min(guided_channels, channels))
+            # The time of a flow is 1 for data. The scheduler's is 0 for data, and its velocity has the other sign.
+            scaled = x if flow else scheduler.scale_model_input(x, t)
+            time, sign = (1 - t / scheduler.config.num_train_timesteps, -1) if flow else (t, 1)
+            guided = min(guided_channels, channels)
+            out = sign * self._predict(scaled.to(self.transformer.dtype), time, labels, guidance_scale, guided)
             out = out if uses_variance else out[:, :channels]
             x = scheduler.step(out, t, x, **options).prev_sample
 
         images = self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _repeat_labels(self, class_labels: int | list[int], repeats: int) -> Tensor:
+        """Return the labels, each of them `repeats` times. Raises ValueError if a label is out of range."""
+        labels = [class_labels] if isinstance(class_labels, int) else [int(label) for label in class_labels]
+        num_classes = self.transformer.config.num_embeds_ada_norm
+        for label in labels:
+            if not 0 <= label < num_classes:
+                raise ValueError(f"class_labels must be from 0 to {num_classes - 1}, but {label} is among them")
+        return torch.tensor(labels).repeat_interleave(repeats)
 
     def _predict(self, x: Tensor, t: Tensor, labels: Tensor, guidance_scale: float, guided_channels: int) -> Tensor:
         """Run the transformer on x [B, C, H, W] at timestep t, with guidance if there are 2B labels."""
@@ -115,3 +167,21 @@ class RemixDiTPipeline(DiffusionPipeline):
             return x
         x = x.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(x) if output_type == "pil" else x
+
+
+def _set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device):
+    """Set the timesteps of a scheduler.
+
+    Those that EulerDiscreteScheduler chooses itself are not integers, and its last step is a short one. It gets the
+    integers that the other solvers use, evenly spaced from T - 1 to about T / num_inference_steps. For flows, Euler's
+    noise levels are evenly spaced from 1 to 0, before the scheduler shifts them.
+    """
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
+        return
+    if not isinstance(scheduler, EulerDiscreteScheduler):
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        return
+    timesteps = np.linspace(0, scheduler.config.num_train_timesteps - 1, num_inference_steps + 1).round()[:0:-1]
+    scheduler.set_timesteps(timesteps=timesteps.tolist(), device=device)

@@ -3,9 +3,16 @@
 This file is stored beside exported weights and requires only diffusers and PyTorch.
 
 The published DiT embeds a timestep t as the sines and cosines of t 10000^(-i/128) for i = 0..127. diffusers'
-DiTTransformer2DModel has t 10000^(-i/127) instead. The weights were trained with the former, which the classes below
-use.
+DiTTransformer2DModel has t 10000^(-i/127) instead. The classes below use the frequencies 10000^(-i/(128 - s)) that the
+weights were trained with. Their config stores s as `frequency_shift`, 0 by default.
+
+diffusers executes this file again whenever it loads a model, so that two models have different classes of the same
+name. Therefore no code here compares the class of a module of a model.
 """
+
+import inspect
+import json
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +21,43 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 
-class PublishedDiTTransformer2DModel(DiTTransformer2DModel):
-    """diffusers' DiTTransformer2DModel with the timestep frequencies of the published DiT."""
+class SavedWithCode:
+    """Base class of models whose save_pretrained stores this file too, so that AutoModel loads the folder again."""
+
+    code = Path(__file__).read_text()
+    saved_name: str | None = None
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        """See ConfigMixin. Entries of the config that are not arguments are kept without a warning."""
+        others = {"auto_map", "frequency_shift", "flow"} - inspect.signature(cls.__init__).parameters.keys()
+        arguments = {key: value for key, value in config_dict.items() if key not in others}
+        init_dict, unused, hidden = super().extract_init_dict(arguments, **kwargs)
+        return init_dict, unused, hidden | {key: config_dict[key] for key in others & config_dict.keys()}
+
+    def save_config(self, save_directory: str | Path, **kwargs):
+        """Write config.json and this file to a folder. The arguments are those of ConfigMixin.save_config."""
+        super().save_config(save_directory, **kwargs)
+        folder = Path(save_directory)
+        config = json.loads((folder / "config.json").read_text())
+        # The parent class adds its own arguments, which the class may not accept.
+        accepted = {"frequency_shift", "flow", *inspect.signature(type(self).__init__).parameters}
+        config = {key: value for key, value in config.items() if key.startswith("_") or key in accepted}
+        config["_class_name"] = self.saved_name or type(self).__name__
+        config["auto_map"] = {"AutoModel": f"remix_transformer.{type(self).__name__}"}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "remix_transformer.py").write_text(self.code)
+
+
+class PublishedDiTTransformer2DModel(SavedWithCode, DiTTransformer2DModel):
+    """diffusers' DiTTransformer2DModel with the timestep frequencies that its config gives."""
+
+    # Programs that cannot run this file recognize the architecture by this name.
+    saved_name = "DiTTransformer2DModel"
 
     def forward(self, *args, **kwargs):
         for block in self.transformer_blocks:
-            block.norm1.emb.time_proj.downscale_freq_shift = 0
+            block.norm1.emb.time_proj.downscale_freq_shift = self.config.get("frequency_shift", 0)
         return super().forward(*args, **kwargs)
 
 
@@ -58,6 +96,13 @@ class MixedLinear(nn.Module):
         return F.linear(x, *self.mixed)
 
 
+def tensor_state(tensor: Tensor) -> tuple:
+    """Return what changes when a tensor is moved, replaced, or changed in place."""
+    # Tensors made in inference mode do not count their changes.
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.device, tensor.dtype, tensor.data_ptr(), version
+
+
 class Conditioning(nn.Module):
     """Replaces the embedders of the blocks, and returns the embedding that was computed once for all blocks."""
 
@@ -67,18 +112,24 @@ class Conditioning(nn.Module):
         return self.value
 
 
-class RemixDiTTransformer2DModel(DiTTransformer2DModel):
+class RemixDiTTransformer2DModel(SavedWithCode, DiTTransformer2DModel):
     """Remix-DiT (arXiv 2412.05628) for inference: N experts that are weighted averages of K basis DiTs.
 
-    Expert i denoises the timesteps t with floor(i T / N) <= t < floor((i + 1) T / N). All timesteps of a call must
-    belong to the same expert, as they do in the steps of a sampler.
+    Expert i denoises the timesteps t with floor(i T / N) <= t < floor((i + 1) T / N), or those from boundary i to
+    boundary i + 1. All timesteps of a call must belong to the same expert, as they do in the steps of a sampler.
 
     Args:
         n_basis: the number K of basis models.
         n_experts: the number N of experts.
         num_timesteps: the number T of timesteps of the diffusion process.
-        local_scope: whether every block has mixing coefficients of its own.
+        mixer: "softmax" if the mixing coefficients are the softmax of the logits; "raw" or "one-hot" if they are the
+            logits.
+        scope: "local" if every block has mixing coefficients of its own, otherwise "global".
         mixed_layers: names of the mixed linear layers within a block. All other layers are shared by the experts.
+        boundaries: N + 1 increasing timesteps from 0 to T, or noise levels from 0 to 1 for a flow, or None for equal
+            intervals of the timesteps.
+        frequency_shift: the shift s of the timestep frequencies 10000^(-i/(128 - s)).
+        flow: the settings of a flow, whose timesteps are 1 minus the noise level; None for Gaussian diffusion.
 
     The other arguments are those of DiTTransformer2DModel.
     """
@@ -98,8 +149,12 @@ class RemixDiTTransformer2DModel(DiTTransformer2DModel):
         n_basis: int,
         n_experts: int,
         num_timesteps: int,
-        local_scope: bool,
+        mixer: str,
+        scope: str,
         mixed_layers: list[str],
+        boundaries: list[float] | None = None,
+        frequency_shift: int = 0,
+        flow: dict | None = None,
     ):
         super().__init__(
             num_attention_heads=num_attention_heads,
@@ -113,20 +168,34 @@ class RemixDiTTransformer2DModel(DiTTransformer2DModel):
             norm_eps=norm_eps,
         )
         self.embedder = self.transformer_blocks[0].norm1.emb
-        self.embedder.time_proj.downscale_freq_shift = 0
+        self.embedder.time_proj.downscale_freq_shift = frequency_shift
         self.conditioning = Conditioning()
+        # Kept as a list, because the classes of two models differ. See the start of this file.
+        self.mixed = []
         for index, block in enumerate(self.transformer_blocks):
             block.norm1.emb = self.conditioning
             for name in mixed_layers:
                 parent, _, child = name.rpartition(".")
-                linear = MixedLinear(block.get_submodule(name), n_basis, index if local_scope else 0)
+                linear = MixedLinear(block.get_submodule(name), n_basis, index if scope == "local" else 0)
                 setattr(block.get_submodule(parent), child, linear)
-        self.coefficients = nn.Parameter(torch.empty(num_layers if local_scope else 1, n_experts, n_basis))
+                self.mixed.append(linear)
+        self.logits = nn.Parameter(torch.empty(num_layers if scope == "local" else 1, n_experts, n_basis))
         self.folded = None
+
+    def expert_index(self, timestep: float) -> int:
+        """Return the index of the expert that a timestep belongs to."""
+        config = self.config
+        if config.boundaries is None:
+            return (config.n_experts * (int(timestep) + 1) - 1) // config.num_timesteps
+        inner, level = torch.tensor(config.boundaries[1:-1]), torch.tensor(timestep, dtype=torch.float32)
+        if config.flow:
+            # Steps on a boundary belong to the expert above, although the noise level is rounded.
+            inner, level = inner.double() - 2**-20, 1 - level
+        return int(torch.bucketize(level, inner.float(), right=True))
 
     @torch.no_grad()
     def select(self, timestep: Tensor):
-        """Mix the weights of the expert that the timesteps belong to, unless it is the expert of the previous call.
+        """Mix the weights of the expert that the timesteps belong to, unless they are those of the previous call.
 
         Args:
             timestep: timesteps [B] from 0 to T - 1.
@@ -134,15 +203,15 @@ class RemixDiTTransformer2DModel(DiTTransformer2DModel):
         Raises:
             ValueError: if the timesteps belong to several experts.
         """
-        config = self.config
-        first, last = ((config.n_experts * (int(t) + 1) - 1) // config.num_timesteps for t in timestep.aminmax())
+        first, last = (self.expert_index(t.item()) for t in timestep.aminmax())
         if first != last:
             raise ValueError(f"the timesteps of a call must belong to one expert, these belong to {first} to {last}")
-        state = (first, self.device, self.dtype)
+        state = (first, *map(tensor_state, [self.logits, *(p for layer in self.mixed for p in layer.parameters())]))
         if state != self.folded:
-            for module in self.modules():
-                if isinstance(module, MixedLinear):
-                    module.mix(self.coefficients[:, first].to(module.weight.device))
+            logits = self.logits[:, first].float()
+            coefficients = logits.softmax(-1) if self.config.mixer == "softmax" else logits
+            for layer in self.mixed:
+                layer.mix(coefficients.to(layer.weight.device))
             self.folded = state
 
     def forward(
