@@ -8,10 +8,11 @@ A checkpoint is a dict of plain types and tensors, written by torch.save and rea
         diffusion       the keyword arguments of `create_process`; without "process" it is Gaussian diffusion
         data            image size, classes, autoencoder and scale of the latents
         training        the options of the training run
-        source          only for a file of another project whose weights were changed when they were read: the changes
+        source          only if the weights were changed when a file of another project was read, or by convert.py
     step                number of completed training steps
     model, ema          state dicts of the raw weights and of their exponential moving average (EMA)
     optimizer, scaler   state of the optimizer and of the gradient scaler
+    averages            only with --ema-snapshots: the power-function averages of the trained tensors
     window              sums of the metrics since the last log line
 """
 
@@ -34,6 +35,7 @@ from diffusion import NOISE_LEVELS
 from hub import local_file
 from interop import diffusers, dit, original, sit
 from models import DiT
+from posthoc_ema import write_snapshot
 from remix import ExpertSwitch, FoldedRemixDiT, IndependentExperts, RemixDiT
 
 FORMAT = "remix-dit"
@@ -97,8 +99,16 @@ class CheckpointWriter:
             step: number of steps done.
             state: the content, in host memory. It must not be changed afterwards.
         """
+        self._start(self._write, self.folder / f"{step:07d}.pt", state)
+
+    def save_snapshot(self, step: int, averages: dict[str, dict[str, Tensor]], dtype: str):
+        """Start writing a snapshot for post-hoc EMA, likewise; see `posthoc_ema.write_snapshot` for the arguments."""
+        self._start(self._write_snapshot, step, averages, dtype)
+
+    def _start(self, write, *arguments):
+        """Call a function in the thread, after the previous file has been written."""
         self.wait()
-        self.thread = threading.Thread(target=self._write, args=(self.folder / f"{step:07d}.pt", state))
+        self.thread = threading.Thread(target=write, args=arguments)
         self.thread.start()
 
     def wait(self):
@@ -121,6 +131,12 @@ class CheckpointWriter:
             self._delete_old(path)
         except OSError as error:
             self.logger.error(f"could not delete an old checkpoint: {error}")
+
+    def _write_snapshot(self, step: int, averages: dict[str, dict[str, Tensor]], dtype: str):
+        try:
+            write_snapshot(self.folder.parent, step, averages, dtype)
+        except Exception as error:
+            self.logger.error(f"COULD NOT SAVE the snapshot of step {step}: {first_line(error)}; training continues")
 
     def _delete_old(self, saved: Path):
         """Delete the checkpoints that are not to be kept.

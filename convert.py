@@ -5,19 +5,22 @@
     python convert.py outputs/RUN/checkpoints/0100000.pt expert3.pt --to sit --expert 3
     python convert.py outputs/RUN/checkpoints/0100000.pt remix.safetensors --to safetensors
     python convert.py outputs/RUN/checkpoints/0100000.pt remix --to diffusers --vae ema
+    python convert.py outputs/RUN/checkpoints/0100000.pt merged.safetensors --to safetensors --merge mean
 
 original: a file of the original Remix-DiT repository, with state dicts under "ema" and "model".
 dit: a file of facebookresearch/DiT, with the same keys: a plain DiT, or one expert of a RemixDiT folded into a DiT.
 sit: a training checkpoint of willisma/SiT, likewise, from a model that was trained with --process flow.
 safetensors: the EMA weights and the config. Loading a .safetensors file never executes code.
 diffusers: a folder with the EMA weights: a pipeline for a RemixDiT or a flow, otherwise a DiTTransformer2DModel.
+--ema-std makes an EMA of any width, if the training stored snapshots (train_fast.py --ema-snapshots).
+--merge makes one plain DiT of all experts, as a baseline or as a start for distillation, in any format but original.
 """
 
 import argparse
 from pathlib import Path
 
 from autoencoder import Latents, load_autoencoder
-from checkpoint import choose_process, load_model, save_safetensors
+from checkpoint import choose_process, find_checkpoint, load_model, model_config, save_safetensors
 from common import (
     TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
@@ -30,28 +33,39 @@ from common import (
     warn,
 )
 from diffusion import NOISE_LEVELS
+from figures import intervals
 from interop import diffusers, dit, original, sit
 from models import DiT
+from posthoc_ema import WIDEST, reconstruct
 from remix import RemixDiT
 
 
 def main(args: argparse.Namespace):
     if Path(args.out).exists():
         raise UserError(f"{args.out} exists: choose another name")
-    if args.expert is not None and args.to in ("original", "safetensors"):
-        raise UserError(f"--expert gives a DiT: use it with --to dit, sit or diffusers, not --to {args.to}")
     if args.vae and args.to != "diffusers":
         raise UserError(f"--vae is stored in a pipeline: use it with --to diffusers, not --to {args.to}")
+    chosen = args.expert is not None or args.merge is not None
+    if chosen and args.to == "original":
+        raise UserError("--expert and --merge give a DiT: use another format, not --to original")
 
     keys = ("ema", "model") if args.to in ("original", "dit", "sit") else ("ema",)
     overrides = {"num_heads": args.num_heads} if args.num_heads else {}
     overrides |= frequency_override(args.timestep_frequencies)
     models, config = load_models(args.ckpt, keys, args.trust_pickle, overrides)
+    if args.ema_std:
+        ema = reconstruct(find_checkpoint(args.ckpt), args.ema_std, models["ema"].state_dict())
+        models["ema"].load_state_dict(ema)
+        config["source"] = f"post-hoc EMA of relative standard deviation {args.ema_std} of {args.ckpt}"
     choose_process(args.ckpt, config, args.process)
     if args.to in ("dit", "sit") and config["model"]["backbone"].get("frequency_shift"):
         warn(f"{args.out} cannot record the timestep frequencies: load it with --timestep-frequencies diffusers")
-    if args.to in ("dit", "sit") or (args.to == "diffusers" and args.expert is not None):
-        models = {key: fold_expert(model, args.expert, args.ckpt) for key, model in models.items()}
+    if args.to in ("dit", "sit") or chosen:
+        models = {key: fold_experts(model, args.expert, args.merge, args.ckpt) for key, model in models.items()}
+        name = config["model"]["name"]
+        config["model"] = model_config(name and name.removeprefix("Remix"), models["ema"])
+        if args.merge:
+            config["source"] = f"experts of {args.ckpt}, merged with the weights {args.merge}"
 
     if args.to == "original":
         original.write(args.out, models, config)
@@ -78,14 +92,26 @@ def load_models(
     return models, config
 
 
-def fold_expert(model: DiT | RemixDiT, expert: int | None, path: str) -> DiT:
-    """Return a plain DiT: expert number `expert` of a RemixDiT, or the model itself if it is a plain DiT."""
+def fold_experts(model: DiT | RemixDiT, expert: int | None, merge: str | None, path: str) -> DiT:
+    """Fold experts of a RemixDiT into one plain DiT.
+
+    Args:
+        model: the model; a plain DiT is returned as it is.
+        expert: index of the expert.
+        merge: take all experts instead: "mean" with equal weights, or "interval" with the lengths of their intervals of
+            noise levels as weights.
+        path: the checkpoint, for error messages.
+    """
     if isinstance(model, DiT):
+        if merge:
+            raise UserError(f"--merge: {path} holds a plain DiT, not the experts of a RemixDiT")
         if expert is not None:
             raise UserError(f"--expert {expert}: {path} holds a plain DiT, which has no experts")
         return model
+    if merge:
+        return model.merge([high - low for low, high in intervals(model)] if merge == "interval" else None)
     if expert is None:
-        raise UserError(f"{path} holds {counted(model.n_experts, 'expert')}: choose one with --expert")
+        raise UserError(f"{path} holds {counted(model.n_experts, 'expert')}: choose one with --expert, or use --merge")
     if expert >= model.n_experts:
         raise UserError(f"--expert {expert}: {path} has the experts 0 to {model.n_experts - 1}")
     return model.expert(expert)
@@ -113,8 +139,20 @@ if __name__ == "__main__":
         action="store_true",
         help="let the checkpoint execute code: use this only for files that you made yourself",
     )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--expert", type=number(int, 0), help="the expert to fold into a plain DiT")
+    group.add_argument(
+        "--merge",
+        choices=["mean", "interval"],
+        help="make one plain DiT of all experts: the mean of their weights, or their mean weighted by the lengths of "
+        "the experts' intervals of noise levels",
+    )
     parser.add_argument(
-        "--expert", type=number(int, 0), help="the expert to fold into a DiT, with --to dit, sit or diffusers"
+        "--ema-std",
+        type=number(float, 0.01, WIDEST),
+        metavar="STD",
+        help="replace the EMA by one of this width, from the snapshots of train_fast.py --ema-snapshots: the standard "
+        "deviation of its profile relative to the training time, such as 0.10 (arXiv 2312.02696)",
     )
     parser.add_argument(
         "--process",

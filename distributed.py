@@ -3,6 +3,7 @@
 The process group uses NCCL on GPUs and gloo on CPUs. Without torchrun there is one process and no group.
 """
 
+import functools
 import logging
 import os
 import signal
@@ -100,6 +101,8 @@ def world_size() -> int:
 def setup() -> World:
     """Join the process group that torchrun describes, if any, and select this process's device.
 
+    A script may call this before each of several runs: the first call joins, and every call waits for all processes.
+
     When a process dies, torchrun ends the other processes of its node at once. Processes of other nodes wait up to
     TIMEOUT.
 
@@ -109,6 +112,15 @@ def setup() -> World:
     Raises:
         LocalError: if the node has more processes than GPUs.
     """
+    world = _make_world()
+    # No process may write before every process has checked the files that are there.
+    world.barrier()
+    return world
+
+
+@functools.cache
+def _make_world() -> World:
+    """Join the process group and select this process's device, once per process."""
     rank = int(os.environ.get("RANK", 0))
     size = world_size()
     device = _select_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -117,10 +129,7 @@ def setup() -> World:
         rank, size = _join_group(device)
         if device.type == "cuda":
             hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    world = World(rank, size, device, hosts)
-    # No process may write before every process has checked the files that are there.
-    world.barrier()
-    return world
+    return World(rank, size, device, hosts)
 
 
 def _select_device(local_rank: int) -> torch.device:

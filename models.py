@@ -226,6 +226,26 @@ class DiT(nn.Module):
         ):
             nn.init.zeros_(linear.weight)
 
+    @torch.no_grad()
+    def reset_classes(self, num_classes: int, kept: dict[int, int]):
+        """Replace the table of the class embeddings by a newly initialized one for other classes.
+
+        The embedding of the null class is kept.
+
+        Args:
+            num_classes: number of new classes.
+            kept: old label of each new class whose embedding is kept.
+        """
+        old = self.y_embedder
+        size = old.embedding_table.embedding_dim
+        new = LabelEmbedder(num_classes, size, old.dropout_prob).to(old.embedding_table.weight)
+        nn.init.normal_(new.embedding_table.weight, std=0.02)
+        rows = kept | ({num_classes: self.num_classes} if old.dropout_prob > 0 else {})
+        for row, old_row in rows.items():
+            new.embedding_table.weight[row] = old.embedding_table.weight[old_row]
+        self.y_embedder = new
+        self.num_classes = self.config["num_classes"] = num_classes
+
     def unpatchify(self, x: Tensor) -> Tensor:
         """Arrange the patches x [B, L, P * P * out_channels] as images [B, out_channels, H, W]."""
         batch, side, patch = len(x), math.isqrt(x.shape[1]), self.patch_size

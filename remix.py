@@ -326,11 +326,36 @@ class RemixDiT(nn.Module):
 
     def expert(self, i: int) -> DiT:
         """Return expert i as a plain DiT with its own parameters, in eval mode. See `fold_` for errors."""
+        dit = self._shared_dit()
+        self.fold_(dit, i)
+        return dit
+
+    def merge(self, weights: list[float] | None = None) -> DiT:
+        """Return a weighted mean of the experts' weights as a plain DiT with its own parameters, in eval mode.
+
+        Experts are linear in their coefficients, so the mean of the experts is the expert of the mean coefficients.
+
+        Args:
+            weights: weight of each expert, at least 0 [N]; they are divided by their sum. Default: equal weights.
+
+        Raises:
+            ValueError: if there are not N weights, or one of them is negative, or all are 0.
+        """
+        weights = torch.ones(self.n_experts) if weights is None else torch.tensor(weights)
+        if len(weights) != self.n_experts or weights.min() < 0 or weights.sum() <= 0:
+            raise ValueError(f"expected {self.n_experts} weights of at least 0, not all of them 0")
+        alpha = self._coefficients_per_row().detach().double().cpu()  # [1 or depth, N, K]
+        weights = (weights.double() / weights.double().sum())[:, None]  # [N, 1]
+        dit = self._shared_dit()
+        self._fold(dit, (weights * alpha).sum(1).tolist())
+        return dit
+
+    def _shared_dit(self) -> DiT:
+        """Return a plain DiT in eval mode with the layers that all experts share; the mixed ones are random."""
         dit = DiT(**self.backbone.config).to(self.logits)
         mixed = {name for name, _ in self.mixed()}
         shared = {k: v for k, v in self.backbone.state_dict().items() if k.rpartition(".")[0] not in mixed}
         dit.load_state_dict(shared, strict=False)
-        self.fold_(dit, i)
         return dit.eval()
 
     @torch.no_grad()

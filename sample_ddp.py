@@ -51,15 +51,18 @@ from common import (
     write_array,
     write_json,
 )
-from diffusion import FLOW_SAMPLERS, PROCESS_SAMPLERS, SAMPLERS, make_sampler
+from diffusion import FLOW_SAMPLERS, NOISE_LEVELS, PROCESS_SAMPLERS, SAMPLERS, make_sampler
 from diffusion.flow import LAST_STEPS
 from diffusion.interpolants import DIFFUSION_FORMS
 from distributed import PRECISIONS, SampleGenerators, World, rank0_logger, setup
 from figures import save_grid
-from models import DiT, DiT_models, classifier_free_guidance
+from guidance import GuidanceSchedule, make_denoiser, make_schedule, parse_pieces, predict
+from models import DiT, DiT_models
 from remix import ExpertSwitch, RemixDiT_models
 
 GRID_IMAGES = 100
+# What a guide has in common with the model: the shape of the samples.
+SHAPE = ("in_channels", "input_size")
 # dopri5 chooses its steps. This is an estimate of its network evaluations.
 ADAPTIVE_EVALUATIONS = 100
 
@@ -77,13 +80,15 @@ class SampleSettings:
     diffusion_form: str | None
     last_step: str | None
     last_step_size: float | None
-    cfg_scale: float
+    cfg_scale: float | str
+    guidance_interval: list[float] | None
     cfg_all_channels: bool
     ema: bool
     global_seed: int
     per_proc_batch_size: int
     save_png: bool
     precision: str
+    labels: str | list[int] | None
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,8 @@ class Pipeline:
     Attributes:
         ckpt: name of the checkpoint, for error messages.
         model: the network, or the switch between the networks of several experts.
+        guide: the weaker model of autoguidance, if there is one.
+        schedule: guidance scale at each noise level.
         loop: sampling loop, see `diffusion.solvers.make_sampler`.
         timesteps: timesteps, or times of a flow, in the order in which the loop requests them. None if the loop chooses
             them while it runs.
@@ -105,6 +112,8 @@ class Pipeline:
 
     ckpt: str
     model: DiT | ExpertSwitch
+    guide: DiT | ExpertSwitch | None
+    schedule: GuidanceSchedule
     loop: Callable[..., torch.Tensor]
     timesteps: list[int] | list[float] | None
     autoencoder: Pixels
@@ -125,11 +134,14 @@ def main(args: argparse.Namespace):
     check_original_flags(args.n_basis, args.n_experts, args.tf32, config, args.ckpt[0])
     settings = sample_settings(args, config["diffusion"].get("process", "gaussian"))
     vae = args.vae or config["data"]["vae"]
-    pipeline = make_pipeline(model, config, settings, vae, args.ckpt[0])
-    folder = Path(args.sample_dir) / (args.name or default_name(args.ckpt[0], settings))
+    guide = load_guide(args, config) if args.guide_ckpt else None
+    pipeline = make_pipeline(model, guide, config, settings, vae, args.ckpt[0])
+    folder = Path(args.sample_dir) / (args.name or default_name(args.ckpt[0], args.guide_ckpt, settings))
     fingerprints = [fingerprint(path) for path in args.ckpt]
     used = {name: value for name, value in asdict(settings).items() if value is not None}
     record = {"ckpt": args.ckpt, "ckpt_fingerprint": fingerprints, "vae": vae, **used}
+    if args.guide_ckpt:
+        record |= {"guide_ckpt": args.guide_ckpt, "guide_fingerprint": fingerprint(args.guide_ckpt)}
     # Omitted for the default, as in the config.
     if shift := config["model"]["backbone"].get("frequency_shift"):
         record["frequency_shift"] = shift
@@ -153,7 +165,8 @@ def main(args: argparse.Namespace):
     world = setup()
     logger = rank0_logger(world)
     pipeline.autoencoder.to(world.device)
-    pipeline.model.to(world.device).requires_grad_(False)
+    for network in filter(None, (pipeline.model, pipeline.guide)):
+        network.to(world.device).requires_grad_(False)
     if not world.same(len(missing)):
         raise UserError(
             "the processes see different files: all nodes need the same --sample-dir, on a shared file system"
@@ -164,6 +177,8 @@ def main(args: argparse.Namespace):
     world.barrier()
     steps = "adaptive" if pipeline.timesteps is None else f"{len(pipeline.timesteps):,}"
     sampler = f"{settings.sampler}, {steps} network evaluations per sample, guidance scale {settings.cfg_scale}"
+    if settings.guidance_interval:
+        sampler += " at noise levels {:g} to {:g}".format(*settings.guidance_interval)
     logger.info(f"{counted(total, 'sample')} by {sampler} -> {folder}")
     logger.info(disk)
 
@@ -203,6 +218,22 @@ def sample_settings(args: argparse.Namespace, process: str) -> SampleSettings:
     return SampleSettings(**values | {"sampler": sampler})
 
 
+def load_guide(args: argparse.Namespace, config: dict) -> DiT | ExpertSwitch:
+    """Load the guide, and check that it denoises the same data, classes and process as the model of this config."""
+    guide, guide_config = load_denoiser([args.guide_ckpt], args.ema, args.trust_pickle)
+    choose_process(args.guide_ckpt, guide_config, args.process)
+    for what, ours, theirs in (
+        ("process", config["diffusion"], guide_config["diffusion"]),
+        ("number of classes", trained_classes(config), trained_classes(guide_config)),
+        *((key, config["model"]["backbone"][key], guide_config["model"]["backbone"][key]) for key in SHAPE),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"--guide-ckpt {args.guide_ckpt} has another {what} than {args.ckpt[0]}: {theirs}, not {ours}"
+            )
+    return guide
+
+
 def check_data_flags(image_size: int | None, num_classes: int | None, config: dict, ckpt: str):
     """Raise UserError if --image-size or --num-classes is given and differs from the checkpoint."""
     for flag, given, trained in (
@@ -231,19 +262,37 @@ def trained_classes(config: dict) -> int:
     return len(config["data"]["classes"] or []) or config["model"]["backbone"]["num_classes"]
 
 
-def make_pipeline(model: DiT | ExpertSwitch, config: dict, settings: SampleSettings, vae: str, ckpt: str) -> Pipeline:
-    """Make the sampler and load the autoencoder that fit a checkpoint.
+def make_pipeline(
+    model: DiT | ExpertSwitch,
+    guide: DiT | ExpertSwitch | None,
+    config: dict,
+    settings: SampleSettings,
+    vae: str,
+    ckpt: str,
+) -> Pipeline:
+    """Make the sampler and the guidance schedule, and load the autoencoder, that fit a checkpoint.
 
     Raises:
-        UserError: if the sampler's settings are invalid, or if the VAE cannot be loaded or does not suit the model.
+        UserError: if the settings of sampler or guidance are invalid, or if the VAE cannot be loaded or does not suit
+            the model.
     """
     backbone = config["model"]["backbone"]
+    if isinstance(settings.labels, list) and max(settings.labels) >= trained_classes(config):
+        raise UserError(f"--labels {max(settings.labels)}: {ckpt} has the classes 0 to {trained_classes(config) - 1}")
+    process = config["diffusion"].get("process", "gaussian")
+    try:
+        schedule = make_schedule(settings.cfg_scale, settings.guidance_interval, NOISE_LEVELS[process][1])
+    except ValueError as error:
+        raise UserError(f"--cfg-scale or --guidance-interval: {error}") from None
+    if not schedule.guides and (guide is not None or settings.guidance_interval):
+        raise UserError("--guide-ckpt and --guidance-interval need a --cfg-scale other than 1 within the interval")
     solver = None
     if settings.sampler == "sde":
         solver = {"form": settings.diffusion_form, "last_step": settings.last_step}
         solver["last_step_size"] = settings.last_step_size
-    elif settings.sampler == "dopri5" and isinstance(model, ExpertSwitch):
-        solver = {"borders": model.boundaries}
+    elif settings.sampler == "dopri5":
+        switches = [network.boundaries for network in (model, guide) if isinstance(network, ExpertSwitch)]
+        solver = {"borders": {level for levels in (schedule.boundaries, *switches) for level in levels}}
     try:
         loop, timesteps = make_sampler(
             settings.sampler, settings.num_sampling_steps, solver=solver, **config["diffusion"]
@@ -259,6 +308,8 @@ def make_pipeline(model: DiT | ExpertSwitch, config: dict, settings: SampleSetti
     return Pipeline(
         ckpt=ckpt,
         model=model,
+        guide=guide,
+        schedule=schedule,
         loop=loop,
         timesteps=timesteps,
         autoencoder=autoencoder,
@@ -269,13 +320,23 @@ def make_pipeline(model: DiT | ExpertSwitch, config: dict, settings: SampleSetti
     )
 
 
-def default_name(ckpt: str, settings: SampleSettings) -> str:
-    """Return the name of the folder for a checkpoint and settings."""
-    path = Path(ckpt).resolve()
-    run = f"{path.parent.parent.name}-{path.stem}" if path.parent.name == "checkpoints" else path.stem
+def default_name(ckpt: str, guide_ckpt: str | None, settings: SampleSettings) -> str:
+    """Return the name of the folder for a checkpoint, a guide and settings."""
+    run = run_name(ckpt)
     weights = "" if settings.ema else "-raw"
-    sampler = f"{settings.sampler}{settings.num_sampling_steps or ''}-cfg{settings.cfg_scale}"
-    return f"{run}{weights}-{sampler}-seed{settings.global_seed}"
+    sampler = f"{settings.sampler}{settings.num_sampling_steps or ''}-cfg{settings.cfg_scale}".replace(":", "-")
+    if settings.guidance_interval:
+        sampler += "-in{:g}-{:g}".format(*settings.guidance_interval)
+    if guide_ckpt:
+        sampler += f"-by-{run_name(guide_ckpt)}"
+    labels = "" if settings.labels is None else "-equal" if settings.labels == "equal" else "-chosen"
+    return f"{run}{weights}-{sampler}{labels}-seed{settings.global_seed}"
+
+
+def run_name(ckpt: str) -> str:
+    """Return the name of a checkpoint's run and its step, or the name of its file."""
+    path = Path(ckpt).resolve()
+    return f"{path.parent.parent.name}-{path.stem}" if path.parent.name == "checkpoints" else path.stem
 
 
 def finished(folder: Path, record: dict) -> bool:
@@ -287,7 +348,7 @@ def finished(folder: Path, record: dict) -> bool:
             raise UserError(f"{folder} is not empty: choose another --name or --sample-dir")
         return False
     # The checkpoint may have been moved; its fingerprint is compared instead.
-    check_settings(path, record, "choose another --name", ignored=("ckpt",))
+    check_settings(path, record, "choose another --name", ignored=("ckpt", "guide_ckpt"))
     if not (folder / "samples.npz").exists():
         return False
     # A run that was killed after packing leaves the parts behind.
@@ -361,9 +422,24 @@ def sample(
         numbers = range(numbers.start, numbers.start + full)
     seed = settings.global_seed
     generators = SampleGenerators(seed, numbers, world.device)
-    labels = torch.tensor([label_of(seed, i, pipeline.n_classes) for i in numbers], device=world.device)
+    labels = [label_of(seed, i, pipeline.n_classes, settings.labels) for i in numbers]
+    denoiser = make_denoiser(
+        pipeline.model,
+        torch.tensor(labels, device=world.device),
+        pipeline.null_label,
+        pipeline.schedule,
+        pipeline.guide,
+        channels=pipeline.shape[0] if settings.cfg_all_channels else 3,
+        times=pipeline.timesteps,
+        run=torch.compile(predict, dynamic=False) if compiled else predict,
+    )
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with world.autocast(settings.precision):
+            return denoiser(x, t)
+
     samples = pipeline.loop(
-        make_denoiser(pipeline, settings, labels, world, compiled),
+        denoise,
         (len(numbers), *pipeline.shape),
         noise=generators.randn(pipeline.shape),
         clip_denoised=pipeline.autoencoder.bounded,
@@ -379,45 +455,37 @@ def sample(
     return images
 
 
-def make_denoiser(
-    pipeline: Pipeline, settings: SampleSettings, labels: torch.Tensor, world: World, compiled: bool
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Make the function that the sampling loop calls at every step: x [B, C, H, W], t [B] -> output [B, C or 2C, H, W].
+def label_of(seed: int, i: int, n_classes: int, labels: str | list[int] | None = None) -> int:
+    """Return the label of a sample, which does not depend on the other samples.
 
-    The labels are int64 [B].
+    Args:
+        seed: the seed.
+        i: number of the sample.
+        n_classes: number of classes.
+        labels: a list of labels, or "equal" for the list of all classes. The samples take the labels of the list in
+            turn. By default, the labels are drawn at random.
     """
-    guided = settings.cfg_scale != 1
-    channels = pipeline.shape[0] if settings.cfg_all_channels else 3
-    if guided:
-        labels = torch.cat([labels, torch.full_like(labels, pipeline.null_label)])
-    run = classifier_free_guidance if guided else predict
-    if compiled:
-        run = torch.compile(run, dynamic=False)
-    # If the timesteps are known in advance, the host chooses the expert without waiting for the device.
-    requested = None if pipeline.timesteps is None else iter(pipeline.timesteps)
-
-    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        network = pipeline.model
-        if isinstance(network, ExpertSwitch):
-            network = network.for_timestep(t[0].item() if requested is None else next(requested))
-        with world.autocast(settings.precision):
-            if not guided:
-                return run(network, x, t, labels)
-            # [B, ...] -> [2B, ...]: with the class, and without.
-            out = run(network, torch.cat([x, x]), torch.cat([t, t]), labels, settings.cfg_scale, channels)
-        return out[: len(x)]
-
-    return denoise
+    if labels is None:
+        return int(np.random.default_rng([seed, i]).integers(n_classes))
+    return i % n_classes if labels == "equal" else labels[i % len(labels)]
 
 
-def predict(network: DiT, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Call the network; as a function, so that torch.compile compiles it once for all experts."""
-    return network(x, t, y)
+def scale_argument(text: str) -> float | str:
+    """Convert the value of --cfg-scale, as an argparse type: a number of at least 0, or text as in `parse_pieces`."""
+    if "@" not in text:
+        return number(float, 0)(text)
+    try:
+        parse_pieces(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected SCALE@LOW:HIGH,... such as 1.0@0:200,2.0@200:1000, got {text!r}"
+        ) from None
+    return text
 
 
-def label_of(seed: int, i: int, n_classes: int) -> int:
-    """Return sample i's label, a function of (seed, i)."""
-    return int(np.random.default_rng([seed, i]).integers(n_classes))
+def label_list(text: str) -> str | list[int]:
+    """Convert the value of --labels, as an argparse type: "equal", or whole numbers separated by commas."""
+    return text if text == "equal" else [number(int, 0)(part) for part in text.split(",")]
 
 
 def write_batch(folder: Path, numbers: range, images: np.ndarray, save_png: bool):
@@ -433,7 +501,8 @@ def write_batch(folder: Path, numbers: range, images: np.ndarray, save_png: bool
 
 def write_results(pipeline: Pipeline, settings: SampleSettings, batches: list[range], folder: Path):
     """Write grid.png, which shows the first samples in the order of their labels, and samples.npz; delete the parts."""
-    labels = np.array([label_of(settings.global_seed, i, pipeline.n_classes) for i in range(settings.num_fid_samples)])
+    seed, total = settings.global_seed, settings.num_fid_samples
+    labels = np.array([label_of(seed, i, pipeline.n_classes, settings.labels) for i in range(total)])
     parts = [part_path(folder, numbers) for numbers in batches]
     n_parts = -(-GRID_IMAGES // settings.per_proc_batch_size)
     first = np.concatenate([np.load(part) for part in parts[:n_parts]])[:GRID_IMAGES]
@@ -537,12 +606,37 @@ if __name__ == "__main__":
         help="part of the time that the last step of the sde covers (default: 0.04)",
     )
     group.add_argument(
-        "--cfg-scale", type=number(float, 0), default=1.5, help="scale of classifier-free guidance; 1 for no guidance"
+        "--cfg-scale",
+        type=scale_argument,
+        default=1.5,
+        metavar="SCALE",
+        help="scale of the guidance, 1 for none; or a scale per interval of noise levels, such as "
+        "1.0@0:200,2.0@200:1000 (timesteps from 0 to 1000, for flows from 0 to 1)",
+    )
+    group.add_argument(
+        "--guidance-interval",
+        type=number(float, 0, 1000),
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="guide only at these noise levels, and run the model without guidance at the others (arXiv 2404.07724)",
+    )
+    group.add_argument(
+        "--guide-ckpt",
+        metavar="PATH",
+        help="guide with this model instead of the unconditional one (autoguidance, arXiv 2406.02507): a DiT or "
+        "RemixDiT of the same data that is weaker, for example smaller or trained for fewer steps",
     )
     group.add_argument(
         "--cfg-all-channels",
         action="store_true",
         help="guide all channels; without this flag only the first three are guided, as in DiT",
+    )
+    group.add_argument(
+        "--labels",
+        type=label_list,
+        metavar="equal|LIST",
+        help="labels that the samples take in turn: equal for all classes, so that each is sampled equally often, or "
+        "numbers such as 207,360 (default: random classes)",
     )
     group.add_argument("--global-seed", type=seed_int, default=0, help="seed; sample i is a function of the seed and i")
     group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images per batch and process")

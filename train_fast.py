@@ -12,6 +12,7 @@ processes, nor on when the run was resumed.
 import argparse
 from contextlib import closing
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ from distributed import (
     world_size,
 )
 from models import DiT_models
+from posthoc_ema import SNAPSHOT_DTYPES, TRACKED_STDS, count_snapshots
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT_models
 from training.loggers import MetricLogger, logger_names, open_loggers
 from training.plan import (
@@ -60,8 +62,10 @@ from training.plan import (
 from training.previews import SamplePreview, choose_decoder
 from training.start import (
     advice,
+    check_new,
     check_noise_levels,
     default_prefix,
+    expert_boundaries,
     find_resume,
     log_introduction,
     make_batch_sampler,
@@ -84,7 +88,34 @@ STOP_CHECK = 4
 
 
 def main(args: argparse.Namespace):
-    """Train a model as the flags say; see `make_parser`."""
+    """Train a model, or several independent experts one after the other, as the flags say; see `make_parser`."""
+    for run in independent_runs(args) if args.independent else [args]:
+        if not train(run):
+            break
+        if args.independent:
+            # The compiler limits how often it compiles the same code for another model.
+            torch.compiler.reset()
+
+
+def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """Return the flags of each independent expert's run, which differ in --timesteps and --prefix."""
+    if args.model in RemixDiT_models or args.timesteps:
+        raise UserError("--independent trains a plain DiT per interval: use it with --model DiT-... and no --timesteps")
+    if args.resume not in (None, "auto"):
+        raise UserError("--independent resumes its runs with --resume auto only")
+    boundaries = expert_boundaries(create_process(**process_options(args)), args.independent)
+    prefix = args.prefix or default_prefix(args.model, None)
+    runs = []
+    for i, interval in enumerate(pairwise(boundaries)):
+        runs.append(argparse.Namespace(**vars(args) | {"timesteps": list(interval), "prefix": f"{prefix}-{i}"}))
+        if not args.resume:
+            check_new(Path(args.results_dir) / runs[-1].prefix)
+    # The dry runs of all experts are the same.
+    return runs[:1] if args.dry_run else runs
+
+
+def train(args: argparse.Namespace) -> bool:
+    """Train one model, and return whether it was trained for all its steps."""
     # Check all input, build the model and read the checkpoint, before any device or process group is used.
     dataset = open_features(args.data_path, args.image_size, assume=args.dry_run)
     shape = model_shape(dataset, args.num_classes) | frequency_override(args.timestep_frequencies)
@@ -101,12 +132,11 @@ def main(args: argparse.Namespace):
         shard, _ = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
         parallelism = Parallelism(world_size(), args.grad_accum, shard, args.checkpoint_activations)
         print("\n".join(dry_run(args.model, model, dataset, settings, process, parallelism, folder, n_checkpoints)))
-        return
+        return False
     # This seed is for the initial weights and mixing logits. The draws of each step have seeds of their own.
     torch.manual_seed(settings.global_seed)
-    model = make_model(
-        args.model, shape, mixing, settings.prior_bonus, settings.load_weight, args.trust_pickle, process
-    )
+    weights = settings.load_weight, args.trust_pickle, process, dataset.classes, args.new_classes
+    model = make_model(args.model, shape, mixing, settings.prior_bonus, *weights)
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
     shard, sharding_notes = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
     lock_folder(folder, "--prefix")
@@ -115,7 +145,11 @@ def main(args: argparse.Namespace):
     can_sample = settings.timesteps == NOISE_LEVELS[args.process]
     autoencoder, preview_note = choose_decoder(args.sample_every, can_sample, args.vae, dataset)
     n_checkpoints = count_checkpoints(folder, step, settings.max_steps, **saving)
-    disk_note = check_checkpoint_space(folder, model, n_checkpoints) if is_first_process() else None
+    disk_note = None
+    if is_first_process():
+        n_snapshots = count_snapshots(step, settings.max_steps, args.ema_snapshots)
+        snapshot_bytes = SNAPSHOT_DTYPES[args.ema_snapshot_dtype].itemsize
+        disk_note = check_checkpoint_space(folder, model, n_checkpoints, n_snapshots, snapshot_bytes)
 
     # Join the other processes and prepare the run's folder.
     if args.deterministic:
@@ -151,6 +185,7 @@ def main(args: argparse.Namespace):
         compile=compiled,
         checkpoint_activations=args.checkpoint_activations,
         shard=shard,
+        ema_stds=settings.ema_stds or (),
     )
     if state:
         trainer.load_state_dict(state, resume_path)
@@ -218,6 +253,12 @@ def main(args: argparse.Namespace):
                     if world.is_main:
                         writer.save(step, saved)
                     del saved
+            if args.ema_snapshots and (step % args.ema_snapshots == 0 or finished):
+                with timer.paused():
+                    averages = trainer.whole_averages()
+                    if world.is_main:
+                        writer.save_snapshot(step, averages, args.ema_snapshot_dtype)
+                    del averages
             if args.sample_every and step % args.sample_every == 0:
                 # Only rank 0 draws the pictures. The other processes wait for it in their next step.
                 with timer.paused():
@@ -240,6 +281,7 @@ def main(args: argparse.Namespace):
         log.info(f"stopped by {cause} after step {step:,}; --resume auto continues the run")
     else:
         log.info("done")
+    return not stopped
 
 
 def process_options(args: argparse.Namespace) -> dict:
@@ -267,8 +309,7 @@ def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | Flow
     if boundaries:
         check_noise_levels("--boundaries", boundaries, args.process, diffusion, complete=True)
     elif isinstance(diffusion, FlowMatching):
-        # Rounded, so that other versions of SciPy give the same.
-        boundaries = [round(level, 9) for level in diffusion.quantiles(args.n_experts)]
+        boundaries = expert_boundaries(diffusion, args.n_experts)
     mixed_layers = [*MIXED_LAYERS, MODULATION] if args.mix_modulation else [*MIXED_LAYERS]
     return dict(
         n_basis=args.n_basis,
@@ -300,6 +341,8 @@ def resolve_settings(
         raise UserError(f"--global-batch-size {batch_size} cannot be divided equally among {processes}{parts}")
     if args.keep_every and (not args.keep or args.keep_every % args.ckpt_every):
         raise UserError("--keep-every needs --keep, and must be a multiple of --ckpt-every")
+    if args.new_classes and not args.load_weight:
+        raise UserError("--new-classes needs --load-weight")
     remix = args.model in RemixDiT_models
     timesteps = args.timesteps or NOISE_LEVELS[args.process]
     if remix and timesteps != NOISE_LEVELS[args.process]:
@@ -310,10 +353,13 @@ def resolve_settings(
     experts_per_batch = (args.experts_per_batch or max(divisors)) if remix else 1
     if batch_size % experts_per_batch:
         raise UserError(f"--experts-per-batch {experts_per_batch} does not divide --global-batch-size {batch_size}")
+    max_steps = (args.max_steps or max(1, args.epochs * n_images // batch_size)) // (args.independent or 1)
+    if not max_steps:
+        raise UserError(f"--independent {args.independent}: there are fewer steps than experts")
     lr = args.lr or (2e-5 if args.load_weight else 1e-4)
     coeff_lr_end = min(lr / 2, args.coeff_lr) if args.coeff_lr_end is None else args.coeff_lr_end
     return RunSettings(
-        max_steps=args.max_steps or max(1, args.epochs * n_images // batch_size),
+        max_steps=max_steps,
         global_batch_size=batch_size,
         experts_per_batch=experts_per_batch,
         timesteps=timesteps,
@@ -328,6 +374,7 @@ def resolve_settings(
         precision=args.precision or ("bf16" if args.dry_run or torch.cuda.is_available() else "fp32"),
         global_seed=args.global_seed,
         load_weight=args.load_weight,
+        ema_stds=[*TRACKED_STDS] if args.ema_snapshots else None,
     )
 
 
@@ -374,6 +421,12 @@ def make_parser() -> ArgumentParser:
         "Face hub, or a DiT in diffusers' layout (a folder, or a hub name such as facebook/DiT-XL-2-256) (default: "
         "random weights)",
     )
+    add(
+        "--new-classes",
+        action="store_true",
+        help="let --load-weight be a model of other classes: their embeddings are initialized again, except those of "
+        "classes whose names are equal, and of the null class",
+    )
     add("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     add("--n-basis", type=positive_int, default=4, metavar="K", help="number of basis models")
     add("--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="number of experts")
@@ -406,6 +459,13 @@ def make_parser() -> ArgumentParser:
         metavar=("LO", "HI"),
         help="train a plain DiT on the timesteps LO to HI - 1 only, or on a flow's noise levels LO to HI, as one of "
         "several independent experts (default: all)",
+    )
+    add(
+        "--independent",
+        type=number(int, 2, 1000),
+        metavar="N",
+        help="train N plain DiTs one after the other, on the noise levels that a RemixDiT's N experts would have; "
+        "--max-steps is the total, each trains for an N-th of it; their folders are <prefix>-0, <prefix>-1, ...",
     )
     add("--image-size", type=positive_int, metavar="PIXELS", help="side of the images, which the features must have")
     add("--num-classes", type=positive_int, metavar="N", help="number of classes (default: the features', or 1000)")
@@ -478,6 +538,14 @@ def make_parser() -> ArgumentParser:
         help="number added to the initial logit of each expert's basis in the prior, which is floor(i K / N)",
     )
     add("--ema-decay", type=number(float, 0, 1), default=0.9999, metavar="DECAY", help="EMA decay per step")
+    add(
+        "--ema-snapshots",
+        type=positive_int,
+        metavar="STEPS",
+        help="track two more averages for post-hoc EMA (arXiv 2312.02696), and store them in the run's folder ema/ at "
+        "this interval; convert.py --ema-std makes an EMA of any width of them (default: none)",
+    )
+    add("--ema-snapshot-dtype", choices=SNAPSHOT_DTYPES, default="float16", help="type of the numbers in the snapshots")
     add(
         "--clip-grad",
         type=number(float, 0),

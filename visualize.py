@@ -4,12 +4,14 @@
     python visualize.py losses outputs/RUN/checkpoints/0100000.pt --pretrained DiT.pt --data-path data/encoded
     python visualize.py training outputs/RUN
     python visualize.py grids samples/A/samples.npz samples/B/samples.npz
+    python visualize.py ema outputs/RUN/checkpoints/0100000.pt --data-path data/held_out
 
 coefficients: heat map of the mixing coefficients (figures 4a and 4b of the paper).
 losses: error of every expert over all timesteps, relative to the pretrained model (figure 4c of the paper), and to the
     best expert of each interval.
 training: mixing coefficients over the steps of a run.
 grids: the same samples of several models, one row per model; no CSV file.
+ema: held-out error over the width of the EMA, from the snapshots of a run with --ema-snapshots.
 """
 
 import argparse
@@ -36,6 +38,7 @@ from common import (
     UserError,
     atomic_write,
     frequency_override,
+    number,
     positive_int,
     run_script,
     seed_int,
@@ -44,8 +47,12 @@ from diffusion import FlowMatching, GaussianDiffusion, create_process
 from features import FeatureDataset
 from figures import interval_labels, intervals, is_flow, save_coefficients, save_grid
 from models import DiT
-from remix import RemixDiT
+from posthoc_ema import WIDEST, reconstruct
+from remix import FoldedRemixDiT, RemixDiT
 from training.statistics import noise_errors
+
+# Evenly spaced noise levels at which the error of an EMA is measured.
+EMA_LEVELS = 50
 
 
 def main(args: argparse.Namespace):
@@ -57,6 +64,13 @@ def main(args: argparse.Namespace):
         draw_grids(out, args.samples, args.images)
     elif args.figure == "training":
         draw_training(out, Path(args.run))
+    elif args.figure == "ema":
+        args.ckpt = find_checkpoint(args.ckpt)
+        model, config = load_model(args.ckpt)
+        x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
+        diffusion = create_process(**config["diffusion"])
+        errors = ema_errors(args.ckpt, model, diffusion, x, y, args.stds, args.global_seed)
+        draw_ema(out, errors, config["model"]["name"])
     else:
         args.ckpt = find_checkpoint(args.ckpt)
         overrides = {"num_heads": args.num_heads} if args.num_heads else {}
@@ -146,10 +160,10 @@ def draw_training(out: Path, run: Path):
 # Losses of the experts
 
 
-def load_images(data_path: str, count: int, seed: int, ckpt: str, model: RemixDiT) -> tuple[Tensor, Tensor]:
+def load_images(data_path: str, count: int, seed: int, ckpt: str, model: DiT | RemixDiT) -> tuple[Tensor, Tensor]:
     """Return `count` random encoded images [n, C, H, W] and their labels [n]."""
     dataset = FeatureDataset(data_path)
-    config = model.backbone_config
+    config = model.backbone_config if isinstance(model, RemixDiT) else model.config
     if dataset.shape != (config["in_channels"], config["input_size"], config["input_size"]):
         raise UserError(f"{data_path} holds features of shape {dataset.shape}, which {ckpt} cannot process")
     return dataset.__getitems__(np.random.default_rng(seed).permutation(len(dataset))[:count].tolist())
@@ -230,6 +244,59 @@ def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, model: Rem
     write_csv(out, header, rows)
 
 
+# Widths of the EMA
+
+
+def ema_errors(
+    ckpt: str,
+    model: DiT | RemixDiT,
+    diffusion: GaussianDiffusion | FlowMatching,
+    x: Tensor,
+    y: Tensor,
+    stds: list[float],
+    seed: int,
+) -> dict[float | None, float]:
+    """Measure the error of averages of the weights of several widths, on the same images and noise.
+
+    Args:
+        ckpt: Checkpoint of a run with snapshots.
+        model: Its model, with the EMA of the training.
+        diffusion: Process of the model.
+        x: Encoded images, [n, C, H, W].
+        y: Labels, [n].
+        stds: Relative standard deviations of the averages.
+        seed: Seed of the noise.
+
+    Returns:
+        Mean error over evenly spaced noise levels, by width; that of the training's EMA has the key None.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    levels = (np.arange(EMA_LEVELS) + 0.5) / EMA_LEVELS
+    times = 1 - levels if isinstance(diffusion, FlowMatching) else (levels * diffusion.num_timesteps).astype(int)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x, y, errors = x.to(device), y.to(device), {}
+    for std in tqdm([None, *stds], desc="widths"):
+        model.load_state_dict(state if std is None else reconstruct(ckpt, std, state))
+        network = FoldedRemixDiT(model) if isinstance(model, RemixDiT) else model
+        per_time = noise_errors(network.to(device), diffusion, x, y, times, min(32, len(x)), seed)
+        errors[std] = per_time.mean().item()
+    return errors
+
+
+def draw_ema(out: Path, errors: dict[float | None, float], name: str):
+    """Draw the results of ema_errors."""
+    stds = sorted(std for std in errors if std is not None)
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axis.plot(stds, [errors[std] for std in stds], marker="o", label="post-hoc EMA")
+    axis.axhline(errors[None], color="gray", linestyle="--", label="EMA of the training")
+    axis.set_xlabel("relative standard deviation of the EMA")
+    axis.set_ylabel("held-out error")
+    axis.set_title(name, fontsize=10)
+    axis.legend()
+    save_png(figure, out)
+    write_csv(out, ["std", "error"], [["training", errors[None]], *([std, errors[std]] for std in stds)])
+
+
 # Samples
 
 
@@ -269,7 +336,7 @@ def write_csv(figure: Path, header: list, rows: list[list]):
 if __name__ == "__main__":
     parser = ArgumentParser(description="Draw figures of trained models as PNG, with their numbers as CSV.")
     figures = parser.add_subparsers(
-        dest="figure", required=True, metavar="FIGURE", help="coefficients, losses, training or grids"
+        dest="figure", required=True, metavar="FIGURE", help="coefficients, losses, training, grids or ema"
     )
     coefficients = figures.add_parser(
         "coefficients", help="heat map of the mixing coefficients (figures 4a and 4b of the paper)"
@@ -279,6 +346,8 @@ if __name__ == "__main__":
     )
     training = figures.add_parser("training", help="mixing coefficients over the steps of a run")
     grids = figures.add_parser("grids", help="the same samples of several models, one row per model")
+
+    ema = figures.add_parser("ema", help="held-out error over the width of the EMA (train_fast.py --ema-snapshots)")
 
     for figure in (coefficients, losses):
         figure.add_argument("ckpt", help="checkpoint of a RemixDiT")
@@ -303,6 +372,18 @@ if __name__ == "__main__":
     training.add_argument("run", help="folder of a run, outputs/<prefix>")
     grids.add_argument("samples", nargs="+", help="folders of samples, or samples.npz files, of the same seed")
     grids.add_argument("--images", type=positive_int, default=10, help="images per model")
-    for figure in (coefficients, losses, training, grids):
+    ema.add_argument("ckpt", help="checkpoint in the folder of a run with snapshots")
+    ema.add_argument("--data-path", required=True, help="encoded images, preferably not those of the training")
+    ema.add_argument("--images", type=positive_int, default=256, help="number of images")
+    ema.add_argument(
+        "--stds",
+        type=number(float, 0.01, WIDEST),
+        nargs="+",
+        default=[0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2],
+        metavar="STD",
+        help="relative standard deviations of the averages",
+    )
+    ema.add_argument("--global-seed", type=seed_int, default=0, help="seed of the images and the noise")
+    for figure in (coefficients, losses, training, grids, ema):
         figure.add_argument("--out", help="PNG file to write (default: beside the checkpoint or in the run's folder)")
     run_script(main, parser)

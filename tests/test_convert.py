@@ -50,6 +50,21 @@ def test_an_expert_becomes_a_dit(ckpt, tmp_path):
     assert torch.equal(expert.blocks[1].mlp.fc1.weight, load_model(ckpt)[0].expert(4).blocks[1].mlp.fc1.weight)
 
 
+@pytest.mark.parametrize("merge", ["mean", "interval"])
+def test_merged_experts_are_a_dit(ckpt, tmp_path, merge):
+    """N = 6 experts: with 1000 timesteps, their intervals have 166 or 167 timesteps."""
+    remix, config = load_model(ckpt)
+    run("convert.py", ckpt, tmp_path / "merged.safetensors", "--to=safetensors", f"--merge={merge}")
+    merged, merged_config = load_model(tmp_path / "merged.safetensors", model="DiT-T/2")
+    counts = torch.bincount(remix.expert_index(torch.arange(1000))).double()
+    weights = counts / 1000 if merge == "interval" else torch.full((6,), 1 / 6).double()
+    experts = [remix.expert(i).state_dict() for i in range(6)]
+    for key, value in merged.state_dict().items():
+        expected = sum(weight * expert[key].double() for weight, expert in zip(weights, experts, strict=True))
+        torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=1e-6)
+    assert merged_config["data"] == config["data"]
+
+
 def test_a_bare_state_dict_becomes_a_file_of_sit(tmp_path):
     """Only the user knows that a bare state dict is a flow. The file that is written says it."""
     torch.save(DiT_models["DiT-T/4"](input_size=8).state_dict(), tmp_path / "bare.pt")
@@ -74,10 +89,11 @@ def test_to_safetensors_and_back(trained, tmp_path):
     [
         (("--to=dit",), "choose one with --expert"),
         (("--to=dit", "--expert=6"), "0 to 5"),
+        (("--to=original", "--merge=mean"), "not --to original"),
+        (("--to=dit", "--merge=mean", "--expert=1"), "not allowed with"),
         (("--to=sit",), "choose one with --expert"),
         (("--to=sit", "--expert=0"), "trained with Gaussian diffusion"),
         (("--to=safetensors", "--process=flow"), "was trained with --process gaussian"),
-        (("--to=safetensors", "--expert=1"), "use it with --to dit, sit or diffusers"),
         (("--to=original", "--expert=1"), "not --to original"),
         (("--to=safetensors", "--vae=ema"), "--vae is stored in a pipeline"),
         (("--to=diffusers", "--expert=2", "--vae=ema"), "the folder of one DiT"),

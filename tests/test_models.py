@@ -66,3 +66,16 @@ def test_dropped_labels_become_the_null_class(published):
 def test_invalid_sizes(sizes):
     with pytest.raises(ValueError):
         DiT_models["DiT-T/2"](**{"input_size": 8} | sizes)
+
+
+def test_new_classes_keep_embeddings_by_label():
+    dit = DiT(input_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=3)
+    old = dit.y_embedder.embedding_table.weight.clone()
+    dit.reset_classes(5, {4: 0, 1: 2})
+    new = dit.y_embedder.embedding_table.weight
+    assert new.shape == (6, 16)
+    assert torch.equal(new[[4, 1, 5]], old[[0, 2, 3]]), "two classes and the null class"
+    assert not torch.isin(new[[0, 2, 3]], old).any()
+    assert dit.config["num_classes"] == 5
+    x, t, y = torch.zeros(1, 4, 4, 4), torch.zeros(1), torch.tensor([5])
+    assert dit.eval()(x, t, y).shape == (1, 8, 4, 4)

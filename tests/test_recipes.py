@@ -37,7 +37,13 @@ def test_the_table_has_a_row_for_every_published_run():
     assert list(HOURS) == [(size, run) for size, runs in RUNS.items() for run in runs]
 
 
-@pytest.mark.parametrize(("size", "name"), HOURS)
+# The models of these sizes are those of B and L.
+REPEATED = ("SiT-B", "SiT-L")
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [pytest.param(*row, marks=[pytest.mark.slow] * (row[0] in REPEATED)) for row in HOURS]
+)
 def test_the_scripts_accept_every_command_and_the_dry_run_confirms_the_hours(
     size, name, no_python, monkeypatch, tmp_path
 ):

@@ -436,3 +436,15 @@ def test_gradients_of_a_model_in_bf16_are_accurate_for_nearly_equal_bases(compil
         gradients.append((clone.logits.grad, bases, torch.cat([layer.bias.grad.flatten() for layer in mixed])))
     for reference, gradient in zip(*gradients, strict=True):
         assert relative(gradient, reference) < 0.02
+
+
+def test_merged_experts_are_weighted():
+    remix = random_remix_dit()
+    weights = [0.0] * 20
+    weights[3], weights[7] = 1.0, 3.0
+    merged, third, seventh = remix.merge(weights), remix.expert(3), remix.expert(7)
+    for name in ("blocks.1.attn.qkv.weight", "blocks.0.mlp.fc2.bias", "final_layer.linear.weight"):
+        expected = 0.25 * third.get_parameter(name) + 0.75 * seventh.get_parameter(name)
+        torch.testing.assert_close(merged.get_parameter(name), expected)
+    with pytest.raises(ValueError, match="20 weights"):
+        remix.merge([1.0])

@@ -14,7 +14,7 @@ from diffusion import NOISE_LEVELS, create_diffusion, create_process
 from diffusion.solvers import SOLVERS
 from distributed import SampleGenerators
 from models import DiT_models
-from sample_ddp import label_of
+from sample_ddp import label_list, label_of
 
 
 def largest_difference(a: np.ndarray, b: np.ndarray) -> int:
@@ -234,6 +234,21 @@ def test_interrupted_sampling_is_finished(ckpt, tmp_path):
     assert "cfg_scale=1.5, not 4.0" in refused.stderr
 
 
+@pytest.mark.parametrize(("labels", "expected"), [("equal", [0, 1, 2, 0, 1, 2]), ("2,0,2", [2, 0, 2, 2, 0, 2])])
+def test_chosen_labels(ckpt, tmp_path, labels, expected):
+    flags = ("--ckpt", ckpt, *FEW_SAMPLES, "--num-fid-samples=6", "--num-sampling-steps=1", f"--sample-dir={tmp_path}")
+    run("sample_ddp.py", *flags, f"--labels={labels}")
+    (folder,) = tmp_path.iterdir()
+    assert np.load(folder / "samples.npz")["arr_1"].tolist() == expected
+    assert json.loads((folder / "settings.json").read_text())["labels"] == label_list(labels)
+
+
+def test_equal_labels_differ_in_number_by_at_most_one():
+    """For N samples of C classes, each class has N / C samples, rounded up or down."""
+    counts = np.bincount([label_of(0, i, 10, "equal") for i in range(57)])
+    assert set(counts) == {5, 6}
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -272,6 +287,8 @@ def test_the_folder_is_named_after_the_checkpoint_and_the_settings(ckpt, tmp_pat
         (("--ckpt", "/nowhere.pt"), "no such file"),
         (("--model", "RemixDiT-S/2"), "not RemixDiT-S/2"),
         (("--num-classes", "10"), "was trained with 3"),
+        (("--labels", "0,3"), "--labels 3: "),
+        (("--labels", "cat"), "expected a whole number"),
         (("--num-sampling-steps", "2000"), "cannot keep 2000"),
         (("--sampler", "dpmpp", "--num-sampling-steps", "ddim50"), "dpmpp takes a whole number of steps"),
         (("--sampler", "heun"), "use one of ddpm, ddim"),

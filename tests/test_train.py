@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import GOLDEN, assert_same_weights, losses, run, training_flags
 
-from checkpoint import checkpoints, find_corruption, load_model, save_checkpoint
+from checkpoint import checkpoints, find_corruption, load_denoiser, load_model, save_checkpoint
+from common import UserError
 from common import flags as flags_of
 from diffusion import create_flow, create_process
 from features import write_index, write_shard
 from models import DiT_models
+from training.start import make_model
 
 
 def test_the_files_of_a_run(trained, features):
@@ -179,6 +181,42 @@ def test_starting_from_a_pretrained_dit(features, tmp_path):
             torch.testing.assert_close(expert.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
 
+def test_new_classes_keep_the_embeddings_of_equal_names(trained):
+    path = str(trained / "checkpoints/0000004.pt")
+    shape = dict(input_size=8, in_channels=3, num_classes=4)
+    mixing = {key: value for key, value in load_model(path)[0].config.items() if key != "num_timesteps"}
+    new = ["cat", "class2", "dog", "class0"]
+    with pytest.raises(UserError, match="has 3 classes, this run has 4: --new-classes"):
+        make_model("RemixDiT-T/2", shape, mixing, 3.0, path, classes=new)
+    with pytest.raises(UserError, match="its class 0 is class0, in the features it is class1: --new-classes"):
+        make_model(
+            "RemixDiT-T/2", shape | {"num_classes": 3}, mixing, 3.0, path, classes=["class1", "class0", "class2"]
+        )
+    model = make_model("RemixDiT-T/2", shape, mixing, 3.0, path, classes=new, new_classes=True)
+    before = load_model(path)[0].backbone.y_embedder.embedding_table.weight
+    after = model.backbone.y_embedder.embedding_table.weight
+    assert torch.equal(after[[1, 3, 4]], before[[2, 0, 3]])
+    assert model.backbone_config["num_classes"] == model.num_classes == 4
+
+
+def test_independent_experts_in_one_command(features, tmp_path):
+    """Each is the run with its --timesteps alone. The second command continues what the first has not done."""
+    flags = training_flags(features, tmp_path, "expert", "DiT-T/2")
+    command = [*flags, "--independent=3", "--max-steps=7", "--sample-every=0"]
+    run("train_fast.py", *command)
+    files = [tmp_path / f"expert-{i}/checkpoints/0000002.pt" for i in range(3)]
+    alone = training_flags(features, tmp_path, "alone", "DiT-T/2")
+    run("train_fast.py", *alone, "--timesteps", 333, 666, "--max-steps=2", "--sample-every=0")
+    assert_same_weights(files[1], tmp_path / "alone/checkpoints/0000002.pt")
+    _, config = load_denoiser(files)
+    assert config["training"]["timesteps"] == [0, 333]
+
+    files[1].rename(tmp_path / "whole.pt")
+    assert "expert-0 already holds a run" in run("train_fast.py", *command, expect=2).stderr
+    run("train_fast.py", *command, "--resume=auto")
+    assert_same_weights(files[1], tmp_path / "whole.pt")
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_learns_the_same(trained, features, tmp_path, precision):
     flags = [*training_flags(features, tmp_path, precision), f"--precision={precision}"]
@@ -262,9 +300,12 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("path", "need --process flow", "--path=VP"),
         wrong("mean of uniform times", "need --time-sampling logit-normal", "--process=flow", "--time-mean=1"),
         wrong("weight", "velocity prediction takes none", "--process=flow", "--weight=likelihood"),
+        wrong("independent Remix-DiTs", "trains a plain DiT per interval", "--independent", "2"),
+        wrong("too few steps", "fewer steps than experts", "--independent", "3", model="DiT-T/2"),
         wrong("missing weights", "no such file", "--load-weight", "/nowhere.pt"),
         wrong("foreign weights", "number of heads", "--load-weight", str(GOLDEN / "remix_original_checkpoint.pt")),
         wrong("results", "Not a directory", "--results-dir", str(GOLDEN / "dit.pt")),
+        wrong("classes of nothing", "--new-classes needs --load-weight", "--new-classes"),
         wrong("no weights", "holds no", "--load-weight", str(GOLDEN / "diffusion.pt")),
         wrong("resume nothing", "no such file", "--resume", "/nowhere.pt"),
         wrong("resume a folder", "is a folder without checkpoints", "--resume", str(GOLDEN)),

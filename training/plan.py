@@ -20,6 +20,7 @@ from distributed import PRECISIONS
 from features import FeatureDataset
 from grouped_linear import RECOMPUTED_GROUPS
 from models import DiT
+from posthoc_ema import TRACKED_STDS
 from remix import RemixDiT, RemixLinear
 from sharding import can_shard
 from training.batches import count_groups
@@ -60,6 +61,7 @@ class RunSettings:
         precision: precision of the matrix products.
         global_seed: seed of all random draws.
         load_weight: file that the weights at step 0 come from; None for random weights.
+        ema_stds: widths of the averages for post-hoc EMA; None if there are none.
         schedule_steps: number of steps over which the learning rates and the prior's weight fall; None for max_steps.
     """
 
@@ -77,6 +79,7 @@ class RunSettings:
     precision: str
     global_seed: int
     load_weight: str | None
+    ema_stds: list[float] | None = None
     schedule_steps: int | None = None
 
 
@@ -282,13 +285,17 @@ def count_checkpoints(
     return max(1, count)
 
 
-def check_checkpoint_space(folder: Path, model: nn.Module, count: int) -> str:
-    """Check that a run's checkpoints fit on the disk.
+def check_checkpoint_space(
+    folder: Path, model: nn.Module, count: int, n_snapshots: int = 0, snapshot_bytes: int = 0
+) -> str:
+    """Check that a run's checkpoints, and its snapshots for post-hoc EMA, fit on the disk.
 
     Args:
         folder: the run's folder.
         model: the model in training.
         count: number of checkpoints.
+        n_snapshots: number of snapshots of the averages for post-hoc EMA, which checkpoints hold too.
+        snapshot_bytes: bytes per number in a snapshot.
 
     Returns:
         One line with the needed and the free space.
@@ -300,7 +307,13 @@ def check_checkpoint_space(folder: Path, model: nn.Module, count: int) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # float32: the weights, their EMA, and the two moments of AdamW.
     size = 4 * (2 * parameters + 2 * trained)
-    return check_disk(folder, count * size, f"{counted(count, 'more checkpoint')} of {size / 2**20:,.1f} MiB")
+    what = counted(count, "more checkpoint")
+    averages = len(TRACKED_STDS) * trained if n_snapshots else 0
+    if n_snapshots:
+        size += 4 * averages
+        what = f"{counted(n_snapshots, 'snapshot')} of averages and {what}"
+    needed = count * size + n_snapshots * averages * snapshot_bytes
+    return check_disk(folder, needed, f"{what} of {size / 2**20:,.1f} MiB")
 
 
 @dataclass(frozen=True)

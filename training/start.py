@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from checkpoint import (
@@ -20,6 +20,7 @@ from distributed import World, is_first_process
 from features import FeatureDataset
 from interop.shapes import PUBLISHED_VAE
 from models import DiT, DiT_models
+from posthoc_ema import snapshot_folder
 from remix import RemixDiT, RemixDiT_models
 from training.batches import BatchSampler, sample_timesteps
 from training.plan import AssumedFeatures, RunSettings
@@ -79,6 +80,14 @@ def noise_level(text: str) -> float:
     return int(value) if value.is_integer() else value
 
 
+def expert_boundaries(diffusion: GaussianDiffusion | FlowMatching, n_experts: int) -> list[float]:
+    """Return the default boundaries between experts: N + 1 noise levels, which bound intervals of equal probability."""
+    if isinstance(diffusion, FlowMatching):
+        # Rounded, so that other versions of SciPy give the same.
+        return [round(level, 9) for level in diffusion.quantiles(n_experts)]
+    return [i * diffusion.num_timesteps // n_experts for i in range(n_experts + 1)]
+
+
 def check_noise_levels(
     flag: str, levels: list[float], process: str, diffusion: GaussianDiffusion | FlowMatching, complete: bool = False
 ):
@@ -116,6 +125,8 @@ def make_model(
     load_weight: str | None = None,
     allow_pickle: bool = False,
     process: dict | None = None,
+    classes: list[str] | None = None,
+    new_classes: bool = False,
 ) -> DiT | RemixDiT:
     """Build the model at step 0.
 
@@ -127,10 +138,13 @@ def make_model(
         load_weight: file of the initial weights; None for random weights.
         allow_pickle: whether that file may run code.
         process: keyword arguments of `create_process`, which a file that is a flow must fit.
+        classes: names of the dataset's classes; None if they are not known.
+        new_classes: whether the file may be a model of other classes, whose embeddings are initialized again.
     """
     try:
         if load_weight:
-            return load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle, process or {})
+            known = process or {}, classes, new_classes
+            return load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle, *known)
         if mixing:
             return RemixDiT_models[name](**shape, **mixing, prior_bonus=prior_bonus)
         return DiT_models[name](**shape)
@@ -141,7 +155,15 @@ def make_model(
 
 
 def load_initial_model(
-    name: str, shape: dict, mixing: dict | None, prior_bonus: float, path: str, allow_pickle: bool, process: dict
+    name: str,
+    shape: dict,
+    mixing: dict | None,
+    prior_bonus: float,
+    path: str,
+    allow_pickle: bool,
+    process: dict,
+    classes: list[str] | None,
+    new_classes: bool,
 ) -> DiT | RemixDiT:
     """Load the weights at step 0 and check that they fit the run; the arguments are those of `make_model`."""
     overrides = {key: value for key, value in shape.items() if key == "frequency_shift"}
@@ -152,6 +174,7 @@ def load_initial_model(
         if trained[key] != process.get(key):
             run = process.get(key, "gaussian")
             raise UserError(f"--load-weight {path} was trained with {key}={trained[key]}, this run has {run}")
+    choose_classes(loaded, path, config["data"].get("classes"), classes, shape["num_classes"], new_classes)
     loaded_config = loaded.backbone_config if isinstance(loaded, RemixDiT) else loaded.config
     needed_config = DiT_models[name.removeprefix("Remix")](**shape).config
     for key, value in needed_config.items():
@@ -167,6 +190,40 @@ def load_initial_model(
         if loaded.config.get(key) != value:
             raise UserError(f"--load-weight {path} has {key}={loaded.config.get(key)}, this run asks for {value}")
     return loaded
+
+
+def choose_classes(
+    model: DiT | RemixDiT,
+    path: str,
+    old: list[str] | None,
+    new: list[str] | None,
+    num_classes: int,
+    new_classes: bool,
+):
+    """Check that a loaded model has the classes of the dataset, or initialize their embeddings again.
+
+    Args:
+        model: the loaded model. Its embeddings are replaced if `new_classes` is true.
+        path: its file, for error messages.
+        old: names of the model's classes; None if they are not known.
+        new: names of the dataset's classes; None if they are not known.
+        num_classes: number of classes of the run.
+        new_classes: replace the embeddings, except those of classes with equal names.
+
+    Raises:
+        UserError: if the classes differ and `new_classes` is false.
+    """
+    if new_classes:
+        backbone = model.backbone if isinstance(model, RemixDiT) else model
+        kept = {new.index(name): old.index(name) for name in {*(old or [])} & {*(new or [])}}
+        backbone.reset_classes(num_classes, kept)
+        return
+    remedy = "--new-classes initializes the embeddings of classes with other names again"
+    if model.num_classes != num_classes:
+        raise UserError(f"--load-weight {path} has {model.num_classes} classes, this run has {num_classes}: {remedy}")
+    for i, (before, now) in enumerate(zip_longest(old or [], new or [])):
+        if old and new and before != now:
+            raise UserError(f"--load-weight {path}: its class {i} is {before}, in the features it is {now}: {remedy}")
 
 
 def run_config(
@@ -211,6 +268,15 @@ def make_batch_sampler(
     )
 
 
+def check_new(folder: Path):
+    """Raise UserError if a folder holds a run."""
+    if present := checkpoints(folder / "checkpoints"):
+        raise UserError(
+            f"{folder} already holds a run, up to {present[0].name}: "
+            "use --resume auto to continue it, or another --prefix to start a new one"
+        )
+
+
 def find_resume(
     resume: str | None, folder: Path, config: dict, extend: str
 ) -> tuple[Path | str | None, dict | None, dict[Path, str]]:
@@ -243,11 +309,7 @@ def find_resume(
     elif resume:
         path = find_checkpoint(resume)
     if path is None:
-        if present:
-            raise UserError(
-                f"{folder} already holds a run, up to {present[0].name}: "
-                "use --resume auto to continue it, or another --prefix to start a new one"
-            )
+        check_new(folder)
         return None, None, {}
     if present and present[0].parent.resolve() != Path(path).resolve().parent:
         raise UserError(f"{folder} already holds a different run from that of --resume {path}: use another --prefix")
@@ -267,7 +329,7 @@ def read_resume(path: Path | str, config: dict, extend: str, verify: bool = Fals
     Raises:
         UserError: see `find_resume`.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         where = "" if is_first_process() else ": all nodes need the same --results-dir on a shared file system"
         raise UserError(f"{path}: no such file{where}")
     state = read_checkpoint(path, verify=verify)
@@ -341,7 +403,9 @@ def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
     """Create or clean up the run's folder, and write its config.json. Damaged checkpoints are renamed."""
     for path in damaged:
         path.rename(path.with_suffix(".pt.damaged"))
-    remove_leftovers(folder, folder / "checkpoints", folder / "samples", folder / "coefficients")
+    remove_leftovers(
+        folder, snapshot_folder(folder), folder / "checkpoints", folder / "samples", folder / "coefficients"
+    )
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
 

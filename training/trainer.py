@@ -18,6 +18,7 @@ from diffusion import FlowMatching, GaussianDiffusion
 from distributed import World
 from grouped_linear import choose_attention
 from models import DiT
+from posthoc_ema import decay_at
 from remix import RemixDiT
 from sharding import gather_model, gather_rows, own_rows, shard_bases, sharded_parameters
 from training.statistics import LOSSES, TrainingStats
@@ -102,6 +103,7 @@ class Trainer:
         checkpoint_activations: whether to store only the inputs of each block in the forward pass, and to compute its
             activations again in the backward pass.
         shard: whether to shard the bases over the processes; see sharding.py.
+        ema_stds: relative standard deviations of the power-function averages for post-hoc EMA; see posthoc_ema.py.
 
     Attributes:
         model: the model in training.
@@ -110,6 +112,7 @@ class Trainer:
         trained: the parameters that are trained.
         shards: the sharded parameters in `trained`, by their names in `model`. This process holds a part of each.
         replicated: the other parameters in `trained`, which DDP keeps equal on all processes.
+        averages: for each of `ema_stds`, the average of each parameter of `trained`.
         ema_params: the parameters of `ema` that correspond to `trained`.
         logit_params: the mixing logits if they are trained, as a list of one parameter; otherwise an empty list.
         optimizer: AdamW, with one group for the weights and one for the mixing logits.
@@ -133,6 +136,7 @@ class Trainer:
         compile: bool = False,
         checkpoint_activations: bool = False,
         shard: bool = False,
+        ema_stds: Iterable[float] = (),
     ):
         self.world = world
         self.clip_grad = clip_grad
@@ -152,6 +156,7 @@ class Trainer:
         self.replicated = [p for p in self.trained if all(p is not shard for shard in self.shards.values())]
         self.ema_params = [ema for parameter, ema in pairs if parameter.requires_grad]
         self.update_ema = get_ema_multi_avg_fn(ema_decay)
+        self.averages = {std: [p.detach().clone() for p in self.trained] for std in ema_stds}
 
         # One-hot coefficients are fixed: their logits are not trained.
         self.logit_params = [model.logits] if isinstance(model, RemixDiT) and model.logits.requires_grad else []
@@ -191,16 +196,29 @@ class Trainer:
         Every process must call this. The result holds tensors only on rank 0. Sharded bases are gathered.
         """
         gather = partial(gather_rows, rank=self.world.rank, size=self.world.size)
-
-        def copy_to_host(tensor: Tensor) -> Tensor | None:
-            return tensor.detach().to("cpu", copy=True) if self.world.is_main else None
-
-        return {
-            "model": self._map_weights(self.model.state_dict(), gather, copy_to_host),
-            "ema": self._map_weights(self.ema.state_dict(), gather, copy_to_host),
-            "optimizer": self._map_moments(self.optimizer.state_dict(), gather, copy_to_host),
+        state = {
+            "model": self._map_weights(self.model.state_dict(), gather, self._copy_to_host),
+            "ema": self._map_weights(self.ema.state_dict(), gather, self._copy_to_host),
+            "optimizer": self._map_moments(self.optimizer.state_dict(), gather, self._copy_to_host),
             "scaler": self.scaler.state_dict(),
         }
+        return state | ({"averages": self.whole_averages()} if self.averages else {})
+
+    def whole_averages(self) -> dict[str, dict[str, Tensor]]:
+        """Return the power-function averages of the trained tensors as copies in host memory, by width and name.
+
+        Every process must call this. Only on rank 0 the result holds the tensors. Sharded bases are put together.
+        """
+        gather = partial(gather_rows, rank=self.world.rank, size=self.world.size)
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        return {
+            str(std): self._map_weights(dict(zip(names, tensors, strict=True)), gather, self._copy_to_host)
+            for std, tensors in self.averages.items()
+        }
+
+    def _copy_to_host(self, tensor: Tensor) -> Tensor | None:
+        """Return a copy of a tensor in host memory, on rank 0 only."""
+        return tensor.detach().to("cpu", copy=True) if self.world.is_main else None
 
     def _map_weights(self, state: dict[str, Tensor], sharded: Callable, other: Callable) -> dict[str, Tensor]:
         """Apply one function to the sharded tensors of a model's state dict, and another one to all others."""
@@ -240,6 +258,9 @@ class Trainer:
         own = partial(own_rows, rank=self.world.rank, size=self.world.size)
         for model, part in ((self.model, "model"), (self.ema, "ema")):
             load_weights(model, self._map_weights(state[part], own, lambda tensor: tensor), path)
+        for std, tensors in self.averages.items():
+            saved = self._map_weights(state["averages"][str(std)], own, lambda tensor: tensor)
+            torch._foreach_copy_(tensors, list(saved.values()))
         # On CPUs, the optimizer keeps the tensors that it loads. They must not be those of the file.
         copy_to_device = partial(Tensor.to, device=self.world.device, copy=True)
         self.optimizer.load_state_dict(self._map_moments(state["optimizer"], own, copy_to_device))
@@ -288,6 +309,8 @@ class Trainer:
         self.mark("optimizer")
         # After a non-finite step the EMA moves towards the unchanged weights.
         self.update_ema(self.ema_params, self.trained, None)
+        for std, tensors in self.averages.items():
+            torch._foreach_lerp_(tensors, [p.detach() for p in self.trained], 1 - decay_at(step + 1, std))
         self.stats.add(step, losses, norm)
         self.mark("ema")
 
