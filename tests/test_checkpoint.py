@@ -8,7 +8,6 @@ import torch
 from conftest import GOLDEN, run, training_flags
 
 from checkpoint import (
-    CheckpointWriter,
     build_model,
     checkpoints,
     find_checkpoint,
