@@ -108,6 +108,20 @@ def test_recomputed_activations_give_the_same_steps_with_less_memory(compiled, m
     assert stored[1] < (0.75 if compiled else 0.5) * stored[0]
 
 
+def test_the_state_of_a_checkpoint_does_not_change_in_later_steps():
+    """A thread writes it while training continues."""
+    model = random_remix_dit("cpu")
+    trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-3)
+    trainer.step(0, [random_microbatch(0)])
+    state = trainer.state_dict()
+    moments = [tensor for tensors in state["optimizer"]["state"].values() for tensor in tensors.values()]
+    tensors = [*state["model"].values(), *state["ema"].values(), *moments]
+    before = copy.deepcopy(tensors)
+    trainer.step(1, [random_microbatch(1)])
+    assert not torch.equal(model.logits, state["model"]["logits"])
+    assert all(torch.equal(*pair) for pair in zip(tensors, before, strict=True))
+
+
 def test_a_loss_that_is_not_finite_changes_nothing_but_the_statistics():
     model = random_remix_dit()
     trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-3)
