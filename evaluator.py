@@ -76,8 +76,9 @@ def main(args: argparse.Namespace):
     # Compute the features of the reference.
     ref = image_features(args.reference, extractors)
     if args.save_stats:
+        source = read_network(args.reference) if has_statistics(args.reference) else network
         with atomic_write(args.save_stats) as temporary, open(temporary, "wb") as file:
-            np.savez(file, network=network, **{key: ref[key] for key in STATISTICS})
+            np.savez(file, network=source, **{key: ref[key] for key in STATISTICS})
 
     # Score the sample files one after the other.
     results = {}

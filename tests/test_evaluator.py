@@ -543,6 +543,9 @@ def test_statistics_of_another_network_are_refused(files, tmp_path):
         assert stderr.count("\n") == 1
     for path in (adm, other):
         assert parse_scores(run("evaluator.py", path, path, *toy).stdout)["FID"] == pytest.approx(0, abs=1e-6)
+    run("evaluator.py", other, "--save-stats", tmp_path / "copy.npz")
+    with np.load(tmp_path / "copy.npz") as file:
+        assert file["network"] == "abcd"
 
 
 def save_statistics(path, **changes):
