@@ -232,6 +232,8 @@ class FlowMatching:
         n = _check_steps(steps, least=1 + has_last) - has_last
         times = self._grid(*self.interval(last_step_size=last_step_size if has_last else 0.0), n)
         path = PATHS[self.path](times)
+        if has_last and path.sigma[-1] == 0:
+            raise ValueError(f"last_step_size {last_step_size} is too small for float32")
         if form == "SBDM" and path.alpha[0] == 0:
             raise ValueError(
                 f"diffusion form SBDM divides by zero at t = 0, where velocities of the {self.path} path start: "
@@ -368,7 +370,11 @@ class FlowMatching:
             return a * x + b * _predict(model, x, t.expand(len(x)), model_kwargs)
 
         t0, t1 = self.interval()
-        inner = sorted({1 - border for border in borders if t0 < 1 - border < t1})
+        inner = []
+        for border in sorted({1 - border for border in borders}):
+            # Borders that nearly coincide count as one.
+            if (inner or [t0])[-1] + 2 * MARGIN < border < t1 - 2 * MARGIN:
+                inner.append(border)
         points = list(pairwise([t0, *inner, t1]))
         for start, end in tqdm(points, desc="sampling", leave=False, disable=not progress):
             # The network sees no time outside this interval, which belongs to one expert.

@@ -286,9 +286,10 @@ def test_dopri5_restarts_change_little():
         create_flow().ode_sample_loop(
             lambda x, t: model(x, t).float(), noise.shape, noise=noise, method="dopri5", borders=borders
         )
-        for borders in ((), (0, 0.25, 0.875, 1))
+        for borders in ((), (0, 0.25, 0.875, 1), (1e-9, 1 / 3, 0.33333333))
     ]
     assert relative(outs[1], outs[0]) < 5e-3
+    assert relative(outs[2], outs[0]) < 5e-3
 
 
 DISTRIBUTIONS = {
@@ -398,6 +399,7 @@ def test_wrong_process(options, message):
         ("sde", 10, dict(form="cosine"), "unknown diffusion form 'cosine'"),
         ("sde", 10, dict(last_step="half"), "unknown last step 'half'"),
         ("sde", 10, dict(last_step_size=1.0), "last_step_size must be between 0 and 1, not 1.0"),
+        ("sde", 10, dict(last_step_size=1e-9), "last_step_size 1e-09 is too small"),
         ("sde", 10, dict(method="dopri5"), "unknown method 'dopri5'"),
         ("sde", 10, dict(form="SBDM"), "SBDM divides by zero at t = 0"),
         ("sde", 10, dict(method="heun", last_step="none"), "heun divides by zero at t = 1"),
