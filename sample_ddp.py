@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from autoencoder import Pixels, load_autoencoder
-from checkpoint import choose_process, find_checkpoint, fingerprint, load_denoiser
+from checkpoint import choose_process, find_checkpoint, fingerprint, flow_target, load_denoiser
 from common import (
     TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
@@ -126,6 +126,7 @@ class Pipeline:
 def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is used.
     args.ckpt = [find_checkpoint(path) for path in args.ckpt]
+    args.guide_ckpt = args.guide_ckpt and find_checkpoint(args.guide_ckpt)
     overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
     overrides |= frequency_override(args.timestep_frequencies)
     model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
@@ -215,6 +216,8 @@ def sample_settings(args: argparse.Namespace, process: str) -> SampleSettings:
             values[name] = defaults.get(name)
         elif name not in defaults:
             raise UserError(f"--{name.replace('_', '-')} has no meaning for --sampler {sampler}")
+    if args.last_step == "none" and args.last_step_size is not None:
+        raise UserError("--last-step-size has no meaning for --last-step none")
     return SampleSettings(**values | {"sampler": sampler})
 
 
@@ -222,8 +225,10 @@ def load_guide(args: argparse.Namespace, config: dict) -> DiT | ExpertSwitch:
     """Load the guide, and check that it denoises the same data, classes and process as the model of this config."""
     guide, guide_config = load_denoiser([args.guide_ckpt], args.ema, args.trust_pickle)
     choose_process(args.guide_ckpt, guide_config, args.process)
+    # Flows may differ in their training times.
+    processes = [flow_target(part["diffusion"]) or part["diffusion"] for part in (config, guide_config)]
     for what, ours, theirs in (
-        ("process", config["diffusion"], guide_config["diffusion"]),
+        ("process", *processes),
         ("number of classes", trained_classes(config), trained_classes(guide_config)),
         *((key, config["model"]["backbone"][key], guide_config["model"]["backbone"][key]) for key in SHAPE),
     ):

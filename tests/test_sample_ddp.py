@@ -207,6 +207,7 @@ def test_the_process_of_a_foreign_file_can_be_given(tmp_path):
         (("--sampler=dopri5",), "--num-sampling-steps has no meaning"),
         (("--diffusion-form=sigma",), "--diffusion-form has no meaning for --sampler euler"),
         (("--sampler=sde", "--last-step-size=1"), "last_step_size must be between"),
+        (("--sampler=sde", "--last-step=none", "--last-step-size=0.1"), "no meaning for --last-step none"),
         (("--sampler=sde", "--diffusion-form=SBDM"), "divides by zero"),
         (("--num-sampling-steps=ddim8",), "whole number"),
     ],

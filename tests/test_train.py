@@ -297,6 +297,7 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
             "noise levels of a flow", "run from 0 to 1", "--process=flow", "--timesteps", "0", "125", model="DiT-T/2"
         ),
         wrong("shift", "above 0", "--process=flow", "--time-shift=0"),
+        wrong("experts without times", "6 experts of equal probability", "--process=flow", "--time-shift=1e6"),
         wrong("path", "need --process flow", "--path=VP"),
         wrong("mean of uniform times", "need --time-sampling logit-normal", "--process=flow", "--time-mean=1"),
         wrong("weight", "velocity prediction takes none", "--process=flow", "--weight=likelihood"),

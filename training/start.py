@@ -5,11 +5,14 @@ from dataclasses import asdict
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
+import numpy as np
+
 from checkpoint import (
     VERSION,
     checkpoints,
     find_checkpoint,
     find_corruption,
+    flow_target,
     load_model,
     model_config,
     read_checkpoint,
@@ -81,10 +84,19 @@ def noise_level(text: str) -> float:
 
 
 def expert_boundaries(diffusion: GaussianDiffusion | FlowMatching, n_experts: int) -> list[float]:
-    """Return the default boundaries between experts: N + 1 noise levels, which bound intervals of equal probability."""
+    """Return the default boundaries between experts: N + 1 noise levels, which bound intervals of equal probability.
+
+    Raises:
+        UserError: if an interval of a flow contains no training times.
+    """
     if isinstance(diffusion, FlowMatching):
         # Rounded, so that other versions of SciPy give the same.
-        return [round(level, 9) for level in diffusion.quantiles(n_experts)]
+        levels = [round(level, 9) for level in diffusion.quantiles(n_experts)]
+        try:
+            diffusion.sample_times(np.zeros(n_experts), np.array(levels[:-1]), np.array(levels[1:]))
+        except ValueError as error:
+            raise UserError(f"{n_experts} experts of equal probability: {error}") from None
+        return levels
     return [i * diffusion.num_timesteps // n_experts for i in range(n_experts + 1)]
 
 
@@ -169,11 +181,10 @@ def load_initial_model(
     overrides = {key: value for key, value in shape.items() if key == "frequency_shift"}
     loaded, config = load_model(path, allow_pickle=allow_pickle, verify=True, **overrides)
     # A flow may start from a DiT, which has learned other features of the same images. The reverse is a mistake.
-    trained = config["diffusion"] if config["diffusion"].get("process") == "flow" else {}
-    for key in ("process", "path", "prediction") if trained else ():
-        if trained[key] != process.get(key):
+    for key, trained in flow_target(config["diffusion"]).items():
+        if trained != process.get(key):
             run = process.get(key, "gaussian")
-            raise UserError(f"--load-weight {path} was trained with {key}={trained[key]}, this run has {run}")
+            raise UserError(f"--load-weight {path} was trained with {key}={trained}, this run has {run}")
     choose_classes(loaded, path, config["data"].get("classes"), classes, shape["num_classes"], new_classes)
     loaded_config = loaded.backbone_config if isinstance(loaded, RemixDiT) else loaded.config
     needed_config = DiT_models[name.removeprefix("Remix")](**shape).config
