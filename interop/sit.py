@@ -42,7 +42,9 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     name = str(args.get("model")).replace("SiT-", "DiT-")
     config = make_config(path, backbone, None, ({"model": name} if name in DiT_models else {}) | overrides)
     if not repa:
-        config["diffusion"] = _process(path, SIT_PATHS, args) | {"weight": args.get("loss_weight") or "none"}
+        # SiT ignores the weight of velocity predictions.
+        weight = "none" if args["prediction"] == "velocity" else args.get("loss_weight") or "none"
+        config["diffusion"] = _process(path, SIT_PATHS, args) | {"weight": weight}
         return config, state
     config["diffusion"] = _process(path, REPA_PATHS, {"path_type": "linear", **args, "prediction": "velocity"})
     config["source"] = REPA_CHANGES
@@ -82,6 +84,8 @@ def write(path, models: dict[str, DiT], config: dict):
     process, name = config["diffusion"], config["model"]["name"]
     if process.get("process") != "flow":
         raise UserError("a file of SiT holds a flow, and this model was trained with Gaussian diffusion")
+    if process.get("shift", 1) != 1:
+        warn(f"{path} cannot record the shift {process['shift']:g} of the noise levels, which sampling would use")
     weight = process.get("weight", "none")
     args = {
         "model": name.removeprefix("Remix").replace("DiT-", "SiT-"),

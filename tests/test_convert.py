@@ -7,8 +7,11 @@ import torch
 from conftest import file_limit, run, training_flags
 
 from checkpoint import load_model, model_config, save_checkpoint
-from models import DiT_models
+from common import UserError
+from diffusion import create_flow
+from models import DiT, DiT_models
 from remix import RemixDiT_models
+from training.start import make_model
 
 
 @pytest.fixture
@@ -71,6 +74,14 @@ def test_a_bare_state_dict_becomes_a_file_of_sit(tmp_path):
     run("convert.py", tmp_path / "bare.pt", tmp_path / "sit.pt", "--to", "sit", "--process", "flow")
     _, config = load_model(tmp_path / "sit.pt")
     assert config["diffusion"]["process"] == "flow"
+    run("convert.py", tmp_path / "bare.pt", tmp_path / "flow.safetensors", "--to", "safetensors", "--process", "flow")
+    shape, flow = dict(input_size=8, in_channels=4, num_classes=1000), {"process": "flow", **create_flow().config}
+    start = dict(load_weight=tmp_path / "flow.safetensors", process=flow)
+    assert isinstance(make_model("DiT-T/4", shape, None, 0.0, **start), DiT)
+    with pytest.raises(UserError, match="was trained with path=linear, this run has GVP"):
+        make_model("DiT-T/4", shape, None, 0.0, **start | {"process": flow | {"path": "GVP"}})
+    done = run("convert.py", tmp_path / "sit.pt", tmp_path / "dit.pt", "--to", "dit")
+    assert "does not say that the model is a flow" in done.stderr
 
 
 def test_to_safetensors_and_back(trained, tmp_path):

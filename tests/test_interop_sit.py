@@ -54,6 +54,12 @@ def test_published_files_give_published_outputs(tmp_path, wrap):
     assert config["data"] == {"image_size": 64, "classes": None, "vae": "stabilityai/sd-vae-ft-ema", "scale": 0.18215}
 
 
+def test_the_weight_of_a_velocity_prediction_is_ignored():
+    content = {"ema": tiny().state_dict(), "args": sit_args(model="SiT-T/4", loss_weight="velocity")}
+    config, _ = sit.read("a", content, True, {})
+    assert create_process(**config["diffusion"]).weight == "none"
+
+
 def test_the_training_arguments_say_which_flow_it_is(tmp_path):
     args = sit_args(path_type="VP", prediction="noise", loss_weight="likelihood")
     torch.save({"ema": tiny().state_dict(), "args": args}, tmp_path / "a")
@@ -93,9 +99,11 @@ def test_repa_is_called_at_one_minus_t_and_negated(tmp_path, capsys, path_type):
     assert capsys.readouterr().err == f"warning: {left_out}\n"
 
 
-def test_written_files_are_read(tmp_path):
+def test_written_files_are_read(tmp_path, capsys):
     models = {"ema": tiny(), "model": tiny()}
-    sit.write(tmp_path / "a.pt", models, CONFIG | {"model": {"name": "DiT-T/4", "backbone": models["ema"].config}})
+    config = CONFIG | {"model": {"name": "DiT-T/4", "backbone": models["ema"].config}}
+    sit.write(tmp_path / "a.pt", models, config | {"diffusion": CONFIG["diffusion"] | {"shift": 3.0}})
+    assert "cannot record the shift 3" in capsys.readouterr().err
     # No permission to execute code is needed, whatever the version of PyTorch.
     stored = torch.load(tmp_path / "a.pt", weights_only=True)
     expected = {"model": "SiT-T/4", "path_type": "GVP", "prediction": "velocity", "loss_weight": None}
