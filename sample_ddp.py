@@ -126,6 +126,7 @@ class Pipeline:
 def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is used.
     args.ckpt = [find_checkpoint(path) for path in args.ckpt]
+    args.guide_ckpt = args.guide_ckpt and find_checkpoint(args.guide_ckpt)
     overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
     overrides |= frequency_override(args.timestep_frequencies)
     model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
