@@ -30,7 +30,7 @@ from tqdm import tqdm
 from common import ArgumentParser, UserError, atomic_write, cache_folder, positive_int, run_script, write_json
 from images import describe_kinds, is_image, read_image
 
-# Precision and Recall use the distance from each point to its nearest neighbour of this number.
+# k: Precision and Recall use the distance from each point to its k-th nearest neighbour.
 NEIGHBOURS = 3
 # Published tables use this number of samples.
 STANDARD_COUNT = 50_000
@@ -185,12 +185,13 @@ def print_notes(reference, ref: dict, path, sample: dict, scores: dict[str, floa
     without_images = [str(file) for file in (reference, path) if not has_images(file)]
     if without_images:
         missing = ", ".join(key for key, value in scores.items() if math.isnan(value))
-        print(f"note: no images in {' and '.join(without_images)}: no {missing}", file=sys.stderr)
+        files = " and ".join(without_images)
+        print(f"note: {missing} need images, and there are none in {files}", file=sys.stderr)
     if not has_images(path) or has_statistics(path) or len(sample["pools"]) == STANDARD_COUNT:
         return
     count, width = sample["pools"].shape
     bias = fid_bias(ref["mu"], ref["sigma"], torch.from_numpy(sample["pools"]), scores["FID"])
-    # FID is linear in 1 / count only if there are more samples than features.
+    # FID is linear in 1 / count only if each half of the samples has more images than features.
     about = "about" if count > 2 * width else "very roughly"
     print(
         f"warning: {path} has {count:,} images instead of the usual {STANDARD_COUNT:,}, which changes its FID by "
@@ -204,7 +205,7 @@ def print_scores(scores: dict[str, float]):
     """Print one score per line, and all of them as a row of a LaTeX table unless a score is missing."""
     for key, value in scores.items():
         print(f"{key}: {value}")
-    # Two files of statistics have no scores of images.
+    # Scores are nan if a file holds no images.
     if not any(map(math.isnan, scores.values())):
         print(" & ".join(format_score(key, value) for key, value in scores.items()) + r" \\")
 
@@ -255,7 +256,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
 
 
 def _eigenvalues_of_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the eigenvalues of a b, both symmetric positive semidefinite, except those that are zero because of b.
+    """Return the eigenvalues of a b, both symmetric positive semidefinite. If b is singular, zeros are left out.
 
     If b = r r', they are the eigenvalues of r' a r.
     """
@@ -767,7 +768,8 @@ def read_images(path, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
         shape, fortran, dtype = read_header(path, file, archive.getinfo("arr_0.npy").file_size)
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or shape[0] <= NEIGHBOURS:
             raise UserError(
-                f"{path}: arr_0 is {dtype} {shape}, expected at least {NEIGHBOURS + 1} uint8 images [n, H, W, 3]"
+                f"{path}: arr_0 is {dtype} {shape}, expected at least {NEIGHBOURS + 1} uint8 images [n, H, W, 3] "
+                "in C order"
             )
         for first in range(0, shape[0], batch_size):
             count = min(batch_size, shape[0] - first)

@@ -22,42 +22,6 @@ from grouped_linear import mixed_linear
 from models import DiT, DiT_models, classifier_free_guidance
 
 
-class BatchCoefficients:
-    """The coefficients of the current batch, shared by all mixed layers.
-
-    sharding.py has a subclass for bases that are divided among several processes.
-    """
-
-    # [1 or depth, G, K] while RemixDiT.forward runs
-    alpha: Tensor | None = None
-
-    def start(self, alpha: Tensor, experts: Tensor):
-        """Select the coefficients of the experts [G] of a batch from those of all experts [1 or depth, N, K]."""
-        self.alpha = alpha[:, experts]
-
-    def end(self):
-        """Forget the batch."""
-        self.alpha = None
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum values over the processes that the bases are divided among."""
-        return values
-
-    def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """Return two contexts for code that runs now and again in the backward pass: the second restores the batch."""
-        return nullcontext(), self._restored(vars(self).copy())
-
-    @contextmanager
-    def _restored(self, batch: dict) -> Iterator[None]:
-        current = vars(self).copy()
-        vars(self).update(batch)
-        try:
-            yield
-        finally:
-            # PyTorch ends the second run with an exception once it has what it needs.
-            vars(self).update(current)
-
-
 class RemixLinear(nn.Module):
     """K linear layers (the bases), mixed into one linear layer for each of the G groups of the batch.
 
@@ -70,7 +34,7 @@ class RemixLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, n_basis: int, batch_coefficients: BatchCoefficients, row: int = 0
+        self, in_features: int, out_features: int, n_basis: int, batch_coefficients: "BatchCoefficients", row: int = 0
     ):
         super().__init__()
         self.in_features = in_features
@@ -100,6 +64,45 @@ class RemixLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, n_basis={len(self.weight)}"
+
+
+class BatchCoefficients:
+    """The coefficients of the current batch, shared by all mixed layers.
+
+    sharding.py has a subclass for bases that are divided among several processes.
+    """
+
+    # [1 or depth, G, K] while RemixDiT.forward runs
+    alpha: Tensor | None = None
+
+    def start(self, alpha: Tensor, experts: Tensor):
+        """Select the coefficients of the experts [G] of a batch from those of all experts [1 or depth, N, K]."""
+        self.alpha = alpha[:, experts]
+
+    def end(self):
+        """Forget the batch."""
+        self.alpha = None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum values over the processes that the bases are divided among."""
+        return values
+
+    def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Return two contexts for activation checkpointing: one for the forward pass and one for its repetition.
+
+        The second one restores the batch.
+        """
+        return nullcontext(), self._restored(vars(self).copy())
+
+    @contextmanager
+    def _restored(self, batch: dict) -> Iterator[None]:
+        current = vars(self).copy()
+        vars(self).update(batch)
+        try:
+            yield
+        finally:
+            # PyTorch stops the repetition with an exception as soon as it has all activations.
+            vars(self).update(current)
 
 
 MIXERS = ("softmax", "raw", "one-hot")
@@ -183,7 +186,7 @@ class RemixDiT(nn.Module):
         if mixer != "one-hot":
             logits = torch.randn(logits.shape) + prior_bonus * logits
         if mixer == "raw":
-            # The experts start as averages of the bases with every mixer.
+            # The rows are then non-negative and sum to 1: these experts also start as averages of the bases.
             logits = logits.softmax(-1)
         like = self.backbone.final_layer.linear.weight
         self.register_buffer("prior", prior.to(like.device), persistent=False)
@@ -440,7 +443,10 @@ class ExpertSwitch(nn.Module):
         raise NotImplementedError
 
     def for_timestep(self, timestep: float) -> DiT:
-        """Return the expert that owns a timestep of the original process. It is valid until the next call."""
+        """Return the expert that owns a time: a timestep of the original process, or a flow's time.
+
+        It is valid until the next call.
+        """
         return self.select(self.expert_index(timestep))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 def train(args: argparse.Namespace) -> bool:
     """Train one model, and return whether it was trained for all its steps."""
-    # Check all input before any device or process group is used.
+    # Check all input, build the model and read the checkpoint, before any device or process group is used.
     dataset = open_features(args.data_path, args.image_size, assume=args.dry_run)
     shape = model_shape(dataset, args.num_classes) | frequency_override(args.timestep_frequencies)
     process = process_options(args)
@@ -138,7 +138,7 @@ def train(args: argparse.Namespace) -> bool:
     weights = settings.load_weight, args.trust_pickle, process, dataset.classes, args.new_classes
     model = make_model(args.model, shape, mixing, settings.prior_bonus, *weights)
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
-    shard, traffic = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
+    shard, sharding_notes = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
     lock_folder(folder, "--prefix")
     resume_path, state, damaged = find_resume(args.resume, folder, config, args.extend)
     step = state["step"] if state else 0
@@ -156,20 +156,20 @@ def train(args: argparse.Namespace) -> bool:
         use_deterministic_algorithms()
     world = setup()
     stop = StopSignal()
-    # Rank 0 has compared the checkpoint with its checksums.
+    # Only rank 0 has searched for the checkpoint and verified its checksums. The others now read the same file.
     resume_path = world.from_main(resume_path)
     if resume_path and not world.is_main:
         state = read_resume(resume_path, config, args.extend)
         step = state["step"]
-    # Before anything else is written to the folder, because a logger may be unable to start.
-    loggers = open_loggers(args.log_to, folder, config, step) if world.is_main else []
+    # The loggers start before anything else is written to the folder, because one of them may fail to start.
+    backends = open_loggers(args.log_to, folder, config, step) if world.is_main else []
     if world.is_main:
         prepare_folder(folder, config, damaged)
     log = rank0_logger(world, folder / "log.txt")
     compiled = torch.cuda.is_available() if args.compile is None else args.compile
     devices = f"{world.size} x {world.device.type}{', compiled' if compiled else ''}"
     description = describe_run(args.model, model, dataset, settings, process, devices)
-    log_introduction(log, description, damaged, [*traffic, disk_note, preview_note, *advice(model, settings)])
+    log_introduction(log, description, damaged, [*sharding_notes, disk_note, preview_note, *advice(model, settings)])
 
     # Set up the training state.
     trainer = Trainer(
@@ -193,7 +193,7 @@ def train(args: argparse.Namespace) -> bool:
     del state
     sampler = make_batch_sampler(settings, model, diffusion, world, args.grad_accum)
     writer = CheckpointWriter(folder / "checkpoints", log, args.keep, args.keep_every)
-    loggers = MetricLogger(loggers, log)
+    loggers = MetricLogger(backends, log)
     previews = None
     if args.sample_every and world.is_main:
         previews = SamplePreview(
@@ -208,11 +208,11 @@ def train(args: argparse.Namespace) -> bool:
             log,
         )
 
-    # Train. `step` counts the steps that are done.
+    # Train. `step` counts the steps that are done. find_resume sets schedule_steps if the run is extended.
     schedule_steps = config["training"]["schedule_steps"] or settings.max_steps
     peak_flops_per_s = matmul_rate(world.device, settings.precision) * world.size
     timer = ThroughputTimer(world.device, training_flops(config["model"]["backbone"]), peak_flops_per_s)
-    picture_s = 0.0
+    last_picture_s = 0.0
     failed = stopped = False
     done = step == settings.max_steps
     with closing(loggers), sampler.load(dataset, range(step, settings.max_steps), args.num_workers) as batches:
@@ -224,8 +224,8 @@ def train(args: argparse.Namespace) -> bool:
             timer.add(settings.global_batch_size)
             step += 1
 
-            # Decide together with the other processes whether this was the last step. `finished` and `failed` are the
-            # same on all processes, so either all of them or none makes the second exchange.
+            # Decide together with the other processes whether this was the last step. Then `finished`, `failed` and
+            # `stopped` are the same on all processes, so all of them take the same branches below.
             finished = step == settings.max_steps
             if world.size == 1 or step % STOP_CHECK == 0 or finished:
                 streak = trainer.stats.longest_streak()
@@ -237,15 +237,16 @@ def train(args: argparse.Namespace) -> bool:
                 losses, nonfinite = trainer.stats.read()
                 speed = timer.read()
                 schedule = trainer.learning_rates() | {"prior_weight": prior_weight}
-                # Each process measures the distances between its own rows of sharded bases.
+                # All processes call this, because each measures the distances between its own rows of sharded bases.
                 metrics = build_metrics(step, losses, nonfinite, model, schedule, speed)
                 if world.is_main:
                     loggers.log_metrics(step, metrics)
-                    pictures = settings.max_steps // args.sample_every - step // args.sample_every if previews else 0
-                    log.info(report_line(metrics, settings.max_steps, settings.global_batch_size, pictures * picture_s))
+                    remaining = settings.max_steps // args.sample_every - step // args.sample_every if previews else 0
+                    pause_s = remaining * last_picture_s
+                    log.info(report_line(metrics, settings.max_steps, settings.global_batch_size, pause_s))
             if step % args.ckpt_every == 0 or finished or stopped:
                 with timer.paused():
-                    # There may be host memory for one copy of the state only.
+                    # Wait for the previous write, because host memory may have room for only one copy of the state.
                     writer.wait()
                     stats = trainer.stats.state_dict()
                     saved = {"config": config, "step": step, "window": stats} | trainer.state_dict()
@@ -259,13 +260,13 @@ def train(args: argparse.Namespace) -> bool:
                         writer.save_snapshot(step, averages, args.ema_snapshot_dtype)
                     del averages
             if args.sample_every and step % args.sample_every == 0:
-                # The other processes wait for this one in their next step.
+                # Only rank 0 draws the pictures. The other processes wait for it in their next step.
                 with timer.paused():
                     ema = trainer.whole_ema()
                     for kind, path in previews.draw(step, ema).items() if previews else ():
                         loggers.log_image(step, kind, path)
                     del ema
-                picture_s = timer.last_pause
+                last_picture_s = timer.last_pause
 
     # Wait until the last checkpoint is written, and report how the run ended.
     writer.wait()
@@ -466,8 +467,8 @@ def make_parser() -> ArgumentParser:
         help="train N plain DiTs one after the other, on the noise levels that a RemixDiT's N experts would have; "
         "--max-steps is the total, each trains for an N-th of it; their folders are <prefix>-0, <prefix>-1, ...",
     )
-    add("--image-size", type=positive_int, metavar="PIXELS", help="side of the images, to check the features")
-    add("--num-classes", type=positive_int, metavar="N", help="number of classes (default: that of the features)")
+    add("--image-size", type=positive_int, metavar="PIXELS", help="side of the images, which the features must have")
+    add("--num-classes", type=positive_int, metavar="N", help="number of classes (default: the features', or 1000)")
 
     add = parser.add_argument_group("process").add_argument
     add("--process", choices=PROCESS_SAMPLERS, default="gaussian", help="Gaussian diffusion, or flow matching")

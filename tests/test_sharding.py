@@ -87,7 +87,9 @@ def check_training(world: World, folder: Path, depth: int, compiled: bool):
     options = [{"shard": False}, {"shard": True}]
     if not compiled:
         options.append({"shard": True, "checkpoint_activations": True})
-    for chosen, grad_accum in product(options, (1, 2)):
+    # Four processes compile for minutes on two cores.
+    accumulations = (2,) if compiled and world.size > 2 else (1, 2)
+    for chosen, grad_accum in product(options, accumulations):
         torch._dynamo.reset()
         trainer = make_trainer(world, random_remix_dit(depth=depth), compile=compiled, **chosen)
         result = train(trainer, range(20), grad_accum)
@@ -296,7 +298,6 @@ def test_ddp_cuts_the_compiled_graph_of_a_b2_into_a_few_pieces(monkeypatch):
     t, y = torch.zeros(2, 32, dtype=torch.long, device="meta")
     model(torch.empty(32, 4, 32, 32, device="meta"), t, y, groups=2, label_drop=t > 0)
     # A bucket is full within a block, and the first one is small, because it is exchanged first.
-    print(len(pieces))
     assert 1 < len(pieces) <= BUCKETS + 2
 
 

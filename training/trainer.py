@@ -1,4 +1,4 @@
-"""One training step: losses, gradients, the AdamW update and the EMA. The host never waits for the device."""
+"""One training step: losses, gradients, the AdamW update and the EMA. In a step, the host does not wait for a GPU."""
 
 import copy
 import math
@@ -25,8 +25,8 @@ from training.statistics import LOSSES, TrainingStats
 
 # DDP cuts a compiled graph where its buckets end, and exchanges a bucket while the next one is computed.
 BUCKETS = 4
-# The compiler may order a graph for little memory, which lets every exchange end before the next operation. These
-# options move the starts of exchanges forward and the waits for them backward.
+# To save memory, the compiler may place the wait for an exchange directly after its start. With these options,
+# exchanges start earlier and the waits come later, so that they overlap with computation.
 OVERLAP = {
     "reorder_for_compute_comm_overlap": True,
     "reorder_for_compute_comm_overlap_passes": ["sink_waits", "raise_comms"],
@@ -34,7 +34,7 @@ OVERLAP = {
 
 
 def bucket_mib(parameters: list[Tensor]) -> float:
-    """Return the size of DDP's buckets for the gradients of some parameters, in MiB: a few blocks of the model."""
+    """Return the size of DDP's buckets in MiB: the gradients of some parameters divided by BUCKETS, but at least 25."""
     # PyTorch's default is 25 MiB, which is less than one block of a large model.
     return max(25, sum(p.nbytes for p in parameters) / BUCKETS / 2**20)
 
@@ -82,7 +82,7 @@ class TrainingLoss(nn.Module):
             means["prior"] = self.model.prior_loss()
             total = total + prior_weight * means["prior"]
         means = torch.stack([means.get(name, torch.zeros_like(total)) for name in self.names]).detach()
-        # The exchange of the gradients then shows all processes that the loss of one is not finite.
+        # After the exchange, the gradients are then NaN on all processes, so that all of them skip the step.
         return total * torch.where(means.isfinite().all(), 1.0, math.nan), means
 
 
@@ -93,7 +93,7 @@ class Trainer:
         model: the model at step 0. It is moved to the device of `world` and trained in place.
         diffusion: the diffusion process, which computes the losses.
         world: the processes of the run, and the rank and device of this one.
-        lr: peak learning rate of the bases and shared weights; it falls to half of it.
+        lr: peak learning rate of the bases and shared weights, which a cosine lowers to half of this value.
         coeff_lr: peak learning rate of the mixing logits.
         coeff_lr_end: final learning rate of the mixing logits; None for half of `lr`, as published.
         ema_decay: EMA decay per step.
@@ -110,8 +110,8 @@ class Trainer:
         loss: `model` with its losses, wrapped in DistributedDataParallel if there are several processes.
         ema: copy of the model with the EMA of the weights, in eval mode.
         trained: the parameters that are trained.
-        shards: those of them of which this process owns a part, by their names in `model`.
-        replicated: the others, which DDP keeps equal on all processes.
+        shards: the sharded parameters in `trained`, by their names in `model`. This process holds a part of each.
+        replicated: the other parameters in `trained`, which DDP keeps equal on all processes.
         averages: for each of `ema_stds`, the average of each parameter of `trained`.
         ema_params: the parameters of `ema` that correspond to `trained`.
         logit_params: the mixing logits if they are trained, as a list of one parameter; otherwise an empty list.
@@ -141,7 +141,7 @@ class Trainer:
         self.world = world
         self.clip_grad = clip_grad
         self.precision = precision
-        # A flow's loss has no parts.
+        # The loss of a flow is not a sum of "mse" and "vb".
         self.loss_names = ("loss", "prior") if isinstance(diffusion, FlowMatching) else LOSSES
         self.stats = TrainingStats(world, self.loss_names)
         self.mark = lambda stage: None
@@ -174,8 +174,8 @@ class Trainer:
         self.loss = TrainingLoss(self.model, diffusion.to(world.device), self.loss_names, prior)
         if compile:
             choose_attention(model, world.device)
-            # DDP has the compiled graph cut where its buckets end. A graph must wait for the exchanges that it starts,
-            # because the compiler reuses memory without knowing of exchanges in other graphs.
+            # optimize_ddp cuts the graph where DDP's buckets end. With sharded bases the graph must stay whole: it has
+            # to wait for the exchanges that it starts, because the compiler may otherwise reuse their memory.
             torch._dynamo.config.optimize_ddp = not shard
             # The shapes do not change during a run, and symbolic sizes would be slower.
             self.loss.compile(dynamic=False, options=OVERLAP if shard else None)
@@ -193,7 +193,7 @@ class Trainer:
     def state_dict(self) -> dict[str, dict]:
         """Return the weights, the EMA, the optimizer and the scaler for a checkpoint, as copies in host memory.
 
-        Every process must call this. Only on rank 0 the result holds the tensors. Sharded bases are put together.
+        Every process must call this. The result holds tensors only on rank 0. Sharded bases are gathered.
         """
         gather = partial(gather_rows, rank=self.world.rank, size=self.world.size)
         state = {
@@ -271,7 +271,7 @@ class Trainer:
         """Set the learning rates by a cosine schedule, from their first to their last value.
 
         Args:
-            progress: completed part of the run, from 0 to 1.
+            progress: completed fraction of the schedule, from 0 to 1.
         """
         for group, (first, last) in zip(self.optimizer.param_groups, self.lr_ranges, strict=True):
             group["lr"] = last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
@@ -289,15 +289,17 @@ class Trainer:
         Args:
             step: the training step, from 0.
             microbatches: (x, t, conditions, noise) of each microbatch of b images, from `BatchSampler.microbatches`:
-                x and noise [b, C, H, W] float32, t [b] int64, and the keyword arguments of the model with labels y [b].
+                x and noise [b, C, H, W] float32, t [b] int64 (float32 for a flow), and the keyword arguments of the
+                model with labels y [b].
             prior_weight: weight of the prior's cross-entropy in the loss.
         """
         # A tensor, because compiled code would be specific to the value of a number.
         prior_weight = torch.full((), prior_weight, device=self.world.device)
         microbatches = list(microbatches)
         if self.world.size > 1 and len(microbatches) > 1 and self.replicated[0].grad is None:
-            # DDP makes the gradients parts of its buckets in the first exchange, and of new buckets in the second one.
-            # Sums over microbatches before that would be a second copy of all gradients.
+            # DDP moves the gradients into its buckets in the first exchange, and rebuilds the buckets in the second.
+            # Run both before accumulating, and discard the results. Otherwise the sums need a second copy of all
+            # gradients.
             for _ in range(2):
                 self._accumulate_gradients(microbatches[:1], prior_weight)
         losses = self._accumulate_gradients(microbatches, prior_weight)
@@ -332,8 +334,8 @@ class Trainer:
     def _check_gradients(self) -> tuple[Tensor, Tensor]:
         """Clip the gradients, and return their norm [] float32 and whether it is non-finite [] bool.
 
-        If a loss is not finite on any process, neither is the norm on any process, so every process skips the update.
-        The host does not wait for the device.
+        A loss that is not finite on one process makes the norm non-finite on all processes, so all of them skip the
+        update. The host does not wait for the device.
         """
         if self.shards:
             grads = [p.grad for p in self.shards.values()]
@@ -367,7 +369,7 @@ def recompute_blocks(model: DiT | RemixDiT, compile: bool):
     """
     options = {"use_reentrant": False, "preserve_rng_state": False}
     remix = isinstance(model, RemixDiT)
-    # The compiler traces a block once. Otherwise, it runs a second time when the batch's coefficients are gone.
+    # Without compilation, a block runs again in the backward pass, after the batch's coefficients have been cleared.
     if remix and not compile:
         options["context_fn"] = model.batch_coefficients.contexts
     for block in (model.backbone if remix else model).blocks:
