@@ -8,7 +8,6 @@ import torch
 from conftest import GOLDEN, run, training_flags
 
 from checkpoint import (
-    CheckpointWriter,
     build_model,
     checkpoints,
     find_checkpoint,
@@ -139,18 +138,6 @@ def test_truncation_and_changed_bytes_are_found(tmp_path):
             back = torch.load(tmp_path / "flipped.pt", weights_only=True)
             assert torch.equal(back["model"]["w"], state["model"]["w"])
             assert torch.equal(back["ema"]["w"], state["ema"]["w"])
-
-
-def test_saving_copies_the_state_before_it_returns(tmp_path):
-    class PrintLogger:
-        info = error = staticmethod(print)
-
-    weight = torch.zeros(1000)
-    writer = CheckpointWriter(tmp_path, PrintLogger)
-    writer.save(1, {"model": {"w": weight}})
-    weight += 1
-    writer.wait()
-    assert not torch.load(tmp_path / "0000001.pt", weights_only=True)["model"]["w"].any()
 
 
 def test_a_runs_folder_stands_for_its_newest_checkpoint(tmp_path):

@@ -114,7 +114,7 @@ def test_a_plain_dit_has_no_experts(tmp_path):
     assert "holds a plain DiT, which has no experts" in done.stderr
 
 
-@pytest.mark.parametrize("flags", [("original",), ("dit", "--expert=1"), ("safetensors",), ("diffusers",)])
+@pytest.mark.parametrize("flags", [("dit", "--expert=1"), ("safetensors",), ("diffusers",)])
 def test_a_full_disk(ckpt, tmp_path, flags):
     with file_limit(10_000):
         stderr = run("convert.py", ckpt, tmp_path / "out", "--to", *flags, expect=2).stderr
@@ -123,7 +123,7 @@ def test_a_full_disk(ckpt, tmp_path, flags):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags", [("original",), ("safetensors",), ("diffusers",)])
+@pytest.mark.parametrize("flags", [("dit", "--expert=1"), ("safetensors",), ("diffusers",)])
 def test_files_have_the_permissions_of_the_umask(ckpt, tmp_path, flags):
     before = os.umask(0o027)
     try:

@@ -78,8 +78,11 @@ def test_each_number_of_groups_is_compiled_separately(monkeypatch):
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_recomputed_activations_give_the_same_steps_with_less_memory(compiled):
+def test_recomputed_activations_give_the_same_steps_with_less_memory(compiled, monkeypatch):
     """Two microbatches per step, each of other experts: the backward pass needs the coefficients of its own batch."""
+    # This backend chooses what to recompute as the default one does, but writes no kernels.
+    backend = "aot_eager_decomp_partition"
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
     weights, losses, stored = [], [], []
     for recompute in (False, True):
         model, sizes = random_remix_dit(), {}
@@ -90,15 +93,33 @@ def test_recomputed_activations_give_the_same_steps_with_less_memory(compiled):
 
         world, options = World(0, 1, torch.device("cpu")), {"compile": compiled, "checkpoint_activations": recompute}
         trainer = Trainer(model, create_diffusion(), world, lr=1e-3, **options)
-        with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
-            for step in range(0, 6, 2):
-                trainer.step(step, [random_microbatch(step), random_microbatch(step + 1)], 1e-4)
+        for step in range(0, 6, 2):
+            trainer.step(step, [random_microbatch(step), random_microbatch(step + 1)], 1e-4)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         losses.append(trainer.stats.read()[0]["loss"])
-        stored.append(sum(sizes.values()))
+        with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
+            graph = trainer.loss(*random_microbatch(), torch.zeros(()))
+        parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        stored.append(sum(size for storage, size in sizes.items() if storage not in parameters))
+        del graph
     assert losses[1] == pytest.approx(losses[0], rel=1e-5 if compiled else 0)
     assert torch.allclose(weights[1], weights[0], atol=1e-4 if compiled else 0)
-    assert stored[1] < 0.5 * stored[0]
+    # In this tiny model, a part of what compiled code stores does not depend on the number of images.
+    assert stored[1] < (0.75 if compiled else 0.5) * stored[0]
+
+
+def test_the_state_of_a_checkpoint_does_not_change_in_later_steps():
+    """A thread writes it while training continues."""
+    model = random_remix_dit("cpu")
+    trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-3)
+    trainer.step(0, [random_microbatch(0)])
+    state = trainer.state_dict()
+    moments = [tensor for tensors in state["optimizer"]["state"].values() for tensor in tensors.values()]
+    tensors = [*state["model"].values(), *state["ema"].values(), *moments]
+    before = copy.deepcopy(tensors)
+    trainer.step(1, [random_microbatch(1)])
+    assert not torch.equal(model.logits, state["model"]["logits"])
+    assert all(torch.equal(*pair) for pair in zip(tensors, before, strict=True))
 
 
 def test_a_loss_that_is_not_finite_changes_nothing_but_the_statistics():
