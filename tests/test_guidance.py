@@ -130,6 +130,7 @@ def test_guidance_at_all_levels_is_guidance_without_an_interval(ckpt, sampled, t
 def test_a_guide_and_an_interval_are_recorded(ckpt, trained, tmp_path):
     flags = ("--ckpt", ckpt, *FEW_SAMPLES, "--num-fid-samples=2", f"--sample-dir={tmp_path}")
     guide = trained / "checkpoints/0000004.pt"
+    # The folder of a run stands for its newest checkpoint.
     run("sample_ddp.py", *flags, "--guide-ckpt", trained, "--guidance-interval", 100, 600, "--cfg-scale=2")
     (folder,) = tmp_path.iterdir()
     assert folder.name == "run-0000004-ddpm8-cfg2.0-in100-600-by-trained-0000004-seed0"

@@ -19,6 +19,7 @@ from checkpoint import fingerprint, load_denoiser, load_model, model_config, sav
 from common import UserError
 from diffusion.solvers import make_sampler
 from distributed import seed_for
+from guidance import make_denoiser, make_schedule
 from interop import diffusers
 from models import DiT, DiT_models
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, FoldedRemixDiT, RemixDiT_models
@@ -264,6 +265,12 @@ with torch.no_grad():
         x, t, y = given[f"{name}-noise"], torch.full((3,), 700), torch.tensor([0, 1, 3])
         unguided = dict(**settings, guidance_scale=1)
         results[f"{name}-unguided"] = pipe(**unguided, output_type="pt").images
+        latent = lambda **options: pipe(**settings, output_type="latent", **options).images
+        guided = latent()
+        assert torch.equal(latent(guidance_interval=(0, 1000)), guided)
+        assert torch.equal(latent(guidance_scale=[(1.5, 0, 300), (1.5, 300, 1000)]), guided)
+        results[f"{name}-interval"] = latent(guidance_scale=2.5, guidance_interval=(200, 800))
+        results[f"{name}-own-guide"] = latent(guidance_scale=1), latent(guidance_scale=3.0, guide=pipe.transformer)
         results[f"{name}-size"] = [image.size for image in pipe(**settings, output_type="pil").images]
         pipe.scheduler = published
         pipe.save_pretrained(f"{name}-saved")
@@ -301,6 +308,9 @@ with torch.no_grad():
         settings = dict(class_labels=given["labels"], latents=given["latents-noise"], num_inference_steps=10)
         pipe = load_pipeline(name)
         results[name] = pipe(**settings, output_type="latent").images
+        assert torch.equal(pipe(**settings, guidance_interval=(0, 1), output_type="latent").images, results[name])
+        pieces = dict(guidance_scale=[(2.5, 0.5, 1), (1.0, 0, 0.3), (2.0, 0.3, 0.5)])
+        results[f"{name}-pieces"] = pipe(**settings, **pieces, output_type="latent").images
         pipe.save_pretrained(f"{name}-saved")
         again = load_pipeline(f"{name}-saved")
         assert torch.equal(again(**settings, output_type="latent").images, results[name])
@@ -410,6 +420,22 @@ def test_exported_flows_give_our_samples(exported, results, name):
     assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
     assert (ours - noise).std() > 0.1
     assert "needs a FlowMatch scheduler" in results[f"{name}-scheduler"]
+
+
+@pytest.mark.parametrize("name", ["pixels", *FLOWS])
+@torch.no_grad()
+def test_exported_pipelines_guide_in_intervals_as_we_do(exported, results, ckpt, name):
+    model, config = load_denoiser([ckpt if name == "pixels" else exported / f"{name}.pt"])
+    guidance = (2.5, [200, 800], 1000) if name == "pixels" else ("1@0:0.3,2@0.3:0.5,2.5@0.5:1", None, 1)
+    noise = draw_all(3 if name == "pixels" else 4)(None)
+    loop, times = make_sampler("euler", "10", **config["diffusion"])
+    denoise = make_denoiser(model, torch.tensor(LABELS), 3, make_schedule(*guidance), times=times)
+    ours = loop(denoise, noise.shape, noise=noise, clip_denoised=False)
+    theirs = results["pixels-interval" if name == "pixels" else f"{name}-pieces"]
+    assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
+    if name == "pixels":
+        unguided, own_guide = results["pixels-own-guide"]
+        assert (own_guide - unguided).abs().max() < 1e-4 * unguided.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("name", FLOWS)

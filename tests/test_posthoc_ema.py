@@ -7,11 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_weights, run, training_flags
+from conftest import assert_same_weights, random_microbatch, random_remix_dit, run, training_flags
 from ema_pytorch import PostHocEMA
 
 from checkpoint import load_model
+from diffusion import create_diffusion
+from distributed import World
 from posthoc_ema import TRACKED_STDS, decay_at, gamma_of_std, reconstruct, solve_weights, write_snapshot
+from training.trainer import Trainer
 
 
 @pytest.mark.parametrize("std", [0.01, 0.05, 0.1, 0.2, 0.28])
@@ -89,6 +92,22 @@ def test_ema_pytorch_agrees(tmp_path):
     ours = reconstruct(tmp_path / "checkpoints/0000200.pt", 0.08, {"weight": model.weight.data})["weight"]
     expected = theirs.synthesize_ema_model(sigma_rel=0.08, step=200).ema_model.weight.data
     assert ((ours - expected).norm() / expected.norm()).item() < 1e-3
+
+
+def test_training_averages_the_weights_after_each_step():
+    """The weight of step k in the average after step t is (k / t)^(gamma + 1) - ((k - 1) / t)^(gamma + 1)."""
+    world = World(0, 1, torch.device("cpu"))
+    trainer = Trainer(random_remix_dit(depth=1), create_diffusion(), world, lr=1e-2, ema_stds=TRACKED_STDS)
+    history = []
+    for step in range(4):
+        trainer.step(step, [random_microbatch(step)], 1e-4)
+        history.append({name: p.detach().double().clone() for name, p in trainer.model.named_parameters()})
+    for std, state in trainer.whole_averages().items():
+        shares = np.diff((np.arange(5) / 4) ** (gamma_of_std(float(std)) + 1))
+        assert "backbone.pos_embed" not in state, "it is not trained"
+        for name, average in state.items():
+            expected = sum(share * weights[name] for share, weights in zip(shares, history, strict=True))
+            torch.testing.assert_close(average, expected.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_with_snapshots(features, tmp_path):

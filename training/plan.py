@@ -230,6 +230,8 @@ def dry_run(
         groups = count_groups(n_images, settings.global_batch_size // settings.experts_per_batch)
     costs = step_costs(model, n_images, groups, settings.precision, parallelism)
     memory = memory_bytes(model, create_process(**process), n_images, groups, settings.precision, parallelism)
+    if settings.ema_stds:
+        memory["averages for post-hoc EMA"] = memory["EMA"] * len(settings.ema_stds)
     memory["CUDA and NCCL (assumed)"] = CUDA_CONTEXT
     parts = ", ".join(f"{part_size / 2**30:.2f} {part}" for part, part_size in memory.items())
     lines += [f"memory per GPU: {sum(memory.values()) / 2**30:.1f} GiB (estimate): {parts}", disk]

@@ -8,6 +8,7 @@ This file is stored beside exported weights and requires only diffusers and PyTo
 
 import inspect
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -69,12 +70,14 @@ class RemixDiTPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | list[int],
-        guidance_scale: float = 1.5,
+        guidance_scale: float | list[tuple[float, float, float]] = 1.5,
         num_inference_steps: int = 250,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         guided_channels: int = 3,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: ModelMixin | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -82,13 +85,17 @@ class RemixDiTPipeline(DiffusionPipeline):
 
         Args:
             class_labels: the class of each image, from 0 to the number of classes - 1, or one class.
-            guidance_scale: scale of classifier-free guidance (arXiv 2207.12598). 1 means no guidance.
+            guidance_scale: scale of classifier-free guidance (arXiv 2207.12598), or a list of (scale, low, high) for
+                intervals of noise levels: timesteps, or for flows numbers from 0 to 1. 1 means no guidance, as at the
+                levels that are in no interval.
             num_inference_steps: number of denoising steps.
             num_images_per_prompt: number of images per label. The images of a label follow each other.
             generator: random generator, or a list with one per image.
             latents: the noise [B, C, H, W] to start from. By default it is drawn from `generator`.
             guided_channels: number of channels of the prediction that are guided, the first ones. The published
                 DiT guides three of four.
+            guidance_interval: lowest and highest noise level with guidance (arXiv 2404.07724). Default: all levels.
+            guide: a weaker transformer, which takes the place of the model without a class (arXiv 2406.02507).
             output_type: "pil", "np" [B, H, W, C] or "pt" [B, C, H, W] for images in [0, 1], or "latent" for the
                 denoised input of the transformer. A model of latents without a VAE always returns the latter.
             return_dict: whether to return an ImagePipelineOutput instead of a tuple.
@@ -104,8 +111,6 @@ class RemixDiTPipeline(DiffusionPipeline):
         channels = config.in_channels
         labels = self._repeat_labels(class_labels, num_images_per_prompt).to(device)
         shape = (len(labels), channels, config.sample_size, config.sample_size)
-        if guidance_scale != 1:
-            labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
         x = latents
         if x is None:
             x = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
@@ -127,8 +132,10 @@ class RemixDiTPipeline(DiffusionPipeline):
             # The time of a flow is 1 for data. The scheduler's is 0 for data, and its velocity has the other sign.
             scaled = x if flow else scheduler.scale_model_input(x, t)
             time, sign = (1 - t / scheduler.config.num_train_timesteps, -1) if flow else (t, 1)
+            level = float(t) / scheduler.config.num_train_timesteps if flow else float(t)
+            scale = _scale_at(guidance_scale, guidance_interval, level, flow)
             guided = min(guided_channels, channels)
-            out = sign * self._predict(scaled.to(self.transformer.dtype), time, labels, guidance_scale, guided)
+            out = sign * self._predict(scaled.to(self.transformer.dtype), time, labels, scale, guided, guide)
             out = out if uses_variance else out[:, :channels]
             x = scheduler.step(out, t, x, **options).prev_sample
 
@@ -145,16 +152,22 @@ class RemixDiTPipeline(DiffusionPipeline):
                 raise ValueError(f"class_labels must be from 0 to {num_classes - 1}, but {label} is among them")
         return torch.tensor(labels).repeat_interleave(repeats)
 
-    def _predict(self, x: Tensor, t: Tensor, labels: Tensor, guidance_scale: float, guided_channels: int) -> Tensor:
-        """Run the transformer on x [B, C, H, W] at timestep t, with guidance if there are 2B labels."""
-        if guidance_scale == 1:
+    def _predict(
+        self, x: Tensor, t: Tensor, labels: Tensor, scale: float, guided_channels: int, guide: ModelMixin | None
+    ) -> Tensor:
+        """Run the transformer on x [B, C, H, W] at timestep t with the labels [B], guided unless the scale is 1."""
+        if scale == 1:
             return self.transformer(x, t.expand(len(x)), labels).sample
-        x = torch.cat([x, x])
-        conditional, unconditional = self.transformer(x, t.expand(len(x)), labels).sample.chunk(2)
-        noise = conditional[:, :guided_channels]
-        rest = conditional[:, guided_channels:]
-        unconditional = unconditional[:, :guided_channels]
-        return torch.cat([unconditional + guidance_scale * (noise - unconditional), rest], dim=1)
+        if guide is not None:
+            out = self.transformer(x, t.expand(len(x)), labels).sample
+            weak = guide(x, t.expand(len(x)), labels).sample
+        else:
+            null = torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)
+            both = torch.cat([x, x])
+            out, weak = self.transformer(both, t.expand(len(both)), torch.cat([labels, null])).sample.chunk(2)
+        strong, rest = out[:, :guided_channels], out[:, guided_channels:]
+        weak = weak[:, :guided_channels]
+        return torch.cat([weak + scale * (strong - weak), rest], dim=1)
 
     def _decode(self, x: Tensor, output_type: str):
         """Decode denoised samples [B, C, H, W] into images of the given type."""
@@ -167,6 +180,21 @@ class RemixDiTPipeline(DiffusionPipeline):
             return x
         x = x.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(x) if output_type == "pil" else x
+
+
+def _scale_at(
+    scale: float | list[tuple[float, float, float]], interval: tuple[float, float] | None, level: float, flow: bool
+) -> float:
+    """Return the guidance scale at a noise level; see `RemixDiTPipeline.__call__`."""
+    pieces = scale if isinstance(scale, list) else [(scale, 0, math.inf)]
+    low, high = interval or (0, math.inf)
+    # An interval holds its lowest level and not its highest, except that of a flow's pure noise, 1. The noise levels of
+    # flows are rounded.
+    level = min(level + 2**-20, math.nextafter(1, 0)) if flow else level
+    for value, start, end in pieces:
+        if max(start, low) <= level < min(end, high):
+            return value
+    return 1.0
 
 
 def _set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device):
