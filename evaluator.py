@@ -257,9 +257,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
 
 
 def _eigenvalues_of_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the eigenvalues of a b, both symmetric positive semidefinite. If b is singular, zeros are left out.
+    """Return the eigenvalues of the product of two symmetric positive semidefinite matrices a and b.
 
-    If b = r r', they are the eigenvalues of r' a r.
+    If b = r r', they are the eigenvalues of r' a r. If b is singular, some eigenvalues that are 0 are left out.
     """
     try:
         # LAPACK takes the Cholesky factor of b as r.
@@ -332,7 +332,7 @@ def precision_recall(ref_features, sample_features, k: int = NEIGHBOURS, block: 
         Precision and recall, each from 0 to 1.
 
     Raises:
-        ValueError: There are no more than k images on a side.
+        ValueError: One of the sides has k images or fewer.
     """
     ref = torch.as_tensor(ref_features).float()
     sample = torch.as_tensor(sample_features).float()
@@ -707,7 +707,7 @@ def has_statistics(path) -> bool:
 
 
 def content_hash(path) -> str:
-    """Return the SHA-256 of a file, or of all images of a folder, as 32 hexadecimal digits."""
+    """Return 32 hexadecimal digits of the SHA-256 of the sizes and contents of a file, or of all images of a folder."""
     digest = hashlib.sha256()
     files = list_images(path) if Path(path).is_dir() else [Path(path)]
     size = sum(file.stat().st_size for file in files)

@@ -121,7 +121,7 @@ class RemixDiT(nn.Module):
     With "one-hot", pi is the prior.
 
     Args:
-        backbone: a DiT. Every basis starts as a copy of its weights. It is not changed.
+        backbone: a DiT, which is not changed. Every basis starts as a copy of its weights.
         n_basis: number of bases K.
         n_experts: number of experts N, at most `num_timesteps`.
         mixer: "softmax" (alpha = softmax(pi)), "raw" (alpha = pi, without a constraint) or "one-hot" (alpha is the

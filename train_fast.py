@@ -237,7 +237,7 @@ def train(args: argparse.Namespace) -> bool:
                 losses, nonfinite = trainer.stats.read()
                 speed = timer.read()
                 schedule = trainer.learning_rates() | {"prior_weight": prior_weight}
-                # All processes call this, because each measures the distances between its own rows of sharded bases.
+                # All processes call this: with sharded bases, each has only some rows, and the distances need all.
                 metrics = build_metrics(step, losses, nonfinite, model, schedule, speed)
                 if world.is_main:
                     loggers.log_metrics(step, metrics)
@@ -348,7 +348,7 @@ def resolve_settings(
     if remix and timesteps != NOISE_LEVELS[args.process]:
         raise UserError("--timesteps: a RemixDiT trains on all timesteps")
     check_noise_levels("--timesteps", timesteps, args.process, diffusion)
-    # The default must not depend on the number of processes, because that must not change a run's results.
+    # The default must not depend on the number of processes, because that number must not change a run's results.
     divisors = [n for n in range(1, min(16, args.n_experts) + 1) if batch_size % n == 0]
     experts_per_batch = (args.experts_per_batch or max(divisors)) if remix else 1
     if batch_size % experts_per_batch:
@@ -424,8 +424,8 @@ def make_parser() -> ArgumentParser:
     add(
         "--new-classes",
         action="store_true",
-        help="let --load-weight be a model of other classes: their embeddings are initialized again, except those of "
-        "classes whose names are equal, and of the null class",
+        help="let --load-weight be a model of other classes: the class embeddings are initialized again, except those "
+        "of the null class and of classes whose names occur in both the model and the features",
     )
     add("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     add("--n-basis", type=positive_int, default=4, metavar="K", help="number of basis models")
@@ -476,8 +476,18 @@ def make_parser() -> ArgumentParser:
     add("--prediction", choices=PREDICTIONS, help="what the model of a flow predicts (default: velocity)")
     add("--weight", choices=WEIGHTS, help="loss weight of a noise or score prediction (default: none)")
     add("--time-sampling", choices=TIME_SAMPLINGS, help="distribution of a flow's noise levels (default: uniform)")
-    add("--time-mean", type=number(float), metavar="MEAN", help="mean of logit-normal noise levels (default: 0)")
-    add("--time-std", type=number(float, 0, above=True), metavar="STD", help="their standard deviation (default: 1)")
+    add(
+        "--time-mean",
+        type=number(float),
+        metavar="MEAN",
+        help="mean of logit(u) for logit-normal noise levels u, before --time-shift (default: 0)",
+    )
+    add(
+        "--time-std",
+        type=number(float, 0, above=True),
+        metavar="STD",
+        help="standard deviation of logit(u) (default: 1)",
+    )
     add(
         "--time-shift",
         type=number(float, 0, above=True),
@@ -543,7 +553,7 @@ def make_parser() -> ArgumentParser:
         type=positive_int,
         metavar="STEPS",
         help="track two more averages for post-hoc EMA (arXiv 2312.02696), and store them in the run's folder ema/ at "
-        "this interval; convert.py --ema-std makes an EMA of any width of them (default: none)",
+        "this interval; from them, convert.py --ema-std makes an EMA of any width (default: none)",
     )
     add("--ema-snapshot-dtype", choices=SNAPSHOT_DTYPES, default="float16", help="type of the numbers in the snapshots")
     add(
@@ -569,8 +579,8 @@ def make_parser() -> ArgumentParser:
     add(
         "--deterministic",
         action="store_true",
-        help="slower algorithms on GPUs whose results do not vary from run to run, so that a resumed run can equal an "
-        "uninterrupted one bit for bit; on CPUs this is always so",
+        help="on GPUs, use slower algorithms whose results do not vary from run to run, so that a resumed run can "
+        "equal an uninterrupted one bit for bit; on CPUs this is always so",
     )
     add(
         "--shard-bases",

@@ -34,7 +34,7 @@ OVERLAP = {
 
 
 def bucket_mib(parameters: list[Tensor]) -> float:
-    """Return the size of DDP's buckets in MiB: the gradients of some parameters divided by BUCKETS, but at least 25."""
+    """Return the size of DDP's buckets in MiB: the size of the gradients divided by BUCKETS, but at least 25."""
     # PyTorch's default is 25 MiB, which is less than one block of a large model.
     return max(25, sum(p.nbytes for p in parameters) / BUCKETS / 2**20)
 
@@ -248,8 +248,8 @@ class Trainer:
         """Continue from a checkpoint.
 
         Args:
-            state: the checkpoint: what `state_dict` returns on rank 0, and the state of `stats` under "window". It may
-                be mapped from the file; each process reads what it needs of it.
+            state: the checkpoint: what `state_dict` returns on rank 0, and the state of `stats` under "window". Its
+                tensors may be mapped from the file; each process then reads only those parts that it needs.
             path: the checkpoint's file, for error messages.
 
         Raises:
@@ -332,7 +332,7 @@ class Trainer:
         return torch.stack(means).mean(0)
 
     def _check_gradients(self) -> tuple[Tensor, Tensor]:
-        """Clip the gradients, and return their norm [] float32 and whether it is non-finite [] bool.
+        """Clip the gradients, and return their norm before clipping [] float32 and whether it is non-finite [] bool.
 
         A loss that is not finite on one process makes the norm non-finite on all processes, so all of them skip the
         update. The host does not wait for the device.
@@ -369,7 +369,8 @@ def recompute_blocks(model: DiT | RemixDiT, compile: bool):
     """
     options = {"use_reentrant": False, "preserve_rng_state": False}
     remix = isinstance(model, RemixDiT)
-    # Without compilation, a block runs again in the backward pass, after the batch's coefficients have been cleared.
+    # Without compilation, the backward pass calls the block again, when the batch's coefficients are already cleared.
+    # These contexts restore them.
     if remix and not compile:
         options["context_fn"] = model.batch_coefficients.contexts
     for block in (model.backbone if remix else model).blocks:
