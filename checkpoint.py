@@ -399,21 +399,6 @@ def choose_process(path, config: dict, process: str | None):
     config["diffusion"] = {"process": process}
 
 
-def flow_target(process: dict) -> dict[str, str]:
-    """Return what the network of a flow learns: its process, path and prediction; nothing for Gaussian diffusion.
-
-    Args:
-        process: the "diffusion" part of a config, which may omit defaults.
-    """
-    if process.get("process") != "flow":
-        return {}
-    return {
-        "process": "flow",
-        "path": process.get("path", "linear"),
-        "prediction": process.get("prediction", "velocity"),
-    }
-
-
 def load_denoiser(
     paths: list, ema: bool = True, allow_pickle: bool = False, **overrides
 ) -> tuple[DiT | ExpertSwitch, dict]:

@@ -61,9 +61,14 @@ class ArgumentParser(argparse.ArgumentParser):
         fail(self.prog, message)
 
 
+def is_first_process() -> bool:
+    """Return whether this process has rank 0; it is known before the process group exists."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def warn(message: str):
     """Print a warning on stderr, on the first process only."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first_process():
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
@@ -249,7 +254,7 @@ def lock_folder(folder, flag: str):
     Raises:
         UserError: if another process has locked the folder; the message names the process and its host.
     """
-    if int(os.environ.get("RANK", 0)):
+    if not is_first_process():
         return
     path = Path(folder) / LOCK
     created = [parent for parent in path.parents if not parent.exists()]

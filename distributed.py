@@ -88,11 +88,6 @@ class World:
         return values
 
 
-def is_first_process() -> bool:
-    """Return whether this process has rank 0; it is known before the process group exists."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 def world_size() -> int:
     """Return the number of processes; it is known before the process group exists."""
     return int(os.environ.get("WORLD_SIZE", 1))

@@ -33,6 +33,7 @@ from common import (
     check_disk,
     check_settings,
     counted,
+    is_first_process,
     lock_folder,
     number,
     positive_int,
@@ -73,7 +74,7 @@ def main(args: argparse.Namespace):
     crops = Crops(images, args.image_size, args.grayscale, args.max_pixels)
     repaired = repaired_shards(folder, crops)
     if complete and not repaired:
-        log = print if int(os.environ.get("RANK", 0)) == 0 else lambda line: None
+        log = print if is_first_process() else lambda line: None
         log(f"{folder} already holds these features, nothing to do")
         return report_skipped(folder, args.skip_bad, log)
     autoencoder = load_autoencoder(args.vae)

@@ -16,7 +16,6 @@ If sampling is interrupted, the same command samples what is missing.
 """
 
 import argparse
-import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from autoencoder import Pixels, load_autoencoder
-from checkpoint import choose_process, find_checkpoint, fingerprint, flow_target, load_denoiser
+from checkpoint import choose_process, find_checkpoint, fingerprint, load_denoiser
 from common import (
     TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
@@ -41,6 +40,7 @@ from common import (
     counted,
     folder_name,
     frequency_override,
+    is_first_process,
     lock_folder,
     name_write_errors,
     number,
@@ -57,6 +57,7 @@ from diffusion.interpolants import DIFFUSION_FORMS
 from distributed import PRECISIONS, SampleGenerators, World, rank0_logger, setup
 from figures import save_grid
 from guidance import GuidanceSchedule, make_denoiser, make_schedule, parse_pieces, predict
+from interop.shapes import flow_target
 from models import DiT, DiT_models
 from remix import ExpertSwitch, RemixDiT_models
 
@@ -358,7 +359,7 @@ def finished(folder: Path, record: dict) -> bool:
         return False
     # A run that was killed after packing leaves the parts behind.
     shutil.rmtree(folder / "parts", ignore_errors=True)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first_process():
         print(f"{folder / 'samples.npz'} already exists, nothing to do")
     return True
 

@@ -25,6 +25,7 @@ from common import (
     counted,
     folder_name,
     frequency_override,
+    is_first_process,
     lock_folder,
     number,
     positive_int,
@@ -37,7 +38,6 @@ from diffusion.interpolants import PATHS, TIME_SAMPLINGS
 from distributed import (
     PRECISIONS,
     StopSignal,
-    is_first_process,
     rank0_logger,
     restore_signals,
     setup,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common import TIMESTEP_FREQUENCIES, LocalError, UserError, first_line, name_write_errors, warn
 from hub import offline
-from interop.shapes import backbone_from_shapes, make_config
+from interop.shapes import backbone_from_shapes, flow_target, make_config
 from models import DiT, sincos_positions
 from remix import RemixDiT
 
@@ -331,10 +331,10 @@ def is_pipeline(model: DiT | RemixDiT, config: dict) -> bool:
 
 def _flow(config: dict) -> dict | None:
     """Return the settings of a flow, or None for Gaussian diffusion."""
-    process = config["diffusion"]
-    if process.get("process") != "flow":
+    if not (target := flow_target(config["diffusion"])):
         return None
-    return {"path": "linear", "prediction": "velocity"} | {key: process[key] for key in FLOW_OPTIONS if key in process}
+    settings = target | config["diffusion"]
+    return {key: settings[key] for key in FLOW_OPTIONS if key in settings}
 
 
 def _plain_transformer(dit: DiT, config: dict):

@@ -113,6 +113,21 @@ def make_config(path, backbone: dict, remix: dict | None, overrides: dict) -> di
     }
 
 
+def flow_target(process: dict) -> dict[str, str]:
+    """Return what the network of a flow learns: its process, path and prediction; nothing for Gaussian diffusion.
+
+    Args:
+        process: the "diffusion" part of a config, which may omit defaults.
+    """
+    if process.get("process") != "flow":
+        return {}
+    return {
+        "process": "flow",
+        "path": process.get("path", "linear"),
+        "prediction": process.get("prediction", "velocity"),
+    }
+
+
 def _find_size(backbone: dict) -> str | None:
     """Return the registered size, such as "XL", with the width and depth of a backbone, or None."""
     for size, shape in SIZES.items():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common import UserError, atomic_write, warn
-from interop.shapes import backbone_from_shapes, find_state_dict, make_config
+from interop.shapes import backbone_from_shapes, find_state_dict, flow_target, make_config
 from models import DiT, DiT_models, sinusoid_frequencies
 
 # Our names of the paths -> SiT's and REPA's. REPA's cosine path is the generalized variance-preserving one.
@@ -82,7 +82,8 @@ def write(path, models: dict[str, DiT], config: dict):
     The arguments of the training run are stored as a dict, which torch.load reads without further permission.
     """
     process, name = config["diffusion"], config["model"]["name"]
-    if process.get("process") != "flow":
+    target = flow_target(process)
+    if not target:
         raise UserError("a file of SiT holds a flow, and this model was trained with Gaussian diffusion")
     if process.get("shift", 1) != 1:
         warn(f"{path} cannot record the shift {process['shift']:g} of the noise levels, which sampling would use")
@@ -91,8 +92,8 @@ def write(path, models: dict[str, DiT], config: dict):
         "model": name.removeprefix("Remix").replace("DiT-", "SiT-"),
         "image_size": config["data"]["image_size"],
         "num_classes": config["model"]["backbone"]["num_classes"],
-        "path_type": SIT_PATHS[process.get("path", "linear")],
-        "prediction": process.get("prediction", "velocity"),
+        "path_type": SIT_PATHS[target["path"]],
+        "prediction": target["prediction"],
         "loss_weight": None if weight == "none" else weight,
     }
     with atomic_write(path) as temporary:

@@ -159,6 +159,21 @@ class Parallelism:
     checkpoint_activations: bool = False
 
 
+def microbatch(model: DiT | RemixDiT, settings: RunSettings, size: int, grad_accum: int) -> tuple[int, int | None]:
+    """Return the images of a microbatch and the number of its groups, which is None for a plain DiT.
+
+    Args:
+        model: the model; its parameters may be on the meta device.
+        settings: the settings of the run.
+        size: number of processes.
+        grad_accum: microbatches per process and step.
+    """
+    n_images = settings.global_batch_size // size // grad_accum
+    if not isinstance(model, RemixDiT):
+        return n_images, None
+    return n_images, count_groups(n_images, settings.global_batch_size // settings.experts_per_batch)
+
+
 def choose_sharding(
     requested: bool | None, model: DiT | RemixDiT, settings: RunSettings, size: int, grad_accum: int
 ) -> tuple[bool, list[str]]:
@@ -186,8 +201,8 @@ def choose_sharding(
             raise UserError(f"--shard-bases: {size} processes do not divide the outputs of every mixed layer")
         return False, []
     trained, bases, mixture = count_parameters(model)
-    n_images = settings.global_batch_size // size // grad_accum
-    mixtures = mixture * grad_accum * count_groups(n_images, settings.global_batch_size // settings.experts_per_batch)
+    _, groups = microbatch(model, settings, size, grad_accum)
+    mixtures = mixture * grad_accum * groups
     width = PRECISIONS[settings.precision].itemsize
     ways = Parallelism(size, sharded=True), Parallelism(size)
     sharded, whole = (bytes_sent(trained, bases, mixtures, width, way) for way in ways)
@@ -224,10 +239,7 @@ def dry_run(
         disk = check_checkpoint_space(folder, model, n_checkpoints)
     except UserError as error:
         disk = f"on this machine: {error}"
-    n_images = settings.global_batch_size // size // parallelism.grad_accum
-    groups = None
-    if isinstance(model, RemixDiT):
-        groups = count_groups(n_images, settings.global_batch_size // settings.experts_per_batch)
+    n_images, groups = microbatch(model, settings, size, parallelism.grad_accum)
     costs = step_costs(model, n_images, groups, settings.precision, parallelism)
     memory = memory_bytes(model, create_process(**process), n_images, groups, settings.precision, parallelism)
     if settings.ema_stds:
@@ -578,8 +590,7 @@ def mixing_flops(model: RemixDiT, n_groups: int) -> int:
         model: the model; its parameters may be on the meta device.
         n_groups: number of groups of the batch, each with one expert.
     """
-    # [K, out, in] and [K, out]
-    bases = sum(p.numel() for module in model.modules() if isinstance(module, RemixLinear) for p in module.parameters())
+    _, bases, _ = count_parameters(model)
     return 3 * 2 * n_groups * bases
 
 

@@ -12,16 +12,15 @@ from checkpoint import (
     checkpoints,
     find_checkpoint,
     find_corruption,
-    flow_target,
     load_model,
     model_config,
     read_checkpoint,
 )
-from common import UserError, number, remove_leftovers, write_json
+from common import UserError, is_first_process, number, remove_leftovers, write_json
 from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
-from distributed import World, is_first_process
+from distributed import World
 from features import FeatureDataset
-from interop.shapes import PUBLISHED_VAE
+from interop.shapes import PUBLISHED_VAE, flow_target
 from models import DiT, DiT_models
 from posthoc_ema import snapshot_folder
 from remix import RemixDiT, RemixDiT_models
