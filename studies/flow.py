@@ -9,7 +9,6 @@ flow.csv (one row per sampler, number of steps and seed), flow_errors.csv (one r
 """
 
 import argparse
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from digit_runs import PRETRAINING, prepare, sample_and_score, train
-from runs import mean_and_std, output_to
+from runs import mean_and_std, output_to, write_csv
 from tqdm import tqdm
 
 from checkpoint import load_denoiser
@@ -125,14 +124,6 @@ def count_evaluations(ckpt: Path, batch: int = 500) -> int:
 
     create_process(**config["diffusion"]).ode_sample_loop(denoise, shape, noise=noise, method="dopri5")
     return count
-
-
-def write_csv(path: Path, rows: list[dict]):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
 
 
 def draw(path: Path, rows: list[dict]):

@@ -1,6 +1,7 @@
 """What the studies share: running the project's scripts, training one variant, and the errors of its model."""
 
 import contextlib
+import csv
 import os
 import runpy
 import shlex
@@ -95,6 +96,15 @@ def heldout_errors(paths: list[Path], split: Path, timesteps: range, per_timeste
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     x, y = dataset.__getitems__(order.tolist())
     return noise_errors(model, create_diffusion(**config["diffusion"]), x, y, timesteps, per_timestep)
+
+
+def write_csv(path: Path, rows: list[dict]):
+    """Write rows with the same keys as a CSV file; its folder is created if it does not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
 
 
 def mean_and_std(values: list[float], digits: int) -> str:

@@ -8,7 +8,6 @@ skipped. Writes studies/samplers.csv (one row per sampler, number of steps and s
 """
 
 import argparse
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from digit_runs import prepare, pretrain, sample_and_score
-from runs import mean_and_std, output_to
+from runs import mean_and_std, output_to, write_csv
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -42,10 +41,7 @@ def main(args: argparse.Namespace):
         rows.append({"sampler": sampler, "steps": steps, "seed": seed, "fid": fid})
 
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    with open(out / "samplers.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
+    write_csv(out / "samplers.csv", rows)
     draw(out / "figures" / "samplers.png", rows, args.steps)
     print("| steps | " + " | ".join(SAMPLERS.values()) + " |\n|" + " --- |" * (1 + len(SAMPLERS)))
     for steps in args.steps:
