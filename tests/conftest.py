@@ -192,6 +192,14 @@ def sampled_images(folder: Path) -> np.ndarray:
         return file["arr_0"]
 
 
+def check_sampling_refused(ckpt: Path, out: Path, flags: tuple, message: str):
+    """Assert that sample_ddp.py refuses some flags with a message of one line, before it creates its folder `out`."""
+    done = run("sample_ddp.py", "--ckpt", ckpt, "--sample-dir", out, *FEW_SAMPLES, *flags, expect=2)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not out.exists()
+
+
 # Datasets, checkpoints and samples
 
 
