@@ -161,7 +161,9 @@ def commands(monkeypatch) -> list[list[str]]:
 @pytest.fixture(scope="session")
 def study(prepared) -> fashion_tables.Study:
     """The pixels of the prepared images, encoded for training."""
-    study = fashion_tables.Study("pixels", prepared, prepared / "runs", prepared / "out", 60, 30, 50, 5, 4, 2, "-")
+    study = fashion_tables.Study(
+        "pixels", prepared, prepared / "runs", prepared / "out", 60, 30, 50, 5, 4, 2, False, "-"
+    )
     flags = [f"--data-path={prepared / 'train'}", f"--features-path={study.features('train')}", *PIXELS]
     run("extract_features.py", *flags, "--grayscale", "--no-mirror", "--image-size=16")
     return study
