@@ -320,7 +320,9 @@ class RemixDiT(nn.Module):
         finally:
             self.batch_coefficients.end()
 
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = None
+    ) -> Tensor:
         """See `models.classifier_free_guidance`."""
         return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
 
@@ -462,7 +464,9 @@ class ExpertSwitch(nn.Module):
             )
         return self.select(first)(x, t, y)
 
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = None
+    ) -> Tensor:
         """See `models.classifier_free_guidance`."""
         return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
 
