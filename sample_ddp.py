@@ -55,11 +55,12 @@ from diffusion import FLOW_SAMPLERS, NOISE_LEVELS, PROCESS_SAMPLERS, SAMPLERS, m
 from diffusion.flow import LAST_STEPS
 from diffusion.interpolants import DIFFUSION_FORMS
 from distributed import PRECISIONS, SampleGenerators, World, rank0_logger, setup
+from experts import ExpertSwitch
 from figures import save_grid
 from guidance import GuidanceSchedule, make_denoiser, make_schedule, parse_pieces, predict
 from interop.shapes import flow_target
 from models import DiT, DiT_models
-from remix import ExpertSwitch, RemixDiT_models
+from remix import RemixDiT_models
 
 GRID_IMAGES = 100
 # What a guide has in common with the model: the shape of the samples.

@@ -33,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ArgumentParser, UserError, atomic_write, number, positive_int, run_script
 from diffusion import create_diffusion
 from distributed import PRECISIONS, World, setup, world_size
+from experts import FoldedRemix
 from features import SHARD_SIZE, FeatureDataset, write_index, write_shard
 from models import DiT, DiT_models, classifier_free_guidance
-from remix import FoldedRemixDiT, RemixDiT
+from remix import RemixDiT
 from training.batches import BatchSampler, sample_timesteps
 from training.plan import Parallelism, StepCosts, matmul_rate, step_costs, training_flops
 from training.trainer import Trainer
@@ -358,7 +359,7 @@ def sampling(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
     torch.manual_seed(0)
     dit = DiT_models[f"DiT-{args.model}"](input_size=args.input_size).to(world.device).eval()
     remix = RemixDiT(dit, N_BASIS, N_EXPERTS).to(world.device).eval()
-    folded = FoldedRemixDiT(remix)
+    folded = FoldedRemix(remix)
     guided = torch.compile(classifier_free_guidance) if args.compile else classifier_free_guidance
     n = args.batch_size
     shape = (n, dit.in_channels, args.input_size, args.input_size)
