@@ -48,6 +48,10 @@ class LowRankLinear(nn.Module):
         nn.init.uniform_(self.lora_A, -bound, bound)
         nn.init.zeros_(self.lora_B)
 
+    def bases(self) -> list[nn.Parameter]:
+        """See `remix.RemixLinear.bases`."""
+        return [self.lora_A, self.lora_B]
+
     def gram(self) -> tuple[Tensor, Tensor]:
         """See `remix.RemixLinear.gram`."""
         a, b = self.lora_A, self.lora_B

@@ -80,6 +80,10 @@ class RemixLinear(nn.Module):
         if linear.bias is not None:
             self.bias.copy_(linear.bias.expand_as(self.bias))
 
+    def bases(self) -> list[nn.Parameter]:
+        """Return the parameters of the bases."""
+        return list(self.parameters())
+
     def gram(self) -> tuple[Tensor, Tensor]:
         """Return the inner products [K, K] of the bases' weights minus their mean, and the mean squared norm []."""
         bases = self.weight.flatten(1)  # [K, out * in]
@@ -324,6 +328,14 @@ class Remix(nn.Module):
         """Return the mixed layers and their names within the module."""
         kinds = (RemixLinear, LowRankLinear)
         return [(name, layer) for name, layer in self.backbone.named_modules() if isinstance(layer, kinds)]
+
+    def freeze_shared(self):
+        """Let only the bases and the coefficients be trained: with low rank, the pairs and the coefficients."""
+        self.requires_grad_(False)
+        for _, layer in self.mixed():
+            for basis in layer.bases():
+                basis.requires_grad_()
+        self.logits.requires_grad_(self.mixer != "one-hot")
 
     @torch.no_grad()
     def distances(self) -> tuple[Tensor, Tensor]:

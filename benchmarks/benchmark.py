@@ -502,7 +502,7 @@ def extraction(args: argparse.Namespace, world: World, floors: dict) -> list[dic
 
 def evaluator(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
     """Measure FID, sFID, precision and recall from features: the evaluator's, and simple ones with scipy and numpy."""
-    from evaluator import precision_recall
+    from evaluation.scores import precision_recall
 
     n, dim, spatial = (400, 64, 60) if args.toy else (10_000, 2048, 2023)
     random = np.random.default_rng(0)
@@ -540,7 +540,7 @@ def evaluator(args: argparse.Namespace, world: World, floors: dict) -> list[dict
 
 def fast_fid(real: torch.Tensor, fake: torch.Tensor) -> float:
     """Compute FID as the evaluator does."""
-    from evaluator import GaussianStatistics, frechet_distance
+    from evaluation.scores import GaussianStatistics, frechet_distance
 
     results = []
     for features in (real, fake):

@@ -14,16 +14,10 @@ import torch
 from conftest import GOLDEN, ROOT, file_limit, run
 from PIL import Image
 
-from evaluator import (
-    AdmInception,
-    GaussianStatistics,
-    content_hash,
-    fid_bias,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from evaluation.files import content_hash
+from evaluation.networks import AdmInception
+from evaluation.scores import GaussianStatistics, fid_bias, kernel_distance
+from evaluator import frechet_distance, inception_score, precision_recall
 
 
 @pytest.fixture(autouse=True)
