@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from common import ArgumentParser, UserError, atomic_write, number, positive_int
 from diffusion import create_diffusion
 from distributed import PRECISIONS, World, setup, world_size
 from experts import FoldedRemix
-from features import SHARD_SIZE, FeatureDataset, write_index, write_shard
+from features import DTYPES, SHARD_SIZE, FeatureDataset, write_index, write_shard
 from models import DiT, DiT_models, classifier_free_guidance
 from remix import RemixDiT
 from training.batches import BatchSampler, sample_timesteps
@@ -421,7 +421,8 @@ def sampling(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
 def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
     """Measure how fast two processes read packed features and draw noise as in training.
 
-    The shards all stay open, or one at a time, as with the thousands of shards of ImageNet.
+    The shards all stay open, or one at a time, as with the thousands of shards of ImageNet. The features are stored as
+    float32 or as float16.
     """
     import features
 
@@ -429,16 +430,19 @@ def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         shards = 2 if args.toy else 8
         shape = (4, args.input_size, args.input_size)
-        for shard in range(shards):
-            array = np.random.default_rng(shard).standard_normal((SHARD_SIZE, 2, *shape), np.float32)
-            write_shard(folder, shard, array, np.zeros(SHARD_SIZE), {})
-        write_index(folder, shards, vae="ema", scale=0.18215, image_size=8 * args.input_size, classes=["one"])
+        for dtype in DTYPES:
+            (Path(folder) / dtype).mkdir()
+            for shard in range(shards):
+                array = np.random.default_rng(shard).standard_normal((SHARD_SIZE, 2, *shape), np.float32)
+                write_shard(f"{folder}/{dtype}", shard, array, np.zeros(SHARD_SIZE), {}, dtype)
+            described = dict(vae="ema", scale=0.18215, image_size=8 * args.input_size, classes=["one"], dtype=dtype)
+            write_index(f"{folder}/{dtype}", shards, **described)
         sampler = BatchSampler(0, args.data_batch_size, world)
         n = 5 if args.toy else 100
-        for open_shards in (default_open, 1):
+        for dtype, open_shards in product(DTYPES, (default_open, 1)):
             features.OPEN_SHARDS = open_shards
             try:
-                with sampler.load(FeatureDataset(folder), range(n + 10), num_workers=2) as batches:
+                with sampler.load(FeatureDataset(f"{folder}/{dtype}"), range(n + 10), num_workers=2) as batches:
                     for _ in range(10):
                         next(batches)
                     start = time.perf_counter()
@@ -448,8 +452,10 @@ def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
             finally:
                 features.OPEN_SHARDS = default_open
             case = "shards stay open" if open_shards > 1 else "each image opens its shard"
-            gb_s = 4 * int(np.prod(shape)) * rate / 1e9
-            rows.append({"loader (2 processes)": case, "images/s": rate, "GB/s": gb_s, "needed images/s": 2000})
+            gb_s = np.dtype(dtype).itemsize * int(np.prod(shape)) * rate / 1e9
+            rows.append(
+                {"loader (2 processes)": f"{case}, {dtype}", "images/s": rate, "GB/s": gb_s, "needed images/s": 2000}
+            )
     return rows
 
 
