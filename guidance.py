@@ -11,8 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from boundaries import find_interval, noise_level
+from experts import ExpertSwitch
 from models import DiT, classifier_free_guidance, default_guided_channels
-from remix import ExpertSwitch, find_interval
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class GuidanceSchedule:
 
     def scale_at(self, t: float) -> float:
         """Return the scale at a time that the network sees: a timestep of the original process, or a flow's time."""
-        return self.scales[find_interval(self.boundaries, t)]
+        return self.scales[find_interval(self.boundaries, noise_level(self.boundaries, t))]
 
 
 def make_schedule(scale: float | str, interval: list[float] | None, highest: float) -> GuidanceSchedule:

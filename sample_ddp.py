@@ -53,11 +53,12 @@ from diffusion import FLOW_SAMPLERS, PROCESS_SAMPLERS, SAMPLERS
 from diffusion.flow import LAST_STEPS
 from diffusion.interpolants import DIFFUSION_FORMS
 from distributed import PRECISIONS, World, rank0_logger, setup
+from experts import ExpertSwitch
 from figures import save_grid
 from guidance import parse_pieces
 from interop.shapes import flow_target
 from models import DiT, DiT_models
-from remix import ExpertSwitch, RemixDiT_models
+from remix import RemixDiT_models
 from sampling import SAMPLE_BATCH, Pipeline, SampleSettings, label_of, make_pipeline, sample, trained_classes
 
 GRID_IMAGES = 100

@@ -14,9 +14,9 @@ from autoencoder import Normalization, Pixels, load_autoencoder
 from common import UserError
 from diffusion import NOISE_LEVELS, make_sampler
 from distributed import SampleGenerators, World
+from experts import ExpertSwitch
 from guidance import GuidanceSchedule, make_denoiser, make_schedule, predict
 from models import DiT
-from remix import ExpertSwitch
 
 # Images per batch and process. Rounding depends on it.
 SAMPLE_BATCH = 32

@@ -44,11 +44,12 @@ from common import (
     seed_int,
 )
 from diffusion import FlowMatching, GaussianDiffusion, create_process
+from experts import FoldedRemix
 from features import FeatureDataset
 from figures import interval_labels, intervals, is_flow, save_coefficients, save_grid
 from models import DiT
 from posthoc_ema import WIDEST, reconstruct
-from remix import FoldedRemixDiT, RemixDiT
+from remix import RemixDiT
 from training.statistics import interval_times, noise_errors
 
 # Evenly spaced noise levels at which the error of an EMA is measured.
@@ -269,7 +270,7 @@ def ema_errors(
     x, y, errors = x.to(device), y.to(device), {}
     for std in tqdm([None, *stds], desc="widths"):
         model.load_state_dict(state if std is None else reconstruct(ckpt, std, state))
-        network = FoldedRemixDiT(model) if isinstance(model, RemixDiT) else model
+        network = FoldedRemix(model) if isinstance(model, RemixDiT) else model
         per_time = noise_errors(network.to(device), diffusion, x, y, times, min(32, len(x)), seed)
         errors[std] = per_time.mean().item()
     return errors

@@ -387,8 +387,8 @@ def _mixed_transformer(remix: RemixDiT, config: dict):
 
     transformer = RemixDiTTransformer2DModel(
         **_transformer_arguments(remix.backbone, config),
-        **{name: getattr(remix, name) for name in REMIX_OPTIONS},
-        mixed_layers=[part for layer in remix.mixed_layers for part in BLOCK_LAYERS[layer]],
+        **{name: remix.config.get(name) for name in REMIX_OPTIONS},
+        mixed_layers=[part for layer in remix.config["mixed_layers"] for part in BLOCK_LAYERS[layer]],
         frequency_shift=remix.backbone.frequency_shift,
         flow=_flow(config),
     )

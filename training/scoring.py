@@ -22,10 +22,11 @@ from distributed import StopSignal, World
 from evaluation.files import check_file, has_statistics, read_network, read_statistics
 from evaluation.networks import FEATURE_BATCH, FeatureExtractor, make_extractor, network_name
 from evaluation.scores import GaussianStatistics, frechet_distance
+from experts import ExpertSwitch, FoldedRemix
 from features import FeatureDataset
 from figures import intervals
 from models import DiT
-from remix import ExpertSwitch, FoldedRemixDiT, RemixDiT
+from remix import RemixDiT
 from sampling import SAMPLE_BATCH, Pipeline, SampleSettings, make_pipeline, sample
 from training.loggers import MetricLogger
 from training.previews import GUIDANCE
@@ -256,7 +257,7 @@ class Scorer:
 def prepare(model: DiT | RemixDiT, device: torch.device) -> DiT | ExpertSwitch:
     """Return the network that computes the scores of a model, on a device."""
     model.to(device)
-    return FoldedRemixDiT(model).eval() if isinstance(model, RemixDiT) else model
+    return FoldedRemix(model).eval() if isinstance(model, RemixDiT) else model
 
 
 def measure_parts(score: FidScore | HeldOutLoss, parts: list, model: DiT | ExpertSwitch) -> list:
