@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 from common import UserError, atomic_write, first_line
 from diffusion import NOISE_LEVELS
+from experts import ExpertSwitch, FoldedRemix, IndependentExperts
 from hub import local_file
 from interop import diffusers, dit, original, sit
 from models import DiT
 from posthoc_ema import write_snapshot
-from remix import ExpertSwitch, FoldedRemixDiT, IndependentExperts, RemixDiT
+from remix import RemixDiT
 
 FORMAT = "remix-dit"
 # Version 2 changed the random draws of training: a file of version 1 has the same content, but cannot be resumed from.
@@ -411,7 +412,7 @@ def load_denoiser(
         ema, allow_pickle, overrides: see `load_model`.
 
     Returns:
-        The model in eval mode on the CPU, and its config. The model is a DiT, a FoldedRemixDiT, or IndependentExperts
+        The model in eval mode on the CPU, and its config. The model is a DiT, a FoldedRemix, or IndependentExperts
         with the config of the expert that has the lowest timesteps.
 
     Raises:
@@ -421,7 +422,7 @@ def load_denoiser(
     loaded = [(path, *load_model(path, ema, allow_pickle, **overrides)) for path in paths]
     if len(loaded) == 1:
         _, model, config = loaded[0]
-        return (FoldedRemixDiT(model).eval() if isinstance(model, RemixDiT) else model), config
+        return (FoldedRemix(model).eval() if isinstance(model, RemixDiT) else model), config
     for path, model, config in loaded:
         if isinstance(model, RemixDiT) or not config["training"]:
             raise UserError(

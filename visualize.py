@@ -44,12 +44,13 @@ from common import (
     seed_int,
 )
 from diffusion import FlowMatching, GaussianDiffusion, create_process
+from experts import FoldedRemix
 from features import FeatureDataset
 from figures import interval_labels, intervals, is_flow, save_coefficients, save_grid
 from models import DiT
 from posthoc_ema import WIDEST, reconstruct
-from remix import FoldedRemixDiT, RemixDiT
-from training.statistics import noise_errors
+from remix import RemixDiT
+from training.statistics import interval_times, noise_errors
 
 # Evenly spaced noise levels at which the error of an EMA is measured.
 EMA_LEVELS = 50
@@ -86,7 +87,7 @@ def main(args: argparse.Namespace):
             if not isinstance(pretrained, DiT) or pretrained.config != model.backbone_config:
                 raise UserError(f"{args.pretrained} is not the plain DiT that {args.ckpt} was trained from")
             x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
-            timesteps = interval_timesteps(model, args.per_interval)
+            timesteps = interval_times(intervals(model), args.per_interval, is_flow(model))
             diffusion = create_process(**config["diffusion"])
             reference, errors = expert_errors(model, pretrained, diffusion, x, y, timesteps, args.global_seed)
             draw_losses(out, reference, errors, model, name)
@@ -167,14 +168,6 @@ def load_images(data_path: str, count: int, seed: int, ckpt: str, model: DiT | R
     if dataset.shape != (config["in_channels"], config["input_size"], config["input_size"]):
         raise UserError(f"{data_path} holds features of shape {dataset.shape}, which {ckpt} cannot process")
     return dataset.__getitems__(np.random.default_rng(seed).permutation(len(dataset))[:count].tolist())
-
-
-def interval_timesteps(model: RemixDiT, per_interval: int) -> np.ndarray:
-    """Return evenly spaced timesteps, or a flow's times, in each expert's interval, [N, per_interval]."""
-    if is_flow(model):
-        parts = (np.arange(per_interval) + 0.5) / per_interval
-        return np.stack([1 - (low + (high - low) * parts) for low, high in intervals(model)])
-    return np.stack([np.linspace(low, high - 1, per_interval).round().astype(int) for low, high in intervals(model)])
 
 
 def expert_errors(
@@ -277,7 +270,7 @@ def ema_errors(
     x, y, errors = x.to(device), y.to(device), {}
     for std in tqdm([None, *stds], desc="widths"):
         model.load_state_dict(state if std is None else reconstruct(ckpt, std, state))
-        network = FoldedRemixDiT(model) if isinstance(model, RemixDiT) else model
+        network = FoldedRemix(model) if isinstance(model, RemixDiT) else model
         per_time = noise_errors(network.to(device), diffusion, x, y, times, min(32, len(x)), seed)
         errors[std] = per_time.mean().item()
     return errors

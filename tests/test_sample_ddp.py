@@ -24,7 +24,8 @@ from diffusion import NOISE_LEVELS, create_diffusion, create_process
 from diffusion.solvers import SOLVERS
 from distributed import SampleGenerators
 from models import DiT_models
-from sample_ddp import label_list, label_of
+from sample_ddp import label_list
+from sampling import label_of
 
 
 def largest_difference(a: np.ndarray, b: np.ndarray) -> int:

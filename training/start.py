@@ -20,7 +20,7 @@ from common import UserError, is_first_process, number, remove_leftovers, write_
 from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
 from distributed import World
 from features import FeatureDataset
-from interop.shapes import PUBLISHED_VAE, flow_target
+from interop.shapes import assumed_vae, flow_target
 from models import DiT, DiT_models
 from posthoc_ema import snapshot_folder
 from remix import RemixDiT, RemixDiT_models
@@ -138,6 +138,7 @@ def make_model(
     process: dict | None = None,
     classes: list[str] | None = None,
     new_classes: bool = False,
+    freeze: bool = False,
 ) -> DiT | RemixDiT:
     """Build the model at step 0.
 
@@ -151,18 +152,23 @@ def make_model(
         process: keyword arguments of `create_process`, which a file that is a flow must fit.
         classes: names of the dataset's classes; None if they are not known.
         new_classes: whether the file may be a model of other classes, whose embeddings are initialized again.
+        freeze: whether only the bases and the coefficients are trained.
     """
     try:
         if load_weight:
             known = process or {}, classes, new_classes
-            return load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle, *known)
-        if mixing:
-            return RemixDiT_models[name](**shape, **mixing, prior_bonus=prior_bonus)
-        return DiT_models[name](**shape)
+            model = load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle, *known)
+        elif mixing:
+            model = RemixDiT_models[name](**shape, **mixing, prior_bonus=prior_bonus)
+        else:
+            model = DiT_models[name](**shape)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
+    if freeze:
+        model.freeze_shared()
+    return model
 
 
 def load_initial_model(
@@ -196,7 +202,7 @@ def load_initial_model(
     if not mixing:
         raise UserError(f"--load-weight {path} holds a RemixDiT, which cannot start a {name}")
     for key, value in mixing.items():
-        # A config without boundaries has the default.
+        # A config without boundaries or rank has the default.
         if loaded.config.get(key) != value:
             raise UserError(f"--load-weight {path} has {key}={loaded.config.get(key)}, this run asks for {value}")
     return loaded
@@ -245,12 +251,14 @@ def run_config(
     process: dict,
 ) -> dict:
     """Return the configuration that, together with the data, determines the run; every checkpoint stores it."""
-    vae = {"vae": dataset.vae, "scale": dataset.scale} if dataset.vae else PUBLISHED_VAE
+    vae = {"vae": dataset.vae, **dataset.normalization.record()} if dataset.vae else assumed_vae(dataset.shape[0])
     image_size = dataset.image_size or image_size or 256
     data = dict(images=len(dataset), image_size=image_size, classes=dataset.classes, **vae)
     # Omitted for the default, so that checkpoints written by earlier versions still match.
     if dataset.store != "draw":
         data["store"] = dataset.store
+    if dataset.dtype not in (None, "float32"):
+        data["dtype"] = dataset.dtype
     return {"model": model_config(name, model), "diffusion": process, "data": data, "training": asdict(settings)}
 
 
@@ -422,7 +430,10 @@ def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
 
 def default_prefix(name: str, mixing: dict | None) -> str:
     """Return the name of the run's folder if --prefix does not give it."""
-    return name.replace("/", "-") + (f"-{mixing['n_basis']}-{mixing['n_experts']}" if mixing else "")
+    if not mixing:
+        return name.replace("/", "-")
+    rank = f"-r{mixing['rank']}" if mixing["rank"] else ""
+    return f"{name.replace('/', '-')}-{mixing['n_basis']}-{mixing['n_experts']}{rank}"
 
 
 def advice(model: DiT | RemixDiT, settings: RunSettings) -> list[str]:
