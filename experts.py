@@ -70,6 +70,15 @@ class FoldedRemix(ExpertSwitch):
         self.plain = remix.expert(0)
         self.folded = 0
 
+    def __getattr__(self, name: str) -> Any:
+        # Pipelines of diffusers read attributes of the plain model, such as its config.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "plain" or name.startswith("__"):
+                raise
+            return getattr(self.plain, name)
+
     @property
     def boundaries(self) -> list[float]:
         """See `Remix`."""

@@ -127,7 +127,7 @@ def randomize(remix: Remix, std: float = 0.1) -> Remix:
     with torch.no_grad():
         for _, layer in remix.mixed():
             for name, parameter in layer.named_parameters(recurse=False):
-                if parameter.ndim > 2 or name == "bias" and parameter.ndim > 1:
+                if parameter.ndim > 2 or (name == "bias" and parameter.ndim > 1):
                     parameter += std * torch.randn_like(parameter)
     return remix
 
