@@ -318,7 +318,7 @@ class Remix(nn.Module):
         """Return the index of the expert that owns each value of the argument `timestep`, a tensor or a number."""
         level = self.noise_level(t)
         if isinstance(level, Tensor):
-            return torch.bucketize(level, self.inner_boundaries, right=True)
+            return torch.bucketize(level.contiguous(), self.inner_boundaries, right=True)
         return find_interval(self.boundaries, level)
 
     def coefficients(self) -> Tensor:
@@ -343,14 +343,6 @@ class Remix(nn.Module):
         """Return the mixed layers and their names within the module."""
         kinds = (RemixLinear, LowRankLinear)
         return [(name, layer) for name, layer in self.backbone.named_modules() if isinstance(layer, kinds)]
-
-    def freeze_shared(self):
-        """Let only the bases and the coefficients be trained: with low rank, the pairs and the coefficients."""
-        self.requires_grad_(False)
-        for _, layer in self.mixed():
-            for basis in layer.bases():
-                basis.requires_grad_()
-        self.logits.requires_grad_(self.mixer != "one-hot")
 
     @torch.no_grad()
     def distances(self) -> tuple[Tensor, Tensor]:

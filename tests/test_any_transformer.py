@@ -1,16 +1,21 @@
-"""Remix of the transformers of diffusers: mixed batches, folding, gradients, pipelines, and errors."""
+"""Remix of the transformers of diffusers: mixed batches, gradients, pipelines, files of the experts, and errors."""
 
 import copy
+import json
 import re
 
 import pytest
 import torch
 from conftest import relative
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from common import UserError
 from experts import FoldedRemix
+from interop.expert_folder import find_expert, write_experts
+from interop.wan import read_pair, write_pair
 from models import DiT
 from remix import MIXERS, SCOPES, Remix, RemixDiT
 
@@ -41,7 +46,7 @@ def tiny_wan(**settings):
     from diffusers import WanTransformer3DModel
 
     size = dict(in_channels=4, out_channels=4, ffn_dim=32, num_layers=2, rope_max_seq_len=32)
-    return WanTransformer3DModel(**HEADS, **size, text_dim=16, freq_dim=16, **settings)
+    return WanTransformer3DModel(**HEADS, **(size | settings), text_dim=16, freq_dim=16)
 
 
 def tiny_wan_image(**settings):
@@ -59,8 +64,8 @@ def tiny_pixart(**settings):
 def tiny_dit(**settings):
     from diffusers import DiTTransformer2DModel
 
-    size = dict(sample_size=8, in_channels=4, out_channels=8, num_layers=2, norm_num_groups=4)
-    return DiTTransformer2DModel(**HEADS, **size, num_embeds_ada_norm=10, **settings)
+    size = dict(sample_size=8, in_channels=4, out_channels=8, num_layers=2, norm_num_groups=4, num_embeds_ada_norm=10)
+    return DiTTransformer2DModel(**HEADS, **(size | settings))
 
 
 def image_text(size: int) -> dict:
@@ -361,3 +366,276 @@ def test_compiled_models_run_groups_without_graph_breaks(kind):
     compiled = torch.compile(remix, backend="aot_eager", fullgraph=True)
     expected = gradients(remix, remix(**arguments, groups=4).sample)
     assert_close(gradients(remix, compiled(**arguments, groups=4).sample), expected)
+
+
+# Pipelines
+
+
+def autoencoder():
+    """A tiny VAE with random weights: 4 latent channels at half the image's side."""
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    torch.manual_seed(0)
+    latents = dict(latent_channels=4, scaling_factor=0.5, shift_factor=0.1)
+    return AutoencoderKL(**blocks, **latents, block_out_channels=[8, 8], norm_num_groups=4)
+
+
+def wan_autoencoder():
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    down = [False, True, True]
+    return AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1] * 4, num_res_blocks=1, temperal_downsample=down)
+
+
+def pipeline(kind: str, transformer: nn.Module, **settings):
+    """The pipeline of a class around a transformer, without text encoders."""
+    import diffusers
+
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3)
+    text = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    name, n_text, scheduler = {
+        "sd3": ("StableDiffusion3Pipeline", 6, flow),
+        "flux": ("FluxPipeline", 4, flow),
+        "wan": ("WanPipeline", 2, flow),
+        "pixart": ("PixArtAlphaPipeline", 2, diffusers.DPMSolverMultistepScheduler()),
+        "dit": ("DiTPipeline", 0, diffusers.DDIMScheduler()),
+    }[kind]
+    vae = wan_autoencoder() if kind == "wan" else autoencoder()
+    parts = dict(transformer=transformer, vae=vae, scheduler=scheduler, **dict.fromkeys(text[:n_text]))
+    pipe = getattr(diffusers, name)(**parts, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(kind: str, pipe, **settings) -> Tensor:
+    """Two images or videos with classifier-free guidance, in 4 steps, with fixed prompts and noise."""
+    random = torch.Generator().manual_seed(0)
+
+    def embeddings(*shape):
+        return torch.randn(2, *shape, generator=random).to(pipe.transformer.dtype)
+
+    names = {"dit": (), "flux": ("prompt_embeds",)}.get(kind, ("prompt_embeds", "negative_prompt_embeds"))
+    arguments = {name: embeddings(5, 16) for name in names}
+    if kind in ("sd3", "flux"):
+        arguments |= {name.replace("prompt", "pooled_prompt"): embeddings(16) for name in names}
+    if kind == "pixart":
+        masks = {name.replace("embeds", "attention_mask"): torch.ones(2, 5) for name in names}
+        arguments |= dict(**masks, negative_prompt=None, use_resolution_binning=False)
+    arguments |= dict(class_labels=[1, 2]) if kind == "dit" else dict(height=16, width=16)
+    arguments |= dict(num_frames=5) if kind == "wan" else {}
+    result = pipe(**arguments, num_inference_steps=4, generator=random, output_type="np", **settings)
+    return torch.as_tensor(result[0])
+
+
+# The settings that these pipelines need.
+FOR_PIPELINES = {
+    "wan": dict(in_channels=16, out_channels=16),
+    "pixart": dict(use_additional_conditions=False),
+    "dit": dict(num_embeds_ada_norm=1000),
+}
+
+
+def for_pipeline(kind: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return KINDS[kind][0](**FOR_PIPELINES.get(kind, {})).eval()
+
+
+@classes
+def test_a_remix_runs_in_the_pipeline_of_its_class(kind):
+    model = for_pipeline(kind)
+    plain = generate(kind, pipeline(kind, model))
+    # Low-rank experts start equal to the model.
+    remix = Remix(model, n_experts=4, rank=2).eval()
+    torch.testing.assert_close(generate(kind, pipeline(kind, remix)), plain, rtol=1e-3, atol=1e-3)
+    randomize(remix, 0.3)
+    mixed = generate(kind, pipeline(kind, remix))
+    assert not torch.allclose(mixed, plain, atol=0.01)
+    assert not torch.allclose(mixed, generate(kind, pipeline(kind, remix.expert(0))), atol=0.01)
+    folded = generate(kind, pipeline(kind, FoldedRemix(remix)))
+    torch.testing.assert_close(folded, mixed, rtol=1e-3, atol=1e-3)
+
+
+def test_a_pipeline_moves_a_remix_to_half_precision():
+    remix = randomize(Remix(for_pipeline("sd3"), n_experts=3).eval())
+    images = []
+    for transformer in (FoldedRemix(remix), remix):
+        pipe = pipeline("sd3", transformer).to(torch.bfloat16)
+        assert pipe.dtype == torch.bfloat16
+        images.append(generate("sd3", pipe))
+    assert relative(*images) < 0.05
+    assert remix.logits.dtype == remix.inner_boundaries.dtype == torch.float32
+
+
+# Wan 2.2's pair
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A WanPipeline with two different transformers."""
+    return pipeline("wan", for_pipeline("wan"), transformer_2=for_pipeline("wan", seed=1), boundary_ratio=0.875)
+
+
+def test_wans_pair_is_a_remix_with_two_experts(pair):
+    expected = generate("wan", pair, guidance_scale_2=3.0)
+    assert not torch.equal(generate("wan", pipeline("wan", pair.transformer)), expected)
+    pair = copy.deepcopy(pair)
+    remix = read_pair(pair)
+    assert remix.boundaries == [0, 875, 1000]
+    pair.transformer = pair.transformer_2 = remix
+    torch.testing.assert_close(generate("wan", pair, guidance_scale_2=3.0), expected, rtol=0, atol=1e-6)
+
+
+def test_wans_pair_is_written_as_it_was_read(pair, tmp_path):
+    pair.save_pretrained(tmp_path / "read")
+    write_pair(read_pair(tmp_path / "read"), tmp_path / "written")
+    for part in ("transformer", "transformer_2"):
+        file = f"{part}/diffusion_pytorch_model.safetensors"
+        read, written = load_file(tmp_path / "read" / file), load_file(tmp_path / "written" / file)
+        assert read.keys() == written.keys()
+        assert all(torch.equal(tensor, written[name]) for name, tensor in read.items()), part
+    parts = {name: pair.components[name] for name in ("vae", "scheduler", "text_encoder", "tokenizer")}
+    again = type(pair).from_pretrained(tmp_path / "written", **parts)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(generate("wan", again), generate("wan", pair))
+    # A pipeline's other parts stay as they are.
+    write_pair(read_pair(tmp_path / "written"), tmp_path / "read")
+    index = json.loads((tmp_path / "read" / "model_index.json").read_text())
+    assert index["boundary_ratio"] == 0.875
+    assert index["vae"] == ["diffusers", "AutoencoderKLWan"]
+
+
+def test_what_is_no_pair_is_refused(tmp_path):
+    with pytest.raises(UserError, match="transformer_2 is NoneType, boundary_ratio is None"):
+        read_pair(pipeline("wan", for_pipeline("wan")))
+    with pytest.raises(UserError, match=r"no pair .* there is no .*model_index.json"):
+        read_pair(tmp_path)
+    other = tiny_wan(num_layers=1)
+    with pytest.raises(UserError, match="differ in the names, shapes or dtypes"):
+        read_pair(pipeline("wan", tiny_wan(), transformer_2=other, boundary_ratio=0.9))
+    with pytest.raises(UserError, match="from 2 experts of a WanTransformer3DModel, not from 4 of a DiTTransformer2D"):
+        write_pair(make("dit")[0], tmp_path)
+
+
+# Files of all experts
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "wan"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_load_lora_weights_reads_the_experts(kind, scope, tmp_path):
+    model = for_pipeline(kind)
+    remix = randomize(Remix(copy.deepcopy(model), n_experts=4, rank=2, scope=scope).eval(), 0.3)
+    remix.freeze_shared()
+    write_experts(remix, tmp_path, lora=True)
+    pipe = pipeline(kind, model)
+    images = []
+    for expert in (0, 3):
+        pipe.load_lora_weights(tmp_path, weight_name=f"expert{expert}.safetensors", adapter_name=f"expert{expert}")
+        pipe.set_adapters(f"expert{expert}")
+        images.append(generate(kind, pipe))
+        expected = generate(kind, pipeline(kind, remix.expert(expert)))
+        torch.testing.assert_close(images[-1], expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(*images, atol=0.01)
+
+
+def test_whole_experts_are_read_by_the_wrapped_class(tmp_path):
+    remix, arguments = make("pixart")
+    write_experts(remix, tmp_path)
+    highest = 0
+    for i, expert in enumerate(EXPERTS):
+        name = find_expert(tmp_path, arguments["timestep"][i])
+        assert name == f"expert{expert}"
+        model = type(remix.backbone).from_pretrained(tmp_path / name).eval()
+        with torch.no_grad():
+            expected = remix(**sample(arguments, i)).sample
+            torch.testing.assert_close(model(**sample(arguments, i)).sample, expected, rtol=1e-4, atol=1e-5)
+        highest = max(highest, expert)
+    assert highest == remix.n_experts - 1
+
+
+def test_experts_of_other_modules_are_written_as_state_dicts(tmp_path):
+    remix = randomize(Remix(Denoiser(), ["layers.*"], n_experts=3, timestep="sigma", num_timesteps=1))
+    write_experts(remix, tmp_path)
+    index = json.loads((tmp_path / "experts.json").read_text())
+    assert index == {
+        "class": "Denoiser",
+        "timestep": "sigma",
+        "boundaries": remix.boundaries,
+        "format": "state dict",
+        "experts": ["expert0.safetensors", "expert1.safetensors", "expert2.safetensors"],
+    }
+    plain = Denoiser()
+    plain.load_state_dict(load_file(tmp_path / find_expert(tmp_path, 0.5)))
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(plain(x, torch.full((4,), 0.5)), remix(x, torch.full((4,), 0.5)))
+
+
+def test_experts_that_lora_files_cannot_represent_are_refused(tmp_path):
+    def refused(message, kind="sd3", frozen=True, **settings):
+        remix, _ = make(kind, **settings)
+        if frozen:
+            remix.freeze_shared()
+        with pytest.raises(UserError, match=message):
+            write_experts(remix, tmp_path / "experts", lora=True)
+
+    refused("need low-rank bases .* but this Remix has whole layers as bases")
+    refused('but this Remix has the setting rest="separate"', rank=2, rest="separate")
+    refused(r"need all parameters outside the low-rank bases frozen .* such as backbone\.", rank=2, frozen=False)
+    for kind in ("pixart", "dit"):
+        refused("Transformer2DModel have no load_lora_weights", kind, rank=2)
+    assert not (tmp_path / "experts").exists()
+
+
+# Errors
+
+
+class Denoiser(nn.Module):
+    """A module of no known class."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, x, sigma):
+        return self.layers[1](self.norm(self.layers[0](x)) + sigma[:, None])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(layers=["blocks.*.mlp"]), r"nothing matches 'blocks\.\*\.mlp' in Denoiser, .* such as layers\.0, layers"),
+        (dict(layers=["layers.*", "no"]), "nothing matches 'no'"),
+        (dict(layers=[]), r"must be a list of names of nn\.Linear layers, but it is \[\]"),
+        (dict(layers="layers.0"), "must be a list of names of nn.Linear layers, but it is 'layers.0'"),
+        (dict(layers=["norm"]), r"norm is a LayerNorm, but must be an nn\.Linear"),
+        (dict(timestep="t"), r"Denoiser\.forward has no argument 't', only x, sigma"),
+        (dict(timestep=None), "layers and timestep must be given for a Denoiser; presets exist for DiTTransformer2D"),
+        (dict(n_experts=None), "n_experts or boundaries must be given"),
+        (dict(boundaries=[0, 0.5]), "2 experts need 3 boundaries"),
+        (dict(rest="none"), "rest must be one of shared, separate"),
+        (dict(rank=0), "rank must be at least 1, but it is 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(settings, message):
+    module = Denoiser()
+    with pytest.raises(ValueError, match=message):
+        Remix(module, **(dict(layers=["layers.*"], n_experts=2, timestep="sigma", num_timesteps=1) | settings))
+    assert isinstance(module.layers[0], nn.Linear), "the module is not changed"
+
+
+@pytest.mark.parametrize("level", [-0.1, 1.5, float("nan")])
+def test_noise_levels_outside_the_boundaries_are_refused(level):
+    remix = Remix(Denoiser(), ["layers.*"], n_experts=2, timestep="sigma", num_timesteps=1)
+    for model in (remix, FoldedRemix(remix)):
+        with pytest.raises(ValueError, match=f"noise levels must be from 0 to 1, but they are from .*{level}"):
+            model(torch.randn(2, 3), torch.tensor([0.5, level]))
+
+
+def test_a_missing_noise_level_is_refused():
+    remix, arguments = make("sd3")
+    arguments.pop("timestep")
+    for value in (None, 500):
+        with pytest.raises(TypeError, match=f"'timestep', which must be a tensor .* SD3Transformer.* got {value}"):
+            remix(**arguments, timestep=value)
