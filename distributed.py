@@ -81,6 +81,14 @@ class World:
         dist.broadcast_object_list(values, group=self.hosts)
         return values[0]
 
+    def gather(self, value) -> list | None:
+        """Return the values of all processes, by rank, on rank 0; None on the others. The GPUs do not synchronize."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, group=self.hosts)
+        return values
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over the processes, in place, and return it."""
         if self.size > 1:

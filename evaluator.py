@@ -19,6 +19,7 @@ import torch
 from common import ArgumentParser, UserError, atomic_write, cache_folder, positive_int, run_script, write_json
 from evaluation.files import STATISTICS, check_file, has_images, has_statistics, read_network
 from evaluation.networks import (
+    FEATURE_BATCH,
     FeatureExtractor,
     check_networks,
     image_features,
@@ -201,7 +202,7 @@ if __name__ == "__main__":
         metavar="PATH",
         help="torch-fidelity's Inception weights (.pth) or an exported program (.pt2); default: download the weights",
     )
-    parser.add_argument("--batch-size", type=positive_int, default=64, help="images per batch")
+    parser.add_argument("--batch-size", type=positive_int, default=FEATURE_BATCH, help="images per batch")
     parser.add_argument(
         "--also",
         type=extra_scores,

@@ -65,10 +65,13 @@ class FoldedRemix(ExpertSwitch):
     def __init__(self, remix: Remix):
         super().__init__()
         self.remix = remix
-        # On the host, [N][1 or depth][K], so that a change of the expert does not wait for the device.
-        self.alpha = remix._coefficients_per_row().transpose(0, 1).tolist()
-        self.plain = remix.expert(0)
-        self.folded = 0
+        # [N][1 or depth][K], on the host, so that a change of the expert does not wait for the device. They are also
+        # computed there: then all devices mix with the same numbers.
+        logits = remix.logits.detach().cpu()
+        alpha = logits.softmax(-1) if remix.mixer == "softmax" else logits
+        self.alpha = alpha.view(-1, remix.n_experts, remix.n_basis).transpose(0, 1).tolist()
+        self.plain = remix._plain(0)
+        self.folded = None
 
     def __getattr__(self, name: str) -> Any:
         # Pipelines of diffusers read attributes of the plain model, such as its config.

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from autoencoder import Latents, Pixels, load_autoencoder
 from common import (
     ArgumentParser,
+    LocalError,
     UserError,
     check_disk,
     check_settings,
@@ -43,7 +44,7 @@ from common import (
     write_json,
 )
 from distributed import SampleGenerators, World, rank0_logger, setup
-from features import INDEX, SHARD_SIZE, STORES, read_skipped, shard_path, write_index, write_shard
+from features import DTYPES, INDEX, SHARD_SIZE, STORES, read_skipped, shard_path, write_index, write_shard
 from images import MAX_PIXELS, describe_kinds, is_image, read_image
 from models import DiT_models
 from remix import RemixDiT_models
@@ -67,9 +68,11 @@ def main(args: argparse.Namespace):
         seed=args.global_seed,
         names=hash_names(images, args.data_path),
     )
-    # Omitted for the default, so that settings written by earlier versions still match.
+    # Omitted for the defaults, so that settings written by earlier versions still match.
     if args.store != "draw":
         settings["store"] = args.store
+    if args.dtype != "float32":
+        settings["dtype"] = args.dtype
     complete = finished(folder, settings)
     crops = Crops(images, args.image_size, args.grayscale, args.max_pixels)
     repaired = repaired_shards(folder, crops)
@@ -84,10 +87,11 @@ def main(args: argparse.Namespace):
     present = {shard for shard in range(n_shards) if shard_path(folder, "features", shard).exists()} - repaired
     missing = [shard for shard in range(n_shards) if shard not in present]
     n_missing = sum(len(shard_images(shard, images)) for shard in missing)
-    # The features are float32, 4 bytes each.
     n_views = 2 if args.mirror else 1
     channels = (1 if args.grayscale else autoencoder.channels[-1]) * (2 if args.store == "moments" else 1)
-    disk = check_disk(folder, n_missing * n_views * channels * side**2 * 4, "features to encode")
+    disk = check_disk(
+        folder, n_missing * n_views * channels * side**2 * np.dtype(args.dtype).itemsize, "features to encode"
+    )
 
     # Set up the processes, the device and the folder.
     world = setup()
@@ -111,14 +115,15 @@ def main(args: argparse.Namespace):
         logger.info(note)
 
     # Encode this process's share of the missing shards.
-    encoder = Encoder(autoencoder.to(world.device), args.store, args.mirror, args.global_seed, world.device)
+    autoencoder = autoencoder.to(world.device)
+    encoder = Encoder(autoencoder, args.store, args.mirror, args.global_seed, world.device, args.dtype)
     encode_shards(crops, encoder, missing, folder, world, args.batch_size, args.num_workers)
     world.barrier()
 
     # Write the index, which marks the features as complete.
     if world.is_main:
         described = dict(vae=args.vae, scale=autoencoder.scale, image_size=args.image_size, classes=images.classes)
-        index = write_index(folder, n_shards, **described, store=args.store)
+        index = write_index(folder, n_shards, **described, store=args.store, dtype=args.dtype)
         logger.info(
             f"Encoded {counted(index['images'], 'image')} as {index['views']} x {index['shape']} each, "
             f"in {counted(n_shards, 'shard')}."
@@ -320,6 +325,7 @@ class Encoder:
         mirror: also encode each image's mirror image.
         seed: seed of the draws from the posterior.
         device: device of the autoencoder.
+        dtype: type of the features, one of features.DTYPES.
     """
 
     autoencoder: Pixels
@@ -327,6 +333,7 @@ class Encoder:
     mirror: bool
     seed: int
     device: torch.device
+    dtype: str = "float32"
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor, indices: list[int]) -> np.ndarray:
@@ -337,20 +344,24 @@ class Encoder:
             indices: indices of the images; image i's draw is a function of (seed, i).
 
         Returns:
-            Features [n, views, C or 2C, H, W], float32.
+            Features [n, views, C or 2C, H, W]. Values that the type cannot represent become infinite.
         """
         x = pixels.to(self.device, non_blocking=True).float() / 127.5 - 1
         x = torch.stack([x, x.flip(-1)], dim=1) if self.mirror else x.unsqueeze(1)
         # mean, std: [n, views, C, H, W]
         mean, std = (moment.unflatten(0, x.shape[:2]) for moment in self.autoencoder.moments(x.flatten(0, 1)))
         if self.store == "moments":
-            return torch.cat([mean, std], dim=2).cpu().numpy()
+            return self._stored(torch.cat([mean, std], dim=2))
         if isinstance(self.autoencoder, Latents):
             # Drawn on the CPU, so that the features do not depend on the device.
             noise = SampleGenerators(self.seed, indices).randn(mean.shape[1:])
             noise = noise.pin_memory() if self.device.type == "cuda" else noise
             mean = mean + std * noise.to(self.device, non_blocking=True)
-        return mean.cpu().numpy()
+        return self._stored(mean)
+
+    def _stored(self, features: torch.Tensor) -> np.ndarray:
+        """Convert features to the type in which they are stored."""
+        return features.to(getattr(torch, self.dtype)).cpu().numpy()
 
 
 def encode_images(crops: Crops, batches, encoder: Encoder) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
@@ -364,12 +375,20 @@ def encode_images(crops: Crops, batches, encoder: Encoder) -> tuple[np.ndarray, 
     Returns:
         Features [n, views, C or 2C, H, W] and labels [n] of the readable images, and the reason for each unreadable
         image, by its name.
+
+    Raises:
+        LocalError: if the features of an image cannot be represented in the encoder's type.
     """
     features, labels, skipped = [], [], {}
     for indices, pixels, reasons in batches:
         skipped |= {crops.name(i): reason for i, reason in reasons.items()}
         if pixels is not None:
             features.append(encoder.encode(pixels, indices))
+            finite = np.isfinite(features[-1]).all(axis=(1, 2, 3, 4))
+            if not finite.all():
+                name, remedy = crops.name(indices[int(finite.argmin())]), " (use --dtype float32)"
+                remedy = remedy if encoder.dtype == "float16" else ""
+                raise LocalError(f"{name}: its features are not finite in {encoder.dtype}{remedy}")
             labels += [crops.images.samples[i][1] for i in indices]
     if not features:
         features = [np.zeros((0, 2 if encoder.mirror else 1, 0, 0, 0))]
@@ -396,7 +415,7 @@ def encode_shards(
         loaded = iter(loader)
         for shard, indices in mine.items():
             own = islice(loaded, len(split(indices, batch_size)))
-            write_shard(folder, shard, *encode_images(crops, own, encoder))
+            write_shard(folder, shard, *encode_images(crops, own, encoder), encoder.dtype)
             bar.update(min(len(indices) * world.size, bar.total - bar.n))
 
 
@@ -429,6 +448,12 @@ if __name__ == "__main__":
         default="draw",
         help="draw: one draw from the VAE's posterior, as in DiT; moments: the posterior's mean and standard "
         "deviation, which take twice the space and from which training draws anew each epoch",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="type in which the features are stored; float16 takes half the space, and training converts it to float32",
     )
     parser.add_argument(
         "--mirror", action=argparse.BooleanOptionalAction, default=True, help="also store each image's mirror image"

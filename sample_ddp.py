@@ -59,7 +59,7 @@ from guidance import parse_pieces
 from interop.shapes import flow_target
 from models import DiT, DiT_models
 from remix import RemixDiT_models
-from sampling import Pipeline, SampleSettings, label_of, make_pipeline, sample, trained_classes
+from sampling import SAMPLE_BATCH, Pipeline, SampleSettings, label_of, make_pipeline, sample, trained_classes
 
 GRID_IMAGES = 100
 # What a guide has in common with the model: the shape of the samples.
@@ -451,7 +451,9 @@ if __name__ == "__main__":
         "numbers such as 207,360 (default: random classes)",
     )
     group.add_argument("--global-seed", type=seed_int, default=0, help="seed; sample i is a function of the seed and i")
-    group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images per batch and process")
+    group.add_argument(
+        "--per-proc-batch-size", type=positive_int, default=SAMPLE_BATCH, help="images per batch and process"
+    )
     group.add_argument(
         "--precision",
         choices=PRECISIONS,

@@ -18,6 +18,9 @@ from experts import ExpertSwitch
 from guidance import GuidanceSchedule, make_denoiser, make_schedule, predict
 from models import DiT
 
+# Images per batch and process. Rounding depends on it.
+SAMPLE_BATCH = 32
+
 
 @dataclass(frozen=True)
 class SampleSettings:

@@ -10,6 +10,7 @@ backward pass each layer starts its exchange, and the mixing at the end waits fo
 """
 
 import copy
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -127,26 +128,30 @@ def own_rows(whole: Tensor, rank: int, size: int) -> Tensor:
     return whole.chunk(size, dim=1)[rank].clone()
 
 
-def gather_rows(rows: Tensor, rank: int, size: int) -> Tensor | None:
-    """Return the tensor [K, out, ...] whose rows [K, out / R, ...] the processes own, in host memory, on rank 0 only.
+def gather_rows(rows: Tensor, rank: int, size: int, everywhere: bool = False) -> Tensor | None:
+    """Return the tensor [K, out, ...] whose rows [K, out / R, ...] the processes own, in host memory.
 
-    Every process must call this.
+    Every process must call this. The result is on rank 0 only, or on every process if `everywhere`.
     """
-    parts = [torch.empty_like(rows) for _ in range(size)] if rank == 0 else None
-    dist.gather(rows.contiguous(), parts)
-    return torch.cat(parts, dim=1).cpu() if rank == 0 else None
+    parts = [torch.empty_like(rows) for _ in range(size)] if rank == 0 or everywhere else None
+    if everywhere:
+        dist.all_gather(parts, rows.contiguous())
+    else:
+        dist.gather(rows.contiguous(), parts)
+    return torch.cat(parts, dim=1).cpu() if parts else None
 
 
-def gather_model(model: RemixDiT, world: World) -> RemixDiT | None:
-    """Return a copy of a sharded model with whole bases in host memory, in eval mode, on rank 0 only.
+def gather_model(model: RemixDiT, world: World, everywhere: bool = False) -> RemixDiT | None:
+    """Return a copy of a sharded model with whole bases in host memory, in eval mode.
 
-    Every process must call this.
+    Every process must call this. The result is on rank 0 only, or on every process if `everywhere`.
     """
-    whole = copy.deepcopy(model) if world.is_main else None
+    whole = copy.deepcopy(model) if world.is_main or everywhere else None
     coefficients = BatchCoefficients()
+    gather = partial(gather_rows, rank=world.rank, size=world.size, everywhere=everywhere)
     for name, layer in model.mixed():
-        tensors = {part: gather_rows(tensor, world.rank, world.size) for part, tensor in layer.state_dict().items()}
-        if world.is_main:
+        tensors = {part: gather(tensor) for part, tensor in layer.state_dict().items()}
+        if whole is not None:
             with torch.device("meta"):
                 linear = RemixLinear(layer.in_features, layer.out_features, model.n_basis, coefficients, layer.row)
             linear.load_state_dict(tensors, assign=True)

@@ -44,6 +44,7 @@ from distributed import (
     use_deterministic_algorithms,
     world_size,
 )
+from evaluation.scores import NEIGHBOURS
 from models import DiT_models
 from posthoc_ema import SNAPSHOT_DTYPES, TRACKED_STDS, count_snapshots
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT_models
@@ -60,6 +61,7 @@ from training.plan import (
     training_flops,
 )
 from training.previews import SamplePreview, choose_decoder
+from training.scoring import make_scorer
 from training.start import (
     advice,
     check_new,
@@ -78,7 +80,7 @@ from training.start import (
     run_config,
 )
 from training.statistics import ThroughputTimer, build_metrics, explain_failure, report_line
-from training.trainer import Trainer
+from training.trainer import Trainer, save_checkpoint
 
 # The flags that have a meaning for flows only, by their names in `FlowMatching`.
 FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
@@ -143,7 +145,10 @@ def train(args: argparse.Namespace) -> bool:
     resume_path, state, damaged = find_resume(args.resume, folder, config, args.extend)
     step = state["step"] if state else 0
     can_sample = settings.timesteps == NOISE_LEVELS[args.process]
-    autoencoder, preview_note = choose_decoder(args.sample_every, can_sample, args.vae, dataset)
+    score_files = args.score_against, args.weights, args.score_samples, args.held_out, args.vae
+    scorer = make_scorer(args.score_every, *score_files, dataset, config, model, diffusion)
+    loaded = scorer.decoder if scorer else None
+    autoencoder, preview_note = choose_decoder(args.sample_every, can_sample, args.vae, dataset, loaded)
     n_checkpoints = count_checkpoints(folder, step, settings.max_steps, **saving)
     disk_note = None
     if is_first_process():
@@ -169,7 +174,8 @@ def train(args: argparse.Namespace) -> bool:
     compiled = torch.cuda.is_available() if args.compile is None else args.compile
     devices = f"{world.size} x {world.device.type}{', compiled' if compiled else ''}"
     description = describe_run(args.model, model, dataset, settings, process, devices)
-    log_introduction(log, description, damaged, [*sharding_notes, disk_note, preview_note, *advice(model, settings)])
+    notes = [*sharding_notes, disk_note, preview_note, *([str(scorer)] if scorer else []), *advice(model, settings)]
+    log_introduction(log, description, damaged, notes)
 
     # Set up the training state.
     trainer = Trainer(
@@ -194,28 +200,24 @@ def train(args: argparse.Namespace) -> bool:
     sampler = make_batch_sampler(settings, model, diffusion, world, args.grad_accum)
     writer = CheckpointWriter(folder / "checkpoints", log, args.keep, args.keep_every)
     loggers = MetricLogger(backends, log)
+    if scorer:
+        scorer.start(folder, step, world, stop, loggers, log)
     previews = None
     if args.sample_every and world.is_main:
-        previews = SamplePreview(
-            folder,
-            args.model,
-            settings.global_seed,
-            dataset.classes,
-            autoencoder,
-            process if can_sample else None,
-            partial(world.autocast, settings.precision),
-            world.device,
-            log,
-        )
+        run = folder, args.model, settings.global_seed, dataset.classes
+        autocast = partial(world.autocast, settings.precision)
+        previews = SamplePreview(*run, autoencoder, process if can_sample else None, autocast, world.device, log)
 
     # Train. `step` counts the steps that are done. find_resume sets schedule_steps if the run is extended.
     schedule_steps = config["training"]["schedule_steps"] or settings.max_steps
     peak_flops_per_s = matmul_rate(world.device, settings.precision) * world.size
     timer = ThroughputTimer(world.device, training_flops(config["model"]["backbone"]), peak_flops_per_s)
     last_picture_s = 0.0
-    failed = stopped = False
-    done = step == settings.max_steps
+    failed = False
     with closing(loggers), sampler.load(dataset, range(step, settings.max_steps), args.num_workers) as batches:
+        # A run that was stopped while it scored a step scores it now.
+        stopped = scorer is not None and scorer.is_due(step) and not scorer.score(step, trainer.whole_ema(True))
+        done = stopped or step == settings.max_steps
         while not done:
             progress = min(1, step / schedule_steps)
             prior_weight = settings.prior_strength * (1 - progress)
@@ -242,17 +244,11 @@ def train(args: argparse.Namespace) -> bool:
                 if world.is_main:
                     loggers.log_metrics(step, metrics)
                     remaining = settings.max_steps // args.sample_every - step // args.sample_every if previews else 0
-                    pause_s = remaining * last_picture_s
+                    pause_s = remaining * last_picture_s + (scorer.remaining_s(step) if scorer else 0)
                     log.info(report_line(metrics, settings.max_steps, settings.global_batch_size, pause_s))
             if step % args.ckpt_every == 0 or finished or stopped:
                 with timer.paused():
-                    # Wait for the previous write, because host memory may have room for only one copy of the state.
-                    writer.wait()
-                    stats = trainer.stats.state_dict()
-                    saved = {"config": config, "step": step, "window": stats} | trainer.state_dict()
-                    if world.is_main:
-                        writer.save(step, saved)
-                    del saved
+                    save_checkpoint(writer, trainer, config, step)
             if args.ema_snapshots and (step % args.ema_snapshots == 0 or finished):
                 with timer.paused():
                     averages = trainer.whole_averages()
@@ -267,6 +263,12 @@ def train(args: argparse.Namespace) -> bool:
                         loggers.log_image(step, kind, path)
                     del ema
                 last_picture_s = timer.last_pause
+            if scorer and scorer.is_due(step) and not (failed or stopped):
+                with timer.paused():
+                    stopped = not scorer.score(step, trainer.whole_ema(True))
+                    if stopped and not finished and step % args.ckpt_every:
+                        save_checkpoint(writer, trainer, config, step)
+                done = done or stopped
 
     # Wait until the last checkpoint is written, and report how the run ended.
     writer.wait()
@@ -494,12 +496,7 @@ def make_parser() -> ArgumentParser:
         metavar="MEAN",
         help="mean of logit(u) for logit-normal noise levels u, before --time-shift (default: 0)",
     )
-    add(
-        "--time-std",
-        type=number(float, 0, above=True),
-        metavar="STD",
-        help="standard deviation of logit(u) (default: 1)",
-    )
+    add("--time-std", type=number(float, 0, above=True), metavar="STD", help="std of logit(u) (default: 1)")
     add(
         "--time-shift",
         type=number(float, 0, above=True),
@@ -568,13 +565,7 @@ def make_parser() -> ArgumentParser:
         "this interval; from them, convert.py --ema-std makes an EMA of any width (default: none)",
     )
     add("--ema-snapshot-dtype", choices=SNAPSHOT_DTYPES, default="float16", help="type of the numbers in the snapshots")
-    add(
-        "--clip-grad",
-        type=number(float, 0),
-        default=0.0,
-        metavar="NORM",
-        help="largest gradient norm; 0 for no clipping",
-    )
+    add("--clip-grad", type=number(float, 0), default=0.0, metavar="NORM", help="largest gradient norm; 0 for no limit")
     add(
         "--precision",
         choices=PRECISIONS,
@@ -618,12 +609,7 @@ def make_parser() -> ArgumentParser:
     add("--log-to", type=logger_names, metavar="NAMES", help="tensorboard, wandb, or both separated by a comma")
     add("--ckpt-every", type=positive_int, default=10_000, metavar="STEPS", help="steps between checkpoints")
     add("--keep", type=positive_int, metavar="N", help="number of recent checkpoints to keep (default: all)")
-    add(
-        "--keep-every",
-        type=positive_int,
-        metavar="STEPS",
-        help="with --keep: also keep checkpoints of every multiple of STEPS",
-    )
+    add("--keep-every", type=positive_int, metavar="STEPS", help="with --keep: also keep every multiple of STEPS")
     add(
         "--sample-every",
         type=number(int, 0),
@@ -643,6 +629,16 @@ def make_parser() -> ArgumentParser:
         help="allow pickles in --load-weight, which can execute code: only for files that you trust",
     )
     add("--strict", action="store_true", help="no effect: --load-weight must always fit (a flag of the original)")
+
+    about = "FID, as sample_ddp.py and evaluator.py compute it, and the loss on other images, both of the EMA weights."
+    add = parser.add_argument_group("scores while training", about).add_argument
+    add("--score-every", type=positive_int, metavar="STEPS", help="steps between scores; the last step is scored too")
+    add("--score-against", metavar="PATH", help="reference of FID: an .npz file or a folder, as for evaluator.py")
+    add(
+        "--score-samples", type=number(int, NEIGHBOURS + 1), default=5000, metavar="N", help="number of samples for FID"
+    )
+    add("--weights", metavar="PATH", help="feature network, as for evaluator.py (default: Inception, downloaded)")
+    add("--held-out", metavar="FOLDER", help="features of other images, for the loss of each expert")
     return parser
 
 

@@ -50,7 +50,7 @@ from figures import interval_labels, intervals, is_flow, save_coefficients, save
 from models import DiT
 from posthoc_ema import WIDEST, reconstruct
 from remix import RemixDiT
-from training.statistics import noise_errors
+from training.statistics import interval_times, noise_errors
 
 # Evenly spaced noise levels at which the error of an EMA is measured.
 EMA_LEVELS = 50
@@ -87,7 +87,7 @@ def main(args: argparse.Namespace):
             if not isinstance(pretrained, DiT) or pretrained.config != model.backbone_config:
                 raise UserError(f"{args.pretrained} is not the plain DiT that {args.ckpt} was trained from")
             x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
-            timesteps = interval_timesteps(model, args.per_interval)
+            timesteps = interval_times(intervals(model), args.per_interval, is_flow(model))
             diffusion = create_process(**config["diffusion"])
             reference, errors = expert_errors(model, pretrained, diffusion, x, y, timesteps, args.global_seed)
             draw_losses(out, reference, errors, model, name)
@@ -168,14 +168,6 @@ def load_images(data_path: str, count: int, seed: int, ckpt: str, model: DiT | R
     if dataset.shape != (config["in_channels"], config["input_size"], config["input_size"]):
         raise UserError(f"{data_path} holds features of shape {dataset.shape}, which {ckpt} cannot process")
     return dataset.__getitems__(np.random.default_rng(seed).permutation(len(dataset))[:count].tolist())
-
-
-def interval_timesteps(model: RemixDiT, per_interval: int) -> np.ndarray:
-    """Return evenly spaced timesteps, or a flow's times, in each expert's interval, [N, per_interval]."""
-    if is_flow(model):
-        parts = (np.arange(per_interval) + 0.5) / per_interval
-        return np.stack([1 - (low + (high - low) * parts) for low, high in intervals(model)])
-    return np.stack([np.linspace(low, high - 1, per_interval).round().astype(int) for low, high in intervals(model)])
 
 
 def expert_errors(

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from common import ArgumentParser, UserError, atomic_write, number, positive_int
 from diffusion import create_diffusion
 from distributed import PRECISIONS, World, setup, world_size
 from experts import FoldedRemix
-from features import SHARD_SIZE, FeatureDataset, write_index, write_shard
+from features import DTYPES, SHARD_SIZE, FeatureDataset, write_index, write_shard
 from models import DiT, DiT_models, classifier_free_guidance
 from remix import RemixDiT
 from training.batches import BatchSampler, sample_timesteps
@@ -54,6 +54,8 @@ def main(args: argparse.Namespace):
         raise UserError("several processes can only measure --parts training")
     if world_size() == 1 and args.shard_bases:
         raise UserError("--shard-bases needs several processes (torchrun)")
+    if args.rank and args.shard_bases:
+        raise UserError("--rank: low-rank bases are not sharded")
     world = setup()
     name = args.name or default_name(args, world)
     machine = describe_machine(world)
@@ -253,7 +255,7 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
     noise = torch.randn_like(images)
     y = torch.zeros(args.batch_size, dtype=torch.long, device=world.device)
     label_drop = torch.zeros(args.batch_size, dtype=torch.bool, device=world.device)
-    runs, clocks, costs, static = {}, {}, {}, {}
+    runs, clocks, costs, static, parameters = {}, {}, {}, {}, {}
 
     def batch(step: int, groups: int | None) -> list[tuple]:
         """Return the only microbatch of a step: (x, t, conditions, noise)."""
@@ -277,8 +279,9 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
                 trainer.step(step, batch(step, groups), 1e-4)
 
         runs[name] = run
+        parameters[name] = sum(p.numel() for p in trainer.trained)
         # In float32: weights, EMA, AdamW's two moments and gradients.
-        static[name] = 5 * 4 * sum(p.numel() for p in trainer.trained)
+        static[name] = 5 * 4 * parameters[name]
 
     # The usual loop has one process.
     if not args.skip_usual and world.size == 1:
@@ -287,6 +290,8 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
     for groups in args.experts_per_batch:
         name = f"RemixDiT G={groups}" + (", sharded bases" if args.shard_bases else "")
         add(name, RemixDiT(dit, N_BASIS, N_EXPERTS), groups)
+        for rank in args.rank:
+            add(f"RemixDiT rank {rank} G={groups}", RemixDiT(dit, N_BASIS, N_EXPERTS, rank=rank), groups)
 
     times = take_turns(runs, clocks, args.warmup, args.rounds)
     flops = training_flops(dit.config)
@@ -299,6 +304,7 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
         if USUAL in times:
             row["speed / usual"] = relative_speed(rounds, times[USUAL])
         if name in costs:
+            row["parameters, M"] = parameters[name] / 1e6
             row["floor ms"] = step_floor(costs[name], floors)
             row["floor's speed / DiT"] = step_floor(costs["DiT"], floors) / row["floor ms"]
             row["peak GiB"] = (
@@ -415,7 +421,8 @@ def sampling(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
 def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
     """Measure how fast two processes read packed features and draw noise as in training.
 
-    The shards all stay open, or one at a time, as with the thousands of shards of ImageNet.
+    The shards all stay open, or one at a time, as with the thousands of shards of ImageNet. The features are stored as
+    float32 or as float16.
     """
     import features
 
@@ -423,16 +430,19 @@ def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         shards = 2 if args.toy else 8
         shape = (4, args.input_size, args.input_size)
-        for shard in range(shards):
-            array = np.random.default_rng(shard).standard_normal((SHARD_SIZE, 2, *shape), np.float32)
-            write_shard(folder, shard, array, np.zeros(SHARD_SIZE), {})
-        write_index(folder, shards, vae="ema", scale=0.18215, image_size=8 * args.input_size, classes=["one"])
+        for dtype in DTYPES:
+            (Path(folder) / dtype).mkdir()
+            for shard in range(shards):
+                array = np.random.default_rng(shard).standard_normal((SHARD_SIZE, 2, *shape), np.float32)
+                write_shard(f"{folder}/{dtype}", shard, array, np.zeros(SHARD_SIZE), {}, dtype)
+            described = dict(vae="ema", scale=0.18215, image_size=8 * args.input_size, classes=["one"], dtype=dtype)
+            write_index(f"{folder}/{dtype}", shards, **described)
         sampler = BatchSampler(0, args.data_batch_size, world)
         n = 5 if args.toy else 100
-        for open_shards in (default_open, 1):
+        for dtype, open_shards in product(DTYPES, (default_open, 1)):
             features.OPEN_SHARDS = open_shards
             try:
-                with sampler.load(FeatureDataset(folder), range(n + 10), num_workers=2) as batches:
+                with sampler.load(FeatureDataset(f"{folder}/{dtype}"), range(n + 10), num_workers=2) as batches:
                     for _ in range(10):
                         next(batches)
                     start = time.perf_counter()
@@ -442,8 +452,10 @@ def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
             finally:
                 features.OPEN_SHARDS = default_open
             case = "shards stay open" if open_shards > 1 else "each image opens its shard"
-            gb_s = 4 * int(np.prod(shape)) * rate / 1e9
-            rows.append({"loader (2 processes)": case, "images/s": rate, "GB/s": gb_s, "needed images/s": 2000})
+            gb_s = np.dtype(dtype).itemsize * int(np.prod(shape)) * rate / 1e9
+            rows.append(
+                {"loader (2 processes)": f"{case}, {dtype}", "images/s": rate, "GB/s": gb_s, "needed images/s": 2000}
+            )
     return rows
 
 
@@ -599,6 +611,9 @@ if __name__ == "__main__":
     )
     parser.add_argument(
         "--shard-bases", action="store_true", help="shard the bases of RemixDiT over the processes (training)"
+    )
+    parser.add_argument(
+        "--rank", type=positive_int, nargs="+", default=[], metavar="R", help="also measure low-rank bases of rank R"
     )
     parser.add_argument("--skip-usual", action="store_true", help="do not measure the usual training loop")
     parser.add_argument("--steps", type=positive_int, default=1, help="training steps per round (more on fast devices)")

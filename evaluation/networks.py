@@ -27,6 +27,9 @@ from evaluation.files import (
 )
 from evaluation.scores import GaussianStatistics, inception_score
 
+# Images per batch. Rounding depends on it.
+FEATURE_BATCH = 64
+
 
 class AdmInception(nn.Module):
     """The Inception network (TensorFlow, 2015) of ADM's evaluator, converted by torch-fidelity.
@@ -202,17 +205,31 @@ class FeatureExtractor:
             self.entries[path] = self.cache / f"{content_hash(path)}-{self.name}-v1.npz"
         if self.cache and self.entries[path].exists():
             return
+        self.check_network(next(read_images(path, 2))[0], f"the images of {path}")
+
+    def check_network(self, images: np.ndarray, name: str) -> int:
+        """Run the network on two images [2, H, W, 3], uint8, and return its number of pooled features.
+
+        Raises:
+            UserError: if it cannot process the images, which `name` describes, or has other outputs than expected.
+        """
         network = self.network
         try:
-            outputs = self.run(network, next(read_images(path, 2))[0])
+            outputs = self.run(network, images)
             shapes = [tuple(output.shape) for output in outputs]
         # An exported program raises errors of its own.
         except Exception as error:
-            raise UserError(f"the network cannot process the images of {path}: {str(error)[:200]}") from None
+            raise UserError(f"the network cannot process {name}: {str(error)[:200]}") from None
         if len(outputs) != self.outputs or any(len(shape) != 2 or shape[0] != 2 for shape in shapes):
             raise UserError(
                 f"the network returns shapes {shapes} for 2 images, expected {self.outputs} outputs [2, features]"
             )
+        return shapes[0][1]
+
+    def to(self, device: torch.device):
+        """Move the network to a device."""
+        self.device = device
+        self.network.to(device)
 
     def __call__(self, path) -> dict[str, np.ndarray]:
         """Return the features of a checked file, from the cache or computed.

@@ -167,6 +167,8 @@ def training_flags(features: Path, results: Path, prefix: str, model: str = "Rem
 def losses(run_folder: Path) -> dict[int, float]:
     """Return a run's logged losses by step, and check that every step is logged once."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    # Scores have lines of their own.
+    lines = [line for line in lines if "loss" in line]
     steps = [line["step"] for line in lines]
     assert steps == sorted(set(steps)), "every step is logged once"
     return {line["step"]: line["loss"] for line in lines}
@@ -282,6 +284,26 @@ def sampled(ckpt, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("samples")
     run("sample_ddp.py", "--ckpt", ckpt, *FEW_SAMPLES, "--sample-dir", path, "--name", "one", "--save-png")
     return path / "one"
+
+
+# Feature networks of the scores
+
+
+class ToyNetwork(torch.nn.Module):
+    """A small network that returns pooled features, spatial features and logits."""
+
+    def forward(self, images):
+        x = images.float() / 255
+        pool = torch.nn.functional.avg_pool2d(x, 4).flatten(1)
+        return pool, x[:, 0, ::2, ::2].flatten(1), pool[:, :5] * 9
+
+
+def export_network(network: torch.nn.Module, path: Path, side: int = 8) -> Path:
+    """Write a network as a program for evaluator.py, for images of side x side pixels, and return `path`."""
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    example = torch.zeros(2, 3, side, side, dtype=torch.uint8)
+    torch.export.save(torch.export.export(network, (example,), dynamic_shapes=shapes), path)
+    return path
 
 
 # Random models

@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, file_limit, run
+from conftest import GOLDEN, ROOT, ToyNetwork, export_network, file_limit, run
 from PIL import Image
 
 from evaluation.files import content_hash
@@ -232,15 +232,6 @@ def test_kernel_distance_matches_the_definition():
     assert kernel_distance(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected, rel=1e-6)
 
 
-class ToyNetwork(torch.nn.Module):
-    """A small network that returns pooled features, spatial features and logits."""
-
-    def forward(self, images):
-        x = images.float() / 255
-        pool = torch.nn.functional.avg_pool2d(x, 4).flatten(1)
-        return pool, x[:, 0, ::2, ::2].flatten(1), pool[:, :5] * 9
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluator")
@@ -249,12 +240,6 @@ def files(tmp_path_factory):
         np.savez(folder / f"{name}.npz", arr_0=generator.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8))
     export_network(ToyNetwork(), folder / "toy.pt2")
     return folder
-
-
-def export_network(network: torch.nn.Module, path):
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
-    example = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    torch.export.save(torch.export.export(network, (example,), dynamic_shapes=shapes), path)
 
 
 def parse_scores(stdout: str) -> dict[str, float]:

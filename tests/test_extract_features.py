@@ -1,5 +1,6 @@
 """Encoding a folder of images: what is written, resuming, unreadable and malicious images."""
 
+import json
 import shutil
 import struct
 import zlib
@@ -176,6 +177,33 @@ def test_latents_of_a_local_vae(vae, tmp_path):
         noise = (dataset[0][0] - mean[0]) / std[0]
         assert autoencoder.decode(mean).shape == (1, 16, 16, 3)
     assert 0.5 < noise.std() < 1.5, "one draw from the posterior"
+
+
+def test_float16_features_are_the_float32_features_rounded(features, images, tmp_path):
+    folder = tmp_path / "half"
+    flags = ("--data-path", images, "--features-path", folder, *PIXELS)
+    run("extract_features.py", *flags, "--dtype=float16")
+    half, single = (np.load(path / "features-00000.npy") for path in (folder, features))
+    assert half.dtype == np.float16
+    assert np.array_equal(half, single.astype(np.float16))
+    assert json.loads((folder / "index.json").read_text())["dtype"] == "float16"
+    x, y = FeatureDataset(folder).__getitems__([(0, 0), (9, 1)])
+    assert (x.dtype, y.tolist()) == (torch.float32, [0, 1])
+    assert np.array_equal(x.numpy(), np.stack([half[0, 0], half[9, 1]]).astype(np.float32))
+    (folder / "index.json").unlink()
+    stderr = run("extract_features.py", *flags, expect=2).stderr
+    assert "dtype=float16, not None" in stderr and stderr.count("\n") == 1
+
+
+def test_features_that_float16_cannot_hold_are_an_error(vae, tmp_path):
+    tree = make_images(tmp_path / "images", classes=1, per_class=2, size=16)
+    large = shutil.copytree(vae, tmp_path / "vae")
+    config = json.loads((vae / "config.json").read_text())
+    (large / "config.json").write_text(json.dumps(config | {"scaling_factor": 1e7}))
+    flags = (f"--data-path={tree}", f"--features-path={tmp_path / 'f'}", f"--vae={large}", "--image-size=16")
+    stderr = run("extract_features.py", *flags, "--num-workers=0", "--dtype=float16", expect=2).stderr
+    assert "class0/0.png: its features are not finite in float16 (use --dtype float32)" in stderr.splitlines()[-1]
+    assert not (tmp_path / "f/index.json").exists()
 
 
 def test_draws_are_not_mixed_with_moments(moments, vae):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run, training_flags
+from conftest import losses, run, training_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -138,6 +138,42 @@ def test_training_on_moments(moments, tmp_path):
     (tmp_path / "drawn/index.json").write_text(json.dumps(index | {"store": "dice"}))
     with pytest.raises(UserError, match="not an index"):
         FeatureDataset(tmp_path / "drawn")
+
+
+def test_moments_in_float16(moments, vae, tmp_path):
+    flags = [f"--data-path={moments.parent / 'images'}", f"--features-path={tmp_path / 'half'}", f"--vae={vae}"]
+    settings = ("--image-size=16", "--num-workers=0", "--store=moments", "--dtype=float16")
+    run("extract_features.py", *flags, *settings)
+    half, single = FeatureDataset(tmp_path / "half"), FeatureDataset(moments)
+    items = [(image, view, 5) for image in range(9) for view in (0, 1)]
+    difference = half.__getitems__(items)[0] - single.__getitems__(items)[0]
+    assert 0 < difference.abs().max() < 5e-3, "the same draws, from rounded moments"
+
+
+def test_training_on_float16_features_gives_nearly_the_same_losses(features, tmp_path):
+    folder = shutil.copytree(features, tmp_path / "half")
+    write_shard(folder, 0, np.load(folder / "features-00000.npy"), np.load(folder / "labels-00000.npy"), {}, "float16")
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | {"dtype": "float16"}))
+    for path in (features, folder):
+        run("train_fast.py", *training_flags(path, tmp_path, path.name), "--max-steps=20")
+    single, half = (np.array(list(losses(tmp_path / path.name).values())) for path in (features, folder))
+    assert 0 < np.abs(half / single - 1).max() < 1e-3
+    config = json.loads((tmp_path / "half/config.json").read_text())
+    assert config["data"]["dtype"] == "float16"
+    checkpoint = tmp_path / features.name / "checkpoints/0000020.pt"
+    assert "dtype" not in load_model(checkpoint)[1]["data"], "as in earlier versions"
+
+
+def test_an_index_of_an_earlier_version_does_not_say_the_type(features, tmp_path):
+    folder = shutil.copytree(features, tmp_path / "earlier")
+    index = json.loads((folder / "index.json").read_text())
+    assert index.pop("dtype") == "float32"
+    (folder / "index.json").write_text(json.dumps(index))
+    assert torch.equal(FeatureDataset(folder)[9, 1][0], FeatureDataset(features)[9, 1][0])
+    (folder / "index.json").write_text(json.dumps(index | {"dtype": "float16"}))
+    with pytest.raises(UserError, match=r"does not match index\.json"):
+        FeatureDataset(folder)
 
 
 def test_original_layout(tmp_path):

@@ -115,7 +115,7 @@ class SamplePreview:
 
 
 def choose_decoder(
-    sample_every: int, can_sample: bool, vae: str | None, dataset: FeatureDataset
+    sample_every: int, can_sample: bool, vae: str | None, dataset: FeatureDataset, loaded: Pixels | None = None
 ) -> tuple[Pixels | None, str]:
     """Choose what decodes the samples that are drawn while training.
 
@@ -124,6 +124,7 @@ def choose_decoder(
         can_sample: whether the run trains on all noise levels.
         vae: name of the VAE; None to show latents as colours.
         dataset: the encoded images.
+        loaded: that VAE, or what decodes pixels, if it has been loaded already.
 
     Returns:
         The decoder, or None if nothing is decoded; and a line that says what will be drawn.
@@ -136,7 +137,7 @@ def choose_decoder(
     name = vae or ("none" if dataset.vae == "none" else None)
     if name is None:
         return None, f"{when}; samples show three latent channels as colours (--vae decodes them)"
-    autoencoder = load_autoencoder(name)
+    autoencoder = loaded or load_autoencoder(name)
     if dataset.shape[0] not in autoencoder.channels:
         raise UserError(
             f"--vae {name} does not decode features of {dataset.shape[0]} channels, which {dataset.path} holds"

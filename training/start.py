@@ -257,6 +257,8 @@ def run_config(
     # Omitted for the default, so that checkpoints written by earlier versions still match.
     if dataset.store != "draw":
         data["store"] = dataset.store
+    if dataset.dtype not in (None, "float32"):
+        data["dtype"] = dataset.dtype
     return {"model": model_config(name, model), "diffusion": process, "data": data, "training": asdict(settings)}
 
 

@@ -311,6 +311,20 @@ def explain_failure(nonfinite: NonFiniteSteps, sampler: BatchSampler, model: DiT
     )
 
 
+def interval_times(intervals: list[tuple[float, float]], per_interval: int, flow: bool) -> np.ndarray:
+    """Return evenly spaced timesteps, or a flow's times, in each of N intervals of noise levels [N, per_interval].
+
+    Args:
+        intervals: lowest and highest noise level of each, as in `figures.intervals`.
+        per_interval: number of times in each.
+        flow: whether the noise levels are those of a flow.
+    """
+    if flow:
+        parts = (np.arange(per_interval) + 0.5) / per_interval
+        return np.stack([1 - (low + (high - low) * parts) for low, high in intervals])
+    return np.stack([np.linspace(low, high - 1, per_interval).round().astype(int) for low, high in intervals])
+
+
 @torch.no_grad()
 def noise_errors(
     model,

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import load_weights
+from checkpoint import CheckpointWriter, load_weights
 from diffusion import FlowMatching, GaussianDiffusion
 from distributed import World
 from grouped_linear import choose_attention
@@ -235,14 +235,14 @@ class Trainer:
             moments[i] = {name: functions[name](tensor) for name, tensor in tensors.items()}
         return state | {"state": moments}
 
-    def whole_ema(self) -> DiT | RemixDiT | None:
-        """Return the EMA model with whole bases, on rank 0 only. Every process must call this.
+    def whole_ema(self, everywhere: bool = False) -> DiT | RemixDiT | None:
+        """Return the EMA model with whole bases, on rank 0 only, or on every process. Every process must call this.
 
         If the bases are sharded, it is a copy that has them in host memory.
         """
         if self.shards:
-            return gather_model(self.ema, self.world)
-        return self.ema if self.world.is_main else None
+            return gather_model(self.ema, self.world, everywhere)
+        return self.ema if self.world.is_main or everywhere else None
 
     def load_state_dict(self, state: dict, path: Path | str):
         """Continue from a checkpoint.
@@ -358,6 +358,15 @@ class Trainer:
             self.optimizer.found_inf = nonfinite.float()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+
+def save_checkpoint(writer: CheckpointWriter, trainer: Trainer, config: dict, step: int):
+    """Start to write the checkpoint of a step. Every process must call this."""
+    # Wait for the previous write, because host memory may have room for only one copy of the state.
+    writer.wait()
+    saved = {"config": config, "step": step, "window": trainer.stats.state_dict()} | trainer.state_dict()
+    if trainer.world.is_main:
+        writer.save(step, saved)
 
 
 def recompute_blocks(model: DiT | RemixDiT, compile: bool):

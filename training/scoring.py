@@ -1,0 +1,429 @@
+"""Scores while training: FID of samples of the EMA weights, and their error on held-out images."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoencoder import Pixels
+from common import UserError, cache_folder, counted, first_line, is_first_process
+from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
+from diffusion.solvers import QUICK
+from distributed import StopSignal, World
+from evaluation.files import check_file, has_statistics, read_network, read_statistics
+from evaluation.networks import FEATURE_BATCH, FeatureExtractor, make_extractor, network_name
+from evaluation.scores import GaussianStatistics, frechet_distance
+from experts import ExpertSwitch, FoldedRemix
+from features import FeatureDataset
+from figures import intervals
+from models import DiT
+from remix import RemixDiT
+from sampling import SAMPLE_BATCH, Pipeline, SampleSettings, make_pipeline, sample
+from training.loggers import MetricLogger
+from training.previews import GUIDANCE
+from training.statistics import interval_times, noise_errors
+
+# The held-out error is measured on this many images, at about this many noise levels, with 32 images per noise level.
+HELD_OUT_IMAGES = 1024
+HELD_OUT_LEVELS = 200
+IMAGES_PER_LEVEL = 32
+
+
+class Interrupted(Exception):
+    """A process was asked to stop."""
+
+
+class FailedScore(Exception):
+    """A process has failed, and has reported why."""
+
+
+class FidScore:
+    """FID of samples, which equals that of sample_ddp.py and evaluator.py in every digit.
+
+    The parts of the work are the batches of the feature network.
+
+    Args:
+        pipeline: what the run determines about sampling. Its model is replaced by the one to score.
+        settings: the settings of sample_ddp.py.
+        extractor: the feature network.
+        reference: file of images or statistics to compare with.
+    """
+
+    def __init__(self, pipeline: Pipeline, settings: SampleSettings, extractor: FeatureExtractor, reference: str):
+        self.pipeline = pipeline
+        self.settings = settings
+        self.extractor = extractor
+        self.reference = reference
+        total = settings.num_fid_samples
+        self.parts = [range(i, min(i + FEATURE_BATCH, total)) for i in range(0, total, FEATURE_BATCH)]
+
+    def start(self, world: World, stop: StopSignal):
+        """Move the networks to the device, and compute the statistics of the reference on rank 0."""
+        self.world = world
+        self.loop = interruptible(self.pipeline.loop, stop)
+        self.pipeline.autoencoder.to(world.device)
+        self.extractor.to(world.device)
+        if world.is_main:
+            stored = has_statistics(self.reference)
+            statistics = read_statistics(self.reference) if stored else self.extractor(self.reference)
+            self.statistics = statistics["mu"], statistics["sigma"]
+
+    def measure(self, numbers: range, model: DiT | ExpertSwitch) -> Tensor:
+        """Return the pooled features [n, D], in host memory, of the samples with these numbers."""
+        pipeline = replace(self.pipeline, model=model, loop=self.loop)
+        # The same batches as in sample_ddp.py and evaluator.py, because rounding depends on them.
+        batches = [numbers[i : i + SAMPLE_BATCH] for i in range(0, len(numbers), SAMPLE_BATCH)]
+        images = [sample(pipeline, self.settings, batch, self.world, False, False) for batch in batches]
+        return self.extractor.run(self.extractor.network, np.concatenate(images))[0].cpu()
+
+    def combine(self, features: list[Tensor]) -> dict[str, float]:
+        """Return the FID of all features."""
+        statistics = GaussianStatistics()
+        for pooled in features:
+            statistics.add(pooled.to(self.world.device))
+        return {"fid": frechet_distance(*self.statistics, *statistics.result())}
+
+    def __str__(self) -> str:
+        settings = self.settings
+        sampler = f"{settings.sampler}, {settings.num_sampling_steps} steps, guidance scale {settings.cfg_scale}"
+        return f"FID of {counted(settings.num_fid_samples, 'sample')} ({sampler}) against {self.reference}"
+
+
+class HeldOutLoss:
+    """Error of the predicted noise on held-out images; for a flow, the loss. The parts of the work are noise levels.
+
+    Args:
+        dataset: the held-out images.
+        diffusion: the process.
+        times: timesteps, or a flow's times, of each expert [N, n]; or of the whole model [1, n].
+        seed: seed of the choice of images and of the noise, which are the same in all steps.
+    """
+
+    def __init__(
+        self, dataset: FeatureDataset, diffusion: GaussianDiffusion | FlowMatching, times: np.ndarray, seed: int
+    ):
+        self.path = dataset.path
+        self.diffusion = diffusion
+        self.shape = times.shape
+        self.parts = times.ravel().tolist()
+        self.seed = seed
+        rows = np.random.default_rng(seed).permutation(len(dataset))[:HELD_OUT_IMAGES]
+        self.x, self.y = dataset.__getitems__(rows.tolist())
+
+    def start(self, world: World, stop: StopSignal):
+        """Move the images to the device."""
+        self.x, self.y = self.x.to(world.device), self.y.to(world.device)
+
+    def measure(self, t: float, model: DiT | ExpertSwitch) -> float:
+        """Return the error at one time."""
+        n = min(IMAGES_PER_LEVEL, len(self.x))
+        return noise_errors(model, self.diffusion, self.x, self.y, [t], n, self.seed).item()
+
+    def combine(self, errors: list[float]) -> dict[str, float]:
+        """Return the mean error, and that of each expert at its noise levels if there are several."""
+        experts = np.reshape(errors, self.shape).mean(1)
+        scores = {"held_out_loss": float(experts.mean())}
+        if len(experts) > 1:
+            scores |= {f"held_out_loss/expert_{i:02d}": value for i, value in enumerate(experts.tolist())}
+        return scores
+
+    def __str__(self) -> str:
+        return f"held-out loss on {counted(len(self.x), 'image')} of {self.path}"
+
+
+class Scorer:
+    """Scores the EMA weights at an interval of steps, and at the last step.
+
+    The processes share the work. Scoring does not change the weights or the random draws of the run.
+
+    Args:
+        every: steps between scores.
+        max_steps: number of steps of the run.
+        scores: what is measured.
+    """
+
+    def __init__(self, every: int, max_steps: int, scores: list[FidScore | HeldOutLoss]):
+        self.every = every
+        self.max_steps = max_steps
+        self.scores = scores
+        self.latest = 0  # the latest step that was scored
+        self.seconds = 0.0  # the time that it took
+
+    def __str__(self) -> str:
+        return f"scores every {counted(self.every, 'step')}: {'; '.join(map(str, self.scores))}"
+
+    @property
+    def decoder(self) -> Pixels | None:
+        """What decodes the samples; None if none are drawn."""
+        return next((score.pipeline.autoencoder for score in self.scores if isinstance(score, FidScore)), None)
+
+    def start(
+        self, folder: Path, step: int, world: World, stop: StopSignal, loggers: MetricLogger, log: logging.Logger
+    ):
+        """Prepare for training from a step. Every process must call this, after the loggers have been opened."""
+        self.world, self.stop, self.loggers, self.log = world, stop, loggers, log
+        for score in self.scores:
+            score.start(world, stop)
+        # A run may have been stopped after it saved this step and before it scored it.
+        [scored] = world.any(world.is_main and step > 0 and is_scored(folder / "metrics.jsonl", step))
+        self.latest = step if scored else 0
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a step is to be scored, and has not been yet."""
+        return 0 < step != self.latest and (step % self.every == 0 or step == self.max_steps)
+
+    def remaining_s(self, step: int) -> float:
+        """Return the seconds that the scores of the later steps will take, as long as the latest."""
+        return self.seconds * (-(-self.max_steps // self.every) - step // self.every)
+
+    def score(self, step: int, model: DiT | RemixDiT) -> bool:
+        """Score a model and log the results. Every process must call this.
+
+        Args:
+            step: number of steps done.
+            model: the EMA model, in eval mode, with whole bases on every process. It is moved to the device.
+
+        Returns:
+            Whether scoring came to its end: False if it was interrupted, because a process was asked to stop. If a
+            score fails on any process, this is reported, and the score and those after it are left out.
+        """
+        began = time.perf_counter()
+        results = {}
+        try:
+            network = self._together(step, partial(prepare, model, self.world.device))
+            for score in self.scores:
+                results |= self._measure(score, step, network)
+        except Interrupted:
+            return False
+        except FailedScore:
+            pass
+        # Training may need the memory that was allocated for batches of other sizes.
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.latest = step
+        self.seconds = time.perf_counter() - began
+        if results:
+            self.loggers.log_metrics(step, {"step": step} | results)
+            self.log.info(score_line(results, step, self.max_steps, self.seconds))
+        return True
+
+    def _measure(self, score: FidScore | HeldOutLoss, step: int, model: DiT | ExpertSwitch) -> dict[str, float]:
+        """Measure one score, and return the results; they are empty on all processes but rank 0."""
+        rank, size = self.world.rank, self.world.size
+        values = []
+        for first in range(0, len(score.parts), size):
+            own = score.parts[first : first + size][rank : rank + 1]
+            values += self._together(step, partial(measure_parts, score, own, model))
+        gathered = self.world.gather(values)
+
+        def combine() -> dict[str, float]:
+            return score.combine([gathered[i % size][i // size] for i in range(len(score.parts))]) if gathered else {}
+
+        return self._together(step, combine)
+
+    def _together(self, step: int, work: Callable[[], Any]) -> Any:
+        """Call a function on every process, and return its result, unless one of them fails or is asked to stop.
+
+        Raises:
+            Interrupted: on all processes, if one was asked to stop.
+            FailedScore: on all processes, if one failed.
+        """
+        result, failed = None, False
+        try:
+            result = work()
+        except Interrupted:
+            pass
+        # For example too little GPU memory, or samples that are not finite.
+        except Exception as error:
+            failed = True
+            self.log.error(f"COULD NOT SCORE step {step}: {first_line(error)}; training continues")
+        failed, stopped = self.world.any(failed, self.stop.requested is not None)
+        if stopped:
+            raise Interrupted
+        if failed:
+            raise FailedScore
+        return result
+
+
+def prepare(model: DiT | RemixDiT, device: torch.device) -> DiT | ExpertSwitch:
+    """Return the network that computes the scores of a model, on a device."""
+    model.to(device)
+    return FoldedRemix(model).eval() if isinstance(model, RemixDiT) else model
+
+
+def measure_parts(score: FidScore | HeldOutLoss, parts: list, model: DiT | ExpertSwitch) -> list:
+    """Measure some parts of a score."""
+    return [score.measure(part, model) for part in parts]
+
+
+def interruptible(loop: Callable[..., Tensor], stop: StopSignal) -> Callable[..., Tensor]:
+    """Return a sampling loop that raises Interrupted before it calls the network if a stop signal has arrived."""
+
+    def interruptible_loop(denoise: Callable[[Tensor, Tensor], Tensor], *arguments, **options) -> Tensor:
+        def checked(x: Tensor, t: Tensor) -> Tensor:
+            if stop.requested is not None:
+                raise Interrupted
+            return denoise(x, t)
+
+        return loop(checked, *arguments, **options)
+
+    return interruptible_loop
+
+
+def is_scored(metrics: Path, step: int) -> bool:
+    """Return whether a file of metrics holds the scores of a step."""
+    lines = map(json.loads, metrics.read_text().splitlines())
+    return any(line["step"] == step and line.keys() & {"fid", "held_out_loss"} for line in lines)
+
+
+def score_line(results: dict[str, float], step: int, max_steps: int, seconds: float) -> str:
+    """Return the line of log.txt for the scores of a step."""
+    parts = [f"step {step:07d}/{max_steps:07d}"]
+    if "fid" in results:
+        parts.append(f"FID {results['fid']:.4f}")
+    if "held_out_loss" in results:
+        parts.append(f"held-out loss {results['held_out_loss']:.5f}")
+    if experts := [f"{value:.4f}" for name, value in results.items() if "expert" in name]:
+        parts.append(f"of the experts {' '.join(experts)}")
+    return "  ".join([*parts, f"scored in {timedelta(seconds=round(seconds))}"])
+
+
+# The start of a run: everything is checked before training
+
+
+def make_scorer(
+    every: int | None,
+    reference: str | None,
+    weights: str | None,
+    n_samples: int,
+    held_out: str | None,
+    vae: str | None,
+    dataset: FeatureDataset,
+    config: dict,
+    model: DiT | RemixDiT,
+    diffusion: GaussianDiffusion | FlowMatching,
+) -> Scorer | None:
+    """Check the flags of the scores and the files that they name.
+
+    Args:
+        every: steps between scores; None for no scores.
+        reference: what FID compares the samples with, as in evaluator.py; None for no FID.
+        weights: feature network of FID; None for Inception.
+        n_samples: number of samples of FID.
+        held_out: folder of held-out features; None for no held-out loss.
+        vae: name of the VAE that decodes the samples; None for the pixels of a dataset of pixels.
+        dataset: the encoded images of the run.
+        config: configuration of the run.
+        model: the model in training.
+        diffusion: its process.
+
+    Returns:
+        What scores the run; None without `every`.
+
+    Raises:
+        UserError: if a flag is missing or wrong, or if a file is.
+    """
+    if every is None:
+        if reference or weights or held_out:
+            raise UserError("--score-against, --weights and --held-out need --score-every")
+        return None
+    if not reference and not held_out:
+        raise UserError("--score-every needs --score-against for FID, --held-out for the loss on other images, or both")
+    if weights and not reference:
+        raise UserError("--weights needs --score-against")
+    training, process = config["training"], config["diffusion"].get("process", "gaussian")
+    scores = []
+    if held_out:
+        images = open_held_out(held_out, dataset, config["model"]["backbone"]["num_classes"])
+        levels = intervals(model) if isinstance(model, RemixDiT) else [training["timesteps"]]
+        times = interval_times(levels, max(1, HELD_OUT_LEVELS // len(levels)), isinstance(diffusion, FlowMatching))
+        scores.append(HeldOutLoss(images, diffusion, times, training["global_seed"]))
+    if reference:
+        if training["timesteps"] != NOISE_LEVELS[process]:
+            raise UserError(
+                "--score-against: an expert for a part of the timesteps cannot sample alone: use --held-out"
+            )
+        decoder = vae or ("none" if dataset.vae == "none" else None)
+        if decoder is None:
+            raise UserError("--score-against needs --vae, which decodes the samples")
+        settings = SampleSettings(
+            num_fid_samples=n_samples,
+            sampler=QUICK[process][0],
+            num_sampling_steps=QUICK[process][1],
+            diffusion_form=None,
+            last_step=None,
+            last_step_size=None,
+            cfg_scale=GUIDANCE,
+            guidance_interval=None,
+            cfg_all_channels=False,
+            ema=True,
+            global_seed=training["global_seed"],
+            per_proc_batch_size=SAMPLE_BATCH,
+            save_png=False,
+            precision=training["precision"],
+            labels=None,
+        )
+        pipeline = make_pipeline(model, None, config, settings, decoder, "this run")
+        scores.append(FidScore(pipeline, settings, open_network(reference, weights, pipeline), reference))
+    return Scorer(every, training["max_steps"], scores)
+
+
+def open_held_out(path: str, dataset: FeatureDataset, num_classes: int) -> FeatureDataset:
+    """Open held-out features, and check that they are encoded as those of the run.
+
+    Args:
+        path: their folder.
+        dataset: the features of the run.
+        num_classes: number of classes of the model.
+
+    Raises:
+        UserError: if the folder holds no features, or features of another shape, VAE or classes.
+    """
+    held_out = FeatureDataset(path)
+    for name in ("shape", "vae", "scale", "image_size", "classes"):
+        trained, given = getattr(dataset, name), getattr(held_out, name)
+        # The original layout does not record all of them.
+        if trained is not None and given is not None and trained != given:
+            values = f": {given}, not {trained}" if name != "classes" else ""
+            raise UserError(f"--held-out {path} has another {name} than {dataset.path}{values}")
+    if held_out.labels.max() >= num_classes:
+        raise UserError(
+            f"--held-out {path} has labels up to {held_out.labels.max()}, the model has {num_classes} classes"
+        )
+    return held_out
+
+
+def open_network(reference: str, weights: str | None, pipeline: Pipeline) -> FeatureExtractor:
+    """Load the feature network of FID, and check it and the reference.
+
+    Args:
+        reference: file of images or statistics.
+        weights: file of the network; None for Inception.
+        pipeline: what the run determines about sampling.
+
+    Raises:
+        UserError: if a file is missing or wrong, or if the reference is of another network.
+    """
+    check_file(reference)
+    network = network_name(weights)
+    if has_statistics(reference) and (other := read_network(reference)) != network:
+        raise UserError(f"--score-against {reference} holds statistics of another network than --weights: {other}")
+    extractor = make_extractor(weights, cache_folder(), FEATURE_BATCH, torch.device("cpu"))
+    side = pipeline.shape[-1] * pipeline.autoencoder.factor
+    width = extractor.check_network(np.zeros((2, side, side, 3), np.uint8), "samples of this run")
+    if not has_statistics(reference):
+        # Its features are computed on rank 0 only, and only once.
+        if is_first_process():
+            extractor.check(reference)
+    elif len(read_statistics(reference)["mu"]) != width:
+        raise UserError(f"--score-against {reference} has another number of features than --weights: not {width}")
+    return extractor
