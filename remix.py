@@ -344,6 +344,14 @@ class Remix(nn.Module):
         kinds = (RemixLinear, LowRankLinear)
         return [(name, layer) for name, layer in self.backbone.named_modules() if isinstance(layer, kinds)]
 
+    def freeze_shared(self):
+        """Let only the bases and the coefficients be trained: with low rank, the pairs and the coefficients."""
+        self.requires_grad_(False)
+        for _, layer in self.mixed():
+            for basis in layer.bases():
+                basis.requires_grad_()
+        self.logits.requires_grad_(self.mixer != "one-hot")
+
     @torch.no_grad()
     def distances(self) -> tuple[Tensor, Tensor]:
         """Measure how different the bases are and how different the experts are. A distance of 0 means equal weights.
