@@ -50,7 +50,9 @@ class ExpertSwitch(nn.Module):
             )
         return self.select(first)(*args, **kwargs)
 
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = None
+    ) -> Tensor:
         """See `models.classifier_free_guidance`."""
         return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
 

@@ -441,7 +441,7 @@ if __name__ == "__main__":
     group.add_argument(
         "--cfg-all-channels",
         action="store_true",
-        help="guide all channels; without this flag only the first three are guided, as in DiT",
+        help="guide all channels; without this flag only the first three of four are guided, as in DiT",
     )
     group.add_argument(
         "--labels",

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, relative, run, training_flags
 from safetensors.torch import load_file, save_file
 
-from autoencoder import load_autoencoder
+from autoencoder import Normalization, load_autoencoder
 from checkpoint import fingerprint, load_denoiser, load_model, model_config, save_checkpoint
 from common import UserError
 from diffusion.solvers import make_sampler
@@ -463,7 +463,7 @@ def test_exported_pipelines_decode_as_we_do(exported, results, vae):
     x = loop(partial(model, y=torch.tensor(LABELS)), noise.shape, noise=noise, clip_denoised=False)
     autoencoder = load_autoencoder(str(vae))
     # The checkpoint's scale, which differs from the one in the VAE's config.
-    autoencoder.scale = 0.7
+    autoencoder.normalization = Normalization(0.7)
     theirs = (results["latents-unguided"] * 255).round().permute(0, 2, 3, 1)
     assert (autoencoder.decode(x).float() - theirs).abs().max() <= 1
 

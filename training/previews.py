@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from autoencoder import Pixels, load_autoencoder
+from autoencoder import Normalization, Pixels, load_autoencoder
 from common import UserError, counted, first_line
 from diffusion.solvers import QUICK, make_sampler
 from distributed import SampleGenerators
@@ -142,5 +142,6 @@ def choose_decoder(
         raise UserError(
             f"--vae {name} does not decode features of {dataset.shape[0]} channels, which {dataset.path} holds"
         )
-    autoencoder.scale = dataset.scale or PUBLISHED_VAE["scale"]
+    if dataset.normalization or dataset.shape[0] == 4:
+        autoencoder.normalization = dataset.normalization or Normalization.from_record(PUBLISHED_VAE)
     return autoencoder, when

@@ -20,7 +20,7 @@ from common import UserError, is_first_process, number, remove_leftovers, write_
 from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
 from distributed import World
 from features import FeatureDataset
-from interop.shapes import PUBLISHED_VAE, flow_target
+from interop.shapes import assumed_vae, flow_target
 from models import DiT, DiT_models
 from posthoc_ema import snapshot_folder
 from remix import RemixDiT, RemixDiT_models
@@ -251,7 +251,7 @@ def run_config(
     process: dict,
 ) -> dict:
     """Return the configuration that, together with the data, determines the run; every checkpoint stores it."""
-    vae = {"vae": dataset.vae, "scale": dataset.scale} if dataset.vae else PUBLISHED_VAE
+    vae = {"vae": dataset.vae, **dataset.normalization.record()} if dataset.vae else assumed_vae(dataset.shape[0])
     image_size = dataset.image_size or image_size or 256
     data = dict(images=len(dataset), image_size=image_size, classes=dataset.classes, **vae)
     # Omitted for the default, so that checkpoints written by earlier versions still match.
