@@ -1,5 +1,7 @@
 """Conversion between images and what the model denoises: a VAE's latents (diffusers' AutoencoderKL) or plain pixels."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +12,75 @@ from hub import offline
 
 # The VAEs published with latent diffusion and used by DiT.
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+# The default of AutoencoderKL.
+DEFAULT_SCALING_FACTOR = 0.18215
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """The affine map from a VAE's latents z to what the model denoises: x = (z - shift) * scale.
+
+    Attributes:
+        scale: the factor, one for all channels or a list with one per channel.
+        shift: what is subtracted, one number for all channels or a list with one per channel.
+    """
+
+    scale: float | list[float] = 1.0
+    shift: float | list[float] = 0.0
+
+    @classmethod
+    def from_vae(cls, config: Mapping) -> "Normalization":
+        """Read the normalization from the config of a diffusers.AutoencoderKL, as diffusers' pipelines do.
+
+        With `latents_mean` and `latents_std`, as of VA-VAE, it is (z - mean) / std * scaling_factor per channel.
+        Otherwise it is (z - shift_factor) * scaling_factor.
+
+        Raises:
+            ValueError: if the statistics are incomplete, or do not suit the number of channels.
+        """
+        scale, shift = config.get("scaling_factor", DEFAULT_SCALING_FACTOR), config.get("shift_factor") or 0.0
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None and std is None:
+            return cls(float(scale), float(shift))
+        channels = config.get("latent_channels", 4)
+        if mean is None or std is None or not len(mean) == len(std) == channels or min(std) <= 0:
+            raise ValueError(f"latents_mean and latents_std must be {channels} numbers each, and latents_std above 0")
+        # AutoencoderKL stores its default also in the config of a VAE whose statistics alone give unit variance.
+        scale = 1.0 if scale == DEFAULT_SCALING_FACTOR else scale
+        return cls([scale / s for s in std], list(mean))
+
+    @classmethod
+    def from_record(cls, data: Mapping) -> "Normalization":
+        """Read the normalization from an index of features or from the "data" part of a checkpoint's config.
+
+        Earlier versions recorded no shift.
+        """
+        return cls(data["scale"], data.get("shift", 0.0))
+
+    def record(self) -> dict:
+        """Return the entries for an index of features or a config."""
+        return {"scale": self.scale} | ({"shift": self.shift} if self.shift else {})
+
+    def vae_config(self) -> dict:
+        """Return the entries for the config of a diffusers.AutoencoderKL."""
+        if isinstance(self.scale, list):
+            std = [1 / scale for scale in self.scale]
+            return dict(scaling_factor=1.0, shift_factor=None, latents_mean=self.shift, latents_std=std)
+        return dict(scaling_factor=self.scale, shift_factor=self.shift or None, latents_mean=None, latents_std=None)
+
+    def apply(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalize the mean and the standard deviation of latents, each [B, C, H, W]; only the mean is shifted."""
+        scale = _per_channel(self.scale, mean)
+        return (mean - _per_channel(self.shift, mean)) * scale, std * scale
+
+    def invert(self, x: Tensor) -> Tensor:
+        """Convert what the model denoises, [B, C, H, W], to latents."""
+        return x / _per_channel(self.scale, x) + _per_channel(self.shift, x)
+
+
+def _per_channel(value: float | list[float], like: Tensor) -> float | Tensor:
+    """Return a list as a tensor [C, 1, 1] of the type and on the device of another tensor; a number as it is."""
+    return like.new_tensor(value)[:, None, None] if isinstance(value, list) else value
 
 
 class Pixels:
@@ -17,13 +88,13 @@ class Pixels:
 
     Attributes:
         factor: image pixels per latent pixel, along each side.
-        scale: factor by which the VAE's latents are multiplied.
+        normalization: what is done to the VAE's latents.
         bounded: whether the model's data lie in [-1, 1].
         channels: numbers of channels that a model may have.
     """
 
     factor = 1
-    scale = 1.0
+    normalization = Normalization()
     bounded = True
     channels = (1, 3)
 
@@ -53,10 +124,11 @@ class Pixels:
 
 
 class Latents(Pixels):
-    """diffusers' AutoencoderKL, whose latents are multiplied by its scaling factor (0.18215 for DiT's VAEs).
+    """diffusers' AutoencoderKL, whose latents are normalized as its config says (times 0.18215 for DiT's VAEs).
 
     Args:
-        name: name on the Hugging Face hub, or a local folder.
+        name: name on the Hugging Face hub, or a local folder. A hub name may end with the folder that holds the VAE,
+            as in OWNER/REPOSITORY/vae.
 
     Raises:
         UserError: if the VAE cannot be loaded.
@@ -73,8 +145,16 @@ class Latents(Pixels):
         logging.set_verbosity_error()
         on_hub = not (Path(name).exists() or Path(name).is_absolute())
         cached_only = on_hub and offline()
+        parts = name.split("/") if on_hub else [name]
+        repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:]) or None
+        where = dict(subfolder=subfolder, local_files_only=cached_only)
         try:
-            vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False, local_files_only=cached_only)
+            kind = AutoencoderKL.load_config(repository, **where).get("_class_name", "AutoencoderKL")
+            # Another class would be read as an AutoencoderKL with random weights.
+            if kind != "AutoencoderKL":
+                raise ValueError(f"it is an {kind}")
+            vae = AutoencoderKL.from_pretrained(repository, low_cpu_mem_usage=False, **where)
+            self.normalization = Normalization.from_vae(vae.config)
         except (OSError, ValueError) as error:
             reason = "the Hugging Face hub cannot be reached" if cached_only else first_line(error)
             raise UserError(
@@ -83,7 +163,6 @@ class Latents(Pixels):
             ) from None
         self.vae = vae.eval().requires_grad_(False)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.scale = self.vae.config.scaling_factor
         self.channels = (self.vae.config.latent_channels,)
 
     def to(self, device: torch.device) -> "Latents":
@@ -91,25 +170,24 @@ class Latents(Pixels):
         return self
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and the standard deviation of the scaled latents, each [B, C, H / factor, W / factor].
+        """Return the mean and the standard deviation of the normalized latents, each [B, C, H / factor, W / factor].
 
         Args:
             images: images [B, 3, H, W] in [-1, 1].
         """
         posterior = self.vae.encode(images).latent_dist
-        return posterior.mean * self.scale, posterior.std * self.scale
+        return self.normalization.apply(posterior.mean, posterior.std)
 
     def decode(self, samples: Tensor) -> Tensor:
-        """Convert scaled latents [B, C, h, w] to RGB images [B, h * factor, w * factor, 3], uint8."""
-        return super().decode(self.vae.decode(samples / self.scale).sample)
+        """Convert normalized latents [B, C, h, w] to RGB images [B, h * factor, w * factor, 3], uint8."""
+        return super().decode(self.vae.decode(self.normalization.invert(samples)).sample)
 
 
 def load_autoencoder(name: str) -> Pixels:
     """Load an autoencoder by name.
 
     Args:
-        name: "none" for pixels, "ema" or "mse" for the published VAEs, another name on the Hugging Face hub, or a local
-            folder.
+        name: "none" for pixels, "ema" or "mse" for the published VAEs, or the name of `Latents`.
 
     Raises:
         UserError: if the VAE cannot be loaded.

@@ -19,6 +19,8 @@ diffusers: a folder with the EMA weights: a pipeline for a RemixDiT or a flow, o
 import argparse
 from pathlib import Path
 
+import torch
+
 from autoencoder import Latents, load_autoencoder
 from checkpoint import choose_process, find_checkpoint, load_model, model_config, save_safetensors
 from common import (
@@ -32,7 +34,7 @@ from common import (
     run_script,
     warn,
 )
-from diffusion import NOISE_LEVELS
+from diffusion import NOISE_LEVELS, process_name
 from figures import intervals
 from interop import diffusers, dit, original, sit
 from models import DiT
@@ -58,7 +60,7 @@ def main(args: argparse.Namespace):
         models["ema"].load_state_dict(ema)
         config["source"] = f"post-hoc EMA of relative standard deviation {args.ema_std} of {args.ckpt}"
     choose_process(args.ckpt, config, args.process)
-    if args.to in ("original", "dit") and config["diffusion"].get("process") == "flow":
+    if args.to in ("original", "dit") and process_name(config["diffusion"]) == "flow":
         warn(f"{args.out} does not say that the model is a flow, a file of --to sit does")
     if args.to in ("dit", "sit") and config["model"]["backbone"].get("frequency_shift"):
         warn(f"{args.out} cannot record the timestep frequencies: load it with --timestep-frequencies diffusers")
@@ -69,6 +71,8 @@ def main(args: argparse.Namespace):
         if args.merge:
             config["source"] = f"experts of {args.ckpt}, merged with the weights {args.merge}"
 
+    if args.to in ("original", "diffusers"):
+        models = {key: whole_bases(model, args.to) for key, model in models.items()}
     if args.to == "original":
         original.write(args.out, models, config)
     elif args.to == "dit":
@@ -117,6 +121,27 @@ def fold_experts(model: DiT | RemixDiT, expert: int | None, merge: str | None, p
     if expert >= model.n_experts:
         raise UserError(f"--expert {expert}: {path} has the experts 0 to {model.n_experts - 1}")
     return model.expert(expert)
+
+
+def whole_bases(model: DiT | RemixDiT, format: str) -> DiT | RemixDiT:
+    """Return a RemixDiT with low-rank bases as an equal one with whole bases; other models are returned as they are.
+
+    The weight of basis k is W + B_k A_k. The coefficients of an expert must add up to 1.
+    """
+    if isinstance(model, DiT) or model.rank is None:
+        return model
+    if model.mixer == "raw":
+        raise UserError(f"--to {format} has no low-rank bases, and raw coefficients of them cannot become whole ones")
+    plain = model.expert(0)
+    whole = RemixDiT(plain, **{key: value for key, value in model.config.items() if key != "rank"})
+    whole.load_state_dict({"logits": model.logits}, strict=False)
+    with torch.no_grad():
+        for k, alpha in enumerate(torch.eye(model.n_basis).tolist()):
+            model._fold(plain, [alpha] * len(model._coefficients_per_row()), 0)
+            for name, layer in whole.mixed():
+                layer.weight[k] = plain.get_submodule(name).weight
+                layer.bias[k] = plain.get_submodule(name).bias
+    return whole.eval()
 
 
 def load_vae(name: str | None):

@@ -122,7 +122,8 @@ def main(args: argparse.Namespace):
 
     # Write the index, which marks the features as complete.
     if world.is_main:
-        described = dict(vae=args.vae, scale=autoencoder.scale, image_size=args.image_size, classes=images.classes)
+        described = dict(vae=args.vae, **autoencoder.normalization.record())
+        described |= dict(image_size=args.image_size, classes=images.classes)
         index = write_index(folder, n_shards, **described, store=args.store, dtype=args.dtype)
         logger.info(
             f"Encoded {counted(index['images'], 'image')} as {index['views']} x {index['shape']} each, "

@@ -7,9 +7,9 @@ A folder of features holds for shard k (SHARD_SIZE images of the image list, in 
 - labels-<k>.npy, int64 [images].
 - skipped-<k>.txt, one line per unreadable image, if there are any: its path below the folder of images, a tab, and why.
 
-index.json is written last. It records the VAE, its scale, the image size, the classes, the counts, and what is stored
-in which type. "draw" is one draw from the VAE's posterior per view. "moments" are the posterior's mean and standard deviation,
-concatenated along the channels to [images, views, 2C, H, W].
+index.json is written last. It records the VAE, its scale and shift, the image size, the classes, the counts, and what
+is stored in which type. "draw" is one draw from the VAE's posterior per view. "moments" are the posterior's mean and
+standard deviation, concatenated along the channels to [images, views, 2C, H, W].
 """
 
 import hashlib
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from autoencoder import Normalization
 from common import UserError, atomic_write, cache_folder, wait_for_lock, write_array, write_json
 from distributed import seed_for
 
@@ -75,7 +76,8 @@ def write_index(folder: Path, n_shards: int, **described) -> dict:
     Args:
         folder: folder of features that holds all shards.
         n_shards: number of shards.
-        **described: the index's entries vae, scale, image_size, classes, store and dtype.
+        **described: the index's entries vae, scale, shift (see `Normalization.record`), image_size, classes, store and
+            dtype.
 
     Returns:
         The index.
@@ -122,7 +124,7 @@ class FeatureDataset(Dataset):
             versions always stored float32. An item is float32 in any case.
         classes: class names. None for the original layout.
         vae: name of the VAE. None for the original layout.
-        scale: factor by which the latents were multiplied. None for the original layout.
+        normalization: what was done to the VAE's latents. None for the original layout.
         image_size: side of the images in pixels. None if the original layout does not record it.
 
     Raises:
@@ -163,7 +165,7 @@ class FeatureDataset(Dataset):
         try:
             index = json.loads((self.path / INDEX).read_text())
             self.vae = index["vae"]
-            self.scale = index["scale"]
+            self.normalization = Normalization.from_record(index)
             self.image_size = index["image_size"]
             self.classes = index["classes"]
             self.shape = tuple(index["shape"])
@@ -198,7 +200,7 @@ class FeatureDataset(Dataset):
         self.shape = tuple(shape)
         self.image_size = int(image_size[1]) if image_size else None
         self.vae = None
-        self.scale = None
+        self.normalization = None
         self.classes = None
         self.store = "draw"
         self.dtype = None

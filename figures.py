@@ -50,17 +50,15 @@ def save_grid(path, images: np.ndarray, captions: list[str], columns: int = 10, 
 
 def is_flow(model: RemixDiT) -> bool:
     """Return whether the noise levels of a model are those of a flow, from 0 to 1, and not timesteps."""
-    return model.boundaries is not None and model.boundaries[-1] == 1
+    return model.boundaries[-1] == 1
 
 
 def intervals(model: RemixDiT) -> list[tuple[float, float]]:
     """Return the noise levels of each expert as (low, high): the timesteps from low to high - 1, or those of a flow."""
     if is_flow(model):
         return list(pairwise(model.boundaries))
-    if model.boundaries:
-        # As in tensors, which hold the boundaries in float32.
-        return list(pairwise(math.ceil(np.float32(boundary)) for boundary in model.boundaries))
-    return list(pairwise(i * model.num_timesteps // model.n_experts for i in range(model.n_experts + 1)))
+    # As in tensors, which hold the boundaries in float32.
+    return list(pairwise(math.ceil(np.float32(boundary)) for boundary in model.boundaries))
 
 
 def interval_labels(model: RemixDiT, separator: str = "-") -> list[str]:

@@ -11,8 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from models import DiT, classifier_free_guidance
-from remix import ExpertSwitch, find_interval
+from boundaries import find_interval, noise_level
+from experts import ExpertSwitch
+from models import DiT, classifier_free_guidance, default_guided_channels
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class GuidanceSchedule:
 
     def scale_at(self, t: float) -> float:
         """Return the scale at a time that the network sees: a timestep of the original process, or a flow's time."""
-        return self.scales[find_interval(self.boundaries, t)]
+        return self.scales[find_interval(self.boundaries, noise_level(self.boundaries, t))]
 
 
 def make_schedule(scale: float | str, interval: list[float] | None, highest: float) -> GuidanceSchedule:
@@ -104,7 +105,7 @@ def make_denoiser(
     null_label: int,
     schedule: GuidanceSchedule,
     guide: DiT | ExpertSwitch | None = None,
-    channels: int = 3,
+    channels: int | None = None,
     times: list[float] | None = None,
     run: Callable[[DiT, Tensor, Tensor, Tensor], Tensor] = predict,
 ) -> Callable[[Tensor, Tensor], Tensor]:
@@ -120,7 +121,7 @@ def make_denoiser(
         null_label: label that stands for no class.
         schedule: guidance scale at each noise level.
         guide: the weaker model of autoguidance. None for classifier-free guidance.
-        channels: number of leading channels that are guided.
+        channels: number of leading channels that are guided. None for `models.default_guided_channels`.
         times: the times for which the loop will call the function, in this order, so that the host does not wait for
             the device. None if they are not known: then it reads each batch's first time from the device.
         run: `predict`, or its compiled form.
@@ -149,7 +150,7 @@ def at_time(model: DiT | ExpertSwitch, time: float) -> DiT:
 
 
 def autoguidance(
-    model: Callable, guide: Callable, x: Tensor, t: Tensor, y: Tensor, scale: float, guided_channels: int = 3
+    model: Callable, guide: Callable, x: Tensor, t: Tensor, y: Tensor, scale: float, guided_channels: int | None = None
 ) -> Tensor:
     """Guide a model with a weaker one (Karras et al., arXiv 2406.02507, eq. 3).
 
@@ -160,12 +161,12 @@ def autoguidance(
         t: timesteps [B] of the original process.
         y: class labels [B].
         scale: guidance scale. 1 gives the output of the model, 0 that of the guide.
-        guided_channels: number of leading channels that are guided.
+        guided_channels: number of leading channels that are guided. None for `models.default_guided_channels`.
 
     Returns:
         Output [B, C or 2C, H, W]. The channels that are not guided are the model's.
     """
-    guided = min(guided_channels, x.shape[1])
+    guided = min(guided_channels or default_guided_channels(x.shape[1]), x.shape[1])
     out = model(x, t, y)  # [B, C or 2C, H, W]
     weak = guide(x, t, y)[:, :guided]
     return torch.cat([weak + scale * (out[:, :guided] - weak), out[:, guided:]], dim=1)

@@ -226,6 +226,11 @@ class DiT(nn.Module):
         ):
             nn.init.zeros_(linear.weight)
 
+    @property
+    def backbone_config(self) -> dict:
+        """The keyword arguments that build this model; a RemixDiT has those of its backbone under the same name."""
+        return dict(self.config)
+
     @torch.no_grad()
     def reset_classes(self, num_classes: int, kept: dict[int, int]):
         """Replace the table of the class embeddings by a newly initialized one for other classes.
@@ -273,13 +278,23 @@ class DiT(nn.Module):
         x = self.final_layer(x, c)  # [B, L, P * P * out_channels]
         return self.unpatchify(x)  # [B, out_channels, H, W]
 
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = None
+    ) -> Tensor:
         """See `classifier_free_guidance`."""
         return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
 
 
+def default_guided_channels(channels: int) -> int:
+    """Return how many channels are guided by default: three of four latent channels, as in DiT; otherwise all.
+
+    With the 16 channels of other VAEs, three guided ones would leave most of the latent unguided.
+    """
+    return 3 if channels == 4 else channels
+
+
 def classifier_free_guidance(
-    model: nn.Module, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3
+    model: nn.Module, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = None
 ) -> Tensor:
     """Run a model with classifier-free guidance as DiT applies it (Ho & Salimans, arXiv 2207.12598, eq. 6).
 
@@ -289,14 +304,14 @@ def classifier_free_guidance(
         t: timesteps [2B] of the original process.
         y: class labels [2B]. The first half holds the classes, the second half the null class.
         cfg_scale: guidance scale. 1 means no guidance.
-        guided_channels: number of leading noise channels that are guided. DiT guides three of the four latent channels.
+        guided_channels: number of leading noise channels that are guided. None for `default_guided_channels`.
 
     Returns:
         Output [2B, C or 2C, H, W]. The guided channels are the same in both halves, the others are the model's.
     """
     x = x[: len(x) // 2]  # [B, C, H, W]
     out = model(torch.cat([x, x]), t, y)  # [2B, C or 2C, H, W]
-    guided = min(guided_channels, x.shape[1])
+    guided = min(guided_channels or default_guided_channels(x.shape[1]), x.shape[1])
     noise, rest = out[:, :guided], out[:, guided:]
     conditional, unconditional = noise.chunk(2)  # [B, guided, H, W] each
     noise = unconditional + cfg_scale * (conditional - unconditional)

@@ -1,25 +1,32 @@
 """Remix-DiT: N denoising experts that are learned mixtures of K basis models (Fang et al., 2024, arXiv 2412.05628).
 
-By default, expert i denoises the timesteps t with floor(i T / N) <= t < floor((i + 1) T / N). In the mixed layers, its
-parameters are the average of the K bases' parameters beta, weighted by row i of the coefficients alpha: Theta = alpha
-beta with alpha = softmax(pi). The other layers are shared by all experts. Once its layers are mixed, an expert is a
-plain DiT with the cost of a plain DiT.
+Expert i denoises one interval of the noise levels. In the mixed layers, its parameters are the average of the K bases'
+parameters beta, weighted by row i of the coefficients alpha: Theta = alpha beta with alpha = softmax(pi). The other
+layers are shared by all experts. Once its layers are mixed, an expert has the shape and the cost of the plain model.
+
+`Remix` makes experts of any transformer, and `RemixDiT` those of a DiT.
 """
 
-import bisect
 import copy
-from collections.abc import Iterator
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
-from grouped_linear import mixed_linear
+from boundaries import check_boundaries, check_levels, equal_boundaries, find_interval, inner_boundaries, noise_level
+from grouped_linear import mix, mixed_linear
+from low_rank import LowRankLinear
 from models import DiT, DiT_models, classifier_free_guidance
+from presets import PRESETS, find_preset
 
 
 class RemixLinear(nn.Module):
@@ -31,10 +38,17 @@ class RemixLinear(nn.Module):
         n_basis: number of bases K.
         batch_coefficients: holds the coefficients of the current batch.
         row: index of this layer's coefficients in `batch_coefficients.alpha`.
+        bias: whether the layers have biases.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, n_basis: int, batch_coefficients: "BatchCoefficients", row: int = 0
+        self,
+        in_features: int,
+        out_features: int,
+        n_basis: int,
+        batch_coefficients: "BatchCoefficients",
+        row: int = 0,
+        bias: bool = True,
     ):
         super().__init__()
         self.in_features = in_features
@@ -42,7 +56,10 @@ class RemixLinear(nn.Module):
         self.batch_coefficients = batch_coefficients
         self.row = row
         self.weight = nn.Parameter(torch.empty(n_basis, out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(n_basis, out_features))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(n_basis, out_features))
+        else:
+            self.register_buffer("bias", torch.empty(n_basis, out_features), persistent=False)
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +77,47 @@ class RemixLinear(nn.Module):
     def copy_(self, linear: nn.Linear):
         """Make every basis a copy of `linear`."""
         self.weight.copy_(linear.weight.expand_as(self.weight))
-        self.bias.copy_(linear.bias.expand_as(self.bias))
+        if linear.bias is not None:
+            self.bias.copy_(linear.bias.expand_as(self.bias))
+
+    def bases(self) -> list[nn.Parameter]:
+        """Return the parameters of the bases."""
+        return list(self.parameters())
+
+    def gram(self) -> tuple[Tensor, Tensor]:
+        """Return the inner products [K, K] of the bases' weights minus their mean, and the mean squared norm []."""
+        bases = self.weight.flatten(1)  # [K, out * in]
+        norm = bases.square().sum() / len(bases)
+        # Bases are nearly equal: their products are accurate only after subtracting the mean.
+        bases = bases - bases.mean(0)
+        return bases @ bases.T, norm
+
+    @staticmethod
+    def fold(layers: list["RemixLinear"], linears: list[nn.Linear], alpha: list[float]):
+        """Write the mixtures of several layers into plain layers, in place.
+
+        The weights are summed elementwise in float32, because GPUs may compute matrix products in TF32. Of weights in
+        float32, no temporary copy is made.
+
+        Args:
+            layers: the mixed layers.
+            linears: for each of them, the layer whose weight and bias are overwritten.
+            alpha: coefficients [K].
+        """
+        pairs = [
+            pair
+            for layer, linear in zip(layers, linears, strict=True)
+            for pair in ((layer.weight, linear.weight), (layer.bias, linear.bias))
+            if pair[1] is not None
+        ]
+        if any(tensor.dtype.itemsize < 4 for _, tensor in pairs):
+            for bases, tensor in pairs:
+                tensor.copy_(mix(torch.tensor([alpha], device=bases.device), bases)[0])
+            return
+        folded = [tensor for _, tensor in pairs]
+        torch._foreach_zero_(folded)
+        for k, coefficient in enumerate(alpha):
+            torch._foreach_add_(folded, [bases[k] for bases, _ in pairs], alpha=coefficient)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, n_basis={len(self.weight)}"
@@ -72,7 +129,7 @@ class BatchCoefficients:
     sharding.py has a subclass for bases that are divided among several processes.
     """
 
-    # [1 or depth, G, K] while RemixDiT.forward runs
+    # [1 or depth, G, K] while Remix.forward runs
     alpha: Tensor | None = None
 
     def start(self, alpha: Tensor, experts: Tensor):
@@ -107,32 +164,439 @@ class BatchCoefficients:
 
 MIXERS = ("softmax", "raw", "one-hot")
 SCOPES = ("global", "local")
+RESTS = ("shared", "separate")
+
+
+class Remix(nn.Module):
+    """Experts of any transformer: a module of which some linear layers are mixed.
+
+    The one-hot prior assigns basis floor(i K / N) to expert i. With the mixer "softmax", the logits pi start as unit
+    normal noise, plus `prior_bonus` at the basis of the prior. With "raw", pi starts as the softmax of these numbers.
+    With "one-hot", pi is the prior.
+
+    Attributes of the module, such as the `config` that pipelines of diffusers read, are also attributes of this one.
+
+    Args:
+        module: the module. It is changed in place: its mixed layers are replaced. Every basis starts as a copy of the
+            layer that it replaces.
+        layers: names of the `nn.Linear` layers to mix, in which * stands for any text without a dot, such as
+            "blocks.*.mlp.fc1"; every name must match a layer. None: those that presets.py lists for the module's class.
+        n_basis: number of bases K.
+        n_experts: number of experts N, with equal intervals of the noise levels. It may be omitted with `boundaries`.
+        boundaries: N + 1 increasing noise levels. Expert i denoises boundaries[i] <= level < boundaries[i + 1]. The
+            last expert also denoises the last boundary. Expert 0 has the least noise.
+        timestep: the argument of the module that holds the noise level of each sample [B], as its name; or a function
+            that is called with the module's arguments and returns the noise levels. If they have more dimensions, the
+            expert is that of a sample's highest level. None: that of the preset.
+        mixer: "softmax" (alpha = softmax(pi)), "raw" (alpha = pi, without a constraint) or "one-hot" (alpha is the
+            prior and is not trained).
+        scope: "global" (one pi [N, K] for all blocks) or "local" (one per block, [depth, N, K]). The block of a layer
+            is its name up to the first number.
+        num_timesteps: highest noise level: the number of timesteps T of the diffusion process, or 1. None: that of the
+            preset, otherwise 1000.
+        prior_bonus: number added to the initial logit of each expert's basis in the prior.
+        rank: rank of low-rank bases; see `low_rank.LowRankLinear`. None: every basis is a whole layer.
+        rest: "shared" (the experts share all parameters that are not mixed) or "separate" (each expert has its own
+            copy of them).
+        unbatched: names of arguments that may have as many rows as the batch but are no batches.
+
+    Raises:
+        ValueError: if no layer matches, a layer is no `nn.Linear`, the timestep is no argument of the module, or
+            another argument is out of range or unknown.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Sequence[str] | None = None,
+        n_basis: int = 4,
+        n_experts: int | None = None,
+        boundaries: Sequence[float] | None = None,
+        timestep: str | Callable[..., Tensor] | None = None,
+        mixer: str = "softmax",
+        scope: str = "global",
+        num_timesteps: int | None = None,
+        prior_bonus: float = 3.0,
+        rank: int | None = None,
+        rest: str = "shared",
+        unbatched: Sequence[str] = (),
+    ):
+        super().__init__()
+        preset, optional = find_preset(module), ()
+        if preset is not None:
+            if layers is None:
+                layers, optional = preset.layers, preset.optional_layers
+            timestep = timestep or preset.timestep
+            unbatched = [*unbatched, *preset.unbatched]
+        num_timesteps = num_timesteps or (preset.highest_level if preset else 1000)
+        if layers is None or timestep is None:
+            raise ValueError(
+                f"layers and timestep must be given for a {type(module).__name__}; presets exist for "
+                f"{', '.join(PRESETS)}"
+            )
+        if n_experts is None:
+            if boundaries is None:
+                raise ValueError("n_experts or boundaries must be given")
+            n_experts = len(boundaries) - 1
+        if n_basis < 1:
+            raise ValueError(f"n_basis must be at least 1, but it is {n_basis}")
+        if n_experts < 1 or 1 < num_timesteps < n_experts:
+            raise ValueError(f"n_experts must be from 1 to num_timesteps={num_timesteps}, but it is {n_experts}")
+        for name, value, known in (("mixer", mixer, MIXERS), ("scope", scope, SCOPES), ("rest", rest, RESTS)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, but it is {value!r}")
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank must be at least 1, but it is {rank}")
+        if boundaries is not None:
+            check_boundaries(boundaries, n_experts, num_timesteps)
+        linears = find_linears(module, layers, optional)
+        self.arguments = [*inspect.signature(module.forward).parameters]
+        if isinstance(timestep, str) and timestep not in self.arguments:
+            known = ", ".join(self.arguments)
+            raise ValueError(f"timestep: {type(module).__name__}.forward has no argument {timestep!r}, only {known}")
+        self.timestep = timestep
+        self.unbatched = tuple(unbatched)
+        self.n_basis = n_basis
+        self.n_experts = n_experts
+        self.boundaries = list(boundaries or equal_boundaries(n_experts, num_timesteps))
+        self.num_timesteps = num_timesteps
+        self.mixer = mixer
+        self.scope = scope
+        self.rank = rank
+        self.rest = rest
+        self.backbone = module
+        self.batch_coefficients = BatchCoefficients()
+        blocks = list(dict.fromkeys(map(block_name, linears)))
+        for name, linear in linears.items():
+            row = blocks.index(block_name(name)) if scope == "local" else 0
+            module.set_submodule(name, mixed_layer(linear, n_basis, rank, self.batch_coefficients, row))
+        if rest == "separate":
+            # The copies have the same mixed layers.
+            shared = {id(layer): layer for _, layer in self.mixed()}
+            self.copies = nn.ModuleList(copy.deepcopy(module, dict(shared)) for _ in range(n_experts - 1))
+
+        # The preferred basis of each expert.
+        prior = torch.arange(n_experts) * n_basis // n_experts  # [N]
+        logits = F.one_hot(prior, n_basis).float()  # [N, K]
+        if scope == "local":
+            logits = logits.expand(len(blocks), -1, -1)  # [depth, N, K]
+        if mixer != "one-hot":
+            logits = torch.randn(logits.shape) + prior_bonus * logits
+        if mixer == "raw":
+            # The rows are then non-negative and sum to 1: these experts also start as averages of the bases.
+            logits = logits.softmax(-1)
+        weight = next(iter(linears.values())).weight
+        self.register_buffer("prior", prior.to(weight.device), persistent=False)
+        inner = torch.tensor(inner_boundaries(self.boundaries), dtype=torch.float32)
+        self.register_buffer("inner_boundaries", inner.to(weight.device), persistent=False)  # [N - 1]
+        # The paper's pi. Its updates would be lost in half precision.
+        logits = logits.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        self.logits = nn.Parameter(logits.contiguous(), requires_grad=mixer != "one-hot")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "backbone" or name.startswith("__"):
+                raise
+            return getattr(self.backbone, name)
+
+    def _apply(self, *args, **kwargs) -> "Remix":
+        """Move or convert all parameters, but keep the logits and the boundaries in float32 in half precision."""
+        logits, inner = self.logits.data, self.inner_boundaries
+        super()._apply(*args, **kwargs)
+        if self.logits.dtype.itemsize < 4:
+            self.logits.data = logits.to(self.logits.device)
+            self.inner_boundaries = inner.to(self.logits.device)
+        return self
+
+    def noise_level(self, t: Tensor | float) -> Tensor | np.float32:
+        """Return the noise level of what the argument `timestep` holds, a tensor or a number."""
+        return t.float() if isinstance(t, Tensor) else np.float32(t)
+
+    def expert_index(self, t: Tensor | float) -> Tensor | int:
+        """Return the index of the expert that owns each value of the argument `timestep`, a tensor or a number."""
+        level = self.noise_level(t)
+        if isinstance(level, Tensor):
+            return torch.bucketize(level.contiguous(), self.inner_boundaries, right=True)
+        return find_interval(self.boundaries, level)
+
+    def coefficients(self) -> Tensor:
+        """Return the coefficients alpha [N, K], or [depth, N, K] if the scope is local."""
+        return self.logits.softmax(-1) if self.mixer == "softmax" else self.logits
+
+    def _coefficients_per_row(self) -> Tensor:
+        """Return the coefficients [1 or depth, N, K] for every scope."""
+        return self.coefficients().view(-1, self.n_experts, self.n_basis)
+
+    def prior_loss(self) -> Tensor:
+        """Return the cross-entropy between softmax(pi) and the one-hot prior, averaged over the experts, unweighted."""
+        target = self.prior.expand(self.logits.shape[:-1])  # [N] or [depth, N]
+        return F.cross_entropy(self.logits.flatten(0, -2), target.flatten())
+
+    def reset_bases(self):
+        """Draw every basis separately, for training from scratch."""
+        for _, layer in self.mixed():
+            layer.reset_parameters()
+
+    def mixed(self) -> list[tuple[str, RemixLinear | LowRankLinear]]:
+        """Return the mixed layers and their names within the module."""
+        kinds = (RemixLinear, LowRankLinear)
+        return [(name, layer) for name, layer in self.backbone.named_modules() if isinstance(layer, kinds)]
+
+    def freeze_shared(self):
+        """Let only the bases and the coefficients be trained: with low rank, the pairs and the coefficients."""
+        self.requires_grad_(False)
+        for _, layer in self.mixed():
+            for basis in layer.bases():
+                basis.requires_grad_()
+        self.logits.requires_grad_(self.mixer != "one-hot")
+
+    @torch.no_grad()
+    def distances(self) -> tuple[Tensor, Tensor]:
+        """Measure how different the bases are and how different the experts are. A distance of 0 means equal weights.
+
+        Returns:
+            The distances [K, K] between the bases, and the root mean square distance of the experts from their mean (a
+            scalar). Both are over the mixed weights, relative to the root mean square norm of the bases.
+        """
+        squared_distances, squared_spread, squared_norm = 0, 0, 0
+        alpha = self._coefficients_per_row()
+        alpha = alpha - alpha.mean(1, keepdim=True)  # [1 or depth, N, K]
+        for _, layer in self.mixed():
+            gram, norm = layer.gram()  # [K, K], []
+            squared_norm = squared_norm + norm
+            squared_distances = squared_distances + gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
+            row = alpha[layer.row]  # [N, K]
+            squared_spread = squared_spread + ((row @ gram) * row).sum(1).mean()
+        sums = torch.cat([squared_distances.flatten(), squared_spread.view(1), squared_norm.view(1)])  # [K * K + 2]
+        *_, squared_spread, squared_norm = sums = self.batch_coefficients.sum(sums)
+        distances = (sums[:-2].clamp(min=0) / squared_norm).sqrt().view(self.n_basis, self.n_basis)
+        return distances, (squared_spread / squared_norm).sqrt()
+
+    def forward(self, *args, groups: int | None = None, **kwargs) -> Any:
+        """Denoise every sample by its own expert.
+
+        Args:
+            *args, **kwargs: the arguments of the module.
+            groups: if given, the caller promises that the batch is this many equal contiguous groups, each within the
+                noise levels of one expert. They run as one batch, without a host sync, and noise levels are not
+                checked. By default, and if the experts share nothing else, the experts of the batch run one after the
+                other.
+
+        Returns:
+            The result of the module.
+
+        Raises:
+            ValueError: if `groups` does not divide the batch size, or a noise level is outside the boundaries.
+            TypeError: if the noise level is missing.
+        """
+        t = self.times(*args, **kwargs)
+        experts = self.expert_index(t)  # [B]
+        if groups is not None and self.rest == "shared":
+            if groups < 1 or len(experts) % groups:
+                raise ValueError(f"groups must divide the batch size {len(experts)}, but it is {groups}")
+            return self._run(experts.view(groups, -1)[:, 0], args, kwargs)
+        self._check_levels(t)
+        present, counts = experts.unique(return_counts=True)
+        if len(present) == 1:
+            return self._run(present, args, kwargs)
+        order = experts.argsort(stable=True)  # [B]
+        outputs = []
+        for expert, rows in zip(present.split(1), order.split(counts.tolist()), strict=True):
+            outputs.append(self._run(expert, *self._take(rows, len(t), args, kwargs)))
+        inverse = order.argsort()
+        return tree_map(
+            lambda *parts: torch.cat(parts)[inverse] if isinstance(parts[0], Tensor) else parts[0], *outputs
+        )
+
+    def times(self, *args, **kwargs) -> Tensor:
+        """Return what the argument `timestep` holds for each sample, [B] or [1]."""
+        if callable(self.timestep):
+            t = self.timestep(*args, **kwargs)
+        else:
+            t = kwargs.get(self.timestep)
+            position = self.arguments.index(self.timestep)
+            if t is None and position < len(args):
+                t = args[position]
+        if not isinstance(t, Tensor):
+            raise TypeError(
+                f"the experts are selected by {self.timestep!r}, which must be a tensor [B], but "
+                f"{type(self.backbone).__name__} got {t!r}"
+            )
+        return t.view(-1) if t.ndim < 2 else t.flatten(1).amax(1)
+
+    def _check_levels(self, t: Tensor):
+        check_levels(self.boundaries, *torch.stack(self.noise_level(t).aminmax()).tolist())
+
+    def _take(self, rows: Tensor, size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Select some samples of all arguments that are batches of `size` samples."""
+
+        def take(value):
+            is_batch = isinstance(value, Tensor) and value.ndim and len(value) == size
+            return value[rows] if is_batch else value
+
+        named = [*zip(self.arguments, args, strict=False)]
+        taken = [value if name in self.unbatched else tree_map(take, value) for name, value in named]
+        return tuple(taken), {k: v if k in self.unbatched else tree_map(take, v) for k, v in kwargs.items()}
+
+    def _run(self, experts: Tensor, args: tuple, kwargs: dict) -> Any:
+        """Run the module on G equal groups, with the experts [G]."""
+        module = self._module(int(experts)) if self.rest == "separate" else self.backbone
+        self.batch_coefficients.start(self._coefficients_per_row(), experts)
+        try:
+            return module(*args, **kwargs)
+        finally:
+            self.batch_coefficients.end()
+
+    def _module(self, i: int) -> nn.Module:
+        """Return the module that holds the parameters of expert i that are not mixed."""
+        return self.copies[i - 1] if self.rest == "separate" and i else self.backbone
+
+    def enable_gradient_checkpointing(self):
+        """Let a model of diffusers store only the inputs of each block, and compute the activations again."""
+        function = partial(checkpoint, use_reentrant=False, context_fn=self.batch_coefficients.contexts)
+        for i in range(self.n_experts if self.rest == "separate" else 1):
+            self._module(i).enable_gradient_checkpointing(function)
+
+    def expert(self, i: int) -> nn.Module:
+        """Return expert i as a module of the wrapped class with its own parameters, in eval mode.
+
+        See `fold_` for errors.
+        """
+        plain = self._plain(i)
+        self.fold_(plain, i)
+        return plain
+
+    def merge(self, weights: list[float] | None = None) -> nn.Module:
+        """Return a weighted mean of the experts' weights as a plain module with its own parameters, in eval mode.
+
+        Experts are linear in their coefficients, so the mean of the experts is the expert of the mean coefficients.
+
+        Args:
+            weights: weight of each expert, at least 0 [N]; they are divided by their sum. Default: equal weights.
+
+        Raises:
+            ValueError: if there are not N weights, or one of them is negative, or all are 0, or the experts have
+                separate parameters.
+        """
+        if self.rest == "separate":
+            raise ValueError("experts with separate parameters cannot be merged")
+        weights = torch.ones(self.n_experts) if weights is None else torch.tensor(weights)
+        if len(weights) != self.n_experts or weights.min() < 0 or weights.sum() <= 0:
+            raise ValueError(f"expected {self.n_experts} weights of at least 0, not all of them 0")
+        alpha = self._coefficients_per_row().detach().double().cpu()  # [1 or depth, N, K]
+        weights = (weights.double() / weights.double().sum())[:, None]  # [N, 1]
+        plain = self._plain(0)
+        self._fold(plain, (weights * alpha).sum(1).tolist(), 0)
+        return plain
+
+    def _plain(self, i: int) -> nn.Module:
+        """Return a copy of expert i's module with plain layers, in eval mode; the mixed ones are not initialized."""
+        plain = {id(layer): plain_linear(layer) for _, layer in self.mixed()}
+        return copy.deepcopy(self._module(i), plain).eval()
+
+    @torch.no_grad()
+    def fold_(self, module: nn.Module, i: int):
+        """Write the parameters of expert i that it does not share into `module`, in place.
+
+        Args:
+            module: the result of `expert` for any expert.
+            i: the expert.
+
+        Raises:
+            IndexError: if i is not from 0 to N - 1.
+        """
+        if not 0 <= i < self.n_experts:
+            raise IndexError(f"the expert index must be from 0 to {self.n_experts - 1}, but it is {i}")
+        self._fold(module, self._coefficients_per_row()[:, i].tolist(), i)
+
+    @torch.no_grad()
+    def _fold(self, module: nn.Module, alpha: list[list[float]], i: int):
+        """Write the mixed weights for the coefficients alpha [1 or depth][K] of expert i into `module`, in place."""
+        rows = {}
+        for name, layer in self.mixed():
+            layers, linears = rows.setdefault(layer.row, ([], []))
+            layers.append(layer)
+            linears.append(module.get_submodule(name))
+        for row, (layers, linears) in rows.items():
+            layers[0].fold(layers, linears, alpha[row])
+        if self.rest == "separate":
+            mixed = tuple(f"{name}." for name, _ in self.mixed())
+            own = self._module(i).state_dict()
+            module.load_state_dict({k: v for k, v in own.items() if not k.startswith(mixed)}, strict=False)
+
+
+def find_linears(module: nn.Module, patterns: Sequence[str], optional: Sequence[str] = ()) -> dict[str, nn.Linear]:
+    """Return the layers of a module whose names match patterns, by name, in the module's order.
+
+    Args:
+        module: the module.
+        patterns: names in which * stands for any text without a dot.
+        optional: more of them, which need not match.
+
+    Raises:
+        ValueError: if one of `patterns` matches no layer, or a layer is no `nn.Linear`.
+    """
+    modules = dict(module.named_modules())
+    matches = set()
+    if isinstance(patterns, str) or not patterns:
+        raise ValueError(f"layers must be a list of names of nn.Linear layers, but it is {patterns!r}")
+    for pattern in (*patterns, *optional):
+        expression = re.compile(re.escape(pattern).replace(r"\*", "[^.]*"))
+        matched = {name for name in modules if expression.fullmatch(name)}
+        if not matched and pattern not in optional:
+            examples = [name for name, layer in modules.items() if isinstance(layer, nn.Linear)]
+            some = f"linear layers such as {', '.join(examples[:4])}" if examples else "no linear layer"
+            raise ValueError(f"layers: nothing matches {pattern!r} in {type(module).__name__}, which has {some}")
+        matches |= matched
+    for name in matches:
+        if not isinstance(modules[name], nn.Linear):
+            raise ValueError(f"layers: {name} is a {type(modules[name]).__name__}, but must be an nn.Linear")
+    return {name: layer for name, layer in modules.items() if name in matches}
+
+
+def block_name(layer: str) -> str:
+    """Return a layer's name up to the first number, such as "blocks.3", or the whole name."""
+    return re.match(r"(.*?\.\d+)(\.|$)|.*", layer)[1] or layer
+
+
+def mixed_layer(
+    linear: nn.Linear, n_basis: int, rank: int | None, batch_coefficients: BatchCoefficients, row: int
+) -> RemixLinear | LowRankLinear:
+    """Return the mixed layer that replaces a linear layer."""
+    if rank is not None:
+        return LowRankLinear(linear, n_basis, rank, batch_coefficients, row)
+    shape = linear.in_features, linear.out_features
+    with torch.device(linear.weight.device):
+        mixed = RemixLinear(*shape, n_basis, batch_coefficients, row, bias=linear.bias is not None)
+    mixed.copy_(linear)
+    return mixed.to(linear.weight.dtype)
+
+
+def plain_linear(layer: RemixLinear | LowRankLinear) -> nn.Linear:
+    """Return a plain linear layer with the shape of a mixed layer, not initialized."""
+    has_bias = isinstance(layer.bias, nn.Parameter)
+    options = dict(bias=has_bias, device=layer.weight.device, dtype=layer.weight.dtype)
+    linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, **options)
+    return linear.requires_grad_(layer.weight.requires_grad)
+
 
 # Names within a DiT block. The adaLN modulation is shared by all experts, unless it is added to the mixed layers.
 MIXED_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 MODULATION = "adaLN_modulation.1"
 
 
-class RemixDiT(nn.Module):
-    """A DiT whose blocks contain mixed linear layers. All other layers are shared by the experts.
-
-    The one-hot prior assigns basis floor(i K / N) to expert i. With the mixer "softmax", the logits pi start as unit
-    normal noise, plus `prior_bonus` at the basis of the prior. With "raw", pi starts as the softmax of these numbers.
-    With "one-hot", pi is the prior.
+class RemixDiT(Remix):
+    """A DiT whose blocks contain mixed linear layers. It is called like a DiT.
 
     Args:
         backbone: a DiT, which is not changed. Every basis starts as a copy of its weights.
-        n_basis: number of bases K.
-        n_experts: number of experts N, at most `num_timesteps`.
-        mixer: "softmax" (alpha = softmax(pi)), "raw" (alpha = pi, without a constraint) or "one-hot" (alpha is the
-            prior and is not trained).
-        scope: "global" (one pi [N, K] for all blocks) or "local" (one per block, [depth, N, K]).
+        n_basis, n_experts, mixer, scope, prior_bonus, rank: see `Remix`.
         num_timesteps: number of timesteps T of the diffusion process.
         mixed_layers: names, within a block, of the linear layers to mix.
-        prior_bonus: number added to the initial logit of each expert's basis in the prior.
-        boundaries: N + 1 increasing noise levels. Expert i denoises boundaries[i] <= level < boundaries[i + 1]. The
-            last expert also denoises the last boundary. For Gaussian diffusion the level is the timestep t, from 0 to
-            `num_timesteps`. For flow matching it is 1 - t, from 0 to 1. None: equal intervals of the timesteps.
+        boundaries: see `Remix`. For Gaussian diffusion the level is the timestep t, from 0 to `num_timesteps`. For
+            flow matching it is 1 - t, from 0 to 1. None: floor(i T / N) for the boundary i.
 
     Raises:
         ValueError: if n_basis or n_experts is out of range, mixer or scope is unknown, or boundaries do not fit.
@@ -149,379 +613,55 @@ class RemixDiT(nn.Module):
         mixed_layers: tuple[str, ...] = MIXED_LAYERS,
         prior_bonus: float = 3.0,
         boundaries: list[float] | None = None,
+        rank: int | None = None,
     ):
-        super().__init__()
-        if n_basis < 1:
-            raise ValueError(f"n_basis must be at least 1, but it is {n_basis}")
-        if not 1 <= n_experts <= num_timesteps:
-            raise ValueError(f"n_experts must be from 1 to num_timesteps={num_timesteps}, but it is {n_experts}")
-        if mixer not in MIXERS:
-            raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, but it is {mixer!r}")
-        if scope not in SCOPES:
-            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, but it is {scope!r}")
-        if boundaries is not None:
-            check_boundaries(boundaries, n_experts, num_timesteps)
-        self.n_basis = n_basis
-        self.n_experts = n_experts
-        self.boundaries = None if boundaries is None else list(boundaries)
-        self.num_timesteps = num_timesteps
-        self.mixer = mixer
-        self.scope = scope
-        self.mixed_layers = tuple(mixed_layers)
-        self.backbone = copy.deepcopy(backbone)
-        self.batch_coefficients = BatchCoefficients()
-        for index, block in enumerate(self.backbone.blocks):
-            row = index if scope == "local" else 0
-            for name in self.mixed_layers:
-                linear = block.get_submodule(name)
-                mixed = RemixLinear(linear.in_features, linear.out_features, n_basis, self.batch_coefficients, row)
-                mixed.copy_(linear)
-                block.set_submodule(name, mixed.to(linear.weight))
-
-        # The preferred basis of each expert.
-        prior = torch.arange(n_experts) * n_basis // n_experts  # [N]
-        logits = F.one_hot(prior, n_basis).float()  # [N, K]
-        if scope == "local":
-            logits = logits.expand(len(self.backbone.blocks), -1, -1)  # [depth, N, K]
-        if mixer != "one-hot":
-            logits = torch.randn(logits.shape) + prior_bonus * logits
-        if mixer == "raw":
-            # The rows are then non-negative and sum to 1: these experts also start as averages of the bases.
-            logits = logits.softmax(-1)
-        like = self.backbone.final_layer.linear.weight
-        self.register_buffer("prior", prior.to(like.device), persistent=False)
-        inner = torch.tensor(inner_boundaries(self.boundaries) if self.boundaries else [], dtype=torch.float32)
-        self.register_buffer("inner_boundaries", inner.to(like.device), persistent=False)  # [N - 1] or empty
-        # The paper's pi.
-        self.logits = nn.Parameter(logits.to(like).contiguous(), requires_grad=mixer != "one-hot")
-
-    @property
-    def config(self) -> dict:
-        """The keyword arguments that build this model from its backbone."""
-        names = ("n_basis", "n_experts", "mixer", "scope", "num_timesteps")
-        config = {name: getattr(self, name) for name in names} | {"mixed_layers": list(self.mixed_layers)}
+        super().__init__(
+            copy.deepcopy(backbone),
+            [f"blocks.*.{name}" for name in mixed_layers],
+            n_basis,
+            n_experts,
+            boundaries,
+            timestep="t",
+            mixer=mixer,
+            scope=scope,
+            num_timesteps=num_timesteps,
+            prior_bonus=prior_bonus,
+            rank=rank,
+        )
+        # The keyword arguments that build this model from its backbone.
+        self.config = dict(
+            n_basis=n_basis,
+            n_experts=n_experts,
+            mixer=mixer,
+            scope=scope,
+            num_timesteps=num_timesteps,
+            mixed_layers=list(mixed_layers),
+        )
         # Omitted for the default, so that configs written by earlier versions still match.
-        return config if self.boundaries is None else config | {"boundaries": self.boundaries}
+        for name, value in (("boundaries", boundaries), ("rank", rank)):
+            if value is not None:
+                self.config[name] = value
 
     @property
     def backbone_config(self) -> dict:
         """The keyword arguments that build its backbone, a `DiT`."""
         return dict(self.backbone.config)
 
-    @property
-    def in_channels(self) -> int:
-        return self.backbone.in_channels
+    def noise_level(self, t: Tensor | float) -> Tensor | np.float32:
+        """See `boundaries.noise_level`."""
+        return noise_level(self.boundaries, t)
 
-    @property
-    def num_classes(self) -> int:
-        return self.backbone.num_classes
-
-    def expert_index(self, t: Tensor | int | float) -> Tensor | int:
-        """Return the index of the expert that owns each time t, a tensor or a number.
-
-        By default it is the last i with floor(i T / N) <= t. With boundaries it is the last i whose boundary is not
-        above the noise level of t.
-        """
-        if self.boundaries is None:
-            return (self.n_experts * (t + 1) - 1) // self.num_timesteps
-        if isinstance(t, Tensor):
-            level = 1 - t.float() if self.boundaries[-1] == 1 else t.float()
-            return torch.bucketize(level, self.inner_boundaries, right=True)
-        return find_interval(self.boundaries, t)
-
-    def coefficients(self) -> Tensor:
-        """Return the coefficients alpha [N, K], or [depth, N, K] if the scope is local."""
-        return self.logits.softmax(-1) if self.mixer == "softmax" else self.logits
-
-    def _coefficients_per_row(self) -> Tensor:
-        """Return the coefficients [1 or depth, N, K] for every scope."""
-        return self.coefficients().view(-1, self.n_experts, self.n_basis)
-
-    def prior_loss(self) -> Tensor:
-        """Return the cross-entropy between softmax(pi) and the one-hot prior, averaged over the experts, unweighted."""
-        target = self.prior.expand(self.logits.shape[:-1])  # [N] or [depth, N]
-        return F.cross_entropy(self.logits.flatten(0, -2), target.flatten())
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = None
+    ) -> Tensor:
+        """See `models.classifier_free_guidance`."""
+        return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
 
     def reset_bases(self):
         """Draw every basis separately, for training from scratch. Mixed modulation layers keep their initial zeros."""
         for name, layer in self.mixed():
             if not name.endswith(MODULATION):
                 layer.reset_parameters()
-
-    def mixed(self) -> list[tuple[str, RemixLinear]]:
-        """Return the mixed layers and their names within the backbone."""
-        return [(name, layer) for name, layer in self.backbone.named_modules() if isinstance(layer, RemixLinear)]
-
-    @torch.no_grad()
-    def distances(self) -> tuple[Tensor, Tensor]:
-        """Measure how different the bases are and how different the experts are. A distance of 0 means equal weights.
-
-        Returns:
-            The distances [K, K] between the bases, and the root mean square distance of the experts from their mean (a
-            scalar). Both are over the mixed weights, relative to the root mean square norm of the bases.
-        """
-        squared_distances, squared_spread, squared_norm = 0, 0, 0
-        alpha = self._coefficients_per_row()
-        alpha = alpha - alpha.mean(1, keepdim=True)  # [1 or depth, N, K]
-        for _, layer in self.mixed():
-            bases = layer.weight.flatten(1)  # [K, out * in]
-            squared_norm = squared_norm + bases.square().sum() / self.n_basis
-            # Bases are nearly equal: their products are accurate only after subtracting the mean.
-            bases = bases - bases.mean(0)
-            gram = bases @ bases.T  # [K, K]
-            squared_distances = squared_distances + gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
-            row = alpha[layer.row]  # [N, K]
-            squared_spread = squared_spread + ((row @ gram) * row).sum(1).mean()
-        sums = torch.cat([squared_distances.flatten(), squared_spread.view(1), squared_norm.view(1)])  # [K * K + 2]
-        *_, squared_spread, squared_norm = sums = self.batch_coefficients.sum(sums)
-        distances = (sums[:-2].clamp(min=0) / squared_norm).sqrt().view(self.n_basis, self.n_basis)
-        return distances, (squared_spread / squared_norm).sqrt()
-
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, groups: int | None = None, label_drop: Tensor | None = None
-    ) -> Tensor:
-        """Denoise every sample by its own expert.
-
-        Args:
-            x: noisy images or latents [B, C, H, W].
-            t: timesteps [B] of the original process.
-            y: class labels [B].
-            groups: if given, the caller promises that the batch is this many equal contiguous groups, each within the
-                timesteps of one expert. They run as one batch, without a host sync. By default, the experts of the
-                batch run one after the other.
-            label_drop: see `DiT.forward`.
-
-        Returns:
-            Output [B, C or 2C, H, W] of the backbone.
-
-        Raises:
-            ValueError: if `groups` does not divide the batch size.
-        """
-        experts = self.expert_index(t)  # [B]
-        if groups is not None:
-            if groups < 1 or len(x) % groups:
-                raise ValueError(f"groups must divide the batch size {len(x)}, but it is {groups}")
-            return self._denoise(x, t, y, label_drop, experts.view(groups, -1)[:, 0])
-        present, counts = experts.unique(return_counts=True)
-        if len(present) == 1:
-            return self._denoise(x, t, y, label_drop, present)
-        order = experts.argsort(stable=True)  # [B]
-        outputs = []
-        for expert, rows in zip(present.split(1), order.split(counts.tolist()), strict=True):
-            drop = None if label_drop is None else label_drop[rows]
-            outputs.append(self._denoise(x[rows], t[rows], y[rows], drop, expert))
-        return torch.cat(outputs)[order.argsort()]
-
-    def _denoise(self, x: Tensor, t: Tensor, y: Tensor, label_drop: Tensor | None, experts: Tensor) -> Tensor:
-        """Run the backbone on G equal groups, with the experts [G]."""
-        self.batch_coefficients.start(self._coefficients_per_row(), experts)
-        try:
-            return self.backbone(x, t, y, label_drop)
-        finally:
-            self.batch_coefficients.end()
-
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
-        """See `models.classifier_free_guidance`."""
-        return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
-
-    def expert(self, i: int) -> DiT:
-        """Return expert i as a plain DiT with its own parameters, in eval mode. See `fold_` for errors."""
-        dit = self._shared_dit()
-        self.fold_(dit, i)
-        return dit
-
-    def merge(self, weights: list[float] | None = None) -> DiT:
-        """Return a weighted mean of the experts' weights as a plain DiT with its own parameters, in eval mode.
-
-        Experts are linear in their coefficients, so the mean of the experts is the expert of the mean coefficients.
-
-        Args:
-            weights: weight of each expert, at least 0 [N]; they are divided by their sum. Default: equal weights.
-
-        Raises:
-            ValueError: if there are not N weights, or one of them is negative, or all are 0.
-        """
-        weights = torch.ones(self.n_experts) if weights is None else torch.tensor(weights)
-        if len(weights) != self.n_experts or weights.min() < 0 or weights.sum() <= 0:
-            raise ValueError(f"expected {self.n_experts} weights of at least 0, not all of them 0")
-        alpha = self._coefficients_per_row().detach().double().cpu()  # [1 or depth, N, K]
-        weights = (weights.double() / weights.double().sum())[:, None]  # [N, 1]
-        dit = self._shared_dit()
-        self._fold(dit, (weights * alpha).sum(1).tolist())
-        return dit
-
-    def _shared_dit(self) -> DiT:
-        """Return a plain DiT in eval mode with the layers that all experts share; the mixed ones are random."""
-        dit = DiT(**self.backbone.config).to(self.logits)
-        mixed = {name for name, _ in self.mixed()}
-        shared = {k: v for k, v in self.backbone.state_dict().items() if k.rpartition(".")[0] not in mixed}
-        dit.load_state_dict(shared, strict=False)
-        return dit.eval()
-
-    @torch.no_grad()
-    def fold_(self, dit: DiT, i: int):
-        """Write the mixed weights of expert i into `dit`, in place.
-
-        Raises:
-            IndexError: if i is not from 0 to N - 1.
-        """
-        if not 0 <= i < self.n_experts:
-            raise IndexError(f"the expert index must be from 0 to {self.n_experts - 1}, but it is {i}")
-        self._fold(dit, self._coefficients_per_row()[:, i].tolist())
-
-    @torch.no_grad()
-    def _fold(self, dit: DiT, alpha: list[list[float]]):
-        """Write the mixed weights for the coefficients alpha [1 or depth][K] into `dit`, in place.
-
-        The weights are summed elementwise in float32, because GPUs may compute matrix products in TF32. No temporary
-        copy of the weights is made.
-        """
-        layers_of_row = {}
-        for name, layer in self.mixed():
-            layers_of_row.setdefault(layer.row, []).append((dit.get_submodule(name), layer))
-        for row, layers in layers_of_row.items():
-            folded = [tensor for linear, _ in layers for tensor in (linear.weight, linear.bias)]
-            torch._foreach_zero_(folded)
-            for k in range(self.n_basis):
-                bases = [tensor[k] for _, layer in layers for tensor in (layer.weight, layer.bias)]
-                torch._foreach_add_(folded, bases, alpha=alpha[row][k])
-
-
-def check_boundaries(boundaries: list[float], n_experts: int, num_timesteps: int = 1000):
-    """Check the boundaries of a RemixDiT.
-
-    Raises:
-        ValueError: unless they are `n_experts` + 1 increasing numbers from 0 to `num_timesteps`, or to 1 for a flow.
-    """
-    if len(boundaries) != n_experts + 1:
-        raise ValueError(f"{n_experts} experts need {n_experts + 1} boundaries, but there are {len(boundaries)}")
-    if boundaries[0] != 0 or boundaries[-1] not in (1, num_timesteps):
-        raise ValueError(
-            f"boundaries must run from 0 to {num_timesteps}, or from 0 to 1 for a flow, "
-            f"but they run from {boundaries[0]:g} to {boundaries[-1]:g}"
-        )
-    if any(low >= high for low, high in pairwise(boundaries)):
-        raise ValueError(f"boundaries must increase, but they are {', '.join(f'{b:g}' for b in boundaries)}")
-
-
-def inner_boundaries(boundaries: list[float]) -> list[float]:
-    """Return the N - 1 boundaries between experts, for comparison with rounded noise levels.
-
-    A flow's noise level 1 - t is rounded, and many samplers take steps on boundaries, such as 0.15. The boundaries of
-    flows are therefore lowered by 2^-20, so that these steps belong to the expert above. Training keeps twice this
-    distance from every boundary (`diffusion.flow.MARGIN`).
-    """
-    return [boundary - (2.0**-20 if boundaries[-1] == 1 else 0) for boundary in boundaries[1:-1]]
-
-
-def find_interval(boundaries: list[float], t: float) -> int:
-    """Return the index of the interval between boundaries that the time t belongs to.
-
-    The numbers are rounded to float32 as in tensors, so that host and device find the same expert.
-
-    Args:
-        boundaries: increasing noise levels, up to 1 for a flow, whose noise level is 1 - t.
-        t: the time that the network sees.
-    """
-    level = np.float32(1) - np.float32(t) if boundaries[-1] == 1 else np.float32(t)
-    return bisect.bisect_right([np.float32(boundary) for boundary in inner_boundaries(boundaries)], level)
-
-
-class ExpertSwitch(nn.Module):
-    """Base class of models for sampling that run one plain DiT at a time, selected by the timestep.
-
-    It is called like a DiT, with a batch whose timesteps belong to one expert. A sampler that knows the timestep calls
-    `for_timestep` and runs the result, so that the host does not wait for the device.
-    """
-
-    def expert_index(self, t: float) -> int:
-        """Return the index of the expert that owns the time t: a timestep of the original process, or a flow's time."""
-        raise NotImplementedError
-
-    def select(self, i: int) -> DiT:
-        """Return expert i. It is valid until the next call."""
-        raise NotImplementedError
-
-    def for_timestep(self, timestep: float) -> DiT:
-        """Return the expert that owns a time: a timestep of the original process, or a flow's time.
-
-        It is valid until the next call.
-        """
-        return self.select(self.expert_index(timestep))
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Run the expert that owns the timesteps t [B]. See `DiT.forward`.
-
-        Raises:
-            ValueError: if the timesteps belong to several experts.
-        """
-        first, last = map(self.expert_index, torch.stack(t.aminmax()).tolist())
-        if first != last:
-            raise ValueError(
-                f"all timesteps of a batch must belong to one expert, but they belong to experts {first} to {last}"
-            )
-        return self.select(first)(x, t, y)
-
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
-        """See `models.classifier_free_guidance`."""
-        return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
-
-
-class FoldedRemixDiT(ExpertSwitch):
-    """Runs a RemixDiT as one plain DiT, whose weights are overwritten when the expert changes.
-
-    Args:
-        remix: the RemixDiT. Its parameters must not change later, because its coefficients are copied to the host.
-    """
-
-    def __init__(self, remix: RemixDiT):
-        super().__init__()
-        self.remix = remix
-        # [N][1 or depth][K], on the host, so that a change of the expert does not wait for the device. They are also
-        # computed there: then all devices mix with the same numbers.
-        logits = remix.logits.detach().cpu()
-        alpha = logits.softmax(-1) if remix.mixer == "softmax" else logits
-        self.alpha = alpha.view(-1, remix.n_experts, remix.n_basis).transpose(0, 1).tolist()
-        self.dit = remix._shared_dit()
-        self.folded = None
-
-    @property
-    def boundaries(self) -> list[float] | None:
-        """See `RemixDiT`."""
-        return self.remix.boundaries
-
-    def expert_index(self, t: float) -> int:
-        return self.remix.expert_index(t)
-
-    def select(self, i: int) -> DiT:
-        if i != self.folded:
-            self.remix._fold(self.dit, self.alpha[i])
-            self.folded = i
-        return self.dit
-
-
-class IndependentExperts(ExpertSwitch):
-    """Plain DiTs that were trained separately, each on its own interval of noise levels (a baseline of the paper).
-
-    Args:
-        models: the N experts.
-        boundaries: N + 1 increasing noise levels, as in `RemixDiT`.
-
-    Raises:
-        ValueError: if the boundaries do not fit.
-    """
-
-    def __init__(self, models: list[DiT], boundaries: list[float]):
-        super().__init__()
-        check_boundaries(boundaries, len(models), boundaries[-1])
-        self.models = nn.ModuleList(models)
-        self.boundaries = list(boundaries)
-
-    def expert_index(self, t: float) -> int:
-        return find_interval(self.boundaries, t)
-
-    def select(self, i: int) -> DiT:
-        return self.models[i]
 
 
 def _from_scratch(
@@ -535,11 +675,12 @@ def _from_scratch(
     mixed_layers: tuple[str, ...] = MIXED_LAYERS,
     prior_bonus: float = 3.0,
     boundaries: list[float] | None = None,
+    rank: int | None = None,
     **backbone,
 ) -> RemixDiT:
     """Build a RemixDiT with separately drawn bases on a DiT of the registry."""
     dit = DiT_models[backbone_name](**backbone)
-    remix = RemixDiT(dit, n_basis, n_experts, mixer, scope, num_timesteps, mixed_layers, prior_bonus, boundaries)
+    remix = RemixDiT(dit, n_basis, n_experts, mixer, scope, num_timesteps, mixed_layers, prior_bonus, boundaries, rank)
     remix.reset_bases()
     return remix
 

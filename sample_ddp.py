@@ -49,15 +49,16 @@ from common import (
     write_array,
     write_json,
 )
-from diffusion import FLOW_SAMPLERS, PROCESS_SAMPLERS, SAMPLERS
+from diffusion import FLOW_SAMPLERS, PROCESS_SAMPLERS, SAMPLERS, process_name
 from diffusion.flow import LAST_STEPS
 from diffusion.interpolants import DIFFUSION_FORMS
 from distributed import PRECISIONS, World, rank0_logger, setup
+from experts import ExpertSwitch
 from figures import save_grid
 from guidance import parse_pieces
 from interop.shapes import flow_target
 from models import DiT, DiT_models
-from remix import ExpertSwitch, RemixDiT_models
+from remix import RemixDiT_models
 from sampling import SAMPLE_BATCH, Pipeline, SampleSettings, label_of, make_pipeline, sample, trained_classes
 
 GRID_IMAGES = 100
@@ -77,7 +78,7 @@ def main(args: argparse.Namespace):
     choose_process(args.ckpt[0], config, args.process)
     check_data_flags(args.image_size, args.num_classes, config, args.ckpt[0])
     check_original_flags(args.n_basis, args.n_experts, args.tf32, config, args.ckpt[0])
-    settings = sample_settings(args, config["diffusion"].get("process", "gaussian"))
+    settings = sample_settings(args, process_name(config["diffusion"]))
     vae = args.vae or config["data"]["vae"]
     guide = load_guide(args, config) if args.guide_ckpt else None
     pipeline = make_pipeline(model, guide, config, settings, vae, args.ckpt[0])
@@ -440,7 +441,7 @@ if __name__ == "__main__":
     group.add_argument(
         "--cfg-all-channels",
         action="store_true",
-        help="guide all channels; without this flag only the first three are guided, as in DiT",
+        help="guide all channels; without this flag only the first three of four are guided, as in DiT",
     )
     group.add_argument(
         "--labels",

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from autoencoder import Pixels, load_autoencoder
+from autoencoder import Normalization, Pixels, load_autoencoder
 from common import UserError
-from diffusion import NOISE_LEVELS, make_sampler
+from diffusion import NOISE_LEVELS, make_sampler, process_name
 from distributed import SampleGenerators, World
+from experts import ExpertSwitch
 from guidance import GuidanceSchedule, make_denoiser, make_schedule, predict
 from models import DiT
-from remix import ExpertSwitch
 
 # Images per batch and process. Rounding depends on it.
 SAMPLE_BATCH = 32
@@ -100,7 +100,7 @@ def make_pipeline(
     backbone = config["model"]["backbone"]
     if isinstance(settings.labels, list) and max(settings.labels) >= trained_classes(config):
         raise UserError(f"--labels {max(settings.labels)}: {ckpt} has the classes 0 to {trained_classes(config) - 1}")
-    process = config["diffusion"].get("process", "gaussian")
+    process = process_name(config["diffusion"])
     try:
         schedule = make_schedule(settings.cfg_scale, settings.guidance_interval, NOISE_LEVELS[process][1])
     except ValueError as error:
@@ -124,8 +124,10 @@ def make_pipeline(
     if backbone["in_channels"] not in autoencoder.channels:
         channels = " or ".join(map(str, autoencoder.channels))
         raise UserError(f"{ckpt} denoises {backbone['in_channels']} channels, but --vae {vae} decodes {channels}")
-    # The factor by which the training data were multiplied, which may differ from the VAE's own.
-    autoencoder.scale = config["data"]["scale"]
+    # The training data may have been normalized differently from what the VAE's own config says. But a file of another
+    # project says nothing about a VAE with other than four channels: pixels are assumed.
+    if config["data"]["vae"] != "none":
+        autoencoder.normalization = Normalization.from_record(config["data"])
     return Pipeline(
         ckpt=ckpt,
         model=model,
@@ -175,7 +177,7 @@ def sample(
         pipeline.null_label,
         pipeline.schedule,
         pipeline.guide,
-        channels=pipeline.shape[0] if settings.cfg_all_channels else 3,
+        channels=pipeline.shape[0] if settings.cfg_all_channels else None,
         times=pipeline.timesteps,
         run=torch.compile(predict, dynamic=False) if compiled else predict,
     )

@@ -49,7 +49,9 @@ def sharded_parameters(model: DiT | RemixDiT) -> dict[str, nn.Parameter]:
 
 def can_shard(model: DiT | RemixDiT, size: int) -> bool:
     """Return whether the rows of every mixed layer can be divided equally among `size` processes."""
-    return isinstance(model, RemixDiT) and all(layer.out_features % size == 0 for _, layer in model.mixed())
+    if not isinstance(model, RemixDiT) or model.rank is not None:
+        return False
+    return all(layer.out_features % size == 0 for _, layer in model.mixed())
 
 
 class ShardedCoefficients(BatchCoefficients):

@@ -129,7 +129,7 @@ def train(args: argparse.Namespace) -> bool:
     saving = {"every": args.ckpt_every, "keep": args.keep, "keep_every": args.keep_every}
     if args.dry_run:
         with torch.device("meta"):
-            model = make_model(args.model, shape, mixing, settings.prior_bonus)
+            model = make_model(args.model, shape, mixing, settings.prior_bonus, freeze=args.freeze)
         n_checkpoints = count_checkpoints(folder, 0, settings.max_steps, **saving)
         shard, _ = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
         parallelism = Parallelism(world_size(), args.grad_accum, shard, args.checkpoint_activations)
@@ -138,7 +138,7 @@ def train(args: argparse.Namespace) -> bool:
     # This seed is for the initial weights and mixing logits. The draws of each step have seeds of their own.
     torch.manual_seed(settings.global_seed)
     weights = settings.load_weight, args.trust_pickle, process, dataset.classes, args.new_classes
-    model = make_model(args.model, shape, mixing, settings.prior_bonus, *weights)
+    model = make_model(args.model, shape, mixing, settings.prior_bonus, *weights, freeze=args.freeze)
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
     shard, sharding_notes = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
     lock_folder(folder, "--prefix")
@@ -305,8 +305,9 @@ def process_options(args: argparse.Namespace) -> dict:
 def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | FlowMatching) -> dict | None:
     """Return the keyword arguments of a RemixDiT that the flags give, or None for a plain DiT."""
     if args.model not in RemixDiT_models:
-        if args.boundaries:
-            raise UserError(f"--boundaries needs a RemixDiT, not {args.model}")
+        for flag, value in (("boundaries", args.boundaries), ("rank", args.rank), ("freeze", args.freeze)):
+            if value:
+                raise UserError(f"--{flag} needs a RemixDiT, not {args.model}")
         return None
     boundaries = args.boundaries
     if boundaries:
@@ -321,6 +322,7 @@ def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | Flow
         scope=args.mixer_scope,
         mixed_layers=mixed_layers,
         boundaries=boundaries,
+        rank=args.rank,
     )
 
 
@@ -344,8 +346,9 @@ def resolve_settings(
         raise UserError(f"--global-batch-size {batch_size} cannot be divided equally among {processes}{parts}")
     if args.keep_every and (not args.keep or args.keep_every % args.ckpt_every):
         raise UserError("--keep-every needs --keep, and must be a multiple of --ckpt-every")
-    if args.new_classes and not args.load_weight:
-        raise UserError("--new-classes needs --load-weight")
+    for flag, value in (("new-classes", args.new_classes), ("freeze", args.freeze)):
+        if value and not args.load_weight:
+            raise UserError(f"--{flag} needs --load-weight")
     remix = args.model in RemixDiT_models
     timesteps = args.timesteps or NOISE_LEVELS[args.process]
     if remix and timesteps != NOISE_LEVELS[args.process]:
@@ -378,6 +381,7 @@ def resolve_settings(
         global_seed=args.global_seed,
         load_weight=args.load_weight,
         ema_stds=[*TRACKED_STDS] if args.ema_snapshots else None,
+        freeze=args.freeze or None,
     )
 
 
@@ -454,6 +458,14 @@ def make_parser() -> ArgumentParser:
         default="global",
         help="global: one set of coefficients for all blocks; local: one per block",
     )
+    add(
+        "--rank",
+        type=positive_int,
+        metavar="R",
+        help="low-rank bases: one DiT, and K pairs of matrices of rank R for each mixed layer, as in LoRA (default: "
+        "every basis is a whole layer)",
+    )
+    add("--freeze", action="store_true", help="train only the bases and the coefficients, not what the experts share")
     add("--mix-modulation", action="store_true", help="also mix the adaLN layer of each block")
     add(
         "--timesteps",

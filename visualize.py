@@ -44,11 +44,12 @@ from common import (
     seed_int,
 )
 from diffusion import FlowMatching, GaussianDiffusion, create_process
+from experts import FoldedRemix
 from features import FeatureDataset
 from figures import interval_labels, intervals, is_flow, save_coefficients, save_grid
 from models import DiT
 from posthoc_ema import WIDEST, reconstruct
-from remix import FoldedRemixDiT, RemixDiT
+from remix import RemixDiT
 from training.statistics import interval_times, noise_errors
 
 # Evenly spaced noise levels at which the error of an EMA is measured.
@@ -83,7 +84,7 @@ def main(args: argparse.Namespace):
             draw_coefficients(out, model, name)
         else:
             pretrained, _ = load_model(args.pretrained, allow_pickle=args.trust_pickle, **overrides)
-            if not isinstance(pretrained, DiT) or pretrained.config != model.backbone_config:
+            if not isinstance(pretrained, DiT) or pretrained.backbone_config != model.backbone_config:
                 raise UserError(f"{args.pretrained} is not the plain DiT that {args.ckpt} was trained from")
             x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
             timesteps = interval_times(intervals(model), args.per_interval, is_flow(model))
@@ -163,7 +164,7 @@ def draw_training(out: Path, run: Path):
 def load_images(data_path: str, count: int, seed: int, ckpt: str, model: DiT | RemixDiT) -> tuple[Tensor, Tensor]:
     """Return `count` random encoded images [n, C, H, W] and their labels [n]."""
     dataset = FeatureDataset(data_path)
-    config = model.backbone_config if isinstance(model, RemixDiT) else model.config
+    config = model.backbone_config
     if dataset.shape != (config["in_channels"], config["input_size"], config["input_size"]):
         raise UserError(f"{data_path} holds features of shape {dataset.shape}, which {ckpt} cannot process")
     return dataset.__getitems__(np.random.default_rng(seed).permutation(len(dataset))[:count].tolist())
@@ -269,7 +270,7 @@ def ema_errors(
     x, y, errors = x.to(device), y.to(device), {}
     for std in tqdm([None, *stds], desc="widths"):
         model.load_state_dict(state if std is None else reconstruct(ckpt, std, state))
-        network = FoldedRemixDiT(model) if isinstance(model, RemixDiT) else model
+        network = FoldedRemix(model) if isinstance(model, RemixDiT) else model
         per_time = noise_errors(network.to(device), diffusion, x, y, times, min(32, len(x)), seed)
         errors[std] = per_time.mean().item()
     return errors

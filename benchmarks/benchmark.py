@@ -33,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ArgumentParser, UserError, atomic_write, number, positive_int, run_script
 from diffusion import create_diffusion
 from distributed import PRECISIONS, World, setup, world_size
+from experts import FoldedRemix
 from features import DTYPES, SHARD_SIZE, FeatureDataset, write_index, write_shard
 from models import DiT, DiT_models, classifier_free_guidance
-from remix import FoldedRemixDiT, RemixDiT
+from remix import RemixDiT
 from training.batches import BatchSampler, sample_timesteps
 from training.plan import Parallelism, StepCosts, matmul_rate, step_costs, training_flops
 from training.trainer import Trainer
@@ -53,6 +54,8 @@ def main(args: argparse.Namespace):
         raise UserError("several processes can only measure --parts training")
     if world_size() == 1 and args.shard_bases:
         raise UserError("--shard-bases needs several processes (torchrun)")
+    if args.rank and args.shard_bases:
+        raise UserError("--rank: low-rank bases are not sharded")
     world = setup()
     name = args.name or default_name(args, world)
     machine = describe_machine(world)
@@ -252,7 +255,7 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
     noise = torch.randn_like(images)
     y = torch.zeros(args.batch_size, dtype=torch.long, device=world.device)
     label_drop = torch.zeros(args.batch_size, dtype=torch.bool, device=world.device)
-    runs, clocks, costs, static = {}, {}, {}, {}
+    runs, clocks, costs, static, parameters = {}, {}, {}, {}, {}
 
     def batch(step: int, groups: int | None) -> list[tuple]:
         """Return the only microbatch of a step: (x, t, conditions, noise)."""
@@ -276,8 +279,9 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
                 trainer.step(step, batch(step, groups), 1e-4)
 
         runs[name] = run
+        parameters[name] = sum(p.numel() for p in trainer.trained)
         # In float32: weights, EMA, AdamW's two moments and gradients.
-        static[name] = 5 * 4 * sum(p.numel() for p in trainer.trained)
+        static[name] = 5 * 4 * parameters[name]
 
     # The usual loop has one process.
     if not args.skip_usual and world.size == 1:
@@ -286,6 +290,8 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
     for groups in args.experts_per_batch:
         name = f"RemixDiT G={groups}" + (", sharded bases" if args.shard_bases else "")
         add(name, RemixDiT(dit, N_BASIS, N_EXPERTS), groups)
+        for rank in args.rank:
+            add(f"RemixDiT rank {rank} G={groups}", RemixDiT(dit, N_BASIS, N_EXPERTS, rank=rank), groups)
 
     times = take_turns(runs, clocks, args.warmup, args.rounds)
     flops = training_flops(dit.config)
@@ -298,6 +304,7 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
         if USUAL in times:
             row["speed / usual"] = relative_speed(rounds, times[USUAL])
         if name in costs:
+            row["parameters, M"] = parameters[name] / 1e6
             row["floor ms"] = step_floor(costs[name], floors)
             row["floor's speed / DiT"] = step_floor(costs["DiT"], floors) / row["floor ms"]
             row["peak GiB"] = (
@@ -358,7 +365,7 @@ def sampling(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
     torch.manual_seed(0)
     dit = DiT_models[f"DiT-{args.model}"](input_size=args.input_size).to(world.device).eval()
     remix = RemixDiT(dit, N_BASIS, N_EXPERTS).to(world.device).eval()
-    folded = FoldedRemixDiT(remix)
+    folded = FoldedRemix(remix)
     guided = torch.compile(classifier_free_guidance) if args.compile else classifier_free_guidance
     n = args.batch_size
     shape = (n, dit.in_channels, args.input_size, args.input_size)
@@ -604,6 +611,9 @@ if __name__ == "__main__":
     )
     parser.add_argument(
         "--shard-bases", action="store_true", help="shard the bases of RemixDiT over the processes (training)"
+    )
+    parser.add_argument(
+        "--rank", type=positive_int, nargs="+", default=[], metavar="R", help="also measure low-rank bases of rank R"
     )
     parser.add_argument("--skip-usual", action="store_true", help="do not measure the usual training loop")
     parser.add_argument("--steps", type=positive_int, default=1, help="training steps per round (more on fast devices)")

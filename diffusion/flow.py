@@ -22,7 +22,7 @@ WEIGHTS = ("none", "velocity", "likelihood")
 FLOW_SAMPLERS = ("euler", "heun", "dopri5", "sde")
 LAST_STEPS = ("none", "mean", "euler", "tweedie")
 # Times keep this distance from experts' borders, so that rounding to float32 does not move them across. It is twice the
-# distance by which `remix.inner_boundaries` lowers the borders.
+# distance by which `boundaries.inner_boundaries` lowers the borders.
 MARGIN = 2.0**-19
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from autoencoder import Normalization
 from common import TIMESTEP_FREQUENCIES, LocalError, UserError, first_line, name_write_errors, warn
 from hub import offline
 from interop.shapes import backbone_from_shapes, flow_target, make_config
@@ -58,8 +59,6 @@ FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "t
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # In patches. It limits the memory that a config with wrong numbers can take, as the position embedding is computed.
 LARGEST_SIDE = 256
-# The default of AutoencoderKL.
-DEFAULT_SCALING_FACTOR = 0.18215
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".npz", ".tar")
 EXPORTED_CODE = Path(__file__).resolve().parent / "diffusers_files"
@@ -225,13 +224,13 @@ def _check_sizes(path, stored: dict, state: dict[str, Tensor]):
 
 
 def _find_vae(config_file: Path) -> dict:
-    """Return "vae" and "scale" for a config's "data" part if the transformer is in a pipeline's folder with a VAE."""
+    """Return the VAE and its normalization for a config's "data" part, if they are in the transformer's pipeline."""
     folder = config_file.parent.parent / "vae"
     if config_file.parent.name != "transformer" or not (folder / "config.json").is_file():
         return {}
     try:
         stored = json.loads((folder / "config.json").read_text())
-        return {"vae": str(folder), "scale": float(stored.get("scaling_factor", DEFAULT_SCALING_FACTOR))}
+        return {"vae": str(folder), **Normalization.from_vae(stored).record()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'} is not the config of an AutoencoderKL: {error}") from None
 
@@ -373,8 +372,10 @@ def _write_pipeline(path, transformer, config: dict, vae):
     else:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=flow.get("shift", 1.0))
     if vae is not None:
-        # The model was trained on latents with this scale, whatever the VAE's own config contains.
-        vae.register_to_config(scaling_factor=config["data"]["scale"])
+        # The model was trained on latents that were normalized as recorded, whatever the VAE's own config contains.
+        recorded = config["data"]["vae"] != "none"
+        own = Normalization.from_record(config["data"]) if recorded else Normalization.from_vae(vae.config)
+        vae.register_to_config(**own.vae_config())
     with _new_folder(path) as folder:
         RemixDiTPipeline(transformer, scheduler, vae).save_pretrained(folder)
 
@@ -386,8 +387,8 @@ def _mixed_transformer(remix: RemixDiT, config: dict):
 
     transformer = RemixDiTTransformer2DModel(
         **_transformer_arguments(remix.backbone, config),
-        **{name: getattr(remix, name) for name in REMIX_OPTIONS},
-        mixed_layers=[part for layer in remix.mixed_layers for part in BLOCK_LAYERS[layer]],
+        **{name: remix.config.get(name) for name in REMIX_OPTIONS},
+        mixed_layers=[part for layer in remix.config["mixed_layers"] for part in BLOCK_LAYERS[layer]],
         frequency_shift=remix.backbone.frequency_shift,
         flow=_flow(config),
     )

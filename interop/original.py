@@ -38,7 +38,8 @@ def _state_dict(model: DiT | RemixDiT) -> dict[str, Tensor]:
     """Return the weights under the original repository's names."""
     if not isinstance(model, RemixDiT):
         return model.state_dict()
-    if (model.mixer, model.scope, model.mixed_layers) != ("softmax", "global", MIXED_LAYERS):
+    mixed_layers = tuple(model.config["mixed_layers"])
+    if (model.mixer, model.scope, mixed_layers) != ("softmax", "global", MIXED_LAYERS):
         raise UserError(
             "the original Remix-DiT supports softmax mixers of global scope over attention and MLP layers only"
         )
@@ -48,7 +49,7 @@ def _state_dict(model: DiT | RemixDiT) -> dict[str, Tensor]:
         raise UserError(
             f"the original needs an N that divides {model.num_timesteps}, and a K that divides N, not {numbers}"
         )
-    if model.boundaries is not None:
+    if "boundaries" in model.config:
         raise UserError(f"the original Remix-DiT supports only intervals of equal length, not these of {numbers}")
     if model.backbone.frequency_shift:
         raise UserError("the original Remix-DiT supports only the timestep frequencies of the published DiT")

@@ -159,6 +159,11 @@ def _check_options(path, options: dict, backbone: dict, remix: dict | None):
 
 def _guess_data(backbone: dict) -> dict:
     """Return the "data" part of a config: four channels are the latents of the published VAE, others are pixels."""
-    if backbone["in_channels"] == 4:
-        return {"image_size": 8 * backbone["input_size"], "classes": None, **PUBLISHED_VAE}
-    return {"image_size": backbone["input_size"], "classes": None, "vae": "none", "scale": 1.0}
+    vae = assumed_vae(backbone["in_channels"])
+    factor = 1 if vae["vae"] == "none" else 8
+    return {"image_size": factor * backbone["input_size"], "classes": None, **vae}
+
+
+def assumed_vae(channels: int) -> dict:
+    """Return the VAE and its normalization for data that do not record them: four channels are the published VAE's."""
+    return PUBLISHED_VAE if channels == 4 else {"vae": "none", "scale": 1.0}

@@ -6,6 +6,7 @@ each of them at every timestep. The tables of README.md are made from these file
 
 import csv
 import fcntl
+import json
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ TABLES = {
         "Table 2: scopes and mixed layers": ["remix-4-20", "local", "modulation-too"],
         "Table 2: K and N": ["remix-4-8", "remix-4-20", "remix-4-100", "remix-2-20", "remix-8-20"],
         "Table 2: prior": ["remix-4-20", "no-prior", "bonus-0", "bonus-8", "strength-0", "strength-1e-2"],
+        "Table 2: final rate of the coefficients (that of remix-4-20 is 5e-4)": ["remix-4-20", "coefficients-to-1e-5"],
         "Table 2: experts per batch (remix-4-20 has 16)": [
             "experts-per-batch-1",
             "experts-per-batch-4",
@@ -40,6 +42,14 @@ TABLES = {
             "experts-per-batch-20",
         ],
     },
+    3: {"Table 3: low-rank bases": ["remix-4-20", "rank-4", "rank-8", "rank-16", "rank-16-frozen"]},
+}
+# Measured by benchmarks/benchmark.py with the model and batch of the setting pixels.
+SPEED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "cpu-fashion-low-rank.json"
+MEASURED = {
+    "continued": "DiT",
+    "remix-4-20": "RemixDiT G=16",
+    **{f"rank-{r}": f"RemixDiT rank {r} G=16" for r in (4, 8, 16)},
 }
 SCORES = ["fid", "kid", "inception_score", "precision", "recall", "validation_fid", "imagenet_fid", "imagenet_kid"]
 ORIGIN = ["minutes", "commit", "command", "machine", "date"]
@@ -92,6 +102,8 @@ def page_tables(out: Path) -> str:
             present = [name for name in ("pretrained", "continued", *names) if any(r["variant"] == name for r in rows)]
             if set(present) & set(names):
                 parts += [f"### {title}, {setting}", score_table(present, rows), fifths_table(present, rows)]
+                if names is TABLES[3]["Table 3: low-rank bases"] and setting == "pixels" and SPEED.exists():
+                    parts.append(cost_table())
     return "\n\n".join(parts)
 
 
@@ -156,6 +168,23 @@ def fifths_table(names: list[str], rows: list[dict]) -> str:
     for name in names:
         changes = np.array([row["fifth_changes"] for row in rows if row["variant"] == name])  # [seeds, 5]
         lines.append(f"| {' | '.join([name, *(change(name, column) for column in changes.T)])} |")
+    return "\n".join(lines)
+
+
+def cost_table() -> str:
+    """Return the numbers of parameters and the speed with low-rank bases as a Markdown table."""
+    results = json.loads(SPEED.read_text())
+    measured = {row["model"]: row for row in results["training"]}
+    lines = [
+        f"One run of `benchmarks/benchmark.py` on {results['machine']['device']} ({SPEED.name}):",
+        "",
+        "| variant | trained parameters, M | step, ms | speed relative to continued |",
+        "|" + " --- |" * 4,
+    ]
+    for name, model in MEASURED.items():
+        row = measured[model]
+        cells = name, f"{row['parameters, M']:.3f}", f"{row['ms/step']:.1f}", f"{row['speed / DiT']:.2f}"
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

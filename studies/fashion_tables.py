@@ -1,7 +1,8 @@
-"""Repeat tables 1 and 2 of the paper on Fashion-MNIST, from images to FID.
+"""Repeat tables 1 and 2 of the paper on Fashion-MNIST, from images to FID, and compare low-rank bases in table 3.
 
     python studies/fashion_tables.py 1 --setting pixels --seeds 0 1 2 3 4
     python studies/fashion_tables.py 2 --setting pixels --seeds 0 1 2
+    python studies/fashion_tables.py 3 --setting pixels --seeds 0 1 2
 
 Pretrains a tiny DiT for each seed, fine-tunes every variant of the table from it on the same number of images, and
 measures each variant's errors and the scores of its samples. Every part is a run of the project's scripts with ordinary
@@ -69,6 +70,9 @@ VARIANTS = {
     "bonus-8": remix(4, 20, prior_bonus=8),
     "strength-0": remix(4, 20, prior_strength=0),
     "strength-1e-2": remix(4, 20, prior_strength=1e-2),
+    "coefficients-to-1e-5": remix(4, 20, coeff_lr_end=1e-5),
+    **{f"rank-{r}": remix(4, 20, rank=r) for r in (4, 8, 16)},
+    "rank-16-frozen": remix(4, 20, rank=16, freeze=True),
 }
 # Scoring takes about as long as this number of training steps.
 SCORING = 3000
@@ -326,7 +330,7 @@ def machine() -> str:
 
 if __name__ == "__main__":
     parser = ArgumentParser(description="Repeat a table of the paper on Fashion-MNIST, from images to FID.")
-    parser.add_argument("table", type=int, choices=TABLES, help="table of the paper")
+    parser.add_argument("table", type=int, choices=TABLES, help="table of the paper, or 3: low-rank bases")
     parser.add_argument("--setting", choices=SETTINGS, default="pixels", help="what the models denoise")
     parser.add_argument("--seeds", type=seed_int, nargs="+", default=[0, 1, 2], metavar="SEED", help="seeds")
     parser.add_argument("--jobs", type=positive_int, default=2, help="models in parallel, with one core each")

@@ -230,19 +230,20 @@ def features(tmp_path_factory, images) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def vae(tmp_path_factory) -> Path:
-    """A tiny AutoencoderKL with random weights: 4 latent channels at half the image's side."""
+def make_vae(path: Path, depth: int = 2, **config) -> Path:
+    """Save a tiny AutoencoderKL with random weights, whose latents have the image's side divided by 2^(depth - 1)."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    path = tmp_path_factory.mktemp("vae")
-    autoencoder = AutoencoderKL(
-        **blocks, block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, scaling_factor=0.5
-    )
-    autoencoder.save_pretrained(path)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * depth, "up_block_types": ["UpDecoderBlock2D"] * depth}
+    AutoencoderKL(**blocks, block_out_channels=[8] * depth, norm_num_groups=4, **config).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory) -> Path:
+    """A tiny AutoencoderKL: 4 latent channels at half the image's side."""
+    return make_vae(tmp_path_factory.mktemp("vae"), latent_channels=4, scaling_factor=0.5)
 
 
 @pytest.fixture(scope="session")

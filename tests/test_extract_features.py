@@ -10,7 +10,7 @@ import torch
 from conftest import PIXELS, locked, make_images, run
 from PIL import Image
 
-from autoencoder import load_autoencoder
+from autoencoder import Normalization, load_autoencoder
 from extract_features import center_crop
 from features import FeatureDataset
 
@@ -165,7 +165,7 @@ def test_latents_of_a_local_vae(vae, tmp_path):
     run("extract_features.py", *flags, "--features-path", tmp_path / "two", processes=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     dataset = FeatureDataset(tmp_path / "one")
-    assert (dataset.shape, dataset.scale, dataset.vae) == ((4, 8, 8), 0.5, str(vae))
+    assert (dataset.shape, dataset.normalization, dataset.vae) == ((4, 8, 8), Normalization(0.5), str(vae))
 
     autoencoder = load_autoencoder(str(vae))
     image = torch.from_numpy(np.array(center_crop(Image.open(tree / "class0" / "0.png"), 16)))

@@ -8,11 +8,11 @@ import torch
 from conftest import golden, relative
 from scipy.special import ndtr
 
+from boundaries import inner_boundaries
 from diffusion import create_flow
 from diffusion.flow import FLOW_SAMPLERS
 from diffusion.interpolants import DIFFUSION_FORMS, PATHS
 from models import DiT, classifier_free_guidance
-from remix import inner_boundaries
 
 PREDICTIONS = ("velocity", "noise", "score")
 # Data of independent Gaussian pixels, whose velocity is known exactly.

@@ -8,9 +8,9 @@ import torch
 from conftest import FEW_SAMPLES, check_sampling_refused, random_remix_dit, run, sampled_images
 
 from diffusion import create_flow
+from experts import FoldedRemix
 from guidance import autoguidance, make_denoiser, make_schedule, parse_pieces
 from models import DiT_models
-from remix import FoldedRemixDiT
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_guide_equal_to_the_model_changes_nothing():
     remix = random_remix_dit().eval()
     x, y, times = torch.randn(3, 4, 8, 8), torch.tensor([1, 5, 7]), [999, 500, 0]
     guided = make_denoiser(
-        FoldedRemixDiT(remix), y, 10, make_schedule(3.0, None, 1000), FoldedRemixDiT(remix), channels=4, times=times
+        FoldedRemix(remix), y, 10, make_schedule(3.0, None, 1000), FoldedRemix(remix), channels=4, times=times
     )
     for time in times:
         t = torch.full((3,), time)

@@ -14,15 +14,16 @@ import torch
 from conftest import ROOT, relative, run, training_flags
 from safetensors.torch import load_file, save_file
 
-from autoencoder import load_autoencoder
+from autoencoder import Normalization, load_autoencoder
 from checkpoint import fingerprint, load_denoiser, load_model, model_config, save_checkpoint
 from common import UserError
 from diffusion.solvers import make_sampler
 from distributed import seed_for
+from experts import FoldedRemix
 from guidance import make_denoiser, make_schedule
 from interop import diffusers
 from models import DiT, DiT_models
-from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, FoldedRemixDiT, RemixDiT_models
+from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT_models
 
 LABELS = [2, 0, 1]
 # Of two flows, what a file records, and what is read back. The first is a bare state dict that the user calls a flow.
@@ -383,7 +384,7 @@ def test_exported_dits_give_our_outputs(exported, results, ckpt):
 @torch.no_grad()
 def test_exported_pipelines_give_our_samples(exported, results, ckpt, name, sampler):
     model, _ = load_denoiser([ckpt if name == "pixels" else exported / "latent.pt"])
-    assert isinstance(model, FoldedRemixDiT)
+    assert isinstance(model, FoldedRemix)
     pixels, labels = name == "pixels", torch.tensor(LABELS)
     draw = draw_all(3 if pixels else 4)
 
@@ -462,7 +463,7 @@ def test_exported_pipelines_decode_as_we_do(exported, results, vae):
     x = loop(partial(model, y=torch.tensor(LABELS)), noise.shape, noise=noise, clip_denoised=False)
     autoencoder = load_autoencoder(str(vae))
     # The checkpoint's scale, which differs from the one in the VAE's config.
-    autoencoder.scale = 0.7
+    autoencoder.normalization = Normalization(0.7)
     theirs = (results["latents-unguided"] * 255).round().permute(0, 2, 3, 1)
     assert (autoencoder.decode(x).float() - theirs).abs().max() <= 1
 

@@ -13,13 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from checkpoint import load_model
 from diffusion import create_diffusion
+from experts import FoldedRemix, IndependentExperts
 from models import DiT, DiT_models, classifier_free_guidance
 from remix import (
     MIXED_LAYERS,
     MODULATION,
     BatchCoefficients,
-    FoldedRemixDiT,
-    IndependentExperts,
     RemixDiT,
     RemixDiT_models,
     RemixLinear,
@@ -66,7 +65,7 @@ def test_experts_match_the_published_implementation(weights):
     g = golden("remix.pt")
     model, config = load_model(ORIGINAL, ema=weights == "ema", num_heads=4)
     assert config["model"]["remix"] == {"n_basis": g["n_basis"], "n_experts": g["n_experts"]}
-    folded = FoldedRemixDiT(model)
+    folded = FoldedRemix(model)
     for i, expert in g["experts"].items():
         for denoise in (model, folded, model.expert(int(i))):
             assert relative(denoise(g["x"], expert["t"], g["y"]), expert[f"out_{weights}"]) < 1e-5
@@ -98,7 +97,7 @@ def test_every_basis_starts_as_the_pretrained_model(pretrained):
 
 @torch.no_grad()
 def test_folded_experts_equal_mixed_experts(remix):
-    folded = FoldedRemixDiT(remix)
+    folded = FoldedRemix(remix)
     for i, t in [(0, 0), (0, 165), (1, 166), (3, 500), (5, 999), (2, 333)]:
         assert remix.expert_index(torch.tensor(t)) == i
         x, ts, y = batch([t, t])
@@ -112,7 +111,7 @@ def test_folded_experts_equal_mixed_experts(remix):
 
 def test_changing_the_expert_neither_waits_for_the_device_nor_copies_the_weights(remix):
     # Tensors on the meta device have no numbers: a transfer to the host would be an error.
-    folded = FoldedRemixDiT(remix).to("meta")
+    folded = FoldedRemix(remix).to("meta")
     new_tensors = []
 
     class Record(TorchDispatchMode):
@@ -370,7 +369,7 @@ def test_mixing_takes_no_memory_per_basis(compiled, groups):
 @torch.no_grad()
 def test_sampling_compiles_once_for_all_experts(device, kind):
     remix = random_remix_dit(device).eval()
-    model = FoldedRemixDiT(remix)
+    model = FoldedRemix(remix)
     if kind == "independent":
         model = IndependentExperts([remix.expert(i) for i in range(20)], list(range(0, 1001, 50)))
     x = torch.randn(4, 4, 8, 8, device=device)

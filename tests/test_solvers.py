@@ -5,7 +5,7 @@ import torch
 from checkpoint import load_model
 from diffusion import SAMPLERS, SOLVERS, create_diffusion, make_sampler
 from diffusion.solvers import make_scheduler
-from remix import FoldedRemixDiT
+from experts import FoldedRemix
 
 ALPHA_BAR = torch.from_numpy(create_diffusion().alphas_cumprod)
 
@@ -92,7 +92,7 @@ def test_predictions_are_clipped_only_on_request(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", ["10", "33"])
 def test_each_timestep_is_denoised_by_its_own_expert(ckpt, name, steps, monkeypatch):
-    folded = FoldedRemixDiT(load_model(ckpt)[0])
+    folded = FoldedRemix(load_model(ckpt)[0])
     selected = []
     select = folded.select
     monkeypatch.setattr(folded, "select", lambda i: selected.append(i) or select(i))

@@ -230,7 +230,7 @@ def test_every_mixer_and_scope_trains_and_resumes(features, tmp_path, mixer, sco
     flags = [*training_flags(features, tmp_path, "run"), "--mixer", mixer, "--mixer-scope", scope, "--mix-modulation"]
     run("train_fast.py", *flags, "--max-steps", 2, "--ckpt-every", 1)
     model, _ = load_model(tmp_path / "run/checkpoints/0000002.pt")
-    assert (model.mixer, model.scope, len(model.mixed_layers)) == (mixer, scope, 5)
+    assert (model.mixer, model.scope, len(model.config["mixed_layers"])) == (mixer, scope, 5)
     (tmp_path / "run/checkpoints/0000002.pt").rename(tmp_path / "whole.pt")
     run("train_fast.py", *flags, "--max-steps", 2, "--resume", "auto")
     assert_same_weights(tmp_path / "whole.pt", tmp_path / "run/checkpoints/0000002.pt")

@@ -239,7 +239,7 @@ def sample_timesteps(
     boundaries = np.asarray(boundaries)
     if flow:
         return flow.sample_times(generator.random(batch_size), boundaries[experts], boundaries[experts + 1])
-    # The first timestep of each expert, with boundaries rounded to float32 as in `RemixDiT.expert_index`.
+    # The first timestep of each expert, with boundaries rounded to float32 as in `Remix.expert_index`.
     first = np.ceil(boundaries.astype(np.float32)).astype(np.int64)
     if (first[:-1] >= first[1:]).any():
         raise ValueError("an interval between boundaries contains no timestep")

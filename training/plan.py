@@ -62,6 +62,7 @@ class RunSettings:
         global_seed: seed of all random draws.
         load_weight: file that the weights at step 0 come from; None for random weights.
         ema_stds: widths of the averages for post-hoc EMA; None if there are none.
+        freeze: whether only the bases and the coefficients are trained; None if all parameters are.
         schedule_steps: number of steps over which the learning rates and the prior's weight fall; None for max_steps.
     """
 
@@ -80,6 +81,7 @@ class RunSettings:
     global_seed: int
     load_weight: str | None
     ema_stds: list[float] | None = None
+    freeze: bool | None = None
     schedule_steps: int | None = None
 
 
@@ -382,7 +384,7 @@ def step_costs(
         precision: precision of the matrix products.
         parallelism: how the step is divided among GPUs.
     """
-    config = model.backbone_config if groups else model.config
+    config = model.backbone_config
     width = torch.finfo(PRECISIONS[precision]).bits // 8
     trained, bases, mixture = count_parameters(model)
     # With R GPUs, each mixes 1/R of the rows for the groups of all GPUs: R times the groups on 1/R of the bases.
@@ -408,13 +410,17 @@ def step_costs(
         # their gradients, are copied into another order.
         reduced, exchanged = exchanged_numbers(trained, bases, mixtures, parallelism)
         traffic["exchange"] = 2 * sent + 2 * 4 * reduced + 2 * 2 * width * exchanged
-    return StepCosts(runs * training_flops(config) * n_images * parallelism.grad_accum, traffic, sent)
+    flops = training_flops(config) * n_images + low_rank_flops(model, n_images)
+    return StepCosts(runs * flops * parallelism.grad_accum, traffic, sent)
 
 
 def count_parameters(model: DiT | RemixDiT) -> tuple[int, int, int]:
-    """Return the numbers of trained parameters, of those that belong to bases, and of those of one mixture."""
+    """Return the numbers of trained parameters, of those that are mixed, and of those of one mixture.
+
+    Low-rank bases are not mixed.
+    """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    mixed = sum(p.numel() for m in model.modules() if isinstance(m, RemixLinear) for p in m.parameters())
+    mixed = sum(p.numel() for m in model.modules() if isinstance(m, RemixLinear) for p in m.bases())
     return trained, mixed, mixed // model.n_basis if mixed else 0
 
 
@@ -539,7 +545,7 @@ def activation_bytes(
         groups: number of equal groups of a RemixDiT's microbatch; None for a plain DiT.
         precision: dtype of the matrix products.
     """
-    config = model.backbone_config if isinstance(model, RemixDiT) else model.config
+    config = model.backbone_config
     stored = {}
 
     def store(tensor: torch.Tensor) -> torch.Tensor:
@@ -569,7 +575,7 @@ def activation_bytes(
 def training_flops(config: dict) -> int:
     """Count the FLOPs of a training step per image: those of the matrix products, forward and twice as many backward.
 
-    The FLOPs of a RemixDiT are counted as those of its backbone, without the mixing.
+    The FLOPs of a RemixDiT are counted as those of its backbone, without the mixing and without low-rank bases.
 
     Args:
         config: the keyword arguments of the DiT.
@@ -592,6 +598,20 @@ def mixing_flops(model: RemixDiT, n_groups: int) -> int:
     """
     _, bases, _ = count_parameters(model)
     return 3 * 2 * n_groups * bases
+
+
+def low_rank_flops(model: DiT | RemixDiT, n_images: int) -> int:
+    """Count the FLOPs that low-rank bases add to a training step, forward and backward; 0 for other models.
+
+    Args:
+        model: the model; its parameters may be on the meta device.
+        n_images: number of images.
+    """
+    if not isinstance(model, RemixDiT) or model.rank is None:
+        return 0
+    tokens = model.backbone.pos_embed.shape[1]
+    pairs = sum(p.numel() for _, layer in model.mixed() for p in layer.bases())
+    return 3 * 2 * pairs * tokens * n_images
 
 
 def matmul_rate(device: torch.device, precision: str, times: int = 3) -> float:

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from autoencoder import Pixels
 from common import UserError, cache_folder, counted, first_line, is_first_process
-from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
+from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion, process_name
 from diffusion.solvers import QUICK
 from distributed import StopSignal, World
 from evaluation.files import check_file, has_statistics, read_network, read_statistics
 from evaluation.networks import FEATURE_BATCH, FeatureExtractor, make_extractor, network_name
 from evaluation.scores import GaussianStatistics, frechet_distance
+from experts import ExpertSwitch, FoldedRemix
 from features import FeatureDataset
 from figures import intervals
 from models import DiT
-from remix import ExpertSwitch, FoldedRemixDiT, RemixDiT
+from remix import RemixDiT
 from sampling import SAMPLE_BATCH, Pipeline, SampleSettings, make_pipeline, sample
 from training.loggers import MetricLogger
 from training.previews import GUIDANCE
@@ -256,7 +257,7 @@ class Scorer:
 def prepare(model: DiT | RemixDiT, device: torch.device) -> DiT | ExpertSwitch:
     """Return the network that computes the scores of a model, on a device."""
     model.to(device)
-    return FoldedRemixDiT(model).eval() if isinstance(model, RemixDiT) else model
+    return FoldedRemix(model).eval() if isinstance(model, RemixDiT) else model
 
 
 def measure_parts(score: FidScore | HeldOutLoss, parts: list, model: DiT | ExpertSwitch) -> list:
@@ -339,7 +340,7 @@ def make_scorer(
         raise UserError("--score-every needs --score-against for FID, --held-out for the loss on other images, or both")
     if weights and not reference:
         raise UserError("--weights needs --score-against")
-    training, process = config["training"], config["diffusion"].get("process", "gaussian")
+    training, process = config["training"], process_name(config["diffusion"])
     scores = []
     if held_out:
         images = open_held_out(held_out, dataset, config["model"]["backbone"]["num_classes"])

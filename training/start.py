@@ -17,10 +17,10 @@ from checkpoint import (
     read_checkpoint,
 )
 from common import UserError, is_first_process, number, remove_leftovers, write_json
-from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
+from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion, process_name
 from distributed import World
 from features import FeatureDataset
-from interop.shapes import PUBLISHED_VAE, flow_target
+from interop.shapes import assumed_vae, flow_target
 from models import DiT, DiT_models
 from posthoc_ema import snapshot_folder
 from remix import RemixDiT, RemixDiT_models
@@ -138,6 +138,7 @@ def make_model(
     process: dict | None = None,
     classes: list[str] | None = None,
     new_classes: bool = False,
+    freeze: bool = False,
 ) -> DiT | RemixDiT:
     """Build the model at step 0.
 
@@ -151,18 +152,23 @@ def make_model(
         process: keyword arguments of `create_process`, which a file that is a flow must fit.
         classes: names of the dataset's classes; None if they are not known.
         new_classes: whether the file may be a model of other classes, whose embeddings are initialized again.
+        freeze: whether only the bases and the coefficients are trained.
     """
     try:
         if load_weight:
             known = process or {}, classes, new_classes
-            return load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle, *known)
-        if mixing:
-            return RemixDiT_models[name](**shape, **mixing, prior_bonus=prior_bonus)
-        return DiT_models[name](**shape)
+            model = load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle, *known)
+        elif mixing:
+            model = RemixDiT_models[name](**shape, **mixing, prior_bonus=prior_bonus)
+        else:
+            model = DiT_models[name](**shape)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
+    if freeze:
+        model.freeze_shared()
+    return model
 
 
 def load_initial_model(
@@ -185,7 +191,7 @@ def load_initial_model(
             run = process.get(key, "gaussian")
             raise UserError(f"--load-weight {path} was trained with {key}={trained}, this run has {run}")
     choose_classes(loaded, path, config["data"].get("classes"), classes, shape["num_classes"], new_classes)
-    loaded_config = loaded.backbone_config if isinstance(loaded, RemixDiT) else loaded.config
+    loaded_config = loaded.backbone_config
     needed_config = DiT_models[name.removeprefix("Remix")](**shape).config
     for key, value in needed_config.items():
         # Flows do not use the variance half of the output, which REPA's networks do not have.
@@ -196,7 +202,7 @@ def load_initial_model(
     if not mixing:
         raise UserError(f"--load-weight {path} holds a RemixDiT, which cannot start a {name}")
     for key, value in mixing.items():
-        # A config without boundaries has the default.
+        # A config without boundaries or rank has the default.
         if loaded.config.get(key) != value:
             raise UserError(f"--load-weight {path} has {key}={loaded.config.get(key)}, this run asks for {value}")
     return loaded
@@ -245,7 +251,7 @@ def run_config(
     process: dict,
 ) -> dict:
     """Return the configuration that, together with the data, determines the run; every checkpoint stores it."""
-    vae = {"vae": dataset.vae, "scale": dataset.scale} if dataset.vae else PUBLISHED_VAE
+    vae = {"vae": dataset.vae, **dataset.normalization.record()} if dataset.vae else assumed_vae(dataset.shape[0])
     image_size = dataset.image_size or image_size or 256
     data = dict(images=len(dataset), image_size=image_size, classes=dataset.classes, **vae)
     # Omitted for the default, so that checkpoints written by earlier versions still match.
@@ -265,7 +271,6 @@ def make_batch_sampler(
 ) -> BatchSampler:
     """Return what draws the batches of the run."""
     remix = isinstance(model, RemixDiT)
-    backbone = model.backbone_config if remix else model.config
     return BatchSampler(
         settings.global_seed,
         settings.global_batch_size,
@@ -273,7 +278,7 @@ def make_batch_sampler(
         n_experts=model.n_experts if remix else None,
         experts_per_batch=settings.experts_per_batch,
         timestep_range=tuple(settings.timesteps),
-        label_dropout=backbone["class_dropout_prob"],
+        label_dropout=model.backbone_config["class_dropout_prob"],
         grad_accum=grad_accum,
         boundaries=model.boundaries if remix else None,
         flow=diffusion if isinstance(diffusion, FlowMatching) else None,
@@ -352,7 +357,7 @@ def read_resume(path: Path | str, config: dict, extend: str, verify: bool = Fals
             f"--resume {path} was written by an earlier version of this code, which drew other random numbers: "
             "use --load-weight with another --prefix to start a new run from its weights"
         )
-    trained, asked = (part["diffusion"].get("process", "gaussian") for part in (state["config"], config))
+    trained, asked = (process_name(part["diffusion"]) for part in (state["config"], config))
     if trained != asked:
         raise UserError(f"--resume {path} was trained with --process {trained}, this run asks for {asked}")
     extend_schedule(path, state, config["training"], extend)
@@ -424,7 +429,10 @@ def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
 
 def default_prefix(name: str, mixing: dict | None) -> str:
     """Return the name of the run's folder if --prefix does not give it."""
-    return name.replace("/", "-") + (f"-{mixing['n_basis']}-{mixing['n_experts']}" if mixing else "")
+    if not mixing:
+        return name.replace("/", "-")
+    rank = f"-r{mixing['rank']}" if mixing["rank"] else ""
+    return f"{name.replace('/', '-')}-{mixing['n_basis']}-{mixing['n_experts']}{rank}"
 
 
 def advice(model: DiT | RemixDiT, settings: RunSettings) -> list[str]:

@@ -75,7 +75,7 @@ class RemixDiTPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        guided_channels: int = 3,
+        guided_channels: int | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guide: ModelMixin | None = None,
         output_type: str = "pil",
@@ -92,8 +92,8 @@ class RemixDiTPipeline(DiffusionPipeline):
             num_images_per_prompt: number of images per label. The images of a label follow each other.
             generator: random generator, or a list with one per image.
             latents: the noise [B, C, H, W] to start from. By default it is drawn from `generator`.
-            guided_channels: number of channels of the prediction that are guided, the first ones. The published
-                DiT guides three of four.
+            guided_channels: number of channels of the prediction that are guided, the first ones. By default three of
+                four, as in the published DiT, and all of any other number.
             guidance_interval: lowest and highest noise level with guidance (arXiv 2404.07724). Default: all levels.
             guide: a weaker transformer, which takes the place of the model without a class (arXiv 2406.02507).
             output_type: "pil", "np" [B, H, W, C] or "pt" [B, C, H, W] for images in [0, 1], or "latent" for the
@@ -134,7 +134,7 @@ class RemixDiTPipeline(DiffusionPipeline):
             time, sign = (1 - t / scheduler.config.num_train_timesteps, -1) if flow else (t, 1)
             level = float(t) / scheduler.config.num_train_timesteps if flow else float(t)
             scale = _scale_at(guidance_scale, guidance_interval, level, flow)
-            guided = min(guided_channels, channels)
+            guided = min(guided_channels or (3 if channels == 4 else channels), channels)
             out = sign * self._predict(scaled.to(self.transformer.dtype), time, labels, scale, guided, guide)
             out = out if uses_variance else out[:, :channels]
             x = scheduler.step(out, t, x, **options).prev_sample
@@ -169,10 +169,19 @@ class RemixDiTPipeline(DiffusionPipeline):
         weak = weak[:, :guided_channels]
         return torch.cat([weak + scale * (strong - weak), rest], dim=1)
 
+    def _latents(self, x: Tensor) -> Tensor:
+        """Undo the normalization of latents [B, C, H, W] that the config of the VAE describes."""
+        config = self.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return x / config.scaling_factor + (config.get("shift_factor") or 0)
+        mean, std = (x.new_tensor(values)[:, None, None] for values in (mean, std))
+        return x * std / config.scaling_factor + mean
+
     def _decode(self, x: Tensor, output_type: str):
         """Decode denoised samples [B, C, H, W] into images of the given type."""
         if self.vae is not None and output_type != "latent":
-            x = self.vae.decode(x.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+            x = self.vae.decode(self._latents(x.to(self.vae.dtype))).sample
         if output_type == "latent" or x.shape[1] not in (1, 3):
             return x
         x = (x / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,77 @@
+"""Which layers of known transformers are mixed, and which of their arguments holds the noise level."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How `remix.Remix` wraps a class of transformers.
+
+    Attributes:
+        layers: names of the mixed layers, see `remix.Remix`.
+        optional_layers: names of mixed layers that only some configurations have.
+        timestep: the argument that holds the noise level.
+        highest_level: the largest noise level.
+        unbatched: arguments that are no batches.
+    """
+
+    layers: tuple[str, ...]
+    optional_layers: tuple[str, ...] = ()
+    timestep: str = "timestep"
+    highest_level: int = 1000
+    unbatched: tuple[str, ...] = ()
+
+
+def inside(blocks: str, *layers: str) -> tuple[str, ...]:
+    """Return the names of layers inside all blocks of a list."""
+    return tuple(f"{blocks}.*.{layer}" for layer in layers)
+
+
+def attention(name: str) -> tuple[str, ...]:
+    """Return the names of the four projections of an attention layer."""
+    return tuple(f"{name}.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0"))
+
+
+def feed_forward(name: str) -> tuple[str, ...]:
+    """Return the names of the two layers of an MLP."""
+    return f"{name}.net.0.proj", f"{name}.net.2"
+
+
+# The projections of the text in joint attention.
+TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+
+# The classes of diffusers, by name, so that diffusers need not be imported. As in the paper, all linear layers of the
+# attention and of the MLPs in the blocks are mixed. Modulation, embeddings and the output layer are not.
+PRESETS = {
+    "DiTTransformer2DModel": Preset(inside("transformer_blocks", *attention("attn1"), *feed_forward("ff"))),
+    "PixArtTransformer2DModel": Preset(
+        inside("transformer_blocks", *attention("attn1"), *attention("attn2"), *feed_forward("ff"))
+    ),
+    "SD3Transformer2DModel": Preset(
+        inside("transformer_blocks", *attention("attn"), *feed_forward("ff"), *TEXT_ATTENTION[:3]),
+        # The last block does not output the text. SD3.5-medium has a second attention in some blocks.
+        inside("transformer_blocks", TEXT_ATTENTION[3], *feed_forward("ff_context"), *attention("attn2")),
+    ),
+    "FluxTransformer2DModel": Preset(
+        inside("transformer_blocks", *attention("attn"), *feed_forward("ff"))
+        + inside("transformer_blocks", *TEXT_ATTENTION, *feed_forward("ff_context"))
+        # In these blocks, attention and MLP share the layer proj_out.
+        + inside("single_transformer_blocks", *attention("attn")[:3], "proj_mlp", "proj_out"),
+        # Its pipeline divides the timesteps by 1000.
+        highest_level=1,
+        # The positions of the tokens.
+        unbatched=("img_ids", "txt_ids"),
+    ),
+    "WanTransformer3DModel": Preset(
+        inside("blocks", *attention("attn1"), *attention("attn2"), *feed_forward("ffn")),
+        # The keys and values of an image, in Wan 2.1 image-to-video.
+        inside("blocks", "attn2.add_k_proj", "attn2.add_v_proj"),
+    ),
+}
+
+
+def find_preset(module: nn.Module) -> Preset | None:
+    """Return the preset of a module's class, or None if the class is not known."""
+    return next((PRESETS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in PRESETS), None)
