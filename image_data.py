@@ -174,7 +174,8 @@ def _load_split(path: str):
     except Exception as error:
         # The network, the hub and the library raise errors of many kinds.
         reason = "the hub cannot be reached, and the dataset is not in its cache" if unreachable else first_line(error)
-        raise LocalError(f"--data-path {path}: no such folder, and not loaded from the hub: {reason}") from None
+        failure = "not a Hugging Face dataset" if Path(name).is_dir() else "no such folder, and not found on the hub"
+        raise LocalError(f"--data-path {path}: {failure}: {reason}") from None
     if not isinstance(table, dict):
         table = {str(table.split or "train"): table}
     if not split:

@@ -115,7 +115,7 @@ def test_columns_that_are_not_clear_are_an_error_with_their_types(images, tmp_pa
 
 def test_a_hub_that_cannot_be_reached_and_a_missing_package(monkeypatch, tmp_path):
     monkeypatch.setattr("hub.offline", lambda: True)
-    with pytest.raises(UserError, match="hf:owner/name@train: .* the hub cannot be reached"):
+    with pytest.raises(UserError, match=r"hf:owner/name@train: .* the hub cannot be reached"):
         TableImages("hf:owner/name@train")
     monkeypatch.setitem(sys.modules, "datasets", None)
     flags = ("--data-path=hf:owner/name", f"--features-path={tmp_path / 'f'}", *PIXELS)
