@@ -389,7 +389,7 @@ def open_held_out(path: str, dataset: FeatureDataset, num_classes: int) -> Featu
         UserError: if the folder holds no features, or features of another shape, VAE or classes.
     """
     held_out = FeatureDataset(path)
-    for name in ("shape", "vae", "scale", "image_size", "classes"):
+    for name in ("shape", "vae", "normalization", "image_size", "classes"):
         trained, given = getattr(dataset, name), getattr(held_out, name)
         # The original layout does not record all of them.
         if trained is not None and given is not None and trained != given:
