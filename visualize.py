@@ -84,7 +84,7 @@ def main(args: argparse.Namespace):
             draw_coefficients(out, model, name)
         else:
             pretrained, _ = load_model(args.pretrained, allow_pickle=args.trust_pickle, **overrides)
-            if not isinstance(pretrained, DiT) or pretrained.config != model.backbone_config:
+            if not isinstance(pretrained, DiT) or pretrained.backbone_config != model.backbone_config:
                 raise UserError(f"{args.pretrained} is not the plain DiT that {args.ckpt} was trained from")
             x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
             timesteps = interval_times(intervals(model), args.per_interval, is_flow(model))
@@ -164,7 +164,7 @@ def draw_training(out: Path, run: Path):
 def load_images(data_path: str, count: int, seed: int, ckpt: str, model: DiT | RemixDiT) -> tuple[Tensor, Tensor]:
     """Return `count` random encoded images [n, C, H, W] and their labels [n]."""
     dataset = FeatureDataset(data_path)
-    config = model.backbone_config if isinstance(model, RemixDiT) else model.config
+    config = model.backbone_config
     if dataset.shape != (config["in_channels"], config["input_size"], config["input_size"]):
         raise UserError(f"{data_path} holds features of shape {dataset.shape}, which {ckpt} cannot process")
     return dataset.__getitems__(np.random.default_rng(seed).permutation(len(dataset))[:count].tolist())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autoencoder import Pixels
 from common import UserError, cache_folder, counted, first_line, is_first_process
-from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
+from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion, process_name
 from diffusion.solvers import QUICK
 from distributed import StopSignal, World
 from evaluation.files import check_file, has_statistics, read_network, read_statistics
@@ -340,7 +340,7 @@ def make_scorer(
         raise UserError("--score-every needs --score-against for FID, --held-out for the loss on other images, or both")
     if weights and not reference:
         raise UserError("--weights needs --score-against")
-    training, process = config["training"], config["diffusion"].get("process", "gaussian")
+    training, process = config["training"], process_name(config["diffusion"])
     scores = []
     if held_out:
         images = open_held_out(held_out, dataset, config["model"]["backbone"]["num_classes"])
@@ -389,7 +389,7 @@ def open_held_out(path: str, dataset: FeatureDataset, num_classes: int) -> Featu
         UserError: if the folder holds no features, or features of another shape, VAE or classes.
     """
     held_out = FeatureDataset(path)
-    for name in ("shape", "vae", "scale", "image_size", "classes"):
+    for name in ("shape", "vae", "normalization", "image_size", "classes"):
         trained, given = getattr(dataset, name), getattr(held_out, name)
         # The original layout does not record all of them.
         if trained is not None and given is not None and trained != given:
