@@ -664,7 +664,7 @@ class RemixDiT(Remix):
                 layer.reset_parameters()
 
 
-def _from_scratch(
+def build_remix(
     backbone_name: str,
     *,
     n_basis: int = 4,
@@ -685,4 +685,4 @@ def _from_scratch(
     return remix
 
 
-RemixDiT_models = {f"Remix{name}": partial(_from_scratch, name) for name in DiT_models}
+RemixDiT_models = {f"Remix{name}": partial(build_remix, name) for name in DiT_models}

@@ -7,6 +7,7 @@ each of them at every timestep. The tables of README.md are made from these file
 import csv
 import fcntl
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from scipy.stats import ttest_1samp
 
 from common import atomic_write
 
-# For each setting: side of the images in pixels, and size of the models.
-SETTINGS = {"pixels": (16, "T/4"), "latents": (32, "T/2")}
+# For each setting: side of the images in pixels, and patch size of the models.
+SETTINGS = {"pixels": (16, 4), "latents": (32, 2)}
 # For each table, its parts: title and variants. Every table also has the pretrained model and continued training.
 TABLES = {
     1: {
@@ -43,6 +44,14 @@ TABLES = {
         ],
     },
     3: {"Table 3: low-rank bases": ["remix-4-20", "rank-4", "rank-8", "rank-16", "rank-16-frozen"]},
+    4: {
+        "Table 4: fine-tuning steps, compared with as many of continued training": [
+            f"{name}-steps-{steps}" for steps in (1_250, 2_500, 10_000, 20_000) for name in ("continued", "remix-4-20")
+        ],
+        "Table 4: widths (others have 48), compared with continued training of the same width": [
+            f"{name}-width-{width}" for width in (24, 96) for name in ("pretrained", "continued", "remix-4-20")
+        ],
+    },
 }
 # Measured by benchmarks/benchmark.py with the model and batch of the setting pixels.
 SPEED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "cpu-fashion-low-rank.json"
@@ -111,23 +120,31 @@ def compare(out: Path, setting: str, rows: list[dict]) -> list[dict]:
     """Compare each row with continued training of the same seed, on the test split.
 
     Returns:
-        The rows whose seed has a result of continued training, each with more columns. In percent: "error_change" of
+        The rows whose seed has a result of continued training, for the same number of steps and the same width, each
+        with more columns. In percent: "error_change" of
         the mean error; "ratio_change", of the mean over the timesteps of the ratio of the errors; "fifth_changes" [5],
         of the mean errors in fifths of the timesteps, from the least noise to the most. "fid_change" is a difference.
     """
-    continued = {row["seed"]: row for row in rows if row["variant"] == "continued"}
+    fids = {(row["variant"], row["seed"]): row["fid"] for row in rows}
     compared = []
     for row in rows:
-        if row["seed"] not in continued:
+        reference = baseline(row["variant"])
+        if (reference, row["seed"]) not in fids:
             continue
-        paths = [out / "errors" / f"{setting}-{name}-{row['seed']}.npz" for name in (row["variant"], "continued")]
+        paths = [out / "errors" / f"{setting}-{name}-{row['seed']}.npz" for name in (row["variant"], reference)]
         # [1000] each
         own, base = (np.load(path)["test"].astype(np.float64) for path in paths)
         fifths = own.reshape(5, -1).mean(1) / base.reshape(5, -1).mean(1)
         changes = dict(error_change=100 * (own.mean() / base.mean() - 1), ratio_change=100 * ((own / base).mean() - 1))
-        changes |= dict(fifth_changes=100 * (fifths - 1), fid_change=row["fid"] - continued[row["seed"]]["fid"])
+        changes |= dict(fifth_changes=100 * (fifths - 1), fid_change=row["fid"] - fids[reference, row["seed"]])
         compared.append(row | changes)
     return compared
+
+
+def baseline(name: str) -> str:
+    """Return the name of the continued training that a variant is compared with."""
+    suffix = re.search(r"-(steps|width)-\d+$", name)
+    return "continued" + (suffix[0] if suffix else "")
 
 
 def score_table(names: list[str], rows: list[dict]) -> str:
@@ -193,7 +210,7 @@ def change(name: str, values) -> str:
 
     The star means that the 95 % interval of a t test of three or more seeds does not include zero.
     """
-    if name == "continued":
+    if name == baseline(name):
         return "0"
     sure = len(values) >= 3 and ttest_1samp(values, 0).pvalue < 0.05
     return mean_and_std(values, 2) + (" *" if sure else "")
