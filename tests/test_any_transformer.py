@@ -4,10 +4,12 @@ import copy
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
-from conftest import relative
+from conftest import ROOT, relative
 from safetensors.torch import load_file
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
@@ -120,8 +122,7 @@ KINDS = {
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 # One of each class
-CLASSES = ["sd3", "flux", "wan", "pixart", "dit"]
-classes = pytest.mark.parametrize("kind", CLASSES)
+classes = pytest.mark.parametrize("kind", ["sd3", "flux", "wan", "pixart", "dit"])
 ranks = pytest.mark.parametrize("rank", [None, 2])
 # Noise levels of four samples, relative to the highest one, and the experts of N = 4 that own them.
 LEVELS, EXPERTS = torch.tensor([0.1, 0.9, 0.3, 0.95]), [0, 3, 1, 3]
@@ -359,7 +360,8 @@ def test_modules_in_half_precision(kind, rank):
     assert remix.logits.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in CLASSES[:4]), "dit"])
+@pytest.mark.slow
+@classes
 def test_compiled_models_run_groups_without_graph_breaks(kind):
     torch._dynamo.reset()
     remix, arguments = make(kind)
@@ -639,3 +641,22 @@ def test_a_missing_noise_level_is_refused():
     for value in (None, 500):
         with pytest.raises(TypeError, match=f"'timestep', which must be a tensor .* SD3Transformer.* got {value}"):
             remix(**arguments, timestep=value)
+
+
+# The documentation
+
+
+@pytest.mark.parametrize("steps", [2, pytest.param(None, marks=pytest.mark.slow)], ids=["short", "as it stands"])
+def test_the_documentation_trains_and_samples(steps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "any-transformer.md").read_text()
+    # The last section needs files of Wan 2.2.
+    code = "".join(re.findall(r"^```python\n(.*?)^```", page.partition("## Wan")[0], re.MULTILINE | re.DOTALL))
+    if steps:
+        code = re.sub(r"\bsteps=\d+", f"steps={steps}", code)
+    names = {}
+    exec(compile(code, "any-transformer.md", "exec"), names)
+    torch.testing.assert_close(names["with_adapters"], names["with_remix"], rtol=1e-3, atol=1e-3)
+    if not steps:
+        classifier = KNeighborsClassifier().fit(names["images"].flatten(1), names["labels"])
+        assert (classifier.predict(names["digits"].flatten(1)) == np.arange(100) % 10).mean() > 0.75
