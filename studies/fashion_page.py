@@ -52,7 +52,23 @@ TABLES = {
             f"{name}-width-{width}" for width in (24, 96) for name in ("pretrained", "continued", "remix-4-20")
         ],
     },
+    5: {
+        "Table 5: ideas past the paper, on validation images": [
+            "remix-4-20",
+            "one-hot",
+            "bonus-5",
+            "bonus-8",
+            "bonus-12",
+            "strength-1e-1",
+            "bonus-8-local",
+            "bonus-8-8-20",
+            "bonus-8-fine-at-low-noise",
+            "bonus-8-fine-at-high-noise",
+        ]
+    },
 }
+# The table that settings are chosen by.
+ON_VALIDATION = 5
 # Measured by benchmarks/benchmark.py with the model and batch of the setting pixels.
 SPEED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "cpu-fashion-low-rank.json"
 MEASURED = {
@@ -103,11 +119,13 @@ def page_tables(out: Path) -> str:
     """Return the tables of all results in a folder, as Markdown."""
     parts = []
     for setting in SETTINGS:
-        rows = compare(out, setting, read_results(out / f"{setting}.csv"))
+        results = read_results(out / f"{setting}.csv")
+        compared = {split: compare(out, setting, results, split) for split in ("test", "validation")}
         parts.append(f"## Results: {setting}")
-        if not rows:
+        if not results:
             parts.append("There are no results yet.")
-        for title, names in (item for table in TABLES.values() for item in table.items()):
+        for table, title, names in ((table, *item) for table, items in TABLES.items() for item in items.items()):
+            rows = compared["validation" if table == ON_VALIDATION else "test"]
             present = [name for name in ("pretrained", "continued", *names) if any(r["variant"] == name for r in rows)]
             if set(present) & set(names):
                 parts += [f"### {title}, {setting}", score_table(present, rows), fifths_table(present, rows)]
@@ -116,8 +134,14 @@ def page_tables(out: Path) -> str:
     return "\n\n".join(parts)
 
 
-def compare(out: Path, setting: str, rows: list[dict]) -> list[dict]:
-    """Compare each row with continued training of the same seed, on the test split.
+def compare(out: Path, setting: str, rows: list[dict], split: str = "test") -> list[dict]:
+    """Compare each row with continued training of the same seed.
+
+    Args:
+        out: folder of the results.
+        setting: key of SETTINGS.
+        rows: what `read_results` returns.
+        split: "test", or "validation", whose error and FID then replace those of the test images.
 
     Returns:
         The rows whose seed has a result of continued training, for the same number of steps and the same width, each
@@ -125,6 +149,8 @@ def compare(out: Path, setting: str, rows: list[dict]) -> list[dict]:
         the mean error; "ratio_change", of the mean over the timesteps of the ratio of the errors; "fifth_changes" [5],
         of the mean errors in fifths of the timesteps, from the least noise to the most. "fid_change" is a difference.
     """
+    if split == "validation":
+        rows = [row | {"test_error": row["validation_error"], "fid": row["validation_fid"]} for row in rows]
     fids = {(row["variant"], row["seed"]): row["fid"] for row in rows}
     compared = []
     for row in rows:
@@ -133,7 +159,7 @@ def compare(out: Path, setting: str, rows: list[dict]) -> list[dict]:
             continue
         paths = [out / "errors" / f"{setting}-{name}-{row['seed']}.npz" for name in (row["variant"], reference)]
         # [1000] each
-        own, base = (np.load(path)["test"].astype(np.float64) for path in paths)
+        own, base = (np.load(path)[split].astype(np.float64) for path in paths)
         fifths = own.reshape(5, -1).mean(1) / base.reshape(5, -1).mean(1)
         changes = dict(error_change=100 * (own.mean() / base.mean() - 1), ratio_change=100 * ((own / base).mean() - 1))
         changes |= dict(fifth_changes=100 * (fifths - 1), fid_change=row["fid"] - fids[reference, row["seed"]])
@@ -150,7 +176,7 @@ def baseline(name: str) -> str:
 def score_table(names: list[str], rows: list[dict]) -> str:
     """Return the errors and scores of variants as a Markdown table."""
     lines = [
-        "| variant | seeds | test error | change, % | mean change over timesteps, % | FID | change | KID | IS "
+        "| variant | seeds | error | change, % | mean change over timesteps, % | FID | change | KID | IS "
         "| FID, ImageNet's features |",
         "|" + " --- |" * 10,
     ]
@@ -179,7 +205,7 @@ def score_table(names: list[str], rows: list[dict]) -> str:
 def fifths_table(names: list[str], rows: list[dict]) -> str:
     """Return the changes of variants' errors in fifths of the timesteps as a Markdown table."""
     lines = [
-        "| change of the test error, % | t < 200 | 200 to 399 | 400 to 599 | 600 to 799 | 800 and above |",
+        "| change of the error, % | t < 200 | 200 to 399 | 400 to 599 | 600 to 799 | 800 and above |",
         "|" + " --- |" * 6,
     ]
     for name in names:

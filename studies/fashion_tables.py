@@ -1,11 +1,13 @@
 """Repeat tables 1 and 2 of the paper on Fashion-MNIST, from images to FID.
 
-Table 3 compares low-rank bases, and table 4 other numbers of fine-tuning steps and other widths of the model.
+Table 3 compares low-rank bases, table 4 other numbers of fine-tuning steps and other widths of the model, and table 5
+ideas that go past the paper, on validation images.
 
     python studies/fashion_tables.py 1 --setting pixels --seeds 0 1 2 3 4
     python studies/fashion_tables.py 2 --setting pixels --seeds 0 1 2
     python studies/fashion_tables.py 3 --setting pixels --seeds 0 1 2
     python studies/fashion_tables.py 4 --setting pixels --seeds 0 1 2
+    python studies/fashion_tables.py 5 --setting pixels --seeds 0 1 2
 
 Pretrains a tiny DiT for each seed, fine-tunes every variant of the table from it on the same number of images, and
 measures each variant's errors and the scores of its samples. Every part is a run of the project's scripts with ordinary
@@ -59,6 +61,11 @@ def remix(k: int, n: int, **values) -> dict:
     return dict(n_basis=k, n_experts=n, **values)
 
 
+def power_boundaries(n_experts: int, power: float) -> list[int]:
+    """Return the N + 1 boundaries 1000 (i / N)^power, rounded. With powers above 1, intervals grow with the noise."""
+    return [round(1000 * (i / n_experts) ** power) for i in range(n_experts + 1)]
+
+
 # The training flags of each variant; and "length", the number of fine-tuning steps relative to the others', and
 # "width". 128 images cannot be divided among 20 experts: that variant has more steps of 120.
 VARIANTS = {
@@ -84,6 +91,14 @@ VARIANTS = {
     "coefficients-to-1e-5": remix(4, 20, coeff_lr_end=1e-5),
     **{f"rank-{r}": remix(4, 20, rank=r) for r in (4, 8, 16)},
     "rank-16-frozen": remix(4, 20, rank=16, freeze=True),
+    # Ideas that go past the paper.
+    **{f"bonus-{bonus}": remix(4, 20, prior_bonus=bonus) for bonus in (5, 12)},
+    "bonus-8-local": remix(4, 20, prior_bonus=8, mixer_scope="local"),
+    "bonus-8-8-20": remix(8, 20, prior_bonus=8),
+    "strength-1e-1": remix(4, 20, prior_strength=1e-1),
+    # The lengths of the intervals of the least and of the most noise are 11 and 74 timesteps, or 136 and 34.
+    "bonus-8-fine-at-low-noise": remix(4, 20, prior_bonus=8, boundaries=power_boundaries(20, 1.5)),
+    "bonus-8-fine-at-high-noise": remix(4, 20, prior_bonus=8, boundaries=power_boundaries(20, 1 / 1.5)),
     **{f"continued-steps-{steps}": dict(length=steps / STEPS) for steps in OTHER_STEPS},
     **{f"remix-4-20-steps-{steps}": remix(4, 20, length=steps / STEPS) for steps in OTHER_STEPS},
     **{f"pretrained-width-{width}": dict(width=width) for width in OTHER_WIDTHS},
@@ -360,7 +375,7 @@ if __name__ == "__main__":
         "table",
         type=int,
         choices=TABLES,
-        help="table of the paper, or 3: low-rank bases, or 4: numbers of steps, and widths",
+        help="1, 2: those of the paper; 3: low-rank bases; 4: numbers of steps, widths; 5: ideas past the paper",
     )
     parser.add_argument("--setting", choices=SETTINGS, default="pixels", help="what the models denoise")
     parser.add_argument("--seeds", type=seed_int, nargs="+", default=[0, 1, 2], metavar="SEED", help="seeds")
