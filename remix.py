@@ -180,7 +180,8 @@ class Remix(nn.Module):
         module: the module. It is changed in place: its mixed layers are replaced. Every basis starts as a copy of the
             layer that it replaces.
         layers: names of the `nn.Linear` layers to mix, in which * stands for any text without a dot, such as
-            "blocks.*.mlp.fc1"; every name must match a layer. None: those that presets.py lists for the module's class.
+            "blocks.*.mlp.fc1"; every name must match a layer. The first dimension of their inputs must be the batch.
+            None: those that presets.py lists for the module's class.
         n_basis: number of bases K.
         n_experts: number of experts N, with equal intervals of the noise levels. It may be omitted with `boundaries`.
         boundaries: N + 1 increasing noise levels. Expert i denoises boundaries[i] <= level < boundaries[i + 1]. The

@@ -71,7 +71,10 @@ def write_pair(remix: Remix, folder):
     experts = {"transformer": 1, "transformer_2": 0}
     for part, i in experts.items():
         remix.expert(i).save_pretrained(folder / part)
-    index = {"_class_name": "WanPipeline"}
+    config = remix.backbone.config
+    # The transformers of image-to-video also get the latents of the image.
+    image = config.in_channels > config.out_channels
+    index = {"_class_name": "WanImageToVideoPipeline" if image else "WanPipeline"}
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text())
     index |= {part: ["diffusers", name] for part in experts}

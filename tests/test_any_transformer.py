@@ -384,6 +384,23 @@ def test_modules_in_half_precision(kind, rank):
     assert remix.logits.grad.abs().sum() > 0
 
 
+def test_low_rank_pairs_of_a_model_in_half_precision_are_trained_in_float32():
+    torch.manual_seed(0)
+    remix = randomize(Remix(tiny_sd3().eval().bfloat16(), n_experts=4, rank=2))
+    remix.freeze_shared()
+    arguments = tree_map(Tensor.bfloat16, sd3_arguments(4) | dict(timestep=LEVELS * 1000))
+    output = remix(**arguments, groups=4).sample
+    assert output.dtype == remix.dtype == torch.bfloat16
+    grads = gradients(remix, output)
+    assert len(grads) == 1 + 2 * len(remix.mixed())
+    assert {grad.dtype for grad in grads.values()} == {torch.float32}
+    for i, expert in enumerate(EXPERTS):
+        folded = remix.expert(expert)
+        assert folded.dtype == torch.bfloat16
+        assert relative(folded(**sample(arguments, i)).sample.float(), output[i : i + 1].float()) < 0.02
+    assert all(distance.isfinite().all() for distance in remix.distances())
+
+
 @pytest.mark.slow
 @classes
 def test_compiled_models_run_groups_without_graph_breaks(kind):
