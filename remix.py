@@ -299,6 +299,9 @@ class Remix(nn.Module):
         except AttributeError:
             if name == "backbone" or name.startswith("__"):
                 raise
+            if name == "save_pretrained":
+                # It would save the bases as the weights of one plain model.
+                raise AttributeError("a Remix is saved with torch.save(remix.state_dict(), path)") from None
             return getattr(self.backbone, name)
 
     def _apply(self, *args, **kwargs) -> "Remix":
@@ -552,7 +555,8 @@ def find_linears(module: nn.Module, patterns: Sequence[str], optional: Sequence[
         matches |= matched
     for name in matches:
         if not isinstance(modules[name], nn.Linear):
-            raise ValueError(f"layers: {name} is a {type(modules[name]).__name__}, but must be an nn.Linear")
+            kind = type(modules[name])
+            raise ValueError(f"layers: {name} is a {kind.__module__}.{kind.__name__}, but must be an nn.Linear")
     return {name: layer for name, layer in modules.items() if name in matches}
 
 

@@ -227,6 +227,24 @@ def test_the_expert_of_a_sample_with_several_noise_levels_is_that_of_the_highest
             torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
+@ranks
+def test_experts_with_separate_parameters(rank):
+    remix, arguments = make("wan", rest="separate", rank=rank)
+    for i, module in enumerate([remix.backbone, *remix.copies]):
+        module.proj_out.weight.data *= 1 + i
+    folded = FoldedRemix(remix)
+    with torch.no_grad():
+        mixed = remix(**arguments).sample
+        grouped = remix(**arguments, groups=4).sample
+        for i, expert in enumerate(EXPERTS):
+            alone = remix.expert(expert)(**sample(arguments, i)).sample
+            torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(folded(**sample(arguments, i)).sample, alone, rtol=1e-4, atol=1e-5)
+    assert torch.equal(grouped, mixed)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        remix.merge()
+
+
 def test_a_function_selects_the_experts():
     remix, arguments = make("dit", timestep=lambda hidden_states, timestep, **_: 1000 - timestep)
     assert remix.expert_index(remix.times(**arguments)).tolist() == [3, 0, 2, 0]
@@ -338,6 +356,12 @@ def test_state_dicts_and_copies(kind):
         for parameter in remix.parameters():
             parameter.zero_()
         assert torch.equal(twin(**arguments).sample, expected)
+
+
+def test_a_remix_is_not_saved_as_a_plain_model():
+    remix, _ = make("dit")
+    with pytest.raises(AttributeError, match=r"saved with torch\.save"):
+        remix.save_pretrained("folder")
 
 
 @classes
@@ -611,7 +635,7 @@ class Denoiser(nn.Module):
         (dict(layers=["layers.*", "no"]), "nothing matches 'no'"),
         (dict(layers=[]), r"must be a list of names of nn\.Linear layers, but it is \[\]"),
         (dict(layers="layers.0"), "must be a list of names of nn.Linear layers, but it is 'layers.0'"),
-        (dict(layers=["norm"]), r"norm is a LayerNorm, but must be an nn\.Linear"),
+        (dict(layers=["norm"]), r"norm is a torch\.nn\..*\.LayerNorm, but must be an nn\.Linear"),
         (dict(timestep="t"), r"Denoiser\.forward has no argument 't', only x, sigma"),
         (dict(timestep=None), "layers and timestep must be given for a Denoiser; presets exist for DiTTransformer2D"),
         (dict(n_experts=None), "n_experts or boundaries must be given"),
