@@ -48,10 +48,25 @@ def noise_level(boundaries: list[float], t: Tensor | float) -> Tensor | np.float
     return 1 - t if boundaries[-1] == 1 else t
 
 
+def check_levels(boundaries: list[float], low: float, high: float):
+    """Check that the noise levels from `low` to `high` have experts.
+
+    Raises:
+        ValueError: if they are outside the boundaries or not numbers.
+    """
+    first, last = boundaries[0], boundaries[-1]
+    if not first <= low <= high <= last:
+        raise ValueError(f"noise levels must be from {first:g} to {last:g}, but they are from {low:g} to {high:g}")
+
+
 def find_interval(boundaries: list[float], level: float) -> int:
     """Return the index of the interval between boundaries that a noise level belongs to.
 
     The numbers are rounded to float32 as in tensors, so that host and device find the same expert.
+
+    Raises:
+        ValueError: if the level is outside the boundaries.
     """
+    check_levels(boundaries, level, level)
     inner = [np.float32(boundary) for boundary in inner_boundaries(boundaries)]
     return bisect.bisect_right(inner, np.float32(level))

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common import UserError, atomic_write, first_line
-from diffusion import NOISE_LEVELS
+from diffusion import NOISE_LEVELS, process_name
 from experts import ExpertSwitch, FoldedRemix, IndependentExperts
 from hub import local_file
 from interop import diffusers, dit, original, sit
@@ -57,9 +57,8 @@ def model_config(name: str, model: DiT | RemixDiT) -> dict:
         name: the model's name in the registry, such as "RemixDiT-S/2".
         model: the model.
     """
-    if isinstance(model, RemixDiT):
-        return {"name": name, "backbone": model.backbone_config, "remix": model.config}
-    return {"name": name, "backbone": dict(model.config), "remix": None}
+    remix = model.config if isinstance(model, RemixDiT) else None
+    return {"name": name, "backbone": model.backbone_config, "remix": remix}
 
 
 def save_checkpoint(path, state: dict):
@@ -391,7 +390,7 @@ def choose_process(path, config: dict, process: str | None):
     Raises:
         UserError: if the file records another process.
     """
-    recorded = config["diffusion"].get("process", "gaussian")
+    recorded = process_name(config["diffusion"])
     if process in (None, recorded):
         return
     # The config of a file without one is determined from its tensors: it has no training options.
@@ -435,7 +434,7 @@ def load_denoiser(
     loaded.sort(key=lambda item: item[2]["training"]["timesteps"])
     intervals = [config["training"]["timesteps"] for _, _, config in loaded]
     bounds = [intervals[0][0], *(high for _, high in intervals)]
-    lowest, highest = NOISE_LEVELS[loaded[0][2]["diffusion"].get("process", "gaussian")]
+    lowest, highest = NOISE_LEVELS[process_name(loaded[0][2]["diffusion"])]
     if intervals != [list(pair) for pair in pairwise(bounds)] or (bounds[0], bounds[-1]) != (lowest, highest):
         raise UserError(
             f"the experts' timesteps {intervals} do not cover the range from {lowest} to {highest} exactly once"

@@ -34,7 +34,7 @@ from common import (
     run_script,
     warn,
 )
-from diffusion import NOISE_LEVELS
+from diffusion import NOISE_LEVELS, process_name
 from figures import intervals
 from interop import diffusers, dit, original, sit
 from models import DiT
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace):
         models["ema"].load_state_dict(ema)
         config["source"] = f"post-hoc EMA of relative standard deviation {args.ema_std} of {args.ckpt}"
     choose_process(args.ckpt, config, args.process)
-    if args.to in ("original", "dit") and config["diffusion"].get("process") == "flow":
+    if args.to in ("original", "dit") and process_name(config["diffusion"]) == "flow":
         warn(f"{args.out} does not say that the model is a flow, a file of --to sit does")
     if args.to in ("dit", "sit") and config["model"]["backbone"].get("frequency_shift"):
         warn(f"{args.out} cannot record the timestep frequencies: load it with --timestep-frequencies diffusers")

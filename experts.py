@@ -75,6 +75,15 @@ class FoldedRemix(ExpertSwitch):
         self.plain = remix._plain(0)
         self.folded = None
 
+    def __getattr__(self, name: str) -> Any:
+        # Pipelines of diffusers read attributes of the plain model, such as its config.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "plain" or name.startswith("__"):
+                raise
+            return getattr(self.plain, name)
+
     @property
     def boundaries(self) -> list[float]:
         """See `Remix`."""

@@ -1,4 +1,4 @@
-"""Encode a folder of images once, so that training never runs the autoencoder.
+"""Encode a dataset of images once, so that training never runs the autoencoder.
 
     torchrun --nnodes=1 --nproc_per_node=8 extract_features.py --data-path data/imagenet/train \\
         --features-path data/imagenet_encoded
@@ -12,8 +12,6 @@ is interrupted, the same command encodes what is missing. It also tries the imag
 """
 
 import argparse
-import hashlib
-import os
 import warnings
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from autoencoder import Latents, Pixels, load_autoencoder
@@ -45,7 +42,8 @@ from common import (
 )
 from distributed import SampleGenerators, World, rank0_logger, setup
 from features import DTYPES, INDEX, SHARD_SIZE, STORES, read_skipped, shard_path, write_index, write_shard
-from images import MAX_PIXELS, describe_kinds, is_image, read_image
+from image_data import LabelledImages, load_images
+from images import MAX_PIXELS, read_image
 from models import DiT_models
 from remix import RemixDiT_models
 
@@ -56,17 +54,17 @@ SETTINGS = "settings.json"
 def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is used.
     folder = Path(args.features_path)
-    images, notes = list_images(args.data_path)
+    images = load_images(args.data_path)
     check_pixel_flags(args.vae, args.store, args.grayscale)
     settings = dict(
-        images=len(images.samples),
+        images=len(images),
         classes=images.classes,
         image_size=args.image_size,
         vae=args.vae,
         mirror=args.mirror,
         grayscale=args.grayscale,
         seed=args.global_seed,
-        names=hash_names(images, args.data_path),
+        names=images.fingerprint(),
     )
     # Omitted for the defaults, so that settings written by earlier versions still match.
     if args.store != "draw":
@@ -108,10 +106,10 @@ def main(args: argparse.Namespace):
             path.unlink(missing_ok=True)
     world.barrier()
     logger.info(
-        f"{counted(len(images.samples), 'image')} of {counted(len(images.classes), 'class', 'classes')}, "
+        f"{counted(len(images), 'image')} of {counted(len(images.classes), 'class', 'classes')}, "
         f"{counted(n_views, 'view')} each -> {folder}"
     )
-    for note in [*notes, disk]:
+    for note in [*images.notes, disk]:
         logger.info(note)
 
     # Encode this process's share of the missing shards.
@@ -132,57 +130,12 @@ def main(args: argparse.Namespace):
     report_skipped(folder, args.skip_bad, logger.info)
 
 
-def list_images(path) -> tuple[ImageFolder, list[str]]:
-    """List the images below a folder, one folder per class, in a fixed order.
-
-    Args:
-        path: the folder.
-
-    Returns:
-        The images, whose classes are those that have any, and remarks about what is left out.
-
-    Raises:
-        UserError: if there are no images.
-    """
-    if not Path(path).is_dir():
-        raise UserError(f"--data-path {path}: no such folder")
-    others = [entry.name for entry in os.scandir(path) if entry.is_file()]
-
-    def select(name: str) -> bool:
-        if not is_image(name):
-            others.append(name)
-        return is_image(name)
-
-    try:
-        images = ImageFolder(path, is_valid_file=select, allow_empty=True)
-    except FileNotFoundError:
-        images = None
-    if images is None or not images.samples:
-        found = f", but {describe_kinds(others)}" if others else ""
-        raise UserError(f"--data-path {path} does not hold one folder of images per class{found}")
-    # Number the classes that have images from 0.
-    numbers = {label: number for number, label in enumerate(sorted({label for _, label in images.samples}))}
-    empty = [name for label, name in enumerate(images.classes) if label not in numbers]
-    images.classes = [images.classes[label] for label in numbers]
-    images.samples = [(name, numbers[label]) for name, label in images.samples]
-    notes = [f"classes without images are left out: {', '.join(empty)}"] if empty else []
-    if others:
-        notes.append(f"files that are not images in class folders are left out: {describe_kinds(others)}")
-    return images, notes
-
-
 def check_pixel_flags(vae: str, store: str, grayscale: bool):
     """Raise UserError for flags that do not suit a VAE, or its absence."""
     if store == "moments" and vae == "none":
         raise UserError("--store moments is for a VAE's latents: with --vae none there is nothing to draw")
     if grayscale and vae != "none":
         raise UserError("--grayscale is for pixels: use it with --vae none")
-
-
-def hash_names(images: ImageFolder, path) -> str:
-    """Return a hash of the images' paths relative to `path`, in their order."""
-    names = [os.path.relpath(name, path) for name, _ in images.samples]
-    return hashlib.sha256(repr(names).encode()).hexdigest()
 
 
 def finished(folder: Path, settings: dict) -> bool:
@@ -205,7 +158,7 @@ def repaired_shards(folder: Path, crops: "Crops") -> set[int]:
         shard
         for shard in shards
         for i in shard_images(shard, crops.images)
-        if crops.name(i) in unreadable and not isinstance(crops[i][1], str)
+        if crops.images.name(i) in unreadable and not isinstance(crops[i][1], str)
     }
 
 
@@ -221,14 +174,14 @@ def features_side(image_size: int, autoencoder: Pixels, model: str | None) -> in
     return side
 
 
-def count_shards(images: ImageFolder) -> int:
+def count_shards(images: LabelledImages) -> int:
     """Return the number of shards of all images."""
-    return -(-len(images.samples) // SHARD_SIZE)
+    return -(-len(images) // SHARD_SIZE)
 
 
-def shard_images(shard: int, images: ImageFolder) -> range:
+def shard_images(shard: int, images: LabelledImages) -> range:
     """Return the indices of a shard's images."""
-    return range(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, len(images.samples)))
+    return range(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, len(images)))
 
 
 def report_skipped(folder: Path, accept: bool, log):
@@ -245,35 +198,31 @@ def report_skipped(folder: Path, accept: bool, log):
 
 
 class Crops(Dataset):
-    """Square crops of an image folder.
+    """Square crops of images.
 
     Item i is (i, crop) with the crop as uint8 [C, size, size], or (i, reason) if the image cannot be read.
 
     Args:
-        images: list of images.
+        images: the images.
         size: side of the crops, in pixels.
         grayscale: convert to one channel instead of three.
         max_pixels: largest number of pixels of an image.
     """
 
-    def __init__(self, images: ImageFolder, size: int, grayscale: bool, max_pixels: int = MAX_PIXELS):
+    def __init__(self, images: LabelledImages, size: int, grayscale: bool, max_pixels: int = MAX_PIXELS):
         self.images = images
         self.size = size
         self.mode = "L" if grayscale else "RGB"
         self.max_pixels = max_pixels
 
     def __len__(self) -> int:
-        return len(self.images.samples)
-
-    def name(self, i: int) -> str:
-        """Return an image's path relative to the folder of all images."""
-        return os.path.relpath(self.images.samples[i][0], self.images.root)
+        return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[int, np.ndarray | str]:
         try:
             # read_image raises an error where Pillow warns.
             with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-                image = read_image(self.images.samples[i][0], self.mode, self.max_pixels)
+                image = read_image(self.images.file(i), self.mode, self.max_pixels)
             pixels = np.array(center_crop(image, self.size))
         # A decoder may raise any exception on a damaged file.
         except Exception as error:
@@ -382,15 +331,15 @@ def encode_images(crops: Crops, batches, encoder: Encoder) -> tuple[np.ndarray, 
     """
     features, labels, skipped = [], [], {}
     for indices, pixels, reasons in batches:
-        skipped |= {crops.name(i): reason for i, reason in reasons.items()}
+        skipped |= {crops.images.name(i): reason for i, reason in reasons.items()}
         if pixels is not None:
             features.append(encoder.encode(pixels, indices))
             finite = np.isfinite(features[-1]).all(axis=(1, 2, 3, 4))
             if not finite.all():
-                name, remedy = crops.name(indices[int(finite.argmin())]), " (use --dtype float32)"
+                name, remedy = crops.images.name(indices[int(finite.argmin())]), " (use --dtype float32)"
                 remedy = remedy if encoder.dtype == "float16" else ""
                 raise LocalError(f"{name}: its features are not finite in {encoder.dtype}{remedy}")
-            labels += [crops.images.samples[i][1] for i in indices]
+            labels += [crops.images.labels[i] for i in indices]
     if not features:
         features = [np.zeros((0, 2 if encoder.mirror else 1, 0, 0, 0))]
     return np.concatenate(features), np.array(labels, dtype=np.int64), skipped
@@ -426,9 +375,12 @@ def split(indices: range, size: int) -> list[range]:
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description="Encode a folder of images into features for train_fast.py.")
+    parser = ArgumentParser(description="Encode a dataset of images into features for train_fast.py.")
     parser.add_argument(
-        "--data-path", required=True, help="folder with one folder of images per class, such as data/imagenet/train"
+        "--data-path",
+        required=True,
+        help="folder with one folder of images per class, such as data/imagenet/train; or hf:NAME or hf:NAME@SPLIT, a "
+        "Hugging Face dataset: a local folder or a name on the hub, such as hf:ILSVRC/imagenet-1k@validation",
     )
     parser.add_argument("--features-path", required=True, help="folder to which the features are written")
     parser.add_argument(

@@ -1,11 +1,11 @@
 """The encoded-dataset format: packed shards that are memory-mapped, and an index.
 
-A folder of features holds for shard k (SHARD_SIZE images of the image list, in ImageFolder order):
+A folder of features holds for shard k (SHARD_SIZE images of the image list, in its order):
 
 - features-<k>.npy, float32 or float16 [images, views, C, H, W]. View 0 is the image; view 1, if stored, is its mirror
   image.
 - labels-<k>.npy, int64 [images].
-- skipped-<k>.txt, one line per unreadable image, if there are any: its path below the folder of images, a tab, and why.
+- skipped-<k>.txt, one line per unreadable image, if there are any: its name (see image_data.py), a tab, and why.
 
 index.json is written last. It records the VAE, its scale and shift, the image size, the classes, the counts, and what
 is stored in which type. "draw" is one draw from the VAE's posterior per view. "moments" are the posterior's mean and

@@ -30,7 +30,7 @@ def read_image(path, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image.I
     Grayscale images of 16 bits are divided by 257, so that black and white stay black and white.
 
     Args:
-        path: the file.
+        path: the path of the file, or an open file.
         mode: "RGB" or "L" (grayscale).
         max_pixels: largest number of pixels, which is also set as Pillow's limit.
 

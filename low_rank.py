@@ -28,18 +28,22 @@ class LowRankLinear(nn.Module):
         self.batch_coefficients = batch_coefficients
         self.row = row
         self.weight, self.bias = linear.weight, linear.bias
-        self.lora_A = nn.Parameter(linear.weight.new_empty(n_basis, rank, linear.in_features))
-        self.lora_B = nn.Parameter(linear.weight.new_empty(n_basis, linear.out_features, rank))
+        # Their updates would be lost in half precision, in which a frozen W is often stored.
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(linear.weight.new_empty(n_basis, rank, linear.in_features, dtype=dtype))
+        self.lora_B = nn.Parameter(linear.weight.new_empty(n_basis, linear.out_features, rank, dtype=dtype))
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply mixture g to the g-th of the G equal parts of the batch, x [B, ..., in] -> [B, ..., out]."""
         alpha = self.batch_coefficients.alpha[self.row]  # [G, K]
-        h = F.linear(x, self.lora_A.flatten(0, 1))  # [B, ..., K * r]
+        a = self.lora_A.flatten(0, 1).to(x.dtype)  # [K * r, in]
+        b = self.lora_B.transpose(0, 1).flatten(1).to(x.dtype)  # [out, K * r]
+        h = F.linear(x, a)  # [B, ..., K * r]
         # The coefficients multiply in float32: their gradients are sums over all tokens of a group.
         scales = alpha.repeat_interleave(self.lora_A.shape[1], dim=1)[:, None]  # [G, 1, K * r]
         h = (h.reshape(len(alpha), -1, h.shape[-1]) * scales).view(h.shape).to(h.dtype)
-        return F.linear(x, self.weight, self.bias) + F.linear(h, self.lora_B.transpose(0, 1).flatten(1))
+        return F.linear(x, self.weight, self.bias) + F.linear(h, b)
 
     @torch.no_grad()
     def reset_parameters(self):
@@ -57,7 +61,7 @@ class LowRankLinear(nn.Module):
         a, b = self.lora_A, self.lora_B
         # <B_j A_j, B_k A_k> is the sum of the products of B_j^T B_k [r, r] and A_j A_k^T [r, r].
         inner = torch.einsum("jor,kos,jri,ksi->jk", b, b, a, a)  # [K, K]
-        cross = torch.einsum("kor,oi,kri->k", b, self.weight, a)  # <W, B_k A_k>, [K]
+        cross = torch.einsum("kor,oi,kri->k", b, self.weight.to(a.dtype), a)  # <W, B_k A_k>, [K]
         norm = self.weight.square().sum() + (2 * cross + inner.diagonal()).mean()
         centered = inner - inner.mean(0)
         return centered - centered.mean(1, keepdim=True), norm

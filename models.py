@@ -226,6 +226,11 @@ class DiT(nn.Module):
         ):
             nn.init.zeros_(linear.weight)
 
+    @property
+    def backbone_config(self) -> dict:
+        """The keyword arguments that build this model; a RemixDiT has those of its backbone under the same name."""
+        return dict(self.config)
+
     @torch.no_grad()
     def reset_classes(self, num_classes: int, kept: dict[int, int]):
         """Replace the table of the class embeddings by a newly initialized one for other classes.

@@ -11,12 +11,14 @@ class Preset:
 
     Attributes:
         layers: names of the mixed layers, see `remix.Remix`.
+        optional_layers: names of mixed layers that only some configurations have.
         timestep: the argument that holds the noise level.
         highest_level: the largest noise level.
         unbatched: arguments that are no batches.
     """
 
     layers: tuple[str, ...]
+    optional_layers: tuple[str, ...] = ()
     timestep: str = "timestep"
     highest_level: int = 1000
     unbatched: tuple[str, ...] = ()
@@ -27,36 +29,49 @@ def inside(blocks: str, *layers: str) -> tuple[str, ...]:
     return tuple(f"{blocks}.*.{layer}" for layer in layers)
 
 
-SELF_ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
-CROSS_ATTENTION = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
-JOINT_ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+def attention(name: str) -> tuple[str, ...]:
+    """Return the names of the four projections of an attention layer."""
+    return tuple(f"{name}.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0"))
 
-# The classes of diffusers, by name, so that diffusers need not be imported.
+
+def feed_forward(name: str) -> tuple[str, ...]:
+    """Return the names of the two layers of an MLP."""
+    return f"{name}.net.0.proj", f"{name}.net.2"
+
+
+# The projections of the text in joint attention.
+TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+
+# The classes of diffusers, by name, so that diffusers need not be imported. As in the paper, all linear layers of the
+# attention and of the MLPs in the blocks are mixed. Modulation, embeddings and the output layer are not.
 PRESETS = {
-    "DiTTransformer2DModel": Preset(inside("transformer_blocks", *SELF_ATTENTION, *FEED_FORWARD)),
-    "PixArtTransformer2DModel": Preset(inside("transformer_blocks", *SELF_ATTENTION, *CROSS_ATTENTION, *FEED_FORWARD)),
-    "SD3Transformer2DModel": Preset(inside("transformer_blocks", *JOINT_ATTENTION, *FEED_FORWARD)),
-    # Its pipeline divides the timesteps by 1000.
+    "DiTTransformer2DModel": Preset(inside("transformer_blocks", *attention("attn1"), *feed_forward("ff"))),
+    "PixArtTransformer2DModel": Preset(
+        inside("transformer_blocks", *attention("attn1"), *attention("attn2"), *feed_forward("ff"))
+    ),
+    "SD3Transformer2DModel": Preset(
+        inside("transformer_blocks", *attention("attn"), *feed_forward("ff"), *TEXT_ATTENTION[:3]),
+        # The last block does not output the text. SD3.5-medium has a second attention in some blocks.
+        inside("transformer_blocks", TEXT_ATTENTION[3], *feed_forward("ff_context"), *attention("attn2")),
+    ),
     "FluxTransformer2DModel": Preset(
-        inside("transformer_blocks", *JOINT_ATTENTION, *FEED_FORWARD)
-        + inside("single_transformer_blocks", "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"),
+        inside("transformer_blocks", *attention("attn"), *feed_forward("ff"))
+        + inside("transformer_blocks", *TEXT_ATTENTION, *feed_forward("ff_context"))
+        # In these blocks, attention and MLP share the layer proj_out.
+        + inside("single_transformer_blocks", *attention("attn")[:3], "proj_mlp", "proj_out"),
+        # Its pipeline divides the timesteps by 1000.
         highest_level=1,
+        # The positions of the tokens.
         unbatched=("img_ids", "txt_ids"),
     ),
-    "WanTransformer3DModel": Preset(inside("blocks", *SELF_ATTENTION, *CROSS_ATTENTION, "ffn.net.0.proj", "ffn.net.2")),
+    "WanTransformer3DModel": Preset(
+        inside("blocks", *attention("attn1"), *attention("attn2"), *feed_forward("ffn")),
+        # The keys and values of an image, in Wan 2.1 image-to-video.
+        inside("blocks", "attn2.add_k_proj", "attn2.add_v_proj"),
+    ),
 }
 
 
-def find_preset(module: nn.Module) -> Preset:
-    """Return the preset of a module's class.
-
-    Raises:
-        ValueError: if the class is not known.
-    """
-    for kind in type(module).__mro__:
-        if kind.__name__ in PRESETS:
-            return PRESETS[kind.__name__]
-    raise ValueError(
-        f"layers and timestep must be given for a {type(module).__name__}; presets exist for {', '.join(PRESETS)}"
-    )
+def find_preset(module: nn.Module) -> Preset | None:
+    """Return the preset of a module's class, or None if the class is not known."""
+    return next((PRESETS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in PRESETS), None)

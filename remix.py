@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from boundaries import check_boundaries, equal_boundaries, find_interval, inner_boundaries, noise_level
+from boundaries import check_boundaries, check_levels, equal_boundaries, find_interval, inner_boundaries, noise_level
 from grouped_linear import mix, mixed_linear
 from low_rank import LowRankLinear
 from models import DiT, DiT_models, classifier_free_guidance
-from presets import find_preset
+from presets import PRESETS, find_preset
 
 
 class RemixLinear(nn.Module):
@@ -180,7 +180,8 @@ class Remix(nn.Module):
         module: the module. It is changed in place: its mixed layers are replaced. Every basis starts as a copy of the
             layer that it replaces.
         layers: names of the `nn.Linear` layers to mix, in which * stands for any text without a dot, such as
-            "blocks.*.mlp.fc1". None: those that presets.py lists for the module's class.
+            "blocks.*.mlp.fc1"; every name must match a layer. The first dimension of their inputs must be the batch.
+            None: those that presets.py lists for the module's class.
         n_basis: number of bases K.
         n_experts: number of experts N, with equal intervals of the noise levels. It may be omitted with `boundaries`.
         boundaries: N + 1 increasing noise levels. Expert i denoises boundaries[i] <= level < boundaries[i + 1]. The
@@ -222,12 +223,18 @@ class Remix(nn.Module):
         unbatched: Sequence[str] = (),
     ):
         super().__init__()
-        if layers is None or timestep is None:
-            preset = find_preset(module)
-            layers, timestep = layers or preset.layers, timestep or preset.timestep
+        preset, optional = find_preset(module), ()
+        if preset is not None:
+            if layers is None:
+                layers, optional = preset.layers, preset.optional_layers
+            timestep = timestep or preset.timestep
             unbatched = [*unbatched, *preset.unbatched]
-            num_timesteps = num_timesteps or preset.highest_level
-        num_timesteps = num_timesteps or 1000
+        num_timesteps = num_timesteps or (preset.highest_level if preset else 1000)
+        if layers is None or timestep is None:
+            raise ValueError(
+                f"layers and timestep must be given for a {type(module).__name__}; presets exist for "
+                f"{', '.join(PRESETS)}"
+            )
         if n_experts is None:
             if boundaries is None:
                 raise ValueError("n_experts or boundaries must be given")
@@ -243,7 +250,7 @@ class Remix(nn.Module):
             raise ValueError(f"rank must be at least 1, but it is {rank}")
         if boundaries is not None:
             check_boundaries(boundaries, n_experts, num_timesteps)
-        linears = find_linears(module, layers)
+        linears = find_linears(module, layers, optional)
         self.arguments = [*inspect.signature(module.forward).parameters]
         if isinstance(timestep, str) and timestep not in self.arguments:
             known = ", ".join(self.arguments)
@@ -293,7 +300,19 @@ class Remix(nn.Module):
         except AttributeError:
             if name == "backbone" or name.startswith("__"):
                 raise
+            if name == "save_pretrained":
+                # It would save the bases as the weights of one plain model.
+                raise AttributeError("a Remix is saved with torch.save(remix.state_dict(), path)") from None
             return getattr(self.backbone, name)
+
+    def _apply(self, *args, **kwargs) -> "Remix":
+        """Move or convert all parameters, but keep the logits and the boundaries in float32 in half precision."""
+        logits, inner = self.logits.data, self.inner_boundaries
+        super()._apply(*args, **kwargs)
+        if self.logits.dtype.itemsize < 4:
+            self.logits.data = logits.to(self.logits.device)
+            self.inner_boundaries = inner.to(self.logits.device)
+        return self
 
     def noise_level(self, t: Tensor | float) -> Tensor | np.float32:
         """Return the noise level of what the argument `timestep` holds, a tensor or a number."""
@@ -303,7 +322,7 @@ class Remix(nn.Module):
         """Return the index of the expert that owns each value of the argument `timestep`, a tensor or a number."""
         level = self.noise_level(t)
         if isinstance(level, Tensor):
-            return torch.bucketize(level, self.inner_boundaries, right=True)
+            return torch.bucketize(level.contiguous(), self.inner_boundaries, right=True)
         return find_interval(self.boundaries, level)
 
     def coefficients(self) -> Tensor:
@@ -405,14 +424,14 @@ class Remix(nn.Module):
             if t is None and position < len(args):
                 t = args[position]
         if not isinstance(t, Tensor):
-            raise TypeError(f"the experts are chosen by {self.timestep!r}, which must be a tensor, but it is {t!r}")
+            raise TypeError(
+                f"the experts are selected by {self.timestep!r}, which must be a tensor [B], but "
+                f"{type(self.backbone).__name__} got {t!r}"
+            )
         return t.view(-1) if t.ndim < 2 else t.flatten(1).amax(1)
 
     def _check_levels(self, t: Tensor):
-        low, high = torch.stack(self.noise_level(t).aminmax()).tolist()
-        first, last = self.boundaries[0], self.boundaries[-1]
-        if not first <= low <= high <= last:
-            raise ValueError(f"noise levels must be from {first:g} to {last:g}, but they are from {low:g} to {high:g}")
+        check_levels(self.boundaries, *torch.stack(self.noise_level(t).aminmax()).tolist())
 
     def _take(self, rows: Tensor, size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Select some samples of all arguments that are batches of `size` samples."""
@@ -440,9 +459,9 @@ class Remix(nn.Module):
 
     def enable_gradient_checkpointing(self):
         """Let a model of diffusers store only the inputs of each block, and compute the activations again."""
-        self.backbone.enable_gradient_checkpointing(
-            partial(checkpoint, use_reentrant=False, context_fn=self.batch_coefficients.contexts)
-        )
+        function = partial(checkpoint, use_reentrant=False, context_fn=self.batch_coefficients.contexts)
+        for i in range(self.n_experts if self.rest == "separate" else 1):
+            self._module(i).enable_gradient_checkpointing(function)
 
     def expert(self, i: int) -> nn.Module:
         """Return expert i as a module of the wrapped class with its own parameters, in eval mode.
@@ -512,25 +531,33 @@ class Remix(nn.Module):
             module.load_state_dict({k: v for k, v in own.items() if not k.startswith(mixed)}, strict=False)
 
 
-def find_linears(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
+def find_linears(module: nn.Module, patterns: Sequence[str], optional: Sequence[str] = ()) -> dict[str, nn.Linear]:
     """Return the layers of a module whose names match patterns, by name, in the module's order.
 
+    Args:
+        module: the module.
+        patterns: names in which * stands for any text without a dot.
+        optional: more of them, which need not match.
+
     Raises:
-        ValueError: if a pattern matches no layer, or one that is no `nn.Linear`.
+        ValueError: if one of `patterns` matches no layer, or a layer is no `nn.Linear`.
     """
     modules = dict(module.named_modules())
     matches = set()
-    for pattern in patterns:
+    if isinstance(patterns, str) or not patterns:
+        raise ValueError(f"layers must be a list of names of nn.Linear layers, but it is {patterns!r}")
+    for pattern in (*patterns, *optional):
         expression = re.compile(re.escape(pattern).replace(r"\*", "[^.]*"))
         matched = {name for name in modules if expression.fullmatch(name)}
-        if not matched:
+        if not matched and pattern not in optional:
             examples = [name for name, layer in modules.items() if isinstance(layer, nn.Linear)]
             some = f"linear layers such as {', '.join(examples[:4])}" if examples else "no linear layer"
             raise ValueError(f"layers: nothing matches {pattern!r} in {type(module).__name__}, which has {some}")
         matches |= matched
     for name in matches:
         if not isinstance(modules[name], nn.Linear):
-            raise ValueError(f"layers: {name} is a {type(modules[name]).__name__}, but must be an nn.Linear")
+            kind = type(modules[name])
+            raise ValueError(f"layers: {name} is a {kind.__module__}.{kind.__name__}, but must be an nn.Linear")
     return {name: layer for name, layer in modules.items() if name in matches}
 
 
@@ -642,7 +669,7 @@ class RemixDiT(Remix):
                 layer.reset_parameters()
 
 
-def _from_scratch(
+def build_remix(
     backbone_name: str,
     *,
     n_basis: int = 4,
@@ -663,4 +690,4 @@ def _from_scratch(
     return remix
 
 
-RemixDiT_models = {f"Remix{name}": partial(_from_scratch, name) for name in DiT_models}
+RemixDiT_models = {f"Remix{name}": partial(build_remix, name) for name in DiT_models}

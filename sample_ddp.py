@@ -49,7 +49,7 @@ from common import (
     write_array,
     write_json,
 )
-from diffusion import FLOW_SAMPLERS, PROCESS_SAMPLERS, SAMPLERS
+from diffusion import FLOW_SAMPLERS, PROCESS_SAMPLERS, SAMPLERS, process_name
 from diffusion.flow import LAST_STEPS
 from diffusion.interpolants import DIFFUSION_FORMS
 from distributed import PRECISIONS, World, rank0_logger, setup
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace):
     choose_process(args.ckpt[0], config, args.process)
     check_data_flags(args.image_size, args.num_classes, config, args.ckpt[0])
     check_original_flags(args.n_basis, args.n_experts, args.tf32, config, args.ckpt[0])
-    settings = sample_settings(args, config["diffusion"].get("process", "gaussian"))
+    settings = sample_settings(args, process_name(config["diffusion"]))
     vae = args.vae or config["data"]["vae"]
     guide = load_guide(args, config) if args.guide_ckpt else None
     pipeline = make_pipeline(model, guide, config, settings, vae, args.ckpt[0])

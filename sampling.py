@@ -12,7 +12,7 @@ import torch
 
 from autoencoder import Normalization, Pixels, load_autoencoder
 from common import UserError
-from diffusion import NOISE_LEVELS, make_sampler
+from diffusion import NOISE_LEVELS, make_sampler, process_name
 from distributed import SampleGenerators, World
 from experts import ExpertSwitch
 from guidance import GuidanceSchedule, make_denoiser, make_schedule, predict
@@ -100,7 +100,7 @@ def make_pipeline(
     backbone = config["model"]["backbone"]
     if isinstance(settings.labels, list) and max(settings.labels) >= trained_classes(config):
         raise UserError(f"--labels {max(settings.labels)}: {ckpt} has the classes 0 to {trained_classes(config) - 1}")
-    process = config["diffusion"].get("process", "gaussian")
+    process = process_name(config["diffusion"])
     try:
         schedule = make_schedule(settings.cfg_scale, settings.guidance_interval, NOISE_LEVELS[process][1])
     except ValueError as error:

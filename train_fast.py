@@ -208,6 +208,9 @@ def train(args: argparse.Namespace) -> bool:
         autocast = partial(world.autocast, settings.precision)
         previews = SamplePreview(*run, autoencoder, process if can_sample else None, autocast, world.device, log)
 
+    # A run that was stopped while it scored a step scores it now.
+    stopped = scorer is not None and scorer.is_due(step) and not scorer.score(step, trainer.whole_ema(True))
+
     # Train. `step` counts the steps that are done. find_resume sets schedule_steps if the run is extended.
     schedule_steps = config["training"]["schedule_steps"] or settings.max_steps
     peak_flops_per_s = matmul_rate(world.device, settings.precision) * world.size
@@ -215,8 +218,6 @@ def train(args: argparse.Namespace) -> bool:
     last_picture_s = 0.0
     failed = False
     with closing(loggers), sampler.load(dataset, range(step, settings.max_steps), args.num_workers) as batches:
-        # A run that was stopped while it scored a step scores it now.
-        stopped = scorer is not None and scorer.is_due(step) and not scorer.score(step, trainer.whole_ema(True))
         done = stopped or step == settings.max_steps
         while not done:
             progress = min(1, step / schedule_steps)

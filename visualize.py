@@ -11,12 +11,13 @@ losses: error of every expert over all timesteps, relative to the pretrained mod
     best expert of each interval.
 training: mixing coefficients over the steps of a run.
 grids: the same samples of several models, one row per model; no CSV file.
-ema: held-out error over the width of the EMA, from the snapshots of a run with --ema-snapshots.
+ema: held-out error, FID or both over the width of the EMA, from the snapshots of a run with --ema-snapshots.
 """
 
 import argparse
 import csv
 import json
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -44,12 +45,15 @@ from common import (
     seed_int,
 )
 from diffusion import FlowMatching, GaussianDiffusion, create_process
-from experts import FoldedRemix
+from distributed import World
+from evaluation.scores import NEIGHBOURS
+from experts import ExpertSwitch, FoldedRemix
 from features import FeatureDataset
 from figures import interval_labels, intervals, is_flow, save_coefficients, save_grid
 from models import DiT
 from posthoc_ema import WIDEST, reconstruct
 from remix import RemixDiT
+from training.scoring import make_fid
 from training.statistics import interval_times, noise_errors
 
 # Evenly spaced noise levels at which the error of an EMA is measured.
@@ -68,10 +72,21 @@ def main(args: argparse.Namespace):
     elif args.figure == "ema":
         args.ckpt = find_checkpoint(args.ckpt)
         model, config = load_model(args.ckpt)
-        x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
-        diffusion = create_process(**config["diffusion"])
-        errors = ema_errors(args.ckpt, model, diffusion, x, y, args.stds, args.global_seed)
-        draw_ema(out, errors, config["model"]["name"])
+        if not args.data_path and not args.score_against:
+            raise UserError("ema needs --data-path for the held-out error, --score-against for FID, or both")
+        measures = {}
+        if args.data_path:
+            x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
+            diffusion = create_process(**config["diffusion"])
+            measures["error"] = partial(held_out_error, diffusion, x.to(device()), y.to(device()), args.global_seed)
+        if args.score_against:
+            if not config["training"]:
+                raise UserError(f"{args.ckpt} is no checkpoint of a run with --ema-snapshots")
+            samples = args.score_against, args.weights, args.score_samples, args.vae or config["data"]["vae"]
+            fid = make_fid(*samples, config, model, args.ckpt)
+            fid.start(World(0, 1, device()))
+            measures["FID"] = fid.evaluate
+        draw_ema(out, ema_scores(args.ckpt, model, args.stds, measures), config["model"]["name"])
     else:
         args.ckpt = find_checkpoint(args.ckpt)
         overrides = {"num_heads": args.num_heads} if args.num_heads else {}
@@ -84,7 +99,7 @@ def main(args: argparse.Namespace):
             draw_coefficients(out, model, name)
         else:
             pretrained, _ = load_model(args.pretrained, allow_pickle=args.trust_pickle, **overrides)
-            if not isinstance(pretrained, DiT) or pretrained.config != model.backbone_config:
+            if not isinstance(pretrained, DiT) or pretrained.backbone_config != model.backbone_config:
                 raise UserError(f"{args.pretrained} is not the plain DiT that {args.ckpt} was trained from")
             x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
             timesteps = interval_times(intervals(model), args.per_interval, is_flow(model))
@@ -94,6 +109,11 @@ def main(args: argparse.Namespace):
 
     written = [path for path in (out, out.with_suffix(".csv")) if path.exists()]
     print(f"wrote {' and '.join(map(str, written))}")
+
+
+def device() -> torch.device:
+    """Return the device of the models."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def default_out(args: argparse.Namespace) -> Path:
@@ -164,7 +184,7 @@ def draw_training(out: Path, run: Path):
 def load_images(data_path: str, count: int, seed: int, ckpt: str, model: DiT | RemixDiT) -> tuple[Tensor, Tensor]:
     """Return `count` random encoded images [n, C, H, W] and their labels [n]."""
     dataset = FeatureDataset(data_path)
-    config = model.backbone_config if isinstance(model, RemixDiT) else model.config
+    config = model.backbone_config
     if dataset.shape != (config["in_channels"], config["input_size"], config["input_size"]):
         raise UserError(f"{data_path} holds features of shape {dataset.shape}, which {ckpt} cannot process")
     return dataset.__getitems__(np.random.default_rng(seed).permutation(len(dataset))[:count].tolist())
@@ -194,8 +214,7 @@ def expert_errors(
         Mean squared error of the pretrained model in each interval, [N], and the error of each expert in each interval
         relative to it, minus 1, [N experts, N intervals].
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    x, y, remix, pretrained = x.to(device), y.to(device), remix.to(device), pretrained.to(device)
+    x, y, remix, pretrained = (part.to(device()) for part in (x, y, remix, pretrained))
 
     def interval_errors(model: DiT) -> np.ndarray:
         errors = noise_errors(model, diffusion, x, y, timesteps.ravel(), min(32, len(x)), seed, timesteps_per_batch=8)
@@ -240,54 +259,53 @@ def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, model: Rem
 # Widths of the EMA
 
 
-def ema_errors(
-    ckpt: str,
-    model: DiT | RemixDiT,
-    diffusion: GaussianDiffusion | FlowMatching,
-    x: Tensor,
-    y: Tensor,
-    stds: list[float],
-    seed: int,
-) -> dict[float | None, float]:
-    """Measure the error of averages of the weights of several widths, on the same images and noise.
+def held_out_error(
+    diffusion: GaussianDiffusion | FlowMatching, x: Tensor, y: Tensor, seed: int, model: DiT | ExpertSwitch
+) -> float:
+    """Return the mean error of a model over evenly spaced noise levels, on encoded images x with the labels y."""
+    levels = (np.arange(EMA_LEVELS) + 0.5) / EMA_LEVELS
+    times = 1 - levels if isinstance(diffusion, FlowMatching) else (levels * diffusion.num_timesteps).astype(int)
+    return noise_errors(model, diffusion, x, y, times, min(32, len(x)), seed).mean().item()
+
+
+def ema_scores(
+    ckpt: str, model: DiT | RemixDiT, stds: list[float], measures: dict[str, Callable[[DiT | ExpertSwitch], float]]
+) -> dict[float | None, dict[str, float]]:
+    """Measure averages of the weights of several widths.
 
     Args:
         ckpt: Checkpoint of a run with snapshots.
         model: Its model, with the EMA of the training.
-        diffusion: Process of the model.
-        x: Encoded images, [n, C, H, W].
-        y: Labels, [n].
         stds: Relative standard deviations of the averages.
-        seed: Seed of the noise.
+        measures: What is measured, by name.
 
     Returns:
-        Mean error over evenly spaced noise levels, by width; that of the training's EMA has the key None.
+        The results by width and name; those of the training's EMA have the width None.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    levels = (np.arange(EMA_LEVELS) + 0.5) / EMA_LEVELS
-    times = 1 - levels if isinstance(diffusion, FlowMatching) else (levels * diffusion.num_timesteps).astype(int)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    x, y, errors = x.to(device), y.to(device), {}
+    scores = {}
     for std in tqdm([None, *stds], desc="widths"):
         model.load_state_dict(state if std is None else reconstruct(ckpt, std, state))
-        network = FoldedRemix(model) if isinstance(model, RemixDiT) else model
-        per_time = noise_errors(network.to(device), diffusion, x, y, times, min(32, len(x)), seed)
-        errors[std] = per_time.mean().item()
-    return errors
+        network = (FoldedRemix(model).eval() if isinstance(model, RemixDiT) else model).to(device())
+        scores[std] = {name: measure(network) for name, measure in measures.items()}
+    return scores
 
 
-def draw_ema(out: Path, errors: dict[float | None, float], name: str):
-    """Draw the results of ema_errors."""
-    stds = sorted(std for std in errors if std is not None)
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    axis.plot(stds, [errors[std] for std in stds], marker="o", label="post-hoc EMA")
-    axis.axhline(errors[None], color="gray", linestyle="--", label="EMA of the training")
-    axis.set_xlabel("relative standard deviation of the EMA")
-    axis.set_ylabel("held-out error")
-    axis.set_title(name, fontsize=10)
-    axis.legend()
+def draw_ema(out: Path, scores: dict[float | None, dict[str, float]], name: str):
+    """Draw the results of ema_scores, one panel for each score."""
+    stds = sorted(std for std in scores if std is not None)
+    kinds = list(scores[None])
+    figure, axes = plt.subplots(1, len(kinds), figsize=(7 * len(kinds), 4), layout="constrained", squeeze=False)
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        axis.plot(stds, [scores[std][kind] for std in stds], marker="o", label="post-hoc EMA")
+        axis.axhline(scores[None][kind], color="gray", linestyle="--", label="EMA of the training")
+        axis.set_xlabel("relative standard deviation of the EMA")
+        axis.set_ylabel("held-out error" if kind == "error" else kind)
+        axis.legend()
+    figure.suptitle(name, fontsize=10)
     save_png(figure, out)
-    write_csv(out, ["std", "error"], [["training", errors[None]], *([std, errors[std]] for std in stds)])
+    rows = [[std or "training", *scores[std].values()] for std in (None, *stds)]
+    write_csv(out, ["std", *kinds], rows)
 
 
 # Samples
@@ -340,7 +358,7 @@ if __name__ == "__main__":
     training = figures.add_parser("training", help="mixing coefficients over the steps of a run")
     grids = figures.add_parser("grids", help="the same samples of several models, one row per model")
 
-    ema = figures.add_parser("ema", help="held-out error over the width of the EMA (train_fast.py --ema-snapshots)")
+    ema = figures.add_parser("ema", help="error and FID over the width of the EMA (train_fast.py --ema-snapshots)")
 
     for figure in (coefficients, losses):
         figure.add_argument("ckpt", help="checkpoint of a RemixDiT")
@@ -366,7 +384,7 @@ if __name__ == "__main__":
     grids.add_argument("samples", nargs="+", help="folders of samples, or samples.npz files, of the same seed")
     grids.add_argument("--images", type=positive_int, default=10, help="images per model")
     ema.add_argument("ckpt", help="checkpoint in the folder of a run with snapshots")
-    ema.add_argument("--data-path", required=True, help="encoded images, preferably not those of the training")
+    ema.add_argument("--data-path", help="encoded images for the error, preferably not those of the training")
     ema.add_argument("--images", type=positive_int, default=256, help="number of images")
     ema.add_argument(
         "--stds",
@@ -377,6 +395,10 @@ if __name__ == "__main__":
         help="relative standard deviations of the averages",
     )
     ema.add_argument("--global-seed", type=seed_int, default=0, help="seed of the images and the noise")
+    ema.add_argument("--score-against", metavar="PATH", help="reference of FID, as for train_fast.py")
+    ema.add_argument("--weights", metavar="PATH", help="feature network of FID, as for evaluator.py")
+    ema.add_argument("--score-samples", type=number(int, NEIGHBOURS + 1), default=5000, help="samples for FID")
+    ema.add_argument("--vae", metavar="NAME", help="VAE that decodes the samples (default: the checkpoint's)")
     for figure in (coefficients, losses, training, grids, ema):
         figure.add_argument("--out", help="PNG file to write (default: beside the checkpoint or in the run's folder)")
     run_script(main, parser)

@@ -464,10 +464,10 @@ def extraction(args: argparse.Namespace, world: World, floors: dict) -> list[dic
     from diffusers import AutoencoderKL
     from PIL import Image
     from torch.utils.data import DataLoader
-    from torchvision.datasets import ImageFolder
 
     from autoencoder import load_autoencoder
     from extract_features import Crops, Encoder, encode_images, join
+    from image_data import load_images
 
     small = args.toy or world.device.type == "cpu"
     n, size, batch = (8, 32, 4) if args.toy else (64, 64, 8) if small else (4096, 256, 64)
@@ -480,7 +480,7 @@ def extraction(args: argparse.Namespace, world: World, floors: dict) -> list[dic
         picture = Image.fromarray(picture).resize((500, 375), Image.Resampling.BICUBIC)
         for i in range(n):
             picture.save(f"{folder}/images/one/{i:05d}.jpg", quality=90)
-        images = ImageFolder(f"{folder}/images")
+        images = load_images(f"{folder}/images")
         autoencoder = load_autoencoder(f"{folder}/vae").to(world.device)
         encoder = Encoder(autoencoder, store="draw", mirror=True, seed=0, device=world.device)
         crops = Crops(images, size, False)

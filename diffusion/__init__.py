@@ -11,6 +11,7 @@ from .solvers import (
     SOLVERS,
     create_process,
     make_sampler,
+    process_name,
 )
 
 # The counterpart of create_diffusion: a flow is built from its arguments alone.
@@ -30,6 +31,7 @@ __all__ = [
     "create_flow",
     "create_process",
     "make_sampler",
+    "process_name",
     "respace",
     "space_timesteps",
 ]

@@ -44,6 +44,11 @@ def create_process(process: str = "gaussian", **options) -> GaussianDiffusion | 
     return FlowMatching(**options) if process == "flow" else create_diffusion(**options)
 
 
+def process_name(options: dict) -> str:
+    """Return "gaussian" or "flow" for keyword arguments of `create_process`, such as a config's "diffusion" part."""
+    return options.get("process", "gaussian")
+
+
 def make_sampler(
     name: str, steps: str, process: str = "gaussian", solver: dict | None = None, **options
 ) -> tuple[Callable[..., Tensor], list[int] | list[float] | None]:

@@ -30,4 +30,7 @@ them recognizes the file. `convert.py` calls the `write` function of the format 
             UserError: if the format cannot represent the model.
 
 To add a format, write a module with these two functions and add its `read` to `checkpoint.READERS`.
+
+wan.py and expert_folder.py are for experts of any transformer, which have no checkpoints of this project. Their
+functions take and return a `remix.Remix`.
 """

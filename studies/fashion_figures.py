@@ -1,9 +1,10 @@
-"""Draw where the variants of the Fashion-MNIST study help: the change of the test error over the timesteps.
+"""Draw where Remix-DiT helps in the Fashion-MNIST study: at which timesteps, for how many steps, at which width.
 
     python studies/fashion_figures.py
 
-Reads the results of studies/fashion_tables.py and writes <out>/figures/timesteps-<setting>.png for every setting that
-has results of a variant.
+Reads the results of studies/fashion_tables.py and writes to <out>/figures, for every setting that has the results:
+timesteps-<setting>.png, the change of the test error over the timesteps; steps-<setting>.png and width-<setting>.png,
+FID and the test error for several numbers of fine-tuning steps and for several widths of the model.
 """
 
 import argparse
@@ -26,6 +27,11 @@ VARIANTS = {
     "bonus-8": "Remix-DiT 4-20, prior bonus 8",
     "one-hot": "Remix-DiT 4-20, one-hot",
 }
+# For each suffix of a variant's name: label of the axis, the value without suffix, and the other values.
+SERIES = {
+    "steps": ("fine-tuning steps", 5_000, (1_250, 2_500, 10_000, 20_000)),
+    "width": ("width of the model", 48, (24, 96)),
+}
 # The errors are averaged over this number of neighbouring timesteps.
 BIN = 25
 
@@ -40,7 +46,13 @@ def main(args: argparse.Namespace):
         if changes:
             drawn.append(out / "figures" / f"timesteps-{setting}.png")
             draw(drawn[-1], changes)
-            print(f"wrote {drawn[-1]}")
+        for kind, (label, default, others) in SERIES.items():
+            points = {value: f"-{kind}-{value}" for value in others} | {default: ""}
+            if any(row["variant"] == f"remix-4-20{suffix}" for row in rows for suffix in points.values() if suffix):
+                drawn.append(out / "figures" / f"{kind}-{setting}.png")
+                draw_series(drawn[-1], label, dict(sorted(points.items())), rows)
+    for path in drawn:
+        print(f"wrote {path}")
     if not drawn:
         raise UserError(f"{out} has no results of a variant and of continued training: run studies/fashion_tables.py")
 
@@ -87,7 +99,36 @@ def draw(path: Path, changes: dict[str, np.ndarray]):
     plt.close(figure)
 
 
+def draw_series(path: Path, label: str, points: dict[int, str], rows: list[dict]):
+    """Draw FID and the test error of continued training and of Remix-DiT 4-20 against a number.
+
+    Args:
+        path: the file to write.
+        label: what the number is.
+        points: for each number, the end of the variants' names.
+        rows: what `compare` returns.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.5))
+    for axes, key, name in zip(panels, ("fid", "test_error"), ("FID", "test error"), strict=True):
+        for variant, title in (("continued", "continued training"), ("remix-4-20", "Remix-DiT 4-20")):
+            found = {x: [row[key] for row in rows if row["variant"] == variant + end] for x, end in points.items()}
+            found = {x: values for x, values in found.items() if values}
+            spread = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in found.values()]
+            axes.errorbar(list(found), [np.mean(v) for v in found.values()], spread, marker="o", capsize=3, label=title)
+        axes.set(xscale="log", xlabel=label, ylabel=name)
+        axes.set_xticks(list(points), [f"{x:,}" for x in points])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
-    parser = ArgumentParser(description="Draw the change of the test error over the timesteps.")
+    parser = ArgumentParser(
+        description="Draw at which timesteps, for how many steps and at which width Remix-DiT helps."
+    )
     parser.add_argument("--out", default="studies/results/fashion", metavar="FOLDER", help="results")
     run_script(main, parser)

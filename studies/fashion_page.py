@@ -7,6 +7,7 @@ each of them at every timestep. The tables of README.md are made from these file
 import csv
 import fcntl
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from scipy.stats import ttest_1samp
 
 from common import atomic_write
 
-# For each setting: side of the images in pixels, and size of the models.
-SETTINGS = {"pixels": (16, "T/4"), "latents": (32, "T/2")}
+# For each setting: side of the images in pixels, and patch size of the models.
+SETTINGS = {"pixels": (16, 4), "latents": (32, 2)}
 # For each table, its parts: title and variants. Every table also has the pretrained model and continued training.
 TABLES = {
     1: {
@@ -43,7 +44,31 @@ TABLES = {
         ],
     },
     3: {"Table 3: low-rank bases": ["remix-4-20", "rank-4", "rank-8", "rank-16", "rank-16-frozen"]},
+    4: {
+        "Table 4: fine-tuning steps, compared with as many of continued training": [
+            f"{name}-steps-{steps}" for steps in (1_250, 2_500, 10_000, 20_000) for name in ("continued", "remix-4-20")
+        ],
+        "Table 4: widths (others have 48), compared with continued training of the same width": [
+            f"{name}-width-{width}" for width in (24, 96) for name in ("pretrained", "continued", "remix-4-20")
+        ],
+    },
+    5: {
+        "Table 5: ideas past the paper, on validation images": [
+            "remix-4-20",
+            "one-hot",
+            "bonus-5",
+            "bonus-8",
+            "bonus-12",
+            "strength-1e-1",
+            "bonus-8-local",
+            "bonus-8-8-20",
+            "bonus-8-fine-at-low-noise",
+            "bonus-8-fine-at-high-noise",
+        ]
+    },
 }
+# The table that settings are chosen by.
+ON_VALIDATION = 5
 # Measured by benchmarks/benchmark.py with the model and batch of the setting pixels.
 SPEED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "cpu-fashion-low-rank.json"
 MEASURED = {
@@ -94,11 +119,13 @@ def page_tables(out: Path) -> str:
     """Return the tables of all results in a folder, as Markdown."""
     parts = []
     for setting in SETTINGS:
-        rows = compare(out, setting, read_results(out / f"{setting}.csv"))
+        results = read_results(out / f"{setting}.csv")
+        compared = {split: compare(out, setting, results, split) for split in ("test", "validation")}
         parts.append(f"## Results: {setting}")
-        if not rows:
+        if not results:
             parts.append("There are no results yet.")
-        for title, names in (item for table in TABLES.values() for item in table.items()):
+        for table, title, names in ((table, *item) for table, items in TABLES.items() for item in items.items()):
+            rows = compared["validation" if table == ON_VALIDATION else "test"]
             present = [name for name in ("pretrained", "continued", *names) if any(r["variant"] == name for r in rows)]
             if set(present) & set(names):
                 parts += [f"### {title}, {setting}", score_table(present, rows), fifths_table(present, rows)]
@@ -107,33 +134,49 @@ def page_tables(out: Path) -> str:
     return "\n\n".join(parts)
 
 
-def compare(out: Path, setting: str, rows: list[dict]) -> list[dict]:
-    """Compare each row with continued training of the same seed, on the test split.
+def compare(out: Path, setting: str, rows: list[dict], split: str = "test") -> list[dict]:
+    """Compare each row with continued training of the same seed.
+
+    Args:
+        out: folder of the results.
+        setting: key of SETTINGS.
+        rows: what `read_results` returns.
+        split: "test", or "validation", whose error and FID then replace those of the test images.
 
     Returns:
-        The rows whose seed has a result of continued training, each with more columns. In percent: "error_change" of
+        The rows whose seed has a result of continued training, for the same number of steps and the same width, each
+        with more columns. In percent: "error_change" of
         the mean error; "ratio_change", of the mean over the timesteps of the ratio of the errors; "fifth_changes" [5],
         of the mean errors in fifths of the timesteps, from the least noise to the most. "fid_change" is a difference.
     """
-    continued = {row["seed"]: row for row in rows if row["variant"] == "continued"}
+    if split == "validation":
+        rows = [row | {"test_error": row["validation_error"], "fid": row["validation_fid"]} for row in rows]
+    fids = {(row["variant"], row["seed"]): row["fid"] for row in rows}
     compared = []
     for row in rows:
-        if row["seed"] not in continued:
+        reference = baseline(row["variant"])
+        if (reference, row["seed"]) not in fids:
             continue
-        paths = [out / "errors" / f"{setting}-{name}-{row['seed']}.npz" for name in (row["variant"], "continued")]
+        paths = [out / "errors" / f"{setting}-{name}-{row['seed']}.npz" for name in (row["variant"], reference)]
         # [1000] each
-        own, base = (np.load(path)["test"].astype(np.float64) for path in paths)
+        own, base = (np.load(path)[split].astype(np.float64) for path in paths)
         fifths = own.reshape(5, -1).mean(1) / base.reshape(5, -1).mean(1)
         changes = dict(error_change=100 * (own.mean() / base.mean() - 1), ratio_change=100 * ((own / base).mean() - 1))
-        changes |= dict(fifth_changes=100 * (fifths - 1), fid_change=row["fid"] - continued[row["seed"]]["fid"])
+        changes |= dict(fifth_changes=100 * (fifths - 1), fid_change=row["fid"] - fids[reference, row["seed"]])
         compared.append(row | changes)
     return compared
+
+
+def baseline(name: str) -> str:
+    """Return the name of the continued training that a variant is compared with."""
+    suffix = re.search(r"-(steps|width)-\d+$", name)
+    return "continued" + (suffix[0] if suffix else "")
 
 
 def score_table(names: list[str], rows: list[dict]) -> str:
     """Return the errors and scores of variants as a Markdown table."""
     lines = [
-        "| variant | seeds | test error | change, % | mean change over timesteps, % | FID | change | KID | IS "
+        "| variant | seeds | error | change, % | mean change over timesteps, % | FID | change | KID | IS "
         "| FID, ImageNet's features |",
         "|" + " --- |" * 10,
     ]
@@ -162,7 +205,7 @@ def score_table(names: list[str], rows: list[dict]) -> str:
 def fifths_table(names: list[str], rows: list[dict]) -> str:
     """Return the changes of variants' errors in fifths of the timesteps as a Markdown table."""
     lines = [
-        "| change of the test error, % | t < 200 | 200 to 399 | 400 to 599 | 600 to 799 | 800 and above |",
+        "| change of the error, % | t < 200 | 200 to 399 | 400 to 599 | 600 to 799 | 800 and above |",
         "|" + " --- |" * 6,
     ]
     for name in names:
@@ -193,7 +236,7 @@ def change(name: str, values) -> str:
 
     The star means that the 95 % interval of a t test of three or more seeds does not include zero.
     """
-    if name == "continued":
+    if name == baseline(name):
         return "0"
     sure = len(values) >= 3 and ttest_1samp(values, 0).pvalue < 0.05
     return mean_and_std(values, 2) + (" *" if sure else "")

@@ -1,8 +1,13 @@
-"""Repeat tables 1 and 2 of the paper on Fashion-MNIST, from images to FID, and compare low-rank bases in table 3.
+"""Repeat tables 1 and 2 of the paper on Fashion-MNIST, from images to FID.
+
+Table 3 compares low-rank bases, table 4 other numbers of fine-tuning steps and other widths of the model, and table 5
+ideas that go past the paper, on validation images.
 
     python studies/fashion_tables.py 1 --setting pixels --seeds 0 1 2 3 4
     python studies/fashion_tables.py 2 --setting pixels --seeds 0 1 2
     python studies/fashion_tables.py 3 --setting pixels --seeds 0 1 2
+    python studies/fashion_tables.py 4 --setting pixels --seeds 0 1 2
+    python studies/fashion_tables.py 5 --setting pixels --seeds 0 1 2
 
 Pretrains a tiny DiT for each seed, fine-tunes every variant of the table from it on the same number of images, and
 measures each variant's errors and the scores of its samples. Every part is a run of the project's scripts with ordinary
@@ -16,6 +21,7 @@ these files.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,6 +33,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +45,15 @@ from tqdm import tqdm
 
 from common import ArgumentParser, atomic_write, flags, positive_int, run_script, seed_int
 from features import FeatureDataset
-from remix import RemixDiT_models
+from models import DiT, DiT_models
+from remix import RemixDiT_models, build_remix
 from training.plan import mixing_flops, training_flops
 
 BATCH = 128
+# The numbers of fine-tuning steps and the widths of table 4, beside those of the other tables.
+STEPS = 5_000
+OTHER_STEPS = (1_250, 2_500, 10_000, 20_000)
+OTHER_WIDTHS = (24, 96)
 
 
 def remix(k: int, n: int, **values) -> dict:
@@ -49,7 +61,13 @@ def remix(k: int, n: int, **values) -> dict:
     return dict(n_basis=k, n_experts=n, **values)
 
 
-# The training flags of each variant. 128 images cannot be divided among 20 experts: that variant has more steps of 120.
+def power_boundaries(n_experts: int, power: float) -> list[int]:
+    """Return the N + 1 boundaries 1000 (i / N)^power, rounded. With powers above 1, intervals grow with the noise."""
+    return [round(1000 * (i / n_experts) ** power) for i in range(n_experts + 1)]
+
+
+# The training flags of each variant; and "length", the number of fine-tuning steps relative to the others', and
+# "width". 128 images cannot be divided among 20 experts: that variant has more steps of 120.
 VARIANTS = {
     "pretrained": {},
     "continued": {},
@@ -73,7 +91,25 @@ VARIANTS = {
     "coefficients-to-1e-5": remix(4, 20, coeff_lr_end=1e-5),
     **{f"rank-{r}": remix(4, 20, rank=r) for r in (4, 8, 16)},
     "rank-16-frozen": remix(4, 20, rank=16, freeze=True),
+    # Ideas that go past the paper.
+    **{f"bonus-{bonus}": remix(4, 20, prior_bonus=bonus) for bonus in (5, 12)},
+    "bonus-8-local": remix(4, 20, prior_bonus=8, mixer_scope="local"),
+    "bonus-8-8-20": remix(8, 20, prior_bonus=8),
+    "strength-1e-1": remix(4, 20, prior_strength=1e-1),
+    # The lengths of the intervals of the least and of the most noise are 11 and 74 timesteps, or 136 and 34.
+    "bonus-8-fine-at-low-noise": remix(4, 20, prior_bonus=8, boundaries=power_boundaries(20, 1.5)),
+    "bonus-8-fine-at-high-noise": remix(4, 20, prior_bonus=8, boundaries=power_boundaries(20, 1 / 1.5)),
+    **{f"continued-steps-{steps}": dict(length=steps / STEPS) for steps in OTHER_STEPS},
+    **{f"remix-4-20-steps-{steps}": remix(4, 20, length=steps / STEPS) for steps in OTHER_STEPS},
+    **{f"pretrained-width-{width}": dict(width=width) for width in OTHER_WIDTHS},
+    **{f"continued-width-{width}": dict(width=width) for width in OTHER_WIDTHS},
+    **{f"remix-4-20-width-{width}": remix(4, 20, width=width) for width in OTHER_WIDTHS},
 }
+# The sizes of the scripts have one tiny model, of width 48. The scripts run in this process and find these too.
+for width, patch in itertools.product(OTHER_WIDTHS, (2, 4)):
+    name = f"DiT-T{width}/{patch}"
+    DiT_models[name] = partial(DiT, patch_size=patch, depth=3, hidden_size=width, num_heads=3)
+    RemixDiT_models[f"Remix{name}"] = partial(build_remix, name)
 # Scoring takes about as long as this number of training steps.
 SCORING = 3000
 # Variants whose samples of the first seed are shown.
@@ -123,9 +159,10 @@ class Study:
     def features(self, split: str) -> Path:
         return self.work / "features" / f"{self.setting}-{split}"
 
-    def weights(self, seed: int) -> Path:
-        """The EMA weights of a pretrained model."""
-        return self.out / "pretrained" / f"{self.setting}-{seed}.safetensors"
+    def weights(self, seed: int, width: int | None = None) -> Path:
+        """The EMA weights of a pretrained model, of another width if it is given."""
+        name = f"{self.setting}-width-{width}-{seed}" if width else f"{self.setting}-{seed}"
+        return self.out / "pretrained" / f"{name}.safetensors"
 
     def errors(self, name: str, seed: int) -> Path:
         """The errors of a variant at every timestep, for each split."""
@@ -140,7 +177,7 @@ def main(args: argparse.Namespace):
             args.setting, work, work / "quick", work / "quick" / "results", 60, 30, 50, 5, 4, 2, False, command
         )
     else:
-        study = Study(args.setting, work, work / "runs", out, 20_000, 5_000, 10_000, 100, 100, 6_000, True, command)
+        study = Study(args.setting, work, work / "runs", out, 20_000, STEPS, 10_000, 100, 100, 6_000, True, command)
     with output_to(study.runs / "data.log"):
         prepare(study, args.source)
 
@@ -155,11 +192,12 @@ def main(args: argparse.Namespace):
     spawn = multiprocessing.get_context("spawn")
     workers = ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1)
     with workers, tqdm(total=sum(cost(study, name) for name, _ in missing), unit="step", smoothing=0) as bar:
-        for group in (["pretrained"], names[:2], names[2:]):
+        pretrained = ["pretrained", *(name for name in names if name.startswith("pretrained"))]
+        for group in (pretrained, names[:2], [name for name in names[2:] if name not in pretrained]):
             jobs = {
                 workers.submit(run_variant, study, name, seed): name
-                for seed in args.seeds
                 for name in group
+                for seed in args.seeds
                 if (name, seed) in missing
             }
             for job in as_completed(jobs):
@@ -171,7 +209,9 @@ def main(args: argparse.Namespace):
 
 def cost(study: Study, name: str) -> int:
     """Estimate the time to train and score a variant, in training steps."""
-    return SCORING + (study.pretraining if name == "pretrained" else study.finetuning)
+    if name.startswith("pretrained"):
+        return SCORING + study.pretraining
+    return SCORING + round(study.finetuning * VARIANTS[name].get("length", 1))
 
 
 def prepare(study: Study, source: str | None):
@@ -248,20 +288,21 @@ def train(study: Study, name: str, seed: int) -> tuple[list[Path], int]:
     Returns:
         The checkpoints (one per independent expert, otherwise one) and the total number of steps.
     """
-    weights = study.weights(seed)
+    values = dict(global_batch_size=BATCH) | VARIANTS[name]
+    width, length = values.pop("width", None), values.pop("length", 1)
+    weights = study.weights(seed, width)
     common = dict(data_path=study.features("train"), ema_decay=0.999, compile=study.compile)
-    model = f"DiT-{SETTINGS[study.setting][1]}"
+    model = f"DiT-T{width or ''}/{SETTINGS[study.setting][1]}"
     prefix = f"{study.setting}-{name}-{seed}"
-    if name == "pretrained":
+    if name.startswith("pretrained"):
         if not weights.exists():
-            common |= dict(model=model, lr=2e-3, global_batch_size=BATCH, global_seed=seed)
-            (path,) = runs.train(study.runs, prefix, max_steps=study.pretraining, **common)
+            common |= dict(model=model, lr=2e-3, global_seed=seed)
+            (path,) = runs.train(study.runs, prefix, max_steps=study.pretraining, **common, **values)
             runs.run("convert.py", path, weights, *flags(to="safetensors"))
         return [weights], study.pretraining
 
-    values = dict(global_batch_size=BATCH) | VARIANTS[name]
     values["model"] = f"Remix{model}" if "n_basis" in values else model
-    steps = study.finetuning * BATCH // values["global_batch_size"]
+    steps = round(study.finetuning * length) * BATCH // values["global_batch_size"]
     if name.endswith("-equal-flops"):
         dataset = FeatureDataset(study.features("train"))
         steps = round(steps / relative_flops(dataset, **values))
@@ -330,7 +371,12 @@ def machine() -> str:
 
 if __name__ == "__main__":
     parser = ArgumentParser(description="Repeat a table of the paper on Fashion-MNIST, from images to FID.")
-    parser.add_argument("table", type=int, choices=TABLES, help="table of the paper, or 3: low-rank bases")
+    parser.add_argument(
+        "table",
+        type=int,
+        choices=TABLES,
+        help="1, 2: those of the paper; 3: low-rank bases; 4: numbers of steps, widths; 5: ideas past the paper",
+    )
     parser.add_argument("--setting", choices=SETTINGS, default="pixels", help="what the models denoise")
     parser.add_argument("--seeds", type=seed_int, nargs="+", default=[0, 1, 2], metavar="SEED", help="seeds")
     parser.add_argument("--jobs", type=positive_int, default=2, help="models in parallel, with one core each")

@@ -23,6 +23,7 @@ import runs
 import vae
 
 from autoencoder import Latents
+from checkpoint import load_model
 from common import UserError
 from features import FeatureDataset
 
@@ -172,8 +173,10 @@ def study(prepared) -> fashion_tables.Study:
 @pytest.mark.parametrize("name", fashion_tables.VARIANTS)
 def test_every_variant_is_trained_on_the_same_number_of_images(name, study, commands):
     checkpoints, steps = fashion_tables.train(study, name, seed=1)
-    if name == "pretrained":
-        assert checkpoints == [study.weights(1)]
+    values = fashion_tables.VARIANTS[name]
+    weights = study.weights(1, values.get("width"))
+    if name.startswith("pretrained"):
+        assert checkpoints == [weights]
         training, converting = commands
         assert (training[0], converting[0], steps) == ("train_fast.py", "convert.py", 60)
         assert "--global-seed=1" in training
@@ -183,14 +186,15 @@ def test_every_variant_is_trained_on_the_same_number_of_images(name, study, comm
     for command, checkpoint in zip(commands, checkpoints, strict=True):
         flags = dict(word.removeprefix("--").split("=", 1) for word in command if "=" in word)
         assert checkpoint == study.runs / flags["prefix"] / "checkpoints" / f"{int(flags['max-steps']):07d}.pt"
-        assert flags["load-weight"] == str(study.weights(1))
+        assert flags["load-weight"] == str(weights)
         images += int(flags["max-steps"]) * int(flags["global-batch-size"])
         if "--timesteps" in command:
             intervals += range(*map(int, command[command.index("--timesteps") + 1 :][:2]))
     assert intervals == (list(range(1000)) if name == "independent-8" else [])
-    allowed = 0.98 if name.endswith("-equal-flops") else 1
+    allowed = 0.98 if name.endswith("-equal-flops") else values.get("length", 1)
     # Steps are whole, and those of eight experts are multiples of eight.
-    assert images == pytest.approx(allowed * 30 * 128, rel=0.03 if name != "independent-8" else 0.25)
+    tolerance = 0.25 if name == "independent-8" else 0.07 if "length" in values else 0.03
+    assert images == pytest.approx(allowed * 30 * 128, rel=tolerance)
 
 
 def test_the_flops_of_mixing_are_counted(study):
@@ -298,6 +302,34 @@ def test_the_figure_shows_the_change_of_each_part_of_the_timesteps(tmp_path):
     run("studies/fashion_figures.py", f"--out={tmp_path}")
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["timesteps-pixels.png"]
     assert "no results" in run("studies/fashion_figures.py", f"--out={tmp_path / 'none'}", expect=2).stderr
+
+
+def test_a_variant_is_compared_with_continued_training_of_as_many_steps_and_the_same_width(tmp_path):
+    assert fashion_page.baseline("remix-4-20") == fashion_page.baseline("bonus-8") == "continued"
+    assert fashion_page.baseline("remix-4-20-steps-10000") == "continued-steps-10000"
+    assert fashion_page.baseline("pretrained-width-96") == "continued-width-96"
+    (tmp_path / "errors").mkdir()
+    for end, factor in (("", 1.0), ("-width-96", 0.5), ("-steps-1250", 2.0)):
+        for name, own in (("continued", 1.0), ("remix-4-20", 0.9)):
+            errors = np.full(1000, factor * own)
+            np.savez(tmp_path / "errors" / f"pixels-{name}{end}-0.npz", test=errors)
+            row = {"variant": name + end, "seed": 0, "fid": 10 * factor * own, "test_error": errors.mean()}
+            fashion_page.append_row(tmp_path / "pixels.csv", row)
+    rows = fashion_page.compare(tmp_path, "pixels", fashion_page.read_results(tmp_path / "pixels.csv"))
+    remix = [row for row in rows if row["variant"].startswith("remix")]
+    assert [row["error_change"] for row in remix] == pytest.approx([-10] * 3)
+    assert [row["fid_change"] for row in remix] == pytest.approx([-1, -0.5, -2])
+    run("studies/fashion_figures.py", f"--out={tmp_path}")
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {"timesteps-pixels.png", "steps-pixels.png", "width-pixels.png"}
+
+
+@pytest.mark.slow
+def test_models_of_other_widths_are_pretrained_and_fine_tuned(prepared, study):
+    for name in ("pretrained-width-24", "remix-4-20-width-24"):
+        paths, _ = fashion_tables.train(study, name, seed=0)
+        model, _ = load_model(paths[0])
+        assert model.backbone_config["hidden_size"] == 24
 
 
 def test_only_differences_beyond_the_spread_of_three_seeds_have_a_star():

@@ -89,7 +89,7 @@ def test_the_memory_is_that_of_a_real_step(name, n_images, groups, checkpoint_ac
     (model.backbone if groups else model).pos_embed.requires_grad_(True)
     options = {"precision": "bf16", "checkpoint_activations": checkpoint_activations}
     trainer = Trainer(model, create_diffusion(), world, lr=1e-4, **options)
-    config = model.backbone_config if groups else model.config
+    config = model.backbone_config
     x = torch.randn(n_images, 4, config["input_size"], config["input_size"])
     t = torch.from_numpy(sample_timesteps(0, 0, n_images, 20, groups or 1))
     conditions = {"y": torch.zeros_like(t), "label_drop": t > 0} | ({"groups": groups} if groups else {})

@@ -134,6 +134,7 @@ def test_a_run_with_snapshots(features, tmp_path):
     with open(last.with_name("0000004-ema.csv")) as file:
         rows = list(csv.reader(file))
     assert [row[0] for row in rows] == ["std", "training", "0.05", "0.1"]
+    assert "ema needs --data-path" in run("visualize.py", "ema", last, expect=2).stderr
 
 
 def test_a_run_without_snapshots_has_no_other_widths(ckpt, tmp_path):

@@ -84,7 +84,13 @@ def fid_of_the_scripts(ckpt: Path, reference: Path, out: Path, *flags) -> float:
 def scored(features, held_out, reference, tmp_path_factory) -> Path:
     """The run `trained` with scores after every second step."""
     path = tmp_path_factory.mktemp("scored")
-    flags = [*training_flags(features, path, "run"), "--max-steps=4", "--ckpt-every=2", "--log-to=tensorboard"]
+    flags = [
+        *training_flags(features, path, "run"),
+        "--max-steps=4",
+        "--ckpt-every=2",
+        "--log-to=tensorboard",
+        "--ema-snapshots=4",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(path / "cache"))
         run("train_fast.py", *flags, *score_flags(reference, held_out))
@@ -115,6 +121,17 @@ def test_held_out_losses_are_those_of_each_expert_at_its_timesteps(scored, held_
         means.append(errors.mean().item())
         assert logged[f"held_out_loss/expert_{i:02d}"] == pytest.approx(means[i], rel=1e-5)
     assert logged["held_out_loss"] == pytest.approx(np.mean(means), rel=1e-5)
+
+
+def test_the_figure_of_ema_widths_has_the_fid_of_training(scored, reference, tmp_path):
+    flags = [f"--score-against={reference / 'ref.npz'}", f"--weights={reference / 'toy.pt2'}", "--stds=0.1"]
+    out = tmp_path / "ema.png"
+    run("visualize.py", "ema", scored, *flags, f"--score-samples={SAMPLES}", f"--out={out}")
+    header, training, other = (line.split(",") for line in out.with_suffix(".csv").read_text().splitlines())
+    assert header == ["std", "FID"]
+    assert training == ["training", str(scores(scored)[4]["fid"])]
+    assert other[0] == "0.1"
+    assert float(other[1]) != float(training[1])
 
 
 def test_scoring_does_not_change_the_run(scored, trained):

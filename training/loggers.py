@@ -33,7 +33,7 @@ def logger_names(text: str) -> list[str]:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object per report, with all metrics.
+    """metrics.jsonl: one JSON object per report, with all metrics, and one per scored step, with its scores.
 
     When a run is resumed, the lines of the steps that will be repeated are removed, as are incomplete lines.
 

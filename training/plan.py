@@ -384,7 +384,7 @@ def step_costs(
         precision: precision of the matrix products.
         parallelism: how the step is divided among GPUs.
     """
-    config = model.backbone_config if groups else model.config
+    config = model.backbone_config
     width = torch.finfo(PRECISIONS[precision]).bits // 8
     trained, bases, mixture = count_parameters(model)
     # With R GPUs, each mixes 1/R of the rows for the groups of all GPUs: R times the groups on 1/R of the bases.
@@ -545,7 +545,7 @@ def activation_bytes(
         groups: number of equal groups of a RemixDiT's microbatch; None for a plain DiT.
         precision: dtype of the matrix products.
     """
-    config = model.backbone_config if isinstance(model, RemixDiT) else model.config
+    config = model.backbone_config
     stored = {}
 
     def store(tensor: torch.Tensor) -> torch.Tensor:

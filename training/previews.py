@@ -10,7 +10,7 @@ import torch
 
 from autoencoder import Normalization, Pixels, load_autoencoder
 from common import UserError, counted, first_line
-from diffusion.solvers import QUICK, make_sampler
+from diffusion import QUICK, make_sampler, process_name
 from distributed import SampleGenerators
 from features import FeatureDataset
 from figures import save_coefficients, save_grid
@@ -85,7 +85,7 @@ class SamplePreview:
     @torch.no_grad()
     def _draw_samples(self, path: Path, model: DiT | RemixDiT):
         """Draw the grid of samples, with classifier-free guidance and few sampling steps."""
-        backbone = model.backbone_config if isinstance(model, RemixDiT) else model.config
+        backbone = model.backbone_config
         device = self.device
         model.to(device)
         shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
@@ -98,7 +98,7 @@ class SamplePreview:
             with self.autocast():
                 return model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), labels, GUIDANCE)[: len(x)]
 
-        sample, _ = make_sampler(*QUICK[self.process.get("process", "gaussian")], **self.process)
+        sample, _ = make_sampler(*QUICK[process_name(self.process)], **self.process)
         bounded = self.autoencoder is not None and self.autoencoder.bounded
         samples = sample(denoise, noise.shape, noise=noise, clip_denoised=bounded, device=device)
         captions = [self.class_names[c] if self.class_names else str(c) for c in classes.tolist()]

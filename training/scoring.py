@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autoencoder import Pixels
 from common import UserError, cache_folder, counted, first_line, is_first_process
-from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
+from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion, process_name
 from diffusion.solvers import QUICK
 from distributed import StopSignal, World
 from evaluation.files import check_file, has_statistics, read_network, read_statistics
@@ -66,10 +66,15 @@ class FidScore:
         total = settings.num_fid_samples
         self.parts = [range(i, min(i + FEATURE_BATCH, total)) for i in range(0, total, FEATURE_BATCH)]
 
-    def start(self, world: World, stop: StopSignal):
-        """Move the networks to the device, and compute the statistics of the reference on rank 0."""
+    def start(self, world: World, stop: StopSignal | None = None):
+        """Move the networks to the device, and compute the statistics of the reference on rank 0.
+
+        Args:
+            world: this process's place.
+            stop: a stop signal that raises Interrupted in `measure`; None if there is none.
+        """
         self.world = world
-        self.loop = interruptible(self.pipeline.loop, stop)
+        self.loop = interruptible(self.pipeline.loop, stop) if stop else self.pipeline.loop
         self.pipeline.autoencoder.to(world.device)
         self.extractor.to(world.device)
         if world.is_main:
@@ -91,6 +96,10 @@ class FidScore:
         for pooled in features:
             statistics.add(pooled.to(self.world.device))
         return {"fid": frechet_distance(*self.statistics, *statistics.result())}
+
+    def evaluate(self, model: DiT | ExpertSwitch) -> float:
+        """Return the FID of a model, measured by this process alone."""
+        return self.combine([self.measure(numbers, model) for numbers in self.parts])["fid"]
 
     def __str__(self) -> str:
         settings = self.settings
@@ -340,7 +349,7 @@ def make_scorer(
         raise UserError("--score-every needs --score-against for FID, --held-out for the loss on other images, or both")
     if weights and not reference:
         raise UserError("--weights needs --score-against")
-    training, process = config["training"], config["diffusion"].get("process", "gaussian")
+    training = config["training"]
     scores = []
     if held_out:
         images = open_held_out(held_out, dataset, config["model"]["backbone"]["num_classes"])
@@ -348,33 +357,55 @@ def make_scorer(
         times = interval_times(levels, max(1, HELD_OUT_LEVELS // len(levels)), isinstance(diffusion, FlowMatching))
         scores.append(HeldOutLoss(images, diffusion, times, training["global_seed"]))
     if reference:
-        if training["timesteps"] != NOISE_LEVELS[process]:
-            raise UserError(
-                "--score-against: an expert for a part of the timesteps cannot sample alone: use --held-out"
-            )
-        decoder = vae or ("none" if dataset.vae == "none" else None)
-        if decoder is None:
-            raise UserError("--score-against needs --vae, which decodes the samples")
-        settings = SampleSettings(
-            num_fid_samples=n_samples,
-            sampler=QUICK[process][0],
-            num_sampling_steps=QUICK[process][1],
-            diffusion_form=None,
-            last_step=None,
-            last_step_size=None,
-            cfg_scale=GUIDANCE,
-            guidance_interval=None,
-            cfg_all_channels=False,
-            ema=True,
-            global_seed=training["global_seed"],
-            per_proc_batch_size=SAMPLE_BATCH,
-            save_png=False,
-            precision=training["precision"],
-            labels=None,
-        )
-        pipeline = make_pipeline(model, None, config, settings, decoder, "this run")
-        scores.append(FidScore(pipeline, settings, open_network(reference, weights, pipeline), reference))
+        scores.append(make_fid(reference, weights, n_samples, vae, config, model, "this run"))
     return Scorer(every, training["max_steps"], scores)
+
+
+def make_fid(
+    reference: str,
+    weights: str | None,
+    n_samples: int,
+    vae: str | None,
+    config: dict,
+    model: DiT | RemixDiT,
+    name: str,
+) -> FidScore:
+    """Check what FID needs, and load its networks.
+
+    Args:
+        reference, weights, n_samples, vae: see `make_scorer`.
+        config: config of the model.
+        model: the model.
+        name: what the model is called in error messages.
+
+    Raises:
+        UserError: if a file is missing or wrong, or if the model cannot sample alone.
+    """
+    training, process = config["training"], process_name(config["diffusion"])
+    if training["timesteps"] != NOISE_LEVELS[process]:
+        raise UserError("--score-against: an expert for some of the timesteps cannot sample alone")
+    decoder = vae or ("none" if config["data"]["vae"] == "none" else None)
+    if decoder is None:
+        raise UserError("--score-against needs --vae, which decodes the samples")
+    settings = SampleSettings(
+        num_fid_samples=n_samples,
+        sampler=QUICK[process][0],
+        num_sampling_steps=QUICK[process][1],
+        diffusion_form=None,
+        last_step=None,
+        last_step_size=None,
+        cfg_scale=GUIDANCE,
+        guidance_interval=None,
+        cfg_all_channels=False,
+        ema=True,
+        global_seed=training["global_seed"],
+        per_proc_batch_size=SAMPLE_BATCH,
+        save_png=False,
+        precision=training["precision"],
+        labels=None,
+    )
+    pipeline = make_pipeline(model, None, config, settings, decoder, name)
+    return FidScore(pipeline, settings, open_network(reference, weights, pipeline), reference)
 
 
 def open_held_out(path: str, dataset: FeatureDataset, num_classes: int) -> FeatureDataset:
@@ -389,7 +420,7 @@ def open_held_out(path: str, dataset: FeatureDataset, num_classes: int) -> Featu
         UserError: if the folder holds no features, or features of another shape, VAE or classes.
     """
     held_out = FeatureDataset(path)
-    for name in ("shape", "vae", "scale", "image_size", "classes"):
+    for name in ("shape", "vae", "normalization", "image_size", "classes"):
         trained, given = getattr(dataset, name), getattr(held_out, name)
         # The original layout does not record all of them.
         if trained is not None and given is not None and trained != given:

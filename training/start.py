@@ -17,7 +17,7 @@ from checkpoint import (
     read_checkpoint,
 )
 from common import UserError, is_first_process, number, remove_leftovers, write_json
-from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
+from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion, process_name
 from distributed import World
 from features import FeatureDataset
 from interop.shapes import assumed_vae, flow_target
@@ -191,7 +191,7 @@ def load_initial_model(
             run = process.get(key, "gaussian")
             raise UserError(f"--load-weight {path} was trained with {key}={trained}, this run has {run}")
     choose_classes(loaded, path, config["data"].get("classes"), classes, shape["num_classes"], new_classes)
-    loaded_config = loaded.backbone_config if isinstance(loaded, RemixDiT) else loaded.config
+    loaded_config = loaded.backbone_config
     needed_config = DiT_models[name.removeprefix("Remix")](**shape).config
     for key, value in needed_config.items():
         # Flows do not use the variance half of the output, which REPA's networks do not have.
@@ -271,7 +271,6 @@ def make_batch_sampler(
 ) -> BatchSampler:
     """Return what draws the batches of the run."""
     remix = isinstance(model, RemixDiT)
-    backbone = model.backbone_config if remix else model.config
     return BatchSampler(
         settings.global_seed,
         settings.global_batch_size,
@@ -279,7 +278,7 @@ def make_batch_sampler(
         n_experts=model.n_experts if remix else None,
         experts_per_batch=settings.experts_per_batch,
         timestep_range=tuple(settings.timesteps),
-        label_dropout=backbone["class_dropout_prob"],
+        label_dropout=model.backbone_config["class_dropout_prob"],
         grad_accum=grad_accum,
         boundaries=model.boundaries if remix else None,
         flow=diffusion if isinstance(diffusion, FlowMatching) else None,
@@ -358,7 +357,7 @@ def read_resume(path: Path | str, config: dict, extend: str, verify: bool = Fals
             f"--resume {path} was written by an earlier version of this code, which drew other random numbers: "
             "use --load-weight with another --prefix to start a new run from its weights"
         )
-    trained, asked = (part["diffusion"].get("process", "gaussian") for part in (state["config"], config))
+    trained, asked = (process_name(part["diffusion"]) for part in (state["config"], config))
     if trained != asked:
         raise UserError(f"--resume {path} was trained with --process {trained}, this run asks for {asked}")
     extend_schedule(path, state, config["training"], extend)

@@ -1,0 +1,703 @@
+"""Remix of the transformers of diffusers: mixed batches, gradients, pipelines, files of the experts, and errors."""
+
+import copy
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, relative
+from safetensors.torch import load_file
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from common import UserError
+from experts import FoldedRemix
+from interop.expert_folder import find_expert, write_experts
+from interop.wan import read_pair, write_pair
+from models import DiT
+from remix import MIXERS, SCOPES, Remix, RemixDiT
+
+HEADS = dict(num_attention_heads=2, attention_head_dim=12)
+
+
+def tiny_sd3(**settings):
+    from diffusers import SD3Transformer2DModel
+
+    text = dict(joint_attention_dim=16, caption_projection_dim=24, pooled_projection_dim=16)
+    size = dict(sample_size=8, pos_embed_max_size=8, in_channels=4, out_channels=4, num_layers=2)
+    return SD3Transformer2DModel(**HEADS, **text, **(size | settings))
+
+
+def tiny_sd35(**settings):
+    return tiny_sd3(dual_attention_layers=(0,), qk_norm="rms_norm", **settings)
+
+
+def tiny_flux(**settings):
+    from diffusers import FluxTransformer2DModel
+
+    text = dict(joint_attention_dim=16, pooled_projection_dim=16)
+    size = dict(in_channels=16, num_layers=1, num_single_layers=1, axes_dims_rope=(4, 4, 4))
+    return FluxTransformer2DModel(**HEADS, **text, **size, **settings)
+
+
+def tiny_wan(**settings):
+    from diffusers import WanTransformer3DModel
+
+    size = dict(in_channels=4, out_channels=4, ffn_dim=32, num_layers=2, rope_max_seq_len=32)
+    return WanTransformer3DModel(**HEADS, **(size | settings), text_dim=16, freq_dim=16)
+
+
+def tiny_wan_image(**settings):
+    return tiny_wan(image_dim=8, added_kv_proj_dim=24, **settings)
+
+
+def tiny_pixart(**settings):
+    from diffusers import PixArtTransformer2DModel
+
+    size = dict(sample_size=8, in_channels=4, out_channels=8, num_layers=2, norm_num_groups=4)
+    text = dict(cross_attention_dim=24, caption_channels=16, use_additional_conditions=True)
+    return PixArtTransformer2DModel(**HEADS, **(size | text | settings))
+
+
+def tiny_dit(**settings):
+    from diffusers import DiTTransformer2DModel
+
+    size = dict(sample_size=8, in_channels=4, out_channels=8, num_layers=2, norm_num_groups=4, num_embeds_ada_norm=10)
+    return DiTTransformer2DModel(**HEADS, **(size | settings))
+
+
+def image_text(size: int) -> dict:
+    return dict(hidden_states=torch.randn(size, 4, 8, 8), encoder_hidden_states=torch.randn(size, 5, 16))
+
+
+def sd3_arguments(size: int) -> dict:
+    return dict(**image_text(size), pooled_projections=torch.randn(size, 16))
+
+
+def flux_arguments(size: int) -> dict:
+    # As many tokens as samples, so that a batch of positions would be noticed.
+    positions = torch.arange(size * 3.0).view(size, 3)
+    text = dict(encoder_hidden_states=torch.randn(size, size, 16), txt_ids=torch.zeros(size, 3))
+    image = dict(hidden_states=torch.randn(size, size, 16), img_ids=positions)
+    return dict(**text, **image, pooled_projections=torch.randn(size, 16))
+
+
+def guided_flux_arguments(size: int) -> dict:
+    return dict(**flux_arguments(size), guidance=torch.rand(size) * 4)
+
+
+def wan_arguments(size: int) -> dict:
+    return dict(hidden_states=torch.randn(size, 4, 2, 4, 4), encoder_hidden_states=torch.randn(size, 5, 16))
+
+
+def wan_image_arguments(size: int) -> dict:
+    text = torch.randn(size, 512, 16)
+    return wan_arguments(size) | dict(encoder_hidden_states=text, encoder_hidden_states_image=torch.randn(size, 3, 8))
+
+
+def pixart_arguments(size: int) -> dict:
+    conditions = dict(resolution=torch.rand(size, 2) * 64, aspect_ratio=torch.rand(size, 1))
+    mask = (torch.arange(5) < torch.arange(1, size + 1)[:, None]).float()
+    return dict(**image_text(size), added_cond_kwargs=conditions, encoder_attention_mask=mask)
+
+
+def dit_arguments(size: int) -> dict:
+    return dict(hidden_states=torch.randn(size, 4, 8, 8), class_labels=torch.arange(size) % 10)
+
+
+# name: (model, arguments other than the timestep, highest noise level)
+KINDS = {
+    "sd3": (tiny_sd3, sd3_arguments, 1000),
+    "sd3.5": (tiny_sd35, sd3_arguments, 1000),
+    "flux": (tiny_flux, flux_arguments, 1),
+    "guided flux": (lambda: tiny_flux(guidance_embeds=True), guided_flux_arguments, 1),
+    "wan": (tiny_wan, wan_arguments, 1000),
+    "wan image": (tiny_wan_image, wan_image_arguments, 1000),
+    "pixart": (tiny_pixart, pixart_arguments, 1000),
+    "dit": (tiny_dit, dit_arguments, 1000),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+# One of each class
+classes = pytest.mark.parametrize("kind", ["sd3", "flux", "wan", "pixart", "dit"])
+ranks = pytest.mark.parametrize("rank", [None, 2])
+# Noise levels of four samples, relative to the highest one, and the experts of N = 4 that own them.
+LEVELS, EXPERTS = torch.tensor([0.1, 0.9, 0.3, 0.95]), [0, 3, 1, 3]
+
+
+def randomize(remix: Remix, std: float = 0.1) -> Remix:
+    """Make the bases of a Remix differ."""
+    with torch.no_grad():
+        for _, layer in remix.mixed():
+            for name, parameter in layer.named_parameters(recurse=False):
+                if parameter.ndim > 2 or (name == "bias" and parameter.ndim > 1):
+                    parameter += std * torch.randn_like(parameter)
+    return remix
+
+
+def make(kind: str, **settings) -> tuple[Remix, dict]:
+    """A Remix with random bases, K = 4 and N = 4, and the arguments of a batch of four samples of three experts."""
+    torch.manual_seed(0)
+    model, arguments, highest = KINDS[kind]
+    remix = randomize(Remix(model().eval(), **({"n_experts": 4} | settings)))
+    return remix, dict(**arguments(4), timestep=LEVELS * highest)
+
+
+def sample(arguments: dict, i: int) -> dict:
+    """The arguments of sample i."""
+    positions = ("img_ids", "txt_ids")
+    return {
+        key: value if key in positions else tree_map(lambda x: x[i : i + 1], value) for key, value in arguments.items()
+    }
+
+
+def gradients(remix: Remix, output: Tensor) -> dict[str, Tensor]:
+    """The gradients of a random function of the output."""
+    remix.zero_grad()
+    torch.manual_seed(1)
+    (output * torch.randn_like(output)).sum().backward()
+    return {name: p.grad.clone() for name, p in remix.named_parameters() if p.grad is not None}
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4):
+    assert actual.keys() == expected.keys()
+    largest = max(value.norm() for value in expected.values())
+    for name, value in expected.items():
+        assert (actual[name] - value).norm() <= tolerance * max(value.norm(), 1e-3 * largest), name
+
+
+# Presets and mixed batches
+
+
+@kinds
+def test_presets_mix_the_attention_and_the_mlps_of_all_blocks(kind):
+    model = KINDS[kind][0]()
+    in_blocks = re.compile(r"((single_)?transformer_)?blocks\.\d+\.(?!norm)")
+    expected = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and in_blocks.match(name)]
+    remix = Remix(model, n_experts=4)
+    assert sorted(name for name, _ in remix.mixed()) == sorted(expected)
+    assert remix.boundaries[-1] == KINDS[kind][2]
+
+
+def test_a_preset_fits_a_model_of_one_block():
+    assert len(Remix(tiny_sd3(num_layers=1), n_experts=2).mixed()) == 9
+
+
+@kinds
+def test_every_sample_of_a_mixed_batch_is_denoised_by_its_own_expert(kind):
+    remix, arguments = make(kind)
+    with torch.no_grad():
+        mixed = remix(**arguments).sample
+        alone = torch.cat([remix.expert(e)(**sample(arguments, i)).sample for i, e in enumerate(EXPERTS)])
+        (as_tuple,) = remix(**arguments, return_dict=False)
+        grouped = remix(**arguments, groups=4).sample
+    torch.testing.assert_close(mixed, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grouped, alone, rtol=1e-4, atol=1e-5)
+    assert torch.equal(as_tuple, mixed)
+    assert not torch.allclose(mixed[1], remix.expert(0)(**sample(arguments, 1)).sample, rtol=0.01)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("mixer", MIXERS)
+@ranks
+def test_experts_are_folded_for_all_mixers_scopes_and_ranks(mixer, scope, rank):
+    remix, arguments = make("sd3", mixer=mixer, scope=scope, rank=rank)
+    folded = FoldedRemix(remix)
+    with torch.no_grad():
+        mixed = remix(**arguments).sample
+        for i, expert in enumerate(EXPERTS):
+            for model in (remix.expert(expert), folded):
+                one = model(**sample(arguments, i)).sample
+                torch.testing.assert_close(one, mixed[i : i + 1], rtol=1e-4, atol=1e-5)
+    assert remix.prior_loss().isfinite()
+
+
+def test_the_expert_of_a_sample_with_several_noise_levels_is_that_of_the_highest():
+    """Wan 2.2 5B has one timestep per token: 0 for those of a given image."""
+    remix, arguments = make("wan")
+    timestep = arguments.pop("timestep")[:, None].expand(4, 8).clone()
+    timestep[:, :4] = 0
+    with torch.no_grad():
+        mixed = remix(**arguments, timestep=timestep).sample
+        for i, expert in enumerate(EXPERTS):
+            alone = remix.expert(expert)(**sample(arguments, i), timestep=timestep[i : i + 1]).sample
+            torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@ranks
+def test_experts_with_separate_parameters(rank):
+    remix, arguments = make("wan", rest="separate", rank=rank)
+    for i, module in enumerate([remix.backbone, *remix.copies]):
+        module.proj_out.weight.data *= 1 + i
+    folded = FoldedRemix(remix)
+    with torch.no_grad():
+        mixed = remix(**arguments).sample
+        grouped = remix(**arguments, groups=4).sample
+        for i, expert in enumerate(EXPERTS):
+            alone = remix.expert(expert)(**sample(arguments, i)).sample
+            torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(folded(**sample(arguments, i)).sample, alone, rtol=1e-4, atol=1e-5)
+    assert torch.equal(grouped, mixed)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        remix.merge()
+
+
+def test_a_function_selects_the_experts():
+    remix, arguments = make("dit", timestep=lambda hidden_states, timestep, **_: 1000 - timestep)
+    assert remix.expert_index(remix.times(**arguments)).tolist() == [3, 0, 2, 0]
+
+
+# Gradients
+
+
+def stacked(remix: Remix, arguments: dict) -> Tensor:
+    """Run each sample through a model of its own, whose weights are the mixtures."""
+    shared = {name: p for name, p in remix.backbone.named_parameters() if name not in basis_names(remix)}
+    outputs = []
+    for i, expert in enumerate(EXPERTS):
+        parameters = dict(shared)
+        alpha = remix.coefficients()[expert]  # [K]
+        for name, layer in remix.mixed():
+            if remix.rank is None:
+                parameters[f"{name}.weight"] = torch.einsum("k,koi->oi", alpha, layer.weight)
+                parameters[f"{name}.bias"] = alpha @ layer.bias
+            else:
+                parameters[f"{name}.weight"] = layer.weight + torch.einsum(
+                    "k,kor,kri->oi", alpha, layer.lora_B, layer.lora_A
+                )
+        outputs.append(functional_call(remix.expert(0), parameters, kwargs=sample(arguments, i)).sample)
+    return torch.cat(outputs)
+
+
+def basis_names(remix: Remix) -> set[str]:
+    dense = ("weight", "bias") if remix.rank is None else ("lora_A", "lora_B")
+    return {f"{name}.{kind}" for name, _ in remix.mixed() for kind in dense}
+
+
+@classes
+@ranks
+def test_gradients_equal_those_of_separately_stacked_models(kind, rank):
+    remix, arguments = make(kind, rank=rank)
+    expected = gradients(remix, stacked(remix, arguments))
+    assert "logits" in expected
+    assert_close(gradients(remix, remix(**arguments).sample), expected)
+    assert_close(gradients(remix, remix(**arguments, groups=4).sample), expected)
+
+
+@kinds
+def test_gradient_checkpointing_computes_the_same_gradients(kind):
+    remix, arguments = make(kind)
+    expected = gradients(remix, remix(**arguments).sample)
+    remix.enable_gradient_checkpointing()
+    assert remix.is_gradient_checkpointing
+    assert_close(gradients(remix, remix(**arguments).sample), expected, 1e-6)
+    assert_close(gradients(remix, remix(**arguments, groups=4).sample), expected)
+
+
+def test_gradient_checkpointing_of_experts_with_separate_parameters():
+    remix, arguments = make("wan", rest="separate")
+    expected = gradients(remix, remix(**arguments).sample)
+    remix.enable_gradient_checkpointing()
+    assert all(copy.gradient_checkpointing for copy in remix.copies)
+    assert_close(gradients(remix, remix(**arguments).sample), expected, 1e-6)
+
+
+def test_low_rank_pairs_of_full_rank_are_whole_bases():
+    """With coefficients that sum to 1, W + sum_k alpha_k (beta_k - W) = sum_k alpha_k beta_k."""
+    for dense, low_rank, arguments in full_rank_models():
+        for (_, bases), (_, pairs) in zip(dense.mixed(), low_rank.mixed(), strict=True):
+            size = bases.in_features
+            pairs.lora_A.data.zero_()[:, :size] = torch.eye(size)
+            pairs.lora_B.data.zero_()[:, :, :size] = bases.weight.data - pairs.weight.data
+        low_rank.logits.data = dense.logits.data.clone()
+        with torch.no_grad():
+            outputs = [model(**arguments) for model in (low_rank, dense)]
+        outputs = [getattr(output, "sample", output) for output in outputs]
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def full_rank_models():
+    """Pairs of models with dense and low-rank bases on one backbone, with their arguments."""
+    dense, arguments = make("sd3")
+    low_rank, _ = make("sd3", rank=96)
+    yield equal_biases(dense, low_rank), low_rank, arguments
+    torch.manual_seed(0)
+    dit = DiT(8, 2, 4, 24, 2, 2, num_classes=10).eval()
+    for parameter in dit.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    dense = randomize(RemixDiT(dit, n_basis=4, n_experts=20)).eval()
+    low_rank = RemixDiT(dit, n_basis=4, n_experts=20, rank=96).eval()
+    arguments = dict(x=torch.randn(4, 4, 8, 8), t=LEVELS * 1000, y=torch.arange(4))
+    yield equal_biases(dense, low_rank), low_rank, arguments
+
+
+def equal_biases(dense: Remix, low_rank: Remix) -> Remix:
+    for (_, bases), (_, pairs) in zip(dense.mixed(), low_rank.mixed(), strict=True):
+        bases.bias.data[:] = pairs.bias.data
+    return dense
+
+
+# Modules like others
+
+
+@classes
+def test_state_dicts_and_copies(kind):
+    remix, arguments = make(kind)
+    with torch.no_grad():
+        expected = remix(**arguments).sample
+        other = Remix(KINDS[kind][0]().eval(), n_experts=4)
+        assert not torch.equal(other(**arguments).sample, expected)
+        other.load_state_dict(remix.state_dict())
+        assert torch.equal(other(**arguments).sample, expected)
+        twin = copy.deepcopy(remix)
+        for parameter in remix.parameters():
+            parameter.zero_()
+        assert torch.equal(twin(**arguments).sample, expected)
+
+
+def test_a_remix_is_not_saved_as_a_plain_model():
+    remix, _ = make("dit")
+    with pytest.raises(AttributeError, match=r"saved with torch\.save"):
+        remix.save_pretrained("folder")
+
+
+@classes
+@ranks
+def test_modules_in_half_precision(kind, rank):
+    remix, arguments = make(kind, rank=rank)
+    arguments = tree_map(lambda x: x.bfloat16() if x.is_floating_point() else x, arguments)
+    with torch.no_grad():
+        expected = remix.expert(3)(**tree_map(lambda x: x.float() if x.is_floating_point() else x, arguments)).sample
+    boundaries = remix.inner_boundaries.clone()
+    remix.bfloat16()
+    assert remix.dtype == torch.bfloat16
+    assert torch.equal(remix.inner_boundaries, boundaries)
+    assert remix.logits.dtype == torch.float32
+    output = remix(**arguments).sample
+    assert output.dtype == torch.bfloat16
+    assert relative(output[1].float(), expected[1]) < 0.05
+    assert relative(remix.expert(3).bfloat16()(**arguments).sample[1], output[1]) < 0.02
+    assert all(grad.isfinite().all() for grad in gradients(remix, output).values())
+    assert remix.logits.grad.abs().sum() > 0
+
+
+def test_low_rank_pairs_of_a_model_in_half_precision_are_trained_in_float32():
+    torch.manual_seed(0)
+    remix = randomize(Remix(tiny_sd3().eval().bfloat16(), n_experts=4, rank=2))
+    remix.freeze_shared()
+    arguments = tree_map(Tensor.bfloat16, sd3_arguments(4) | dict(timestep=LEVELS * 1000))
+    output = remix(**arguments, groups=4).sample
+    assert output.dtype == remix.dtype == torch.bfloat16
+    grads = gradients(remix, output)
+    assert len(grads) == 1 + 2 * len(remix.mixed())
+    assert {grad.dtype for grad in grads.values()} == {torch.float32}
+    for i, expert in enumerate(EXPERTS):
+        folded = remix.expert(expert)
+        assert folded.dtype == torch.bfloat16
+        assert relative(folded(**sample(arguments, i)).sample.float(), output[i : i + 1].float()) < 0.02
+    assert all(distance.isfinite().all() for distance in remix.distances())
+
+
+@pytest.mark.slow
+@classes
+def test_compiled_models_run_groups_without_graph_breaks(kind):
+    torch._dynamo.reset()
+    remix, arguments = make(kind)
+    compiled = torch.compile(remix, backend="aot_eager", fullgraph=True)
+    expected = gradients(remix, remix(**arguments, groups=4).sample)
+    assert_close(gradients(remix, compiled(**arguments, groups=4).sample), expected)
+
+
+# Pipelines
+
+
+def autoencoder():
+    """A tiny VAE with random weights: 4 latent channels at half the image's side."""
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    torch.manual_seed(0)
+    latents = dict(latent_channels=4, scaling_factor=0.5, shift_factor=0.1)
+    return AutoencoderKL(**blocks, **latents, block_out_channels=[8, 8], norm_num_groups=4)
+
+
+def wan_autoencoder():
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    down = [False, True, True]
+    return AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1] * 4, num_res_blocks=1, temperal_downsample=down)
+
+
+def pipeline(kind: str, transformer: nn.Module, **settings):
+    """The pipeline of a class around a transformer, without text encoders."""
+    import diffusers
+
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3)
+    text = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    name, n_text, scheduler = {
+        "sd3": ("StableDiffusion3Pipeline", 6, flow),
+        "flux": ("FluxPipeline", 4, flow),
+        "wan": ("WanPipeline", 2, flow),
+        "pixart": ("PixArtAlphaPipeline", 2, diffusers.DPMSolverMultistepScheduler()),
+        "dit": ("DiTPipeline", 0, diffusers.DDIMScheduler()),
+    }[kind]
+    vae = wan_autoencoder() if kind == "wan" else autoencoder()
+    parts = dict(transformer=transformer, vae=vae, scheduler=scheduler, **dict.fromkeys(text[:n_text]))
+    pipe = getattr(diffusers, name)(**parts, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(kind: str, pipe, **settings) -> Tensor:
+    """Two images or videos with classifier-free guidance, in 4 steps, with fixed prompts and noise."""
+    random = torch.Generator().manual_seed(0)
+
+    def embeddings(*shape):
+        return torch.randn(2, *shape, generator=random).to(pipe.transformer.dtype)
+
+    names = {"dit": (), "flux": ("prompt_embeds",)}.get(kind, ("prompt_embeds", "negative_prompt_embeds"))
+    arguments = {name: embeddings(5, 16) for name in names}
+    if kind in ("sd3", "flux"):
+        arguments |= {name.replace("prompt", "pooled_prompt"): embeddings(16) for name in names}
+    if kind == "pixart":
+        masks = {name.replace("embeds", "attention_mask"): torch.ones(2, 5) for name in names}
+        arguments |= dict(**masks, negative_prompt=None, use_resolution_binning=False)
+    arguments |= dict(class_labels=[1, 2]) if kind == "dit" else dict(height=16, width=16)
+    arguments |= dict(num_frames=5) if kind == "wan" else {}
+    result = pipe(**arguments, num_inference_steps=4, generator=random, output_type="np", **settings)
+    return torch.as_tensor(result[0])
+
+
+# The settings that these pipelines need.
+FOR_PIPELINES = {
+    "wan": dict(in_channels=16, out_channels=16),
+    "pixart": dict(use_additional_conditions=False),
+    "dit": dict(num_embeds_ada_norm=1000),
+}
+
+
+def for_pipeline(kind: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return KINDS[kind][0](**FOR_PIPELINES.get(kind, {})).eval()
+
+
+@classes
+def test_a_remix_runs_in_the_pipeline_of_its_class(kind):
+    model = for_pipeline(kind)
+    plain = generate(kind, pipeline(kind, model))
+    # Low-rank experts start equal to the model.
+    remix = Remix(model, n_experts=4, rank=2).eval()
+    torch.testing.assert_close(generate(kind, pipeline(kind, remix)), plain, rtol=1e-3, atol=1e-3)
+    randomize(remix, 0.3)
+    mixed = generate(kind, pipeline(kind, remix))
+    assert not torch.allclose(mixed, plain, atol=0.01)
+    assert not torch.allclose(mixed, generate(kind, pipeline(kind, remix.expert(0))), atol=0.01)
+    folded = generate(kind, pipeline(kind, FoldedRemix(remix)))
+    torch.testing.assert_close(folded, mixed, rtol=1e-3, atol=1e-3)
+
+
+def test_a_pipeline_moves_a_remix_to_half_precision():
+    remix = randomize(Remix(for_pipeline("sd3"), n_experts=3).eval())
+    images = []
+    for transformer in (FoldedRemix(remix), remix):
+        pipe = pipeline("sd3", transformer).to(torch.bfloat16)
+        assert pipe.dtype == torch.bfloat16
+        images.append(generate("sd3", pipe))
+    assert relative(*images) < 0.05
+    assert remix.logits.dtype == remix.inner_boundaries.dtype == torch.float32
+
+
+# Wan 2.2's pair
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A WanPipeline with two different transformers."""
+    return pipeline("wan", for_pipeline("wan"), transformer_2=for_pipeline("wan", seed=1), boundary_ratio=0.875)
+
+
+def test_wans_pair_is_a_remix_with_two_experts(pair):
+    expected = generate("wan", pair, guidance_scale_2=3.0)
+    assert not torch.equal(generate("wan", pipeline("wan", pair.transformer)), expected)
+    pair = copy.deepcopy(pair)
+    remix = read_pair(pair)
+    assert remix.boundaries == [0, 875, 1000]
+    pair.transformer = pair.transformer_2 = remix
+    torch.testing.assert_close(generate("wan", pair, guidance_scale_2=3.0), expected, rtol=0, atol=1e-6)
+
+
+def test_wans_pair_is_written_as_it_was_read(pair, tmp_path):
+    pair.save_pretrained(tmp_path / "read")
+    write_pair(read_pair(tmp_path / "read"), tmp_path / "written")
+    for part in ("transformer", "transformer_2"):
+        file = f"{part}/diffusion_pytorch_model.safetensors"
+        read, written = load_file(tmp_path / "read" / file), load_file(tmp_path / "written" / file)
+        assert read.keys() == written.keys()
+        assert all(torch.equal(tensor, written[name]) for name, tensor in read.items()), part
+    parts = {name: pair.components[name] for name in ("vae", "scheduler", "text_encoder", "tokenizer")}
+    again = type(pair).from_pretrained(tmp_path / "written", **parts)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(generate("wan", again), generate("wan", pair))
+    # A pipeline's other parts stay as they are.
+    write_pair(read_pair(tmp_path / "written"), tmp_path / "read")
+    index = json.loads((tmp_path / "read" / "model_index.json").read_text())
+    assert index["boundary_ratio"] == 0.875
+    assert index["vae"] == ["diffusers", "AutoencoderKLWan"]
+
+
+def test_what_is_no_pair_is_refused(tmp_path):
+    with pytest.raises(UserError, match="transformer_2 is NoneType, boundary_ratio is None"):
+        read_pair(pipeline("wan", for_pipeline("wan")))
+    with pytest.raises(UserError, match=r"no pair .* there is no .*model_index.json"):
+        read_pair(tmp_path)
+    other = tiny_wan(num_layers=1)
+    with pytest.raises(UserError, match="differ in the names, shapes or dtypes"):
+        read_pair(pipeline("wan", tiny_wan(), transformer_2=other, boundary_ratio=0.9))
+    with pytest.raises(UserError, match="from 2 experts of a WanTransformer3DModel, not from 4 of a DiTTransformer2D"):
+        write_pair(make("dit")[0], tmp_path)
+
+
+# Files of all experts
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "wan"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_load_lora_weights_reads_the_experts(kind, scope, tmp_path):
+    model = for_pipeline(kind)
+    remix = randomize(Remix(copy.deepcopy(model), n_experts=4, rank=2, scope=scope).eval(), 0.3)
+    remix.freeze_shared()
+    write_experts(remix, tmp_path, lora=True)
+    pipe = pipeline(kind, model)
+    images = []
+    for expert in (0, 3):
+        pipe.load_lora_weights(tmp_path, weight_name=f"expert{expert}.safetensors", adapter_name=f"expert{expert}")
+        pipe.set_adapters(f"expert{expert}")
+        images.append(generate(kind, pipe))
+        expected = generate(kind, pipeline(kind, remix.expert(expert)))
+        torch.testing.assert_close(images[-1], expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(*images, atol=0.01)
+
+
+def test_whole_experts_are_read_by_the_wrapped_class(tmp_path):
+    remix, arguments = make("pixart")
+    write_experts(remix, tmp_path)
+    highest = 0
+    for i, expert in enumerate(EXPERTS):
+        name = find_expert(tmp_path, arguments["timestep"][i])
+        assert name == f"expert{expert}"
+        model = type(remix.backbone).from_pretrained(tmp_path / name).eval()
+        with torch.no_grad():
+            expected = remix(**sample(arguments, i)).sample
+            torch.testing.assert_close(model(**sample(arguments, i)).sample, expected, rtol=1e-4, atol=1e-5)
+        highest = max(highest, expert)
+    assert highest == remix.n_experts - 1
+
+
+def test_experts_of_other_modules_are_written_as_state_dicts(tmp_path):
+    remix = randomize(Remix(Denoiser(), ["layers.*"], n_experts=3, timestep="sigma", num_timesteps=1))
+    write_experts(remix, tmp_path)
+    index = json.loads((tmp_path / "experts.json").read_text())
+    assert index == {
+        "class": "Denoiser",
+        "timestep": "sigma",
+        "boundaries": remix.boundaries,
+        "format": "state dict",
+        "experts": ["expert0.safetensors", "expert1.safetensors", "expert2.safetensors"],
+    }
+    plain = Denoiser()
+    plain.load_state_dict(load_file(tmp_path / find_expert(tmp_path, 0.5)))
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(plain(x, torch.full((4,), 0.5)), remix(x, torch.full((4,), 0.5)))
+
+
+def test_experts_that_lora_files_cannot_represent_are_refused(tmp_path):
+    def refused(message, kind="sd3", frozen=True, **settings):
+        remix, _ = make(kind, **settings)
+        if frozen:
+            remix.freeze_shared()
+        with pytest.raises(UserError, match=message):
+            write_experts(remix, tmp_path / "experts", lora=True)
+
+    refused("need low-rank bases .* but this Remix has whole layers as bases")
+    refused('but this Remix has the setting rest="separate"', rank=2, rest="separate")
+    refused(r"need all parameters outside the low-rank bases frozen .* such as backbone\.", rank=2, frozen=False)
+    for kind in ("pixart", "dit"):
+        refused("Transformer2DModel have no load_lora_weights", kind, rank=2)
+    assert not (tmp_path / "experts").exists()
+
+
+# Errors
+
+
+class Denoiser(nn.Module):
+    """A module of no known class."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, x, sigma):
+        return self.layers[1](self.norm(self.layers[0](x)) + sigma[:, None])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(layers=["blocks.*.mlp"]), r"nothing matches 'blocks\.\*\.mlp' in Denoiser, .* such as layers\.0, layers"),
+        (dict(layers=["layers.*", "no"]), "nothing matches 'no'"),
+        (dict(layers=[]), r"must be a list of names of nn\.Linear layers, but it is \[\]"),
+        (dict(layers="layers.0"), "must be a list of names of nn.Linear layers, but it is 'layers.0'"),
+        (dict(layers=["norm"]), r"norm is a torch\.nn\..*\.LayerNorm, but must be an nn\.Linear"),
+        (dict(timestep="t"), r"Denoiser\.forward has no argument 't', only x, sigma"),
+        (dict(timestep=None), "layers and timestep must be given for a Denoiser; presets exist for DiTTransformer2D"),
+        (dict(n_experts=None), "n_experts or boundaries must be given"),
+        (dict(boundaries=[0, 0.5]), "2 experts need 3 boundaries"),
+        (dict(rest="none"), "rest must be one of shared, separate"),
+        (dict(rank=0), "rank must be at least 1, but it is 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(settings, message):
+    module = Denoiser()
+    with pytest.raises(ValueError, match=message):
+        Remix(module, **(dict(layers=["layers.*"], n_experts=2, timestep="sigma", num_timesteps=1) | settings))
+    assert isinstance(module.layers[0], nn.Linear), "the module is not changed"
+
+
+@pytest.mark.parametrize("level", [-0.1, 1.5, float("nan")])
+def test_noise_levels_outside_the_boundaries_are_refused(level):
+    remix = Remix(Denoiser(), ["layers.*"], n_experts=2, timestep="sigma", num_timesteps=1)
+    for model in (remix, FoldedRemix(remix)):
+        with pytest.raises(ValueError, match=f"noise levels must be from 0 to 1, but they are from .*{level}"):
+            model(torch.randn(2, 3), torch.tensor([0.5, level]))
+
+
+def test_a_missing_noise_level_is_refused():
+    remix, arguments = make("sd3")
+    arguments.pop("timestep")
+    for value in (None, 500):
+        with pytest.raises(TypeError, match=f"'timestep', which must be a tensor .* SD3Transformer.* got {value}"):
+            remix(**arguments, timestep=value)
+
+
+# The documentation
+
+
+@pytest.mark.parametrize("steps", [2, pytest.param(None, marks=pytest.mark.slow)], ids=["short", "as it stands"])
+def test_the_documentation_trains_and_samples(steps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "any-transformer.md").read_text()
+    # The last section needs files of Wan 2.2.
+    code = "".join(re.findall(r"^```python\n(.*?)^```", page.partition("## Wan")[0], re.MULTILINE | re.DOTALL))
+    if steps:
+        code = re.sub(r"\bsteps=\d+", f"steps={steps}", code)
+    names = {}
+    exec(compile(code, "any-transformer.md", "exec"), names)
+    torch.testing.assert_close(names["with_adapters"], names["with_remix"], rtol=1e-3, atol=1e-3)
+    if not steps:
+        classifier = KNeighborsClassifier().fit(names["images"].flatten(1), names["labels"])
+        assert (classifier.predict(names["digits"].flatten(1)) == np.arange(100) % 10).mean() > 0.75
