@@ -4,6 +4,7 @@ import argparse
 import csv
 import gzip
 import json
+import re
 import struct
 import sys
 from pathlib import Path
@@ -252,6 +253,19 @@ def test_the_runner_computes_only_what_is_missing(setting, prepared, monkeypatch
 def test_the_page_holds_the_tables_of_the_results():
     page = (RESULTS / "README.md").read_text()
     assert page.partition(fashion_page.MARK)[2].strip() == fashion_page.page_tables(RESULTS)
+
+
+def test_the_first_table_of_the_readme_holds_the_results():
+    page = fashion_page.page_tables(RESULTS)
+    table = (ROOT / "README.md").read_text().partition("| | held-out error |")[2].partition("\n\n")[0]
+    for label, name in (
+        ("pretrained", "pretrained"),
+        ("continued training", "continued"),
+        ("Remix 4-20", "remix-4-20"),
+    ):
+        (shown,) = re.findall(rf"^\| {label}.*$", table, re.MULTILINE)
+        row = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        assert set(re.findall(r"-?[\d.]+ ± [\d.]+", shown)) <= set(re.findall(r"-?[\d.]+ ± [\d.]+", row))
 
 
 def test_committed_results_have_their_errors_and_origin():
