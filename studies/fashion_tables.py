@@ -196,8 +196,8 @@ def main(args: argparse.Namespace):
         for group in (pretrained, names[:2], [name for name in names[2:] if name not in pretrained]):
             jobs = {
                 workers.submit(run_variant, study, name, seed): name
-                for seed in args.seeds
                 for name in group
+                for seed in args.seeds
                 if (name, seed) in missing
             }
             for job in as_completed(jobs):
