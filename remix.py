@@ -202,8 +202,8 @@ class Remix(nn.Module):
         unbatched: names of arguments that may have as many rows as the batch but are no batches.
 
     Raises:
-        ValueError: if no layer matches, a layer is no `nn.Linear`, the timestep is no argument of the module, or
-            another argument is out of range or unknown.
+        ValueError: if the module is no `nn.Module`, no layer matches, a layer is no `nn.Linear`, the timestep is no
+            argument of the module, or another argument is out of range or unknown.
     """
 
     def __init__(
@@ -223,6 +223,10 @@ class Remix(nn.Module):
         unbatched: Sequence[str] = (),
     ):
         super().__init__()
+        if not isinstance(module, nn.Module):
+            raise ValueError(
+                f"module must be an nn.Module, such as a pipeline's transformer, but it is a {type(module).__name__}"
+            )
         preset, optional = find_preset(module), ()
         if preset is not None:
             if layers is None:

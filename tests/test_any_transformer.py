@@ -668,6 +668,11 @@ def test_wrong_arguments_are_refused(settings, message):
     assert isinstance(module.layers[0], nn.Linear), "the module is not changed"
 
 
+def test_a_pipeline_is_no_module():
+    with pytest.raises(ValueError, match=r"such as a pipeline's transformer, but it is a StableDiffusion3Pipeline"):
+        Remix(pipeline("sd3", tiny_sd3()), n_experts=2)
+
+
 @pytest.mark.parametrize("level", [-0.1, 1.5, float("nan")])
 def test_noise_levels_outside_the_boundaries_are_refused(level):
     remix = Remix(Denoiser(), ["layers.*"], n_experts=2, timestep="sigma", num_timesteps=1)
