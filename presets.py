@@ -1,8 +1,9 @@
 """Which layers of known transformers are mixed, and which of their arguments holds the noise level."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -12,14 +13,14 @@ class Preset:
     Attributes:
         layers: names of the mixed layers, see `remix.Remix`.
         optional_layers: names of mixed layers that only some configurations have.
-        timestep: the argument that holds the noise level.
+        timestep: the argument that holds the noise level, as its name or as a function of the arguments.
         highest_level: the largest noise level.
         unbatched: arguments that are no batches.
     """
 
-    layers: tuple[str, ...]
+    layers: Sequence[str]
     optional_layers: tuple[str, ...] = ()
-    timestep: str = "timestep"
+    timestep: str | Callable[..., Tensor] = "timestep"
     highest_level: int = 1000
     unbatched: tuple[str, ...] = ()
 
@@ -72,6 +73,36 @@ PRESETS = {
 }
 
 
-def find_preset(module: nn.Module) -> Preset | None:
-    """Return the preset of a module's class, or None if the class is not known."""
-    return next((PRESETS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in PRESETS), None)
+def complete_preset(
+    module: nn.Module,
+    layers: Sequence[str] | None,
+    timestep: str | Callable[..., Tensor] | None,
+    highest_level: int | None,
+    unbatched: Sequence[str],
+) -> Preset:
+    """Return how a module is wrapped: as the arguments say, and otherwise as the preset of its class.
+
+    Args:
+        module: the module.
+        layers, timestep, highest_level: see `Preset`; None for those of the class. A class without a preset has 1000 as
+            the highest level.
+        unbatched: see `Preset`; added to those of the class.
+
+    Raises:
+        ValueError: if the module is no `nn.Module`, or if something is missing and the class is not known.
+    """
+    name = type(module).__name__
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module must be an nn.Module, such as a pipeline's transformer, but it is a {name}")
+    known = next((PRESETS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in PRESETS), None)
+    if known is None:
+        if layers is None or timestep is None:
+            raise ValueError(f"layers and timestep must be given for a {name}; presets exist for {', '.join(PRESETS)}")
+        known = Preset(layers)
+    return Preset(
+        known.layers if layers is None else layers,
+        known.optional_layers if layers is None else (),
+        timestep or known.timestep,
+        highest_level or known.highest_level,
+        (*unbatched, *known.unbatched),
+    )

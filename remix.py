@@ -8,8 +8,6 @@ layers are shared by all experts. Once its layers are mixed, an expert has the s
 """
 
 import copy
-import inspect
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -26,7 +24,8 @@ from boundaries import check_boundaries, check_levels, equal_boundaries, find_in
 from grouped_linear import mix, mixed_linear
 from low_rank import LowRankLinear
 from models import DiT, DiT_models, classifier_free_guidance
-from presets import PRESETS, find_preset
+from presets import complete_preset
+from wrapping import Arguments, block_name, find_linears
 
 
 class RemixLinear(nn.Module):
@@ -227,51 +226,27 @@ class Remix(nn.Module):
             raise ValueError(
                 f"module must be an nn.Module, such as a pipeline's transformer, but it is a {type(module).__name__}"
             )
-        preset, optional = find_preset(module), ()
-        if preset is not None:
-            if layers is None:
-                layers, optional = preset.layers, preset.optional_layers
-            timestep = timestep or preset.timestep
-            unbatched = [*unbatched, *preset.unbatched]
-        num_timesteps = num_timesteps or (preset.highest_level if preset else 1000)
-        if layers is None or timestep is None:
-            raise ValueError(
-                f"layers and timestep must be given for a {type(module).__name__}; presets exist for "
-                f"{', '.join(PRESETS)}"
-            )
+        wrapped = complete_preset(module, layers, timestep, num_timesteps, unbatched)
         if n_experts is None:
             if boundaries is None:
                 raise ValueError("n_experts or boundaries must be given")
             n_experts = len(boundaries) - 1
-        if n_basis < 1:
-            raise ValueError(f"n_basis must be at least 1, but it is {n_basis}")
-        if n_experts < 1 or 1 < num_timesteps < n_experts:
-            raise ValueError(f"n_experts must be from 1 to num_timesteps={num_timesteps}, but it is {n_experts}")
-        for name, value, known in (("mixer", mixer, MIXERS), ("scope", scope, SCOPES), ("rest", rest, RESTS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, but it is {value!r}")
-        if rank is not None and rank < 1:
-            raise ValueError(f"rank must be at least 1, but it is {rank}")
-        if boundaries is not None:
-            check_boundaries(boundaries, n_experts, num_timesteps)
-        linears = find_linears(module, layers, optional)
-        self.arguments = [*inspect.signature(module.forward).parameters]
-        if isinstance(timestep, str) and timestep not in self.arguments:
-            known = ", ".join(self.arguments)
-            raise ValueError(f"timestep: {type(module).__name__}.forward has no argument {timestep!r}, only {known}")
-        self.timestep = timestep
-        self.unbatched = tuple(unbatched)
+        check_options(n_basis, n_experts, boundaries, mixer, scope, wrapped.highest_level, rank, rest)
         self.n_basis = n_basis
         self.n_experts = n_experts
-        self.boundaries = list(boundaries or equal_boundaries(n_experts, num_timesteps))
-        self.num_timesteps = num_timesteps
+        self.boundaries = list(boundaries or equal_boundaries(n_experts, wrapped.highest_level))
         self.mixer = mixer
         self.scope = scope
+        self.num_timesteps = wrapped.highest_level
         self.rank = rank
         self.rest = rest
+        self.timestep = wrapped.timestep
+        self.arguments = Arguments(module, wrapped.timestep, wrapped.unbatched)
+        linears = find_linears(module, wrapped.layers, wrapped.optional_layers)
+        blocks = list(dict.fromkeys(map(block_name, linears)))
+
         self.backbone = module
         self.batch_coefficients = BatchCoefficients()
-        blocks = list(dict.fromkeys(map(block_name, linears)))
         for name, linear in linears.items():
             row = blocks.index(block_name(name)) if scope == "local" else 0
             module.set_submodule(name, mixed_layer(linear, n_basis, rank, self.batch_coefficients, row))
@@ -279,24 +254,27 @@ class Remix(nn.Module):
             # The copies have the same mixed layers.
             shared = {id(layer): layer for _, layer in self.mixed()}
             self.copies = nn.ModuleList(copy.deepcopy(module, dict(shared)) for _ in range(n_experts - 1))
+        weight = next(iter(linears.values())).weight
+        self._initialize_coefficients(len(blocks), prior_bonus, weight.device, weight.dtype)
 
+    def _initialize_coefficients(self, depth: int, prior_bonus: float, device: torch.device, dtype: torch.dtype):
+        """Create the prior, the inner boundaries and the logits pi of the experts."""
         # The preferred basis of each expert.
-        prior = torch.arange(n_experts) * n_basis // n_experts  # [N]
-        logits = F.one_hot(prior, n_basis).float()  # [N, K]
-        if scope == "local":
-            logits = logits.expand(len(blocks), -1, -1)  # [depth, N, K]
-        if mixer != "one-hot":
+        prior = torch.arange(self.n_experts) * self.n_basis // self.n_experts  # [N]
+        logits = F.one_hot(prior, self.n_basis).float()  # [N, K]
+        if self.scope == "local":
+            logits = logits.expand(depth, -1, -1)  # [depth, N, K]
+        if self.mixer != "one-hot":
             logits = torch.randn(logits.shape) + prior_bonus * logits
-        if mixer == "raw":
+        if self.mixer == "raw":
             # The rows are then non-negative and sum to 1: these experts also start as averages of the bases.
             logits = logits.softmax(-1)
-        weight = next(iter(linears.values())).weight
-        self.register_buffer("prior", prior.to(weight.device), persistent=False)
         inner = torch.tensor(inner_boundaries(self.boundaries), dtype=torch.float32)
-        self.register_buffer("inner_boundaries", inner.to(weight.device), persistent=False)  # [N - 1]
+        self.register_buffer("prior", prior.to(device), persistent=False)
+        self.register_buffer("inner_boundaries", inner.to(device), persistent=False)  # [N - 1]
         # The paper's pi. Its updates would be lost in half precision.
-        logits = logits.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-        self.logits = nn.Parameter(logits.contiguous(), requires_grad=mixer != "one-hot")
+        logits = logits.to(device, torch.promote_types(dtype, torch.float32))
+        self.logits = nn.Parameter(logits.contiguous(), requires_grad=self.mixer != "one-hot")
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -412,7 +390,7 @@ class Remix(nn.Module):
         order = experts.argsort(stable=True)  # [B]
         outputs = []
         for expert, rows in zip(present.split(1), order.split(counts.tolist()), strict=True):
-            outputs.append(self._run(expert, *self._take(rows, len(t), args, kwargs)))
+            outputs.append(self._run(expert, *self.arguments.take(rows, len(t), args, kwargs)))
         inverse = order.argsort()
         return tree_map(
             lambda *parts: torch.cat(parts)[inverse] if isinstance(parts[0], Tensor) else parts[0], *outputs
@@ -420,33 +398,10 @@ class Remix(nn.Module):
 
     def times(self, *args, **kwargs) -> Tensor:
         """Return what the argument `timestep` holds for each sample, [B] or [1]."""
-        if callable(self.timestep):
-            t = self.timestep(*args, **kwargs)
-        else:
-            t = kwargs.get(self.timestep)
-            position = self.arguments.index(self.timestep)
-            if t is None and position < len(args):
-                t = args[position]
-        if not isinstance(t, Tensor):
-            raise TypeError(
-                f"the experts are selected by {self.timestep!r}, which must be a tensor [B], but "
-                f"{type(self.backbone).__name__} got {t!r}"
-            )
-        return t.view(-1) if t.ndim < 2 else t.flatten(1).amax(1)
+        return self.arguments.times(args, kwargs)
 
     def _check_levels(self, t: Tensor):
         check_levels(self.boundaries, *torch.stack(self.noise_level(t).aminmax()).tolist())
-
-    def _take(self, rows: Tensor, size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Select some samples of all arguments that are batches of `size` samples."""
-
-        def take(value):
-            is_batch = isinstance(value, Tensor) and value.ndim and len(value) == size
-            return value[rows] if is_batch else value
-
-        named = [*zip(self.arguments, args, strict=False)]
-        taken = [value if name in self.unbatched else tree_map(take, value) for name, value in named]
-        return tuple(taken), {k: v if k in self.unbatched else tree_map(take, v) for k, v in kwargs.items()}
 
     def _run(self, experts: Tensor, args: tuple, kwargs: dict) -> Any:
         """Run the module on G equal groups, with the experts [G]."""
@@ -535,39 +490,28 @@ class Remix(nn.Module):
             module.load_state_dict({k: v for k, v in own.items() if not k.startswith(mixed)}, strict=False)
 
 
-def find_linears(module: nn.Module, patterns: Sequence[str], optional: Sequence[str] = ()) -> dict[str, nn.Linear]:
-    """Return the layers of a module whose names match patterns, by name, in the module's order.
-
-    Args:
-        module: the module.
-        patterns: names in which * stands for any text without a dot.
-        optional: more of them, which need not match.
-
-    Raises:
-        ValueError: if one of `patterns` matches no layer, or a layer is no `nn.Linear`.
-    """
-    modules = dict(module.named_modules())
-    matches = set()
-    if isinstance(patterns, str) or not patterns:
-        raise ValueError(f"layers must be a list of names of nn.Linear layers, but it is {patterns!r}")
-    for pattern in (*patterns, *optional):
-        expression = re.compile(re.escape(pattern).replace(r"\*", "[^.]*"))
-        matched = {name for name in modules if expression.fullmatch(name)}
-        if not matched and pattern not in optional:
-            examples = [name for name, layer in modules.items() if isinstance(layer, nn.Linear)]
-            some = f"linear layers such as {', '.join(examples[:4])}" if examples else "no linear layer"
-            raise ValueError(f"layers: nothing matches {pattern!r} in {type(module).__name__}, which has {some}")
-        matches |= matched
-    for name in matches:
-        if not isinstance(modules[name], nn.Linear):
-            kind = type(modules[name])
-            raise ValueError(f"layers: {name} is a {kind.__module__}.{kind.__name__}, but must be an nn.Linear")
-    return {name: layer for name, layer in modules.items() if name in matches}
-
-
-def block_name(layer: str) -> str:
-    """Return a layer's name up to the first number, such as "blocks.3", or the whole name."""
-    return re.match(r"(.*?\.\d+)(\.|$)|.*", layer)[1] or layer
+def check_options(
+    n_basis: int,
+    n_experts: int,
+    boundaries: Sequence[float] | None,
+    mixer: str,
+    scope: str,
+    num_timesteps: int,
+    rank: int | None,
+    rest: str,
+):
+    """Raise ValueError if an argument of `Remix` is out of range or unknown."""
+    if n_basis < 1:
+        raise ValueError(f"n_basis must be at least 1, but it is {n_basis}")
+    if n_experts < 1 or 1 < num_timesteps < n_experts:
+        raise ValueError(f"n_experts must be from 1 to num_timesteps={num_timesteps}, but it is {n_experts}")
+    for name, value, known in (("mixer", mixer, MIXERS), ("scope", scope, SCOPES), ("rest", rest, RESTS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, but it is {value!r}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1, but it is {rank}")
+    if boundaries is not None:
+        check_boundaries(boundaries, n_experts, num_timesteps)
 
 
 def mixed_layer(

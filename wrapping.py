@@ -1,0 +1,95 @@
+"""What `remix.Remix` finds out about the module that it wraps: layers by their names, and the arguments of a call."""
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+
+def find_linears(module: nn.Module, patterns: Sequence[str], optional: Sequence[str] = ()) -> dict[str, nn.Linear]:
+    """Return the layers of a module whose names match patterns, by name, in the module's order.
+
+    Args:
+        module: the module.
+        patterns: names in which * stands for any text without a dot.
+        optional: more of them, which need not match.
+
+    Raises:
+        ValueError: if one of `patterns` matches no layer, or a layer is no `nn.Linear`.
+    """
+    modules = dict(module.named_modules())
+    matches = set()
+    if isinstance(patterns, str) or not patterns:
+        raise ValueError(f"layers must be a list of names of nn.Linear layers, but it is {patterns!r}")
+    for pattern in (*patterns, *optional):
+        expression = re.compile(re.escape(pattern).replace(r"\*", "[^.]*"))
+        matched = {name for name in modules if expression.fullmatch(name)}
+        if not matched and pattern not in optional:
+            examples = [name for name, layer in modules.items() if isinstance(layer, nn.Linear)]
+            some = f"linear layers such as {', '.join(examples[:4])}" if examples else "no linear layer"
+            raise ValueError(f"layers: nothing matches {pattern!r} in {type(module).__name__}, which has {some}")
+        matches |= matched
+    for name in matches:
+        if not isinstance(modules[name], nn.Linear):
+            kind = type(modules[name])
+            raise ValueError(f"layers: {name} is a {kind.__module__}.{kind.__name__}, but must be an nn.Linear")
+    return {name: layer for name, layer in modules.items() if name in matches}
+
+
+def block_name(layer: str) -> str:
+    """Return a layer's name up to the first number, such as "blocks.3", or the whole name."""
+    return re.match(r"(.*?\.\d+)(\.|$)|.*", layer)[1] or layer
+
+
+class Arguments:
+    """The arguments that a module is called with.
+
+    Args:
+        module: the module.
+        timestep: name of the argument that holds the noise level of each sample; or a function of the arguments.
+        unbatched: names of arguments that are no batches.
+
+    Raises:
+        ValueError: if the module has no argument `timestep`.
+    """
+
+    def __init__(self, module: nn.Module, timestep: str | Callable[..., Tensor], unbatched: Sequence[str]):
+        self.owner = type(module).__name__
+        self.names = [*inspect.signature(module.forward).parameters]
+        if isinstance(timestep, str) and timestep not in self.names:
+            known = ", ".join(self.names)
+            raise ValueError(f"timestep: {self.owner}.forward has no argument {timestep!r}, only {known}")
+        self.timestep = timestep
+        self.unbatched = tuple(unbatched)
+
+    def times(self, args: tuple, kwargs: dict) -> Tensor:
+        """Return what the argument `timestep` holds for each sample, [B] or [1]: the highest value, if it has several.
+
+        Raises:
+            TypeError: if it is no tensor.
+        """
+        if callable(self.timestep):
+            t = self.timestep(*args, **kwargs)
+        else:
+            t = kwargs.get(self.timestep)
+            position = self.names.index(self.timestep)
+            if t is None and position < len(args):
+                t = args[position]
+        if not isinstance(t, Tensor):
+            raise TypeError(
+                f"the experts are selected by {self.timestep!r}, which must be a tensor [B], but {self.owner} got {t!r}"
+            )
+        return t.view(-1) if t.ndim < 2 else t.flatten(1).amax(1)
+
+    def take(self, rows: Tensor, size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Select some samples of all arguments that are batches of `size` samples."""
+
+        def take(value):
+            is_batch = isinstance(value, Tensor) and value.ndim and len(value) == size
+            return value[rows] if is_batch else value
+
+        named = [*zip(self.names, args, strict=False)]
+        taken = [value if name in self.unbatched else tree_map(take, value) for name, value in named]
+        return tuple(taken), {k: v if k in self.unbatched else tree_map(take, v) for k, v in kwargs.items()}
