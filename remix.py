@@ -222,10 +222,6 @@ class Remix(nn.Module):
         unbatched: Sequence[str] = (),
     ):
         super().__init__()
-        if not isinstance(module, nn.Module):
-            raise ValueError(
-                f"module must be an nn.Module, such as a pipeline's transformer, but it is a {type(module).__name__}"
-            )
         wrapped = complete_preset(module, layers, timestep, num_timesteps, unbatched)
         if n_experts is None:
             if boundaries is None:
