@@ -12,6 +12,7 @@ is interrupted, the same command encodes what is missing. It also tries the imag
 """
 
 import argparse
+import re
 import warnings
 from dataclasses import dataclass
 from itertools import islice
@@ -74,6 +75,7 @@ def main(args: argparse.Namespace):
     # Pixels have none.
     if args.vae != "none":
         settings |= load_normalization(args.vae).record()
+    settings |= images.samples()
     complete = finished(folder, settings)
     crops = Crops(images, args.image_size, args.grayscale, args.max_pixels)
     repaired = repaired_shards(folder, crops)
@@ -149,7 +151,8 @@ def finished(folder: Path, settings: dict) -> bool:
         # Earlier versions did not record the scale, and knew no other than one for all channels.
         if isinstance(settings.get("scale"), float):
             defaults["scale"] = settings["scale"]
-        check_settings(record, settings, "choose another --features-path", defaults=defaults)
+        # A row that could not be read may have been repaired.
+        check_settings(record, settings, "choose another --features-path", read_skipped(folder), defaults)
     if not (folder / INDEX).exists():
         return False
     if not record.exists():
@@ -233,7 +236,9 @@ class Crops(Dataset):
             pixels = np.array(center_crop(image, self.size))
         # A decoder may raise any exception on a damaged file.
         except Exception as error:
-            return i, " ".join(f"{type(error).__name__}: {error}".split())
+            # Objects are named with their addresses, which differ from run to run.
+            reason = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "", f"{type(error).__name__}: {error}")
+            return i, " ".join(reason.split())
         # [size, size] or [size, size, 3] -> [C, size, size]
         return i, pixels.reshape(self.size, self.size, -1).transpose(2, 0, 1)
 
