@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from autoencoder import Latents, Pixels, load_autoencoder
+from autoencoder import Latents, Pixels, load_autoencoder, load_normalization
 from common import (
     ArgumentParser,
     LocalError,
@@ -71,6 +71,9 @@ def main(args: argparse.Namespace):
         settings["store"] = args.store
     if args.dtype != "float32":
         settings["dtype"] = args.dtype
+    # Pixels have none.
+    if args.vae != "none":
+        settings |= load_normalization(args.vae).record()
     complete = finished(folder, settings)
     crops = Crops(images, args.image_size, args.grayscale, args.max_pixels)
     repaired = repaired_shards(folder, crops)
@@ -142,7 +145,11 @@ def finished(folder: Path, settings: dict) -> bool:
     """Return whether a folder holds all features of these settings. Raises UserError if it holds other features."""
     record = folder / SETTINGS
     if record.exists():
-        check_settings(record, settings, "choose another --features-path")
+        defaults = {"store": "draw", "dtype": "float32", "shift": 0.0}
+        # Earlier versions did not record the scale, and knew no other than one for all channels.
+        if isinstance(settings.get("scale"), float):
+            defaults["scale"] = settings["scale"]
+        check_settings(record, settings, "choose another --features-path", defaults=defaults)
     if not (folder / INDEX).exists():
         return False
     if not record.exists():

@@ -54,7 +54,7 @@ from models import DiT
 from posthoc_ema import WIDEST, reconstruct
 from remix import RemixDiT
 from training.scoring import make_fid
-from training.statistics import interval_times, noise_errors
+from training.statistics import grid_times, interval_times, noise_errors
 
 # Evenly spaced noise levels at which the error of an EMA is measured.
 EMA_LEVELS = 50
@@ -263,8 +263,7 @@ def held_out_error(
     diffusion: GaussianDiffusion | FlowMatching, x: Tensor, y: Tensor, seed: int, model: DiT | ExpertSwitch
 ) -> float:
     """Return the mean error of a model over evenly spaced noise levels, on encoded images x with the labels y."""
-    levels = (np.arange(EMA_LEVELS) + 0.5) / EMA_LEVELS
-    times = 1 - levels if isinstance(diffusion, FlowMatching) else (levels * diffusion.num_timesteps).astype(int)
+    times = grid_times(EMA_LEVELS, "flow" if isinstance(diffusion, FlowMatching) else "gaussian")
     return noise_errors(model, diffusion, x, y, times, min(32, len(x)), seed).mean().item()
 
 

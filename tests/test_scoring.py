@@ -21,11 +21,15 @@ from conftest import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import training.scoring
+from boundaries import equal_boundaries
 from checkpoint import load_denoiser
-from diffusion import create_process
+from diffusion import NOISE_LEVELS, create_process
 from diffusion.solvers import QUICK
 from features import FeatureDataset, write_index, write_shard
+from models import DiT
+from remix import RemixDiT
 from training.previews import GUIDANCE
+from training.scoring import make_scorer, measure_parts, prepare
 from training.statistics import noise_errors
 
 # More than one batch of the feature network, and no multiple of a batch of samples.
@@ -112,15 +116,50 @@ def test_held_out_losses_are_those_of_each_expert_at_its_timesteps(scored, held_
     dataset, logged = FeatureDataset(held_out), scores(scored)[4]
     rows = np.random.default_rng(0).permutation(len(dataset))
     x, y = dataset.__getitems__(rows.tolist())
-    means = []
+    every = []
     for i in range(6):
-        low, high = i * 1000 // 6, (i + 1) * 1000 // 6
-        times = np.linspace(low, high - 1, 33).round().astype(int)
-        assert {model.expert_index(t) for t in times} == {i}
-        errors = noise_errors(model.select(i), create_process(**config["diffusion"]), x, y, times, len(x))
-        means.append(errors.mean().item())
-        assert logged[f"held_out_loss/expert_{i:02d}"] == pytest.approx(means[i], rel=1e-5)
-    assert logged["held_out_loss"] == pytest.approx(np.mean(means), rel=1e-5)
+        times = [t for t in range(2, 1000, 5) if i * 1000 // 6 <= t < (i + 1) * 1000 // 6]
+        errors = noise_errors(model.select(i), create_process(**config["diffusion"]), x, y, times, len(x)).tolist()
+        assert logged[f"held_out_loss/expert_{i:02d}"] == pytest.approx(np.mean(errors), rel=1e-5)
+        every += errors
+    assert logged["held_out_loss"] == pytest.approx(np.mean(every), rel=1e-5)
+
+
+def held_out_scores(held_out: Path, model: DiT | RemixDiT, process: str, timesteps: list[float]) -> dict[str, float]:
+    """The held-out losses of a model that is trained on some noise levels."""
+    dataset, diffusion = FeatureDataset(held_out), create_process(process)
+    config = {
+        "training": {"timesteps": timesteps, "global_seed": 0, "max_steps": 1},
+        "model": {"backbone": {"num_classes": 3}},
+        "diffusion": {"process": process},
+    }
+    [score] = make_scorer(1, None, None, None, str(held_out), None, dataset, config, model, diffusion).scores
+    return score.combine(measure_parts(score, score.parts, prepare(model, torch.device("cpu"))))
+
+
+@pytest.mark.parametrize("process", ["gaussian", "flow"])
+def test_held_out_losses_of_all_models_can_be_compared(held_out, process):
+    """A DiT, a RemixDiT of its copies with any number of experts, and its experts alone: at the same noise levels."""
+    torch.manual_seed(0)
+    dit = DiT(8, 2, 3, 16, 1, 2, num_classes=3, learn_sigma=process == "gaussian").eval()
+    torch.nn.init.normal_(dit.final_layer.linear.weight)
+    whole = NOISE_LEVELS[process]
+    expected = held_out_scores(held_out, dit, process, whole)
+    assert list(expected) == ["held_out_loss"]
+    for n_experts in (1, 7, 20, 300):
+        boundaries = equal_boundaries(n_experts, whole[1])
+        remix = RemixDiT(dit, n_basis=1, n_experts=n_experts, boundaries=boundaries).eval()
+        logged = held_out_scores(held_out, remix, process, whole)
+        assert logged["held_out_loss"] == pytest.approx(expected["held_out_loss"], rel=1e-5)
+        assert len(logged) == 1 + min(n_experts, 200)
+        for name in list(logged)[1:3]:
+            i = int(name.rpartition("_")[2])
+            alone = held_out_scores(held_out, dit, process, boundaries[i : i + 2])
+            assert alone == {"held_out_loss": pytest.approx(logged[name], rel=1e-5)}
+    # Timestep 3 and the levels around 0.0035 are not among those of the grid.
+    low, high = {"gaussian": [3, 4], "flow": [0.003, 0.004]}[process]
+    [score] = held_out_scores(held_out, dit, process, [low, high]).values()
+    assert np.isfinite(score)
 
 
 def test_the_figure_of_ema_widths_has_the_fid_of_training(scored, reference, tmp_path):

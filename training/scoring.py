@@ -24,15 +24,14 @@ from evaluation.networks import FEATURE_BATCH, FeatureExtractor, make_extractor,
 from evaluation.scores import GaussianStatistics, frechet_distance
 from experts import ExpertSwitch, FoldedRemix
 from features import FeatureDataset
-from figures import intervals
 from models import DiT
 from remix import RemixDiT
 from sampling import SAMPLE_BATCH, Pipeline, SampleSettings, make_pipeline, sample
 from training.loggers import MetricLogger
 from training.previews import GUIDANCE
-from training.statistics import interval_times, noise_errors
+from training.statistics import grid_times, noise_errors
 
-# The held-out error is measured on this many images, at about this many noise levels, with 32 images per noise level.
+# The held-out error is measured on this many images, at this many noise levels, with 32 images per noise level.
 HELD_OUT_IMAGES = 1024
 HELD_OUT_LEVELS = 200
 IMAGES_PER_LEVEL = 32
@@ -113,17 +112,23 @@ class HeldOutLoss:
     Args:
         dataset: the held-out images.
         diffusion: the process.
-        times: timesteps, or a flow's times, of each expert [N, n]; or of the whole model [1, n].
-        seed: seed of the choice of images and of the noise, which are the same in all steps.
+        times: timesteps, or a flow's times, [n].
+        owners: index of the expert that owns each time; None if there are no experts.
+        seed: seed of the choice of images and of the noise, which are the same for all models and in all steps.
     """
 
     def __init__(
-        self, dataset: FeatureDataset, diffusion: GaussianDiffusion | FlowMatching, times: np.ndarray, seed: int
+        self,
+        dataset: FeatureDataset,
+        diffusion: GaussianDiffusion | FlowMatching,
+        times: np.ndarray,
+        owners: list[int] | None,
+        seed: int,
     ):
         self.path = dataset.path
         self.diffusion = diffusion
-        self.shape = times.shape
-        self.parts = times.ravel().tolist()
+        self.parts = times.tolist()
+        self.owners = owners
         self.seed = seed
         rows = np.random.default_rng(seed).permutation(len(dataset))[:HELD_OUT_IMAGES]
         self.x, self.y = dataset.__getitems__(rows.tolist())
@@ -138,11 +143,11 @@ class HeldOutLoss:
         return noise_errors(model, self.diffusion, self.x, self.y, [t], n, self.seed).item()
 
     def combine(self, errors: list[float]) -> dict[str, float]:
-        """Return the mean error, and that of each expert at its noise levels if there are several."""
-        experts = np.reshape(errors, self.shape).mean(1)
-        scores = {"held_out_loss": float(experts.mean())}
-        if len(experts) > 1:
-            scores |= {f"held_out_loss/expert_{i:02d}": value for i, value in enumerate(experts.tolist())}
+        """Return the mean error, and that of each expert that owns some of the noise levels."""
+        scores = {"held_out_loss": float(np.mean(errors))}
+        for i in sorted(set(self.owners or [])):
+            own = [error for error, owner in zip(errors, self.owners, strict=True) if owner == i]
+            scores[f"held_out_loss/expert_{i:02d}"] = float(np.mean(own))
         return scores
 
     def __str__(self) -> str:
@@ -353,9 +358,9 @@ def make_scorer(
     scores = []
     if held_out:
         images = open_held_out(held_out, dataset, config["model"]["backbone"]["num_classes"])
-        levels = intervals(model) if isinstance(model, RemixDiT) else [training["timesteps"]]
-        times = interval_times(levels, max(1, HELD_OUT_LEVELS // len(levels)), isinstance(diffusion, FlowMatching))
-        scores.append(HeldOutLoss(images, diffusion, times, training["global_seed"]))
+        times = grid_times(HELD_OUT_LEVELS, process_name(config["diffusion"]), training["timesteps"])
+        owners = [model.expert_index(t) for t in times.tolist()] if isinstance(model, RemixDiT) else None
+        scores.append(HeldOutLoss(images, diffusion, times, owners, training["global_seed"]))
     if reference:
         scores.append(make_fid(reference, weights, n_samples, vae, config, model, "this run"))
     return Scorer(every, training["max_steps"], scores)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from boundaries import find_interval
 from common import counted
-from diffusion import FlowMatching, GaussianDiffusion
+from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
 from distributed import World, seed_for
 from models import DiT
 from remix import RemixDiT
@@ -323,6 +324,33 @@ def interval_times(intervals: list[tuple[float, float]], per_interval: int, flow
         parts = (np.arange(per_interval) + 0.5) / per_interval
         return np.stack([1 - (low + (high - low) * parts) for low, high in intervals])
     return np.stack([np.linspace(low, high - 1, per_interval).round().astype(int) for low, high in intervals])
+
+
+def grid_times(count: int, process: str, interval: list[float] | None = None) -> np.ndarray:
+    """Return a fixed grid of timesteps, or of a flow's times, at which all models are measured.
+
+    The noise levels are the midpoints of `count` equal parts of the whole range. They do not depend on the model.
+
+    Args:
+        count: number of parts.
+        process: name of the process, as in `diffusion.process_name`.
+        interval: lowest and highest noise level of an expert that is measured alone; None for the whole range.
+
+    Returns:
+        Timesteps [n], int64, or times [n], float64, in increasing noise. Those in the interval, or the middle of the
+        interval if there are none.
+    """
+    is_flow, (_, last) = process == "flow", NOISE_LEVELS[process]
+    levels = (np.arange(count) + 0.5) * last / count
+    if not is_flow:
+        levels = levels.astype(np.int64)
+    if interval is not None:
+        low, high = interval
+        # The rule by which a RemixDiT's experts own noise levels.
+        inside = [find_interval([0, low, high, last], level) == 1 for level in levels.astype(np.float32)]
+        middle = (low + high) / 2 if is_flow else (math.ceil(low) + math.ceil(high) - 1) // 2
+        levels = levels[inside] if any(inside) else np.array([middle])
+    return 1 - levels if is_flow else levels
 
 
 @torch.no_grad()
