@@ -12,6 +12,7 @@ is interrupted, the same command encodes what is missing. It also tries the imag
 """
 
 import argparse
+import logging
 import re
 import warnings
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def main(args: argparse.Namespace):
     # Encode this process's share of the missing shards.
     autoencoder = autoencoder.to(world.device)
     encoder = Encoder(autoencoder, args.store, args.mirror, args.global_seed, world.device, args.dtype)
-    encode_shards(crops, encoder, missing, folder, world, args.batch_size, args.num_workers)
+    encode_shards(crops, encoder, missing, folder, world, args.batch_size, args.num_workers, logger)
     world.barrier()
 
     # Write the index, which marks the features as complete.
@@ -358,7 +359,14 @@ def encode_images(crops: Crops, batches, encoder: Encoder) -> tuple[np.ndarray, 
 
 
 def encode_shards(
-    crops: Crops, encoder: Encoder, missing: list[int], folder: Path, world: World, batch_size: int, n_workers: int
+    crops: Crops,
+    encoder: Encoder,
+    missing: list[int],
+    folder: Path,
+    world: World,
+    batch_size: int,
+    n_workers: int,
+    logger: logging.Logger,
 ):
     """Encode this process's share of the missing shards and write them to `folder`."""
     total = len(crops)
@@ -377,8 +385,31 @@ def encode_shards(
         loaded = iter(loader)
         for shard, indices in mine.items():
             own = islice(loaded, len(split(indices, batch_size)))
-            write_shard(folder, shard, *encode_images(crops, own, encoder), encoder.dtype)
+            features, labels, skipped = encode_images(crops, own, encoder)
+            write_shard(folder, shard, features, labels, skipped, encoder.dtype)
+            if shard == missing[0] and isinstance(encoder.autoencoder, Latents) and len(features):
+                report_scale(features, encoder.store, logger)
             bar.update(min(len(indices) * world.size, bar.total - bar.n))
+
+
+def report_scale(features: np.ndarray, store: str, logger: logging.Logger):
+    """Log the mean and the standard deviation of latents [n, views, C or 2C, H, W].
+
+    The noise schedules are made for a standard deviation of about 1, so that another one gives a warning.
+    """
+    if store == "moments":
+        # The variance of draws is that of the means plus the mean of the variances.
+        mean, spread = np.split(features.astype(np.float32), 2, axis=2)
+        std = float(np.sqrt(mean.var() + np.square(spread).mean()))
+    else:
+        mean = features.astype(np.float32)
+        std = float(mean.std())
+    logger.info(f"latents of the first shard: mean {mean.mean():.3f}, standard deviation {std:.3f}")
+    if not 0.5 <= std <= 2:
+        logger.warning(
+            "warning: the standard deviation should be about 1: check scaling_factor, shift_factor, latents_mean and "
+            "latents_std in the VAE's config.json (docs/features.md)"
+        )
 
 
 def split(indices: range, size: int) -> list[range]:

@@ -1,17 +1,20 @@
 """Encoding a folder of images: what is written, resuming, unreadable and malicious images."""
 
 import json
+import logging
+import re
 import shutil
 import struct
 import zlib
 
 import numpy as np
+import pytest
 import torch
 from conftest import PIXELS, locked, make_images, make_vae, run
 from PIL import Image
 
 from autoencoder import Normalization, load_autoencoder
-from extract_features import center_crop
+from extract_features import center_crop, report_scale
 from features import FeatureDataset
 
 
@@ -116,7 +119,9 @@ def test_16_bit_images_are_encoded_as_8_bit_images(tmp_path):
     assert (tmp_path / "f8" / shard).read_bytes() == (tmp_path / "f16" / shard).read_bytes()
 
 
-def test_32_bit_images_and_large_images_are_refused(tmp_path):
+def test_32_bit_images_and_large_images_are_refused(tmp_path, monkeypatch):
+    # Restored after the test, because the script changes it.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     tree = make_images(tmp_path / "images", classes=1, per_class=2)
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tree / "class0/float.tif")
     Image.fromarray(np.full((8, 8), 70_000, np.int32)).save(tree / "class0/integer.tif")
@@ -161,7 +166,8 @@ def test_decompression_bombs_truncated_images_and_other_files(tmp_path):
 def test_latents_of_a_local_vae(vae, tmp_path):
     tree = make_images(tmp_path / "images", per_class=3, size=16)
     flags = (f"--data-path={tree}", f"--vae={vae}", "--image-size=16", "--num-workers=1", "--batch-size=4")
-    run("extract_features.py", *flags, "--features-path", tmp_path / "one", "--model", "DiT-T/2")
+    done = run("extract_features.py", *flags, "--features-path", tmp_path / "one", "--model", "DiT-T/2")
+    assert "latents of the first shard: mean" in done.stderr
     run("extract_features.py", *flags, "--features-path", tmp_path / "two", processes=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     dataset = FeatureDataset(tmp_path / "one")
@@ -229,6 +235,24 @@ def test_latents_of_two_normalizations_are_not_mixed(tmp_path):
     (folder / "settings.json").write_text(json.dumps(settings))
     run("extract_features.py", *flags)
     assert json.loads((folder / "settings.json").read_text())["scale"] == 0.5, "a folder of an earlier version"
+
+
+@pytest.mark.parametrize("store", ["draw", "moments"])
+def test_the_scale_of_the_latents_is_logged(store):
+    rng = np.random.default_rng(0)
+    logger = logging.getLogger("test_the_scale")
+    lines = []
+    logger.addHandler(type("Lines", (logging.Handler,), {"emit": lambda self, record: lines.append(record.msg)})())
+    logger.setLevel(logging.INFO)
+    means, stds = 3 * rng.standard_normal((64, 1, 4, 16, 16)) + 1, np.full((64, 1, 4, 16, 16), 4.0)
+    for scale, warned in ((1, True), (0.2, False), (0.05, True)):
+        lines.clear()
+        moments = np.concatenate([means, stds], axis=2) * scale
+        draws = (means + stds * rng.standard_normal(means.shape)) * scale
+        report_scale(moments if store == "moments" else draws, store, logger)
+        values = [float(x) for x in re.findall(r"-?\d+\.\d+", lines[0])]
+        np.testing.assert_allclose(values, [scale, 5 * scale], rtol=0.05)
+        assert [line.startswith("warning: ") for line in lines[1:]] == [True] * warned
 
 
 def test_draws_are_not_mixed_with_moments(moments, vae):
