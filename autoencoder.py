@@ -1,6 +1,8 @@
 """Conversion between images and what the model denoises: a VAE's latents (diffusers' AutoencoderKL) or plain pixels."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,14 +38,18 @@ class Normalization:
         Otherwise it is (z - shift_factor) * scaling_factor.
 
         Raises:
-            ValueError: if the statistics are incomplete, or do not suit the number of channels.
+            ValueError: if an entry is not a finite number, if the scaling factor is not above 0, or if the statistics
+                are incomplete or do not suit the number of channels.
         """
-        scale, shift = config.get("scaling_factor", DEFAULT_SCALING_FACTOR), config.get("shift_factor") or 0.0
+        scale, shift = config.get("scaling_factor", DEFAULT_SCALING_FACTOR), config.get("shift_factor")
+        shift = 0.0 if shift is None else shift
+        if not _finite([scale, shift]) or scale <= 0:
+            raise ValueError("scaling_factor must be a number above 0, and shift_factor a number or null")
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None and std is None:
             return cls(float(scale), float(shift))
         channels = config.get("latent_channels", 4)
-        if mean is None or std is None or not len(mean) == len(std) == channels or min(std) <= 0:
+        if not (_finite(mean) and _finite(std) and len(mean) == len(std) == channels and min(std) > 0):
             raise ValueError(f"latents_mean and latents_std must be {channels} numbers each, and latents_std above 0")
         # AutoencoderKL stores its default also in the config of a VAE whose statistics alone give unit variance.
         scale = 1.0 if scale == DEFAULT_SCALING_FACTOR else scale
@@ -76,6 +82,11 @@ class Normalization:
     def invert(self, x: Tensor) -> Tensor:
         """Convert what the model denoises, [B, C, H, W], to latents."""
         return x / _per_channel(self.scale, x) + _per_channel(self.shift, x)
+
+
+def _finite(values) -> bool:
+    """Return whether something read from a config is a list of finite numbers."""
+    return isinstance(values, list | tuple) and all(type(x) in (int, float) and math.isfinite(x) for x in values)
 
 
 def _per_channel(value: float | list[float], like: Tensor) -> float | Tensor:
@@ -137,30 +148,11 @@ class Latents(Pixels):
     bounded = False
 
     def __init__(self, name: str):
-        # The import takes seconds, and runs on pixels never need it.
         from diffusers import AutoencoderKL
-        from diffusers.utils import logging
 
-        # The one-line error below replaces diffusers' warnings.
-        logging.set_verbosity_error()
-        on_hub = not (Path(name).exists() or Path(name).is_absolute())
-        cached_only = on_hub and offline()
-        parts = name.split("/") if on_hub else [name]
-        repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:]) or None
-        where = dict(subfolder=subfolder, local_files_only=cached_only)
-        try:
-            kind = AutoencoderKL.load_config(repository, **where).get("_class_name", "AutoencoderKL")
-            # Another class would be read as an AutoencoderKL with random weights.
-            if kind != "AutoencoderKL":
-                raise ValueError(f"it is an {kind}")
+        self.normalization = load_normalization(name)
+        with _located(name) as (repository, where):
             vae = AutoencoderKL.from_pretrained(repository, low_cpu_mem_usage=False, **where)
-            self.normalization = Normalization.from_vae(vae.config)
-        except (OSError, ValueError) as error:
-            reason = "the Hugging Face hub cannot be reached" if cached_only else first_line(error)
-            raise UserError(
-                f"cannot load the VAE {name!r} ({reason}): use --vae PATH for a local folder of a diffusers "
-                "AutoencoderKL, or --vae none for models of pixels"
-            ) from None
         self.vae = vae.eval().requires_grad_(False)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.channels = (self.vae.config.latent_channels,)
@@ -193,3 +185,46 @@ def load_autoencoder(name: str) -> Pixels:
         UserError: if the VAE cannot be loaded.
     """
     return Pixels() if name == "none" else Latents(SHORT_NAMES.get(name, name))
+
+
+def load_normalization(name: str) -> Normalization:
+    """Read the normalization of an autoencoder's latents from its config, without its weights.
+
+    Args:
+        name: a name as of `load_autoencoder`.
+
+    Raises:
+        UserError: if the config cannot be read, or is not that of an AutoencoderKL.
+    """
+    if name == "none":
+        return Pixels.normalization
+    # The import takes seconds, and runs on pixels never need it.
+    from diffusers import AutoencoderKL
+    from diffusers.utils import logging
+
+    # The one-line error replaces diffusers' warnings.
+    logging.set_verbosity_error()
+    with _located(SHORT_NAMES.get(name, name)) as (repository, where):
+        config = AutoencoderKL.load_config(repository, **where)
+        kind = config.get("_class_name", "AutoencoderKL")
+        # Another class would be read as an AutoencoderKL with random weights.
+        if kind != "AutoencoderKL":
+            raise ValueError(f"it is an {kind}")
+        return Normalization.from_vae(config)
+
+
+@contextmanager
+def _located(name: str) -> Iterator[tuple[str, dict]]:
+    """Yield where diffusers finds a VAE: the folder or repository, and further arguments. Errors become UserError."""
+    on_hub = not (Path(name).exists() or Path(name).is_absolute())
+    cached_only = on_hub and offline()
+    parts = name.split("/") if on_hub else [name]
+    repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:]) or None
+    try:
+        yield repository, dict(subfolder=subfolder, local_files_only=cached_only)
+    except (OSError, ValueError) as error:
+        reason = "the Hugging Face hub cannot be reached" if cached_only else first_line(error)
+        raise UserError(
+            f"cannot load the VAE {name!r} ({reason}): use --vae PATH for a local folder of a diffusers "
+            "AutoencoderKL, or --vae none for models of pixels"
+        ) from None

@@ -16,14 +16,13 @@ def check_boundaries(boundaries: list[float], n_experts: int, highest: float = 1
     """Check the boundaries between experts.
 
     Raises:
-        ValueError: unless they are `n_experts` + 1 increasing numbers from 0 to `highest`, or to 1 for a flow.
+        ValueError: unless they are `n_experts` + 1 increasing numbers from 0 to `highest`.
     """
     if len(boundaries) != n_experts + 1:
         raise ValueError(f"{n_experts} experts need {n_experts + 1} boundaries, but there are {len(boundaries)}")
-    if boundaries[0] != 0 or boundaries[-1] not in (1, highest):
+    if boundaries[0] != 0 or boundaries[-1] != highest:
         raise ValueError(
-            f"boundaries must run from 0 to {highest}, or from 0 to 1 for a flow, "
-            f"but they run from {boundaries[0]:g} to {boundaries[-1]:g}"
+            f"boundaries must run from 0 to {highest:g}, but they run from {boundaries[0]:g} to {boundaries[-1]:g}"
         )
     if any(low >= high for low, high in pairwise(boundaries)):
         raise ValueError(f"boundaries must increase, but they are {', '.join(f'{b:g}' for b in boundaries)}")

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -374,7 +375,9 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def check_settings(record: Path, settings: dict, remedy: str, ignored: tuple[str, ...] = ()):
+def check_settings(
+    record: Path, settings: dict, remedy: str, ignored: Iterable[str] = (), defaults: dict | None = None
+):
     """Check that a folder's results were made with the same settings, so that different results are never mixed.
 
     Args:
@@ -382,12 +385,13 @@ def check_settings(record: Path, settings: dict, remedy: str, ignored: tuple[str
         settings: settings of this run.
         remedy: what the user can do, for the error message.
         ignored: names of settings that may differ.
+        defaults: values of settings that may be omitted.
 
     Raises:
         UserError: if any other setting differs.
     """
-    saved = json.loads(record.read_text())
-    for key in settings.keys() | saved.keys():
+    saved, settings = ({**(defaults or {}), **given} for given in (json.loads(record.read_text()), settings))
+    for key in sorted(settings.keys() | saved.keys()):
         if key not in ignored and saved.get(key) != settings.get(key):
             before, now = str(saved.get(key)), str(settings.get(key))
             difference = f"{key}={before}, not {now}" if len(before + now) < 80 else f"another {key}"

@@ -131,7 +131,10 @@ def whole_bases(model: DiT | RemixDiT, format: str) -> DiT | RemixDiT:
     if isinstance(model, DiT) or model.rank is None:
         return model
     if model.mixer == "raw":
-        raise UserError(f"--to {format} has no low-rank bases, and raw coefficients of them cannot become whole ones")
+        raise UserError(
+            f"--to {format} has no low-rank bases, and raw coefficients do not fit whole ones: "
+            "use --to safetensors, or fold an expert with --expert"
+        )
     plain = model.expert(0)
     whole = RemixDiT(plain, **{key: value for key, value in model.config.items() if key != "rank"})
     whole.load_state_dict({"logits": model.logits}, strict=False)

@@ -12,6 +12,7 @@ is interrupted, the same command encodes what is missing. It also tries the imag
 """
 
 import argparse
+import re
 import warnings
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from autoencoder import Latents, Pixels, load_autoencoder
+from autoencoder import Latents, Pixels, load_autoencoder, load_normalization
 from common import (
     ArgumentParser,
     LocalError,
@@ -71,6 +72,10 @@ def main(args: argparse.Namespace):
         settings["store"] = args.store
     if args.dtype != "float32":
         settings["dtype"] = args.dtype
+    # Pixels have none.
+    if args.vae != "none":
+        settings |= load_normalization(args.vae).record()
+    settings |= images.samples()
     complete = finished(folder, settings)
     crops = Crops(images, args.image_size, args.grayscale, args.max_pixels)
     repaired = repaired_shards(folder, crops)
@@ -142,7 +147,12 @@ def finished(folder: Path, settings: dict) -> bool:
     """Return whether a folder holds all features of these settings. Raises UserError if it holds other features."""
     record = folder / SETTINGS
     if record.exists():
-        check_settings(record, settings, "choose another --features-path")
+        defaults = {"store": "draw", "dtype": "float32", "shift": 0.0}
+        # Earlier versions did not record the scale, and knew no other than one for all channels.
+        if isinstance(settings.get("scale"), float):
+            defaults["scale"] = settings["scale"]
+        # A row that could not be read may have been repaired.
+        check_settings(record, settings, "choose another --features-path", read_skipped(folder), defaults)
     if not (folder / INDEX).exists():
         return False
     if not record.exists():
@@ -226,7 +236,9 @@ class Crops(Dataset):
             pixels = np.array(center_crop(image, self.size))
         # A decoder may raise any exception on a damaged file.
         except Exception as error:
-            return i, " ".join(f"{type(error).__name__}: {error}".split())
+            # Objects are named with their addresses, which differ from run to run.
+            reason = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "", f"{type(error).__name__}: {error}")
+            return i, " ".join(reason.split())
         # [size, size] or [size, size, 3] -> [C, size, size]
         return i, pixels.reshape(self.size, self.size, -1).transpose(2, 0, 1)
 

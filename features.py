@@ -52,7 +52,7 @@ def write_shard(
         shard: index of the shard.
         features: features [images, views, C, H, W].
         labels: labels [images], stored as int64.
-        skipped: the reason for each unreadable image, by its path.
+        skipped: the reason for each unreadable image, by its name.
         dtype: type in which the features are stored, one of DTYPES.
     """
     shard_path(folder, "skipped", shard).unlink(missing_ok=True)
@@ -64,7 +64,7 @@ def write_shard(
 
 
 def read_skipped(folder: Path) -> dict[str, str]:
-    """Return the reason for each unreadable image of all shards, by its path."""
+    """Return the reason for each unreadable image of all shards, by its name."""
     files = sorted(Path(folder).glob("skipped-*.txt"))
     lines = [line for path in files for line in path.read_text().splitlines()]
     return {name: reason for name, _, reason in (line.partition("\t") for line in lines)}

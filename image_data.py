@@ -12,6 +12,9 @@ from common import LocalError, UserError, first_line, is_first_process
 from hub import PREFIX
 from images import describe_kinds, is_image
 
+# So many rows of a Hugging Face dataset, evenly spaced, tell it from another one with the same labels.
+SAMPLES = 64
+
 
 class LabelledImages:
     """A list of images with labels.
@@ -47,6 +50,10 @@ class LabelledImages:
     def fingerprint(self) -> str:
         """Return a hash that is equal for the same list of images."""
         raise NotImplementedError
+
+    def samples(self) -> dict[str, str]:
+        """Return hashes of some images' contents by the images' names, if the fingerprint does not depend on them."""
+        return {}
 
 
 class FolderImages(LabelledImages):
@@ -122,9 +129,9 @@ class TableImages(LabelledImages):
                 f"but its columns are {', '.join(types)}"
             )
         (self.column,), (label_column,) = columns.values()
-        labels = table.select_columns([label_column])[:][label_column]
-        if not labels:
+        if not len(table):
             raise UserError(f"--data-path {path} holds no rows")
+        labels = table.select_columns([label_column])[:][label_column]
         missing = next((i for i, label in enumerate(labels) if label is None or label < 0), None)
         if missing is not None:
             raise UserError(f"--data-path {path}: row {missing} has no label in the column {label_column}")
@@ -135,11 +142,32 @@ class TableImages(LabelledImages):
         return f"row {i}"
 
     def file(self, i: int) -> str | io.BytesIO:
-        stored = self.table[i][self.column]
-        return stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+        stored = self.table[i][self.column] or {}
+        if stored.get("bytes") is not None:
+            return io.BytesIO(stored["bytes"])
+        if stored.get("path") is None:
+            raise ValueError("the row has no image")
+        return stored["path"]
 
     def fingerprint(self) -> str:
         return hashlib.sha256(repr((self.column, self.labels)).encode()).hexdigest()
+
+    def samples(self) -> dict[str, str]:
+        rows = sorted({i * (len(self) - 1) // (SAMPLES - 1) for i in range(SAMPLES)})
+        return {self.name(i): hashlib.sha256(self._content(i)).hexdigest()[:16] for i in rows}
+
+    def _content(self, i: int) -> bytes:
+        """Return the content of row i's image file, or its path if it cannot be read."""
+        try:
+            file = self.file(i)
+        except ValueError:
+            return b""
+        if isinstance(file, io.BytesIO):
+            return file.getvalue()
+        try:
+            return Path(file).read_bytes()
+        except OSError:
+            return file.encode()
 
 
 def load_images(path: str) -> LabelledImages:
@@ -161,6 +189,10 @@ def _load_split(path: str):
     name, split = path.removeprefix(PREFIX), ""
     if "@" in name and not Path(name).is_dir():
         name, _, split = name.rpartition("@")
+    if not name:
+        raise UserError(f"--data-path {path} needs a name, as in {PREFIX}NAME or {PREFIX}NAME@SPLIT")
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise UserError(f"--data-path {path}: no such folder")
     if not is_first_process():
         datasets.disable_progress_bars()
     unreachable = not Path(name).is_dir() and hub.offline()
@@ -171,6 +203,9 @@ def _load_split(path: str):
             # Without this, the library would retry for half a minute.
             datasets.config.HF_HUB_OFFLINE = unreachable
             table = datasets.load_dataset(name)
+    except IndexError:
+        # load_from_disk finds no file of a dataset without rows.
+        raise LocalError(f"--data-path {path} holds no rows") from None
     except Exception as error:
         # The network, the hub and the library raise errors of many kinds.
         reason = "the hub cannot be reached, and the dataset is not in its cache" if unreachable else first_line(error)

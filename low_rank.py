@@ -36,7 +36,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply mixture g to the g-th of the G equal parts of the batch, x [B, ..., in] -> [B, ..., out]."""
-        alpha = self.batch_coefficients.alpha[self.row]  # [G, K]
+        alpha = self.batch_coefficients.of(self.row)  # [G, K]
         a = self.lora_A.flatten(0, 1).to(x.dtype)  # [K * r, in]
         b = self.lora_B.transpose(0, 1).flatten(1).to(x.dtype)  # [out, K * r]
         h = F.linear(x, a)  # [B, ..., K * r]
@@ -71,8 +71,8 @@ class LowRankLinear(nn.Module):
         """See `remix.RemixLinear.fold`."""
         for layer, linear in zip(layers, linears, strict=True):
             a, b = layer.lora_pair(alpha)
-            wide = torch.promote_types(b.dtype, torch.float32)
-            linear.weight.copy_(layer.weight + b.to(wide) @ a.to(wide))
+            # GPUs may compute products of float32 in TF32.
+            linear.weight.copy_(layer.weight + b.double() @ a.double())
             if layer.bias is not None:
                 linear.bias.copy_(layer.bias)
 

@@ -73,6 +73,17 @@ PRESETS = {
 }
 
 
+def find_preset(module: nn.Module) -> Preset | None:
+    """Return the preset of a module's class, or None if the class is not known."""
+    return next((PRESETS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in PRESETS), None)
+
+
+def known_level(module: nn.Module) -> int | None:
+    """Return the highest noise level of a module's class, or None if the class is not known."""
+    preset = find_preset(module)
+    return preset.highest_level if preset else None
+
+
 def complete_preset(
     module: nn.Module,
     layers: Sequence[str] | None,
@@ -84,8 +95,7 @@ def complete_preset(
 
     Args:
         module: the module.
-        layers, timestep, highest_level: see `Preset`; None for those of the class. A class without a preset has 1000 as
-            the highest level.
+        layers, timestep, highest_level: see `Preset`; None for those of the class.
         unbatched: see `Preset`; added to those of the class.
 
     Raises:
@@ -94,10 +104,14 @@ def complete_preset(
     name = type(module).__name__
     if not isinstance(module, nn.Module):
         raise ValueError(f"module must be an nn.Module, such as a pipeline's transformer, but it is a {name}")
-    known = next((PRESETS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in PRESETS), None)
+    if isinstance(unbatched, str):
+        raise ValueError(f"unbatched must be a list of names of arguments, but it is {unbatched!r}")
+    known = find_preset(module)
     if known is None:
         if layers is None or timestep is None:
             raise ValueError(f"layers and timestep must be given for a {name}; presets exist for {', '.join(PRESETS)}")
+        if highest_level is None:
+            raise ValueError(f"num_timesteps or boundaries must be given for a {name}: its highest noise level")
         known = Preset(layers)
     return Preset(
         known.layers if layers is None else layers,

@@ -17,15 +17,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from boundaries import check_boundaries, check_levels, equal_boundaries, find_interval, inner_boundaries, noise_level
 from grouped_linear import mix, mixed_linear
 from low_rank import LowRankLinear
 from models import DiT, DiT_models, classifier_free_guidance
-from presets import complete_preset
-from wrapping import Arguments, block_name, find_linears
+from presets import complete_preset, known_level
+from wrapping import Arguments, block_name, find_linears, join_outputs, names_of
 
 
 class RemixLinear(nn.Module):
@@ -63,7 +62,7 @@ class RemixLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply mixture g to the g-th of the G equal parts of the batch, x [B, ..., in] -> [B, ..., out]."""
-        alpha = self.batch_coefficients.alpha[self.row]  # [G, K]
+        alpha = self.batch_coefficients.of(self.row)  # [G, K]
         return mixed_linear(x, alpha, self.weight, self.bias)  # [B, ..., out]
 
     def reset_parameters(self):
@@ -135,6 +134,19 @@ class BatchCoefficients:
         """Select the coefficients of the experts [G] of a batch from those of all experts [1 or depth, N, K]."""
         self.alpha = alpha[:, experts]
 
+    def of(self, row: int) -> Tensor:
+        """Return the coefficients [G, K] of the current batch for the layers with this row.
+
+        Raises:
+            RuntimeError: if a layer runs outside `Remix.forward`.
+        """
+        if self.alpha is None:
+            raise RuntimeError(
+                "a mixed layer runs only while its Remix is called; a checkpoint of activations that repeats it later "
+                "needs context_fn=remix.batch_coefficients.contexts"
+            )
+        return self.alpha[row]
+
     def end(self):
         """Forget the batch."""
         self.alpha = None
@@ -179,8 +191,7 @@ class Remix(nn.Module):
         module: the module. It is changed in place: its mixed layers are replaced. Every basis starts as a copy of the
             layer that it replaces.
         layers: names of the `nn.Linear` layers to mix, in which * stands for any text without a dot, such as
-            "blocks.*.mlp.fc1"; every name must match a layer. The first dimension of their inputs must be the batch.
-            None: those that presets.py lists for the module's class.
+            "blocks.*.mlp.fc1"; every name must match a layer. None: those that presets.py lists for the module's class.
         n_basis: number of bases K.
         n_experts: number of experts N, with equal intervals of the noise levels. It may be omitted with `boundaries`.
         boundaries: N + 1 increasing noise levels. Expert i denoises boundaries[i] <= level < boundaries[i + 1]. The
@@ -193,11 +204,11 @@ class Remix(nn.Module):
         scope: "global" (one pi [N, K] for all blocks) or "local" (one per block, [depth, N, K]). The block of a layer
             is its name up to the first number.
         num_timesteps: highest noise level: the number of timesteps T of the diffusion process, or 1. None: that of the
-            preset, otherwise 1000.
+            preset, or the last of the boundaries.
         prior_bonus: number added to the initial logit of each expert's basis in the prior.
         rank: rank of low-rank bases; see `low_rank.LowRankLinear`. None: every basis is a whole layer.
-        rest: "shared" (the experts share all parameters that are not mixed) or "separate" (each expert has its own
-            copy of them).
+        rest: "shared" (the experts share all parameters outside the mixed layers) or "separate" (each expert has its
+            own copy of them).
         unbatched: names of arguments that may have as many rows as the batch but are no batches.
 
     Raises:
@@ -222,6 +233,8 @@ class Remix(nn.Module):
         unbatched: Sequence[str] = (),
     ):
         super().__init__()
+        if num_timesteps is None and boundaries is not None:
+            num_timesteps = known_level(module) or float(boundaries[-1])
         wrapped = complete_preset(module, layers, timestep, num_timesteps, unbatched)
         if n_experts is None:
             if boundaries is None:
@@ -230,7 +243,9 @@ class Remix(nn.Module):
         check_options(n_basis, n_experts, boundaries, mixer, scope, wrapped.highest_level, rank, rest)
         self.n_basis = n_basis
         self.n_experts = n_experts
-        self.boundaries = list(boundaries or equal_boundaries(n_experts, wrapped.highest_level))
+        if boundaries is None:
+            boundaries = equal_boundaries(n_experts, wrapped.highest_level)
+        self.boundaries = [float(boundary) for boundary in boundaries]
         self.mixer = mixer
         self.scope = scope
         self.num_timesteps = wrapped.highest_level
@@ -245,7 +260,9 @@ class Remix(nn.Module):
         self.batch_coefficients = BatchCoefficients()
         for name, linear in linears.items():
             row = blocks.index(block_name(name)) if scope == "local" else 0
-            module.set_submodule(name, mixed_layer(linear, n_basis, rank, self.batch_coefficients, row))
+            mixed = mixed_layer(linear, n_basis, rank, self.batch_coefficients, row)
+            for alias in names_of(module, linear):
+                module.set_submodule(alias, mixed)
         if rest == "separate":
             # The copies have the same mixed layers.
             shared = {id(layer): layer for _, layer in self.mixed()}
@@ -255,7 +272,6 @@ class Remix(nn.Module):
 
     def _initialize_coefficients(self, depth: int, prior_bonus: float, device: torch.device, dtype: torch.dtype):
         """Create the prior, the inner boundaries and the logits pi of the experts."""
-        # The preferred basis of each expert.
         prior = torch.arange(self.n_experts) * self.n_basis // self.n_experts  # [N]
         logits = F.one_hot(prior, self.n_basis).float()  # [N, K]
         if self.scope == "local":
@@ -265,9 +281,7 @@ class Remix(nn.Module):
         if self.mixer == "raw":
             # The rows are then non-negative and sum to 1: these experts also start as averages of the bases.
             logits = logits.softmax(-1)
-        inner = torch.tensor(inner_boundaries(self.boundaries), dtype=torch.float32)
-        self.register_buffer("prior", prior.to(device), persistent=False)
-        self.register_buffer("inner_boundaries", inner.to(device), persistent=False)  # [N - 1]
+        self._register_intervals(device)
         # The paper's pi. Its updates would be lost in half precision.
         logits = logits.to(device, torch.promote_types(dtype, torch.float32))
         self.logits = nn.Parameter(logits.contiguous(), requires_grad=self.mixer != "one-hot")
@@ -281,16 +295,30 @@ class Remix(nn.Module):
             if name == "save_pretrained":
                 # It would save the bases as the weights of one plain model.
                 raise AttributeError("a Remix is saved with torch.save(remix.state_dict(), path)") from None
+            if name == "fuse_qkv_projections":
+                # It would read the weights of the layers without the bases.
+                raise AttributeError("only the projections of a plain expert can be fused: remix.expert(i)") from None
             return getattr(self.backbone, name)
 
     def _apply(self, *args, **kwargs) -> "Remix":
         """Move or convert all parameters, but keep the logits and the boundaries in float32 in half precision."""
-        logits, inner = self.logits.data, self.inner_boundaries
+        logits = self.logits.data
         super()._apply(*args, **kwargs)
         if self.logits.dtype.itemsize < 4:
+            gradient, self.logits.grad = self.logits.grad, None
             self.logits.data = logits.to(self.logits.device)
-            self.inner_boundaries = inner.to(self.logits.device)
+            self.logits.grad = None if gradient is None else gradient.to(logits.dtype)
+        # They may come from the meta device, where they have no values.
+        self._register_intervals(self.logits.device)
         return self
+
+    def _register_intervals(self, device: torch.device):
+        """Create the buffers that follow from the numbers of bases and experts and from the boundaries."""
+        # The preferred basis of each expert, [N].
+        prior = torch.arange(self.n_experts, device=device) * self.n_basis // self.n_experts
+        inner = torch.tensor(inner_boundaries(self.boundaries), dtype=torch.float32, device=device)
+        self.register_buffer("prior", prior, persistent=False)
+        self.register_buffer("inner_boundaries", inner, persistent=False)  # [N - 1]
 
     def noise_level(self, t: Tensor | float) -> Tensor | np.float32:
         """Return the noise level of what the argument `timestep` holds, a tensor or a number."""
@@ -362,9 +390,9 @@ class Remix(nn.Module):
         Args:
             *args, **kwargs: the arguments of the module.
             groups: if given, the caller promises that the batch is this many equal contiguous groups, each within the
-                noise levels of one expert. They run as one batch, without a host sync, and noise levels are not
-                checked. By default, and if the experts share nothing else, the experts of the batch run one after the
-                other.
+                noise levels of one expert. They run as one batch, without a host sync. Noise levels are not checked.
+                The first dimension of the inputs of all mixed layers must be the batch. By default, and if the experts
+                share nothing else, the experts of the batch run one after the other.
 
         Returns:
             The result of the module.
@@ -387,10 +415,7 @@ class Remix(nn.Module):
         outputs = []
         for expert, rows in zip(present.split(1), order.split(counts.tolist()), strict=True):
             outputs.append(self._run(expert, *self.arguments.take(rows, len(t), args, kwargs)))
-        inverse = order.argsort()
-        return tree_map(
-            lambda *parts: torch.cat(parts)[inverse] if isinstance(parts[0], Tensor) else parts[0], *outputs
-        )
+        return join_outputs(outputs, order)
 
     def times(self, *args, **kwargs) -> Tensor:
         """Return what the argument `timestep` holds for each sample, [B] or [1]."""
@@ -442,7 +467,7 @@ class Remix(nn.Module):
         if self.rest == "separate":
             raise ValueError("experts with separate parameters cannot be merged")
         weights = torch.ones(self.n_experts) if weights is None else torch.tensor(weights)
-        if len(weights) != self.n_experts or weights.min() < 0 or weights.sum() <= 0:
+        if len(weights) != self.n_experts or not weights.min() >= 0 or not weights.sum() > 0:
             raise ValueError(f"expected {self.n_experts} weights of at least 0, not all of them 0")
         alpha = self._coefficients_per_row().detach().double().cpu()  # [1 or depth, N, K]
         weights = (weights.double() / weights.double().sum())[:, None]  # [N, 1]
@@ -499,6 +524,8 @@ def check_options(
     """Raise ValueError if an argument of `Remix` is out of range or unknown."""
     if n_basis < 1:
         raise ValueError(f"n_basis must be at least 1, but it is {n_basis}")
+    if num_timesteps < 1:
+        raise ValueError(f"num_timesteps must be at least 1, but it is {num_timesteps}")
     if n_experts < 1 or 1 < num_timesteps < n_experts:
         raise ValueError(f"n_experts must be from 1 to num_timesteps={num_timesteps}, but it is {n_experts}")
     for name, value, known in (("mixer", mixer, MIXERS), ("scope", scope, SCOPES), ("rest", rest, RESTS)):
@@ -519,8 +546,9 @@ def mixed_layer(
     shape = linear.in_features, linear.out_features
     with torch.device(linear.weight.device):
         mixed = RemixLinear(*shape, n_basis, batch_coefficients, row, bias=linear.bias is not None)
+    mixed = mixed.to(linear.weight.dtype)
     mixed.copy_(linear)
-    return mixed.to(linear.weight.dtype)
+    return mixed
 
 
 def plain_linear(layer: RemixLinear | LowRankLinear) -> nn.Linear:
@@ -564,6 +592,7 @@ class RemixDiT(Remix):
         boundaries: list[float] | None = None,
         rank: int | None = None,
     ):
+        flow = boundaries is not None and boundaries[-1] == 1
         super().__init__(
             copy.deepcopy(backbone),
             [f"blocks.*.{name}" for name in mixed_layers],
@@ -573,7 +602,7 @@ class RemixDiT(Remix):
             timestep="t",
             mixer=mixer,
             scope=scope,
-            num_timesteps=num_timesteps,
+            num_timesteps=1 if flow else num_timesteps,
             prior_bonus=prior_bonus,
             rank=rank,
         )

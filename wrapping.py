@@ -3,9 +3,13 @@
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from common import counted
 
 
 def find_linears(module: nn.Module, patterns: Sequence[str], optional: Sequence[str] = ()) -> dict[str, nn.Linear]:
@@ -19,7 +23,7 @@ def find_linears(module: nn.Module, patterns: Sequence[str], optional: Sequence[
     Raises:
         ValueError: if one of `patterns` matches no layer, or a layer is no `nn.Linear`.
     """
-    modules = dict(module.named_modules())
+    modules = dict(module.named_modules(remove_duplicate=False))
     matches = set()
     if isinstance(patterns, str) or not patterns:
         raise ValueError(f"layers must be a list of names of nn.Linear layers, but it is {patterns!r}")
@@ -32,15 +36,61 @@ def find_linears(module: nn.Module, patterns: Sequence[str], optional: Sequence[
             raise ValueError(f"layers: nothing matches {pattern!r} in {type(module).__name__}, which has {some}")
         matches |= matched
     for name in matches:
-        if not isinstance(modules[name], nn.Linear):
-            kind = type(modules[name])
-            raise ValueError(f"layers: {name} is a {kind.__module__}.{kind.__name__}, but must be an nn.Linear")
-    return {name: layer for name, layer in modules.items() if name in matches}
+        check_linear(name, modules)
+    # The first name of each layer.
+    return {name: layer for name, layer in module.named_modules() if any(modules[match] is layer for match in matches)}
+
+
+def check_linear(name: str, modules: dict[str, nn.Module]):
+    """Raise ValueError if a layer cannot be replaced by a mixed layer.
+
+    A subclass of `nn.Linear` may compute something else, and some modules read the weights of their layers.
+    """
+    kind = type(modules[name])
+    if kind is not nn.Linear:
+        raise ValueError(f"layers: {name} is a {kind.__module__}.{kind.__name__}, but must be an nn.Linear")
+    parent = modules[name.rpartition(".")[0]]
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        raise ValueError(
+            f"layers: {name} is in an nn.TransformerEncoderLayer, which reads its weight without calling it"
+        )
 
 
 def block_name(layer: str) -> str:
     """Return a layer's name up to the first number, such as "blocks.3", or the whole name."""
     return re.match(r"(.*?\.\d+)(\.|$)|.*", layer)[1] or layer
+
+
+def names_of(module: nn.Module, layer: nn.Module) -> list[str]:
+    """Return all names of a layer of a module."""
+    return [name for name, other in module.named_modules(remove_duplicate=False) if other is layer]
+
+
+def join_outputs(outputs: list, order: Tensor) -> Any:
+    """Join what a module has returned for parts of a batch.
+
+    Args:
+        outputs: a result for each part: a tensor whose first dimension is the part, or lists, dictionaries or
+            `ModelOutput`s of them and of values that are equal for all parts.
+        order: indices [B] of the samples in the batch, in the order of the parts.
+
+    Raises:
+        TypeError: if a result has another type, or a tensor of it another first dimension.
+    """
+    inverse = order.argsort()
+
+    def join(*parts):
+        if isinstance(parts[0], Tensor) and parts[0].ndim and sum(map(len, parts)) == len(order):
+            return torch.cat(parts)[inverse]
+        if parts[0] is None or isinstance(parts[0], (str, bool, int, float)):
+            return parts[0]
+        found = list(parts[0].shape) if isinstance(parts[0], Tensor) else type(parts[0]).__name__
+        raise TypeError(
+            f"the module must return tensors whose first dimension is the batch, but it returned {found} for a part of "
+            f"{counted(len(order), 'sample')}: use batches of one expert, or groups"
+        )
+
+    return tree_map(join, *outputs)
 
 
 class Arguments:
@@ -90,6 +140,8 @@ class Arguments:
             is_batch = isinstance(value, Tensor) and value.ndim and len(value) == size
             return value[rows] if is_batch else value
 
-        named = [*zip(self.names, args, strict=False)]
+        # The last name may be that of *args.
+        names = [*self.names, *self.names[-1:] * len(args)]
+        named = [*zip(names, args, strict=False)]
         taken = [value if name in self.unbatched else tree_map(take, value) for name, value in named]
         return tuple(taken), {k: v if k in self.unbatched else tree_map(take, v) for k, v in kwargs.items()}

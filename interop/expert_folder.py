@@ -3,7 +3,7 @@
 The index, `experts.json`, has these entries:
 
     class       name of the wrapped class
-    timestep    the argument of the class that selects the expert
+    timestep    the argument of the class that selects the expert; null for a function of the arguments
     boundaries  the N + 1 noise levels: expert i denoises boundaries[i] <= level < boundaries[i + 1]
     format      "diffusers" (folders that `from_pretrained` of the class reads), "state dict" or "lora" (safetensors)
     experts     the N folders or files, expert 0 first
@@ -32,7 +32,8 @@ def write_experts(remix: Remix, folder, lora: bool = False):
             its state dict.
         folder: the folder to create.
         lora: write low-rank bases as LoRA files of rank K * r in diffusers' (peft) format, which the
-            `load_lora_weights` of pipelines reads. All parameters outside the low-rank bases must be frozen.
+            `load_lora_weights` of pipelines reads. All parameters outside the low-rank bases must be frozen: the files
+            do not hold them.
 
     Raises:
         UserError: if LoRA files cannot represent the experts.
@@ -61,14 +62,14 @@ def write_experts(remix: Remix, folder, lora: bool = False):
     write_json(folder / INDEX, index)
 
 
-def find_expert(folder, level: float) -> str:
+def find_expert(folder, level: float | torch.Tensor) -> str:
     """Return the name of the file or folder in `folder` of the expert that denoises a noise level.
 
     Raises:
         ValueError: if the level is outside the boundaries.
     """
     index = json.loads((Path(folder) / INDEX).read_text())
-    return index["experts"][find_interval(index["boundaries"], level)]
+    return index["experts"][find_interval(index["boundaries"], float(level))]
 
 
 @torch.no_grad()

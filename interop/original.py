@@ -43,14 +43,14 @@ def _state_dict(model: DiT | RemixDiT) -> dict[str, Tensor]:
         raise UserError(
             "the original Remix-DiT supports softmax mixers of global scope over attention and MLP layers only"
         )
-    # Its experts have T // N timesteps each, and its prior gives N // K experts to every basis.
     numbers = f"K={model.n_basis}, N={model.n_experts}"
+    if "boundaries" in model.config:
+        raise UserError(f"the original Remix-DiT supports only intervals of equal length, not these of {numbers}")
+    # Its experts have T // N timesteps each, and its prior gives N // K experts to every basis.
     if model.num_timesteps % model.n_experts or model.n_experts % model.n_basis:
         raise UserError(
             f"the original needs an N that divides {model.num_timesteps}, and a K that divides N, not {numbers}"
         )
-    if "boundaries" in model.config:
-        raise UserError(f"the original Remix-DiT supports only intervals of equal length, not these of {numbers}")
     if model.backbone.frequency_shift:
         raise UserError("the original Remix-DiT supports only the timestep frequencies of the published DiT")
     return {

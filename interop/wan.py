@@ -20,8 +20,8 @@ def read_pair(source, dtype: torch.dtype = torch.float32) -> Remix:
     """Read a pair of transformers as a Remix with the mixer "one-hot" and separate parameters.
 
     Args:
-        source: the folder of a pipeline; or a loaded pipeline, whose transformers become parts of the Remix. Use the
-            Remix in the place of both.
+        source: the folder of a pipeline; or a loaded pipeline, whose transformer_2 becomes a part of the Remix. Use
+            the Remix in the place of both.
         dtype: dtype of the parameters that are read from a folder.
 
     Raises:

@@ -706,3 +706,91 @@ def test_the_documentation_trains_and_samples(steps, tmp_path, monkeypatch):
     if not steps:
         classifier = KNeighborsClassifier().fit(names["images"].flatten(1), names["labels"])
         assert (classifier.predict(names["digits"].flatten(1)) == np.arange(100) % 10).mean() > 0.75
+
+
+# What reviewers found
+
+
+class Tiny(nn.Module):
+    """Two linear layers; the noise level is `sigma`."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, sigma, *extra):
+        return self.b(self.a(x).tanh() + sum(extra))
+
+
+def wrap_tiny(module: nn.Module | None = None, **options) -> Remix:
+    torch.manual_seed(0)
+    remix = Remix(module or Tiny(), ["a", "b"], 4, timestep="sigma", boundaries=[0, 0.25, 0.5, 0.75, 1], **options)
+    for _, layer in remix.mixed():
+        for basis in layer.bases():
+            basis.data += torch.randn_like(basis)
+    return remix
+
+
+def test_additional_positional_arguments_are_divided_too():
+    remix, x, sigma = wrap_tiny(), torch.randn(4, 6), torch.tensor([0.9, 0.1, 0.6, 0.3])
+    extra = torch.randn(2, 4, 6)
+    one_by_one = [remix(x[i : i + 1], sigma[i : i + 1], *extra[:, i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(remix(x, sigma, *extra), torch.cat(one_by_one))
+
+
+def test_results_that_are_no_batches_are_refused():
+    class Scalar(Tiny):
+        def forward(self, x, sigma):
+            return super().forward(x, sigma).sum()
+
+    with pytest.raises(TypeError, match="first dimension is the batch, but it returned \\[\\]"):
+        wrap_tiny(Scalar())(torch.randn(2, 6), torch.tensor([0.1, 0.9]))
+
+
+@pytest.mark.parametrize("kind", ["subclass", "parametrized", "encoder layer"])
+def test_layers_that_compute_something_else_are_refused(kind):
+    class Scaled(nn.Linear):
+        pass
+
+    module, name = Tiny(), "a"
+    if kind == "subclass":
+        module.a = Scaled(6, 6)
+    elif kind == "parametrized":
+        nn.utils.parametrizations.weight_norm(module.a)
+    else:
+        module.a, name = nn.TransformerEncoderLayer(6, 2, 8), "a.linear1"
+    with pytest.raises(ValueError, match=f"layers: {name}"):
+        Remix(module, [name], 2, 2, timestep="sigma", num_timesteps=1)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_layer_with_two_names_stays_one_layer(rank):
+    module = Tiny()
+    module.b = module.a
+    remix = wrap_tiny(module, rank=rank)
+    assert remix.backbone.a is remix.backbone.b
+    x, sigma = torch.randn(2, 6), torch.tensor([0.1, 0.1])
+    torch.testing.assert_close(remix.expert(0)(x, sigma), remix(x, sigma))
+
+
+def test_intervals_are_right_after_the_meta_device():
+    with torch.device("meta"):
+        remix = Remix(Tiny(), ["a"], 4, timestep="sigma", boundaries=[0, 0.25, 0.5, 0.75, 1])
+    remix.to_empty(device="cpu")
+    assert remix.expert_index(torch.tensor([0.1, 0.3, 0.6, 0.9])).tolist() == [0, 1, 2, 3]
+    assert remix.prior.tolist() == [0, 1, 2, 3]
+
+
+def test_arguments_that_would_select_wrong_experts_are_refused():
+    with pytest.raises(ValueError, match="num_timesteps or boundaries"):
+        Remix(Tiny(), ["a"], 4, 4, timestep="sigma")
+    with pytest.raises(ValueError, match="unbatched must be a list"):
+        wrap_tiny(unbatched="extra")
+    assert wrap_tiny().num_timesteps == 1
+    numpy = Remix(Tiny(), ["a"], 4, timestep="sigma", boundaries=np.linspace(0, 1, 5))
+    assert numpy.boundaries == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_layers_that_run_outside_of_a_remix_are_an_error():
+    with pytest.raises(RuntimeError, match="needs context_fn"):
+        wrap_tiny().backbone(torch.randn(2, 6), torch.tensor([0.1, 0.1]))

@@ -125,6 +125,14 @@ def test_the_recorded_normalization_replaces_the_config_of_the_vae(tmp_path):
         {"latents_std": None},
         {"latents_mean": MEAN[:3]},
         {"latents_std": [1.0, 1.0, 0.0, 1.0]},
+        {"latents_std": [1.0, 1.0, float("nan"), 1.0]},
+        {"latents_mean": 0.5, "latents_std": 2.0},
+        {"latents_mean": [[0.0]] * 4},
+        {"latents_mean": ["0"] * 4},
+        {"scaling_factor": None},
+        {"scaling_factor": 0.0},
+        {"scaling_factor": "0.5"},
+        {"shift_factor": float("nan")},
         {"_class_name": "AutoencoderDC"},
     ],
 )
@@ -132,7 +140,7 @@ def test_configs_that_are_refused(tmp_path, change):
     path = make_vae(tmp_path, latent_channels=4, latents_mean=MEAN[:4], latents_std=STD[:4])
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(UserError, match=r"latents_mean and latents_std must be 4 numbers|it is an AutoencoderDC"):
+    with pytest.raises(UserError, match=r"latents_std must be 4 numbers|scaling_factor must be|it is an AutoencoderDC"):
         Latents(str(path))
 
 

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import torch
-from conftest import PIXELS, locked, make_images, run
+from conftest import PIXELS, locked, make_images, make_vae, run
 from PIL import Image
 
 from autoencoder import Normalization, load_autoencoder
@@ -192,7 +192,7 @@ def test_float16_features_are_the_float32_features_rounded(features, images, tmp
     assert np.array_equal(x.numpy(), np.stack([half[0, 0], half[9, 1]]).astype(np.float32))
     (folder / "index.json").unlink()
     stderr = run("extract_features.py", *flags, expect=2).stderr
-    assert "dtype=float16, not None" in stderr and stderr.count("\n") == 1
+    assert "dtype=float16, not float32" in stderr and stderr.count("\n") == 1
 
 
 def test_features_that_float16_cannot_hold_are_an_error(vae, tmp_path):
@@ -206,10 +206,35 @@ def test_features_that_float16_cannot_hold_are_an_error(vae, tmp_path):
     assert not (tmp_path / "f/index.json").exists()
 
 
+def test_latents_of_two_normalizations_are_not_mixed(tmp_path):
+    path = make_vae(tmp_path / "vae", latent_channels=4, scaling_factor=0.5)
+    tree, folder = make_images(tmp_path / "images", classes=1, per_class=2, size=16), tmp_path / "f"
+    flags = (f"--data-path={tree}", f"--features-path={folder}", f"--vae={path}", "--image-size=16", "--num-workers=0")
+    run("extract_features.py", *flags)
+    config, settings = (json.loads(file.read_text()) for file in (path / "config.json", folder / "settings.json"))
+    changes = {
+        "scale=0.5, not 0.25": {"scaling_factor": 0.25},
+        "shift=0.0, not 0.125": {"shift_factor": 0.125},
+        "scale=0.5, not [5.0, 2.5": {"latents_mean": [0, 1, 2, 3], "latents_std": [0.1, 0.2, 0.3, 0.7]},
+    }
+    for interrupted in (False, True):
+        if interrupted:
+            (folder / "index.json").unlink()
+        for message, change in changes.items():
+            (path / "config.json").write_text(json.dumps(config | change))
+            stderr = run("extract_features.py", *flags, expect=2).stderr
+            assert f"holds results with {message}" in stderr and stderr.count("\n") == 1
+    (path / "config.json").write_text(json.dumps(config))
+    settings.pop("scale")
+    (folder / "settings.json").write_text(json.dumps(settings))
+    run("extract_features.py", *flags)
+    assert json.loads((folder / "settings.json").read_text())["scale"] == 0.5, "a folder of an earlier version"
+
+
 def test_draws_are_not_mixed_with_moments(moments, vae):
     flags = (f"--data-path={moments.parent / 'images'}", f"--features-path={moments}", f"--vae={vae}")
     stderr = run("extract_features.py", *flags, "--image-size=16", expect=2).stderr
-    assert "holds results with store=moments, not None" in stderr
+    assert "holds results with store=moments, not draw" in stderr
 
 
 def test_pixels_have_no_moments(images, tmp_path):

@@ -134,7 +134,7 @@ def test_training_on_moments(moments, tmp_path):
     shutil.copytree(moments, tmp_path / "drawn")
     (tmp_path / "drawn/index.json").write_text(json.dumps(index | {"store": "draw", "shape": [8, 8, 8]}))
     refused = run("train_fast.py", *flags, f"--data-path={tmp_path / 'drawn'}", "--resume=auto", expect=2).stderr
-    assert "data.store=moments, this run asks for None" in refused
+    assert "data.store=moments, this run asks for draw" in refused
     (tmp_path / "drawn/index.json").write_text(json.dumps(index | {"store": "dice"}))
     with pytest.raises(UserError, match="not an index"):
         FeatureDataset(tmp_path / "drawn")

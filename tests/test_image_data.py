@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PIXELS, run
+from conftest import PIXELS, make_images, run
 
 from common import UserError
 from features import FeatureDataset
@@ -47,6 +47,10 @@ def test_a_saved_dataset_gives_the_features_of_the_same_folder(features, images,
     table.select(range(23, -1, -1)).save_to_disk(tmp_path / "reversed")
     stderr = run("extract_features.py", *flags, f"--data-path=hf:{tmp_path / 'reversed'}", expect=2).stderr
     assert "another names" in stderr
+    other = make_images(tmp_path / "other", seed=1)
+    make_table(other).save_to_disk(tmp_path / "same-labels")
+    stderr = run("extract_features.py", *flags, f"--data-path=hf:{tmp_path / 'same-labels'}", expect=2).stderr
+    assert "row 0=" in stderr and stderr.count("\n") == 1
     stderr = run("extract_features.py", *flags, f"--data-path={tmp_path / 'saved'}", expect=2).stderr
     assert f"for a Hugging Face dataset use --data-path hf:{tmp_path / 'saved'}" in stderr
 
@@ -69,8 +73,14 @@ def test_damaged_rows_are_skipped_and_tried_again(features, images, tmp_path):
         datasets.Dataset.from_dict(rows, features=table.features).save_to_disk(tmp_path / "saved")
         flags = (f"--data-path=hf:{tmp_path / 'saved'}", f"--features-path={tmp_path / 'f'}", *PIXELS)
         done = run("extract_features.py", *flags, expect=0 if content is good else 1)
-        assert ("unreadable: row 5 (UnidentifiedImageError" in done.stderr) == (content is not good)
+        assert ("unreadable: row 5 (UnidentifiedImageError: cannot identify image file)" in done.stderr) == (
+            content is not good
+        )
     assert_same_features(tmp_path / "f", features)
+    rows["image"][5] = None
+    datasets.Dataset.from_dict(rows, features=table.features).save_to_disk(tmp_path / "none")
+    flags = (f"--data-path=hf:{tmp_path / 'none'}", f"--features-path={tmp_path / 'g'}", *PIXELS)
+    assert "row 5 (ValueError: the row has no image)" in run("extract_features.py", *flags, expect=1).stderr
 
 
 def test_classes_without_images_are_left_out(images):
@@ -111,6 +121,19 @@ def test_columns_that_are_not_clear_are_an_error_with_their_types(images, tmp_pa
     unlabelled.save_to_disk(tmp_path / "unlabelled")
     with pytest.raises(UserError, match="row 3 has no label in the column label"):
         TableImages(f"hf:{tmp_path / 'unlabelled'}")
+
+
+def test_data_paths_that_hold_nothing(images, tmp_path):
+    make_table(images).select([]).save_to_disk(tmp_path / "empty")
+    cases = {
+        f"hf:{tmp_path / 'empty'}": "holds no rows$",
+        "hf:": "needs a name",
+        "hf:@train": "needs a name",
+        f"hf:{tmp_path / 'missing'}": "missing: no such folder$",
+    }
+    for path, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            TableImages(path)
 
 
 def test_a_hub_that_cannot_be_reached_and_a_missing_package(monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from convert import whole_bases
 from experts import FoldedRemix
 from low_rank import LowRankLinear
 from models import DiT
-from remix import MIXERS, RemixDiT, RemixLinear
+from remix import MIXERS, BatchCoefficients, RemixDiT, RemixLinear
 
 
 def random_dit() -> DiT:
@@ -109,15 +109,14 @@ def test_low_rank_bases_become_whole_bases():
 def test_gradients_are_those_of_whole_matrices():
     torch.manual_seed(0)
 
-    class Batch:
-        alpha = torch.rand(1, 3, 4, dtype=torch.float64, requires_grad=True)
-
-    layer = LowRankLinear(nn.Linear(5, 6, dtype=torch.float64), 4, 2, Batch)
+    coefficients = BatchCoefficients()
+    coefficients.alpha = torch.rand(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    layer = LowRankLinear(nn.Linear(5, 6, dtype=torch.float64), 4, 2, coefficients)
     nn.init.normal_(layer.lora_B)
     x = torch.randn(6, 7, 5, dtype=torch.float64)
-    parameters = [Batch.alpha, *layer.parameters()]
+    parameters = [coefficients.alpha, *layer.parameters()]
     fast = torch.autograd.grad(layer(x).square().sum(), parameters)
-    theta = layer.weight + torch.einsum("gk,kor,kri->goi", Batch.alpha[0], layer.lora_B, layer.lora_A)
+    theta = layer.weight + torch.einsum("gk,kor,kri->goi", coefficients.alpha[0], layer.lora_B, layer.lora_A)
     out = torch.einsum("gbti,goi->gbto", x.view(3, 2, 7, 5), theta) + layer.bias
     for a, b in zip(fast, torch.autograd.grad(out.square().sum(), parameters), strict=True):
         torch.testing.assert_close(a, b)

@@ -199,6 +199,8 @@ def choose_sharding(
             raise UserError("--shard-bases: a DiT has no bases")
         return False, []
     if not can_shard(model, size):
+        if requested and model.rank is not None:
+            raise UserError("--shard-bases: low-rank bases are not sharded")
         if requested:
             raise UserError(f"--shard-bases: {size} processes do not divide the outputs of every mixed layer")
         return False, []

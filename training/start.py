@@ -361,7 +361,9 @@ def read_resume(path: Path | str, config: dict, extend: str, verify: bool = Fals
     if trained != asked:
         raise UserError(f"--resume {path} was trained with --process {trained}, this run asks for {asked}")
     extend_schedule(path, state, config["training"], extend)
-    before, now = flatten(state["config"]), flatten(config)
+    # A config omits these values.
+    omitted = {"data.store": "draw", "data.dtype": "float32", "data.shift": 0.0}
+    before, now = omitted | flatten(state["config"]), omitted | flatten(config)
     if "training.coeff_lr_end" not in before and config["model"]["remix"]:
         # Earlier versions had no such option.
         before["training.coeff_lr_end"] = before["training.coeff_lr"] / 2
