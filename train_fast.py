@@ -635,9 +635,7 @@ def make_parser() -> ArgumentParser:
     add = parser.add_argument_group("scores while training", about).add_argument
     add("--score-every", type=positive_int, metavar="STEPS", help="steps between scores; the last step is scored too")
     add("--score-against", metavar="PATH", help="reference of FID: an .npz file or a folder, as for evaluator.py")
-    add(
-        "--score-samples", type=number(int, NEIGHBOURS + 1), default=5000, metavar="N", help="number of samples for FID"
-    )
+    add("--score-samples", type=number(int, NEIGHBOURS + 1), metavar="N", help="samples for FID (default: 5000)")
     add("--weights", metavar="PATH", help="feature network, as for evaluator.py (default: Inception, downloaded)")
     add("--held-out", metavar="FOLDER", help="features of other images, for the loss of each expert")
     return parser

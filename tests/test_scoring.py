@@ -23,13 +23,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import training.scoring
 from boundaries import equal_boundaries
 from checkpoint import load_denoiser
+from common import UserError
 from diffusion import NOISE_LEVELS, create_process
 from diffusion.solvers import QUICK
+from distributed import World
 from features import FeatureDataset, write_index, write_shard
 from models import DiT
 from remix import RemixDiT
 from training.previews import GUIDANCE
-from training.scoring import make_scorer, measure_parts, prepare
+from training.scoring import FidScore, is_scored, make_scorer, measure_parts, prepare, score_line
 from training.statistics import noise_errors
 
 # More than one batch of the feature network, and no multiple of a batch of samples.
@@ -237,6 +239,7 @@ def test_a_resumed_run_does_not_score_a_step_again(scored, features, held_out, r
     stderr = run("train_fast.py", *flags, "--resume=auto").stderr
     assert scores(tmp_path / "run") == scores(scored)
     assert "scored in" not in stderr
+    assert "step 4 is scored already" in stderr
 
 
 def test_training_continues_if_scoring_fails(features, held_out, reference, tmp_path, monkeypatch):
@@ -248,6 +251,37 @@ def test_training_continues_if_scoring_fails(features, held_out, reference, tmp_
     assert run("train_fast.py", *flags).stderr.count("COULD NOT SCORE") == 2
     assert set(losses(tmp_path / "run")) == {1, 2, 3, 4}
     assert [next(iter(line)) for line in scores(tmp_path / "run").values()] == ["held_out_loss"] * 2
+
+
+def test_features_that_are_not_finite_have_no_fid():
+    score = object.__new__(FidScore)
+    score.world, score.reference, score.statistics = (
+        World(0, 1, torch.device("cpu")),
+        "ref.npz",
+        (np.zeros(2), np.eye(2)),
+    )
+    features = [torch.randn(8, 2), torch.randn(8, 2)]
+    assert np.isfinite(score.combine(features)["fid"])
+    features[1][3, 0] = np.nan
+    with pytest.raises(UserError, match="not finite"):
+        score.combine(features)
+
+
+def test_a_step_is_scored_if_it_has_all_scores(tmp_path):
+    """A run that is resumed with another score measures it."""
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [{"step": 2, "fid": 1.0, "held_out_loss": 0.1}, {"step": 4, "loss": 0.1}, {"step": 4, "held_out_loss": 0.1}]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert is_scored(metrics, 4, {"held_out_loss"})
+    assert not is_scored(metrics, 4, {"held_out_loss", "fid"})
+    assert is_scored(metrics, 2, {"held_out_loss", "fid"})
+    assert is_scored(metrics, 2, {"fid"})
+
+
+@pytest.mark.parametrize(("n_experts", "listed"), [(20, True), (21, False)])
+def test_the_log_line_lists_few_experts(n_experts, listed):
+    results = {"held_out_loss": 0.1} | {f"held_out_loss/expert_{i:02d}": 0.2 for i in range(n_experts)}
+    assert ("of the experts 0.2000 0.2000" in score_line(results, 1, 2, 3.0)) == listed
 
 
 def test_independent_experts_have_held_out_losses_only(features, held_out, reference, tmp_path):
@@ -268,17 +302,21 @@ def test_independent_experts_have_held_out_losses_only(features, held_out, refer
         (["--score-every=0", "--score-against=ref.npz"], "at least 1"),
         (["--score-every=2", "--held-out=held-out", "--weights=toy.pt2"], "--weights needs --score-against"),
         (["--score-every=2", "--score-against=ref.npz", "--weights=absent.pt2"], "absent.pt2: no such file"),
+        (["--score-samples=70"], "need --score-every"),
+        (["--score-every=2", "--held-out=held-out", "--score-samples=70"], "--score-samples needs --score-against"),
         (["--score-every=2", "--score-against=absent.npz", "--weights=toy.pt2"], "absent.npz: no such file"),
         (["--score-every=2", "--score-against=few.npz", "--weights=toy.pt2"], "at least 4 uint8 images"),
         (["--score-every=2", "--score-against=empty.npz", "--weights=toy.pt2"], "neither images (arr_0) nor stat"),
         (["--score-every=2", "--score-against=stats.npz", "--weights=other.pt2"], "statistics of another network"),
         (["--score-every=2", "--score-against=short.npz", "--weights=toy.pt2"], "another number of features"),
+        (["--score-every=2", "--score-against=nan.npz", "--weights=toy.pt2"], "statistics that are not finite"),
         (["--score-every=2", "--score-against=ref.npz", "--weights=large.pt2"], "cannot process samples of this run"),
         (["--score-every=2", "--score-against=ref.npz", "--score-samples=3"], "at least 4"),
         (["--score-every=2", "--held-out=absent"], "no such folder of features"),
         (["--score-every=2", "--held-out=small"], "another shape"),
         (["--score-every=2", "--held-out=renamed"], "another classes"),
         (["--score-every=2", "--held-out=latents"], "another vae"),
+        (["--score-every=2", "--held-out=unlabelled"], "labels from -1 to 2"),
     ],
 )
 def test_wrong_input(features, held_out, reference, wrong_files, tmp_path, monkeypatch, flags, message):
@@ -301,7 +339,9 @@ def wrong_files(held_out, reference, tmp_path_factory) -> Path:
     np.savez(folder / "empty.npz", arr_1=np.zeros(3))
     with np.load(reference / "stats.npz") as stats:
         short = dict(stats) | {"mu": stats["mu"][:5], "sigma": stats["sigma"][:5, :5]}
+        nan = dict(stats) | {"mu": np.full_like(stats["mu"], np.nan)}
     np.savez(folder / "short.npz", **short)
+    np.savez(folder / "nan.npz", **nan)
     network = ToyNetwork()
     export_network(torch.nn.Sequential(torch.nn.Identity(), network), folder / "other.pt2")
     export_network(network, folder / "large.pt2", side=16)
@@ -311,4 +351,9 @@ def wrong_files(held_out, reference, tmp_path_factory) -> Path:
         side = 4 if name == "small" else 8
         write_shard(folder / name, 0, np.zeros((6, 1, 3, side, side)), np.arange(6) % 3, {})
         write_index(folder / name, 1, **index | change)
+    # The original layout, in which one image has no label.
+    for kind, values in {"features": np.zeros((2, 1, 3, 8, 8), np.float32), "labels": np.array([[-1], [2]])}.items():
+        (folder / f"unlabelled/x_{kind}").mkdir(parents=True)
+        for i, value in enumerate(values):
+            np.save(folder / f"unlabelled/x_{kind}/{i}.npy", value)
     return folder

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,6 +36,9 @@ from training.statistics import grid_times, noise_errors
 HELD_OUT_IMAGES = 1024
 HELD_OUT_LEVELS = 200
 IMAGES_PER_LEVEL = 32
+FID_SAMPLES = 5000
+# The log line of more experts would be too long to read.
+MAX_LOGGED_EXPERTS = 20
 
 
 class Interrupted(Exception):
@@ -56,6 +60,8 @@ class FidScore:
         extractor: the feature network.
         reference: file of images or statistics to compare with.
     """
+
+    name = "fid"
 
     def __init__(self, pipeline: Pipeline, settings: SampleSettings, extractor: FeatureExtractor, reference: str):
         self.pipeline = pipeline
@@ -90,15 +96,24 @@ class FidScore:
         return self.extractor.run(self.extractor.network, np.concatenate(images))[0].cpu()
 
     def combine(self, features: list[Tensor]) -> dict[str, float]:
-        """Return the FID of all features."""
+        """Return the FID of all features.
+
+        Raises:
+            UserError: if a feature or the FID is not finite.
+        """
         statistics = GaussianStatistics()
         for pooled in features:
+            if not pooled.isfinite().all():
+                raise UserError("the feature network gives features of samples that are not finite")
             statistics.add(pooled.to(self.world.device))
-        return {"fid": frechet_distance(*self.statistics, *statistics.result())}
+        fid = frechet_distance(*self.statistics, *statistics.result())
+        if not math.isfinite(fid):
+            raise UserError(f"the FID against {self.reference} is not finite")
+        return {self.name: fid}
 
     def evaluate(self, model: DiT | ExpertSwitch) -> float:
         """Return the FID of a model, measured by this process alone."""
-        return self.combine([self.measure(numbers, model) for numbers in self.parts])["fid"]
+        return self.combine([self.measure(numbers, model) for numbers in self.parts])[self.name]
 
     def __str__(self) -> str:
         settings = self.settings
@@ -116,6 +131,8 @@ class HeldOutLoss:
         owners: index of the expert that owns each time; None if there are no experts.
         seed: seed of the choice of images and of the noise, which are the same for all models and in all steps.
     """
+
+    name = "held_out_loss"
 
     def __init__(
         self,
@@ -144,10 +161,10 @@ class HeldOutLoss:
 
     def combine(self, errors: list[float]) -> dict[str, float]:
         """Return the mean error, and that of each expert that owns some of the noise levels."""
-        scores = {"held_out_loss": float(np.mean(errors))}
+        scores = {self.name: float(np.mean(errors))}
         for i in sorted(set(self.owners or [])):
             own = [error for error, owner in zip(errors, self.owners, strict=True) if owner == i]
-            scores[f"held_out_loss/expert_{i:02d}"] = float(np.mean(own))
+            scores[f"{self.name}/expert_{i:02d}"] = float(np.mean(own))
         return scores
 
     def __str__(self) -> str:
@@ -188,8 +205,11 @@ class Scorer:
         for score in self.scores:
             score.start(world, stop)
         # A run may have been stopped after it saved this step and before it scored it.
-        [scored] = world.any(world.is_main and step > 0 and is_scored(folder / "metrics.jsonl", step))
+        names = {score.name for score in self.scores}
+        [scored] = world.any(world.is_main and step > 0 and is_scored(folder / "metrics.jsonl", step, names))
         self.latest = step if scored else 0
+        if scored and world.is_main:
+            log.info(f"step {step} is scored already")
 
     def is_due(self, step: int) -> bool:
         """Return whether a step is to be scored, and has not been yet."""
@@ -293,10 +313,10 @@ def interruptible(loop: Callable[..., Tensor], stop: StopSignal) -> Callable[...
     return interruptible_loop
 
 
-def is_scored(metrics: Path, step: int) -> bool:
-    """Return whether a file of metrics holds the scores of a step."""
+def is_scored(metrics: Path, step: int, names: set[str]) -> bool:
+    """Return whether a file of metrics holds all scores of these names of a step."""
     lines = map(json.loads, metrics.read_text().splitlines())
-    return any(line["step"] == step and line.keys() & {"fid", "held_out_loss"} for line in lines)
+    return any(line["step"] == step and names <= line.keys() for line in lines)
 
 
 def score_line(results: dict[str, float], step: int, max_steps: int, seconds: float) -> str:
@@ -306,7 +326,8 @@ def score_line(results: dict[str, float], step: int, max_steps: int, seconds: fl
         parts.append(f"FID {results['fid']:.4f}")
     if "held_out_loss" in results:
         parts.append(f"held-out loss {results['held_out_loss']:.5f}")
-    if experts := [f"{value:.4f}" for name, value in results.items() if "expert" in name]:
+    experts = [f"{value:.4f}" for name, value in results.items() if "expert" in name]
+    if 0 < len(experts) <= MAX_LOGGED_EXPERTS:
         parts.append(f"of the experts {' '.join(experts)}")
     return "  ".join([*parts, f"scored in {timedelta(seconds=round(seconds))}"])
 
@@ -318,7 +339,7 @@ def make_scorer(
     every: int | None,
     reference: str | None,
     weights: str | None,
-    n_samples: int,
+    n_samples: int | None,
     held_out: str | None,
     vae: str | None,
     dataset: FeatureDataset,
@@ -332,7 +353,7 @@ def make_scorer(
         every: steps between scores; None for no scores.
         reference: what FID compares the samples with, as in evaluator.py; None for no FID.
         weights: feature network of FID; None for Inception.
-        n_samples: number of samples of FID.
+        n_samples: number of samples of FID; None for 5,000.
         held_out: folder of held-out features; None for no held-out loss.
         vae: name of the VAE that decodes the samples; None for the pixels of a dataset of pixels.
         dataset: the encoded images of the run.
@@ -347,13 +368,14 @@ def make_scorer(
         UserError: if a flag is missing or wrong, or if a file is.
     """
     if every is None:
-        if reference or weights or held_out:
-            raise UserError("--score-against, --weights and --held-out need --score-every")
+        if reference or weights or n_samples or held_out:
+            raise UserError("--score-against, --weights, --score-samples and --held-out need --score-every")
         return None
     if not reference and not held_out:
         raise UserError("--score-every needs --score-against for FID, --held-out for the loss on other images, or both")
-    if weights and not reference:
-        raise UserError("--weights needs --score-against")
+    for flag, value in (("--weights", weights), ("--score-samples", n_samples)):
+        if value and not reference:
+            raise UserError(f"{flag} needs --score-against")
     training = config["training"]
     scores = []
     if held_out:
@@ -362,7 +384,7 @@ def make_scorer(
         owners = [model.expert_index(t) for t in times.tolist()] if isinstance(model, RemixDiT) else None
         scores.append(HeldOutLoss(images, diffusion, times, owners, training["global_seed"]))
     if reference:
-        scores.append(make_fid(reference, weights, n_samples, vae, config, model, "this run"))
+        scores.append(make_fid(reference, weights, n_samples or FID_SAMPLES, vae, config, model, "this run"))
     return Scorer(every, training["max_steps"], scores)
 
 
@@ -431,10 +453,9 @@ def open_held_out(path: str, dataset: FeatureDataset, num_classes: int) -> Featu
         if trained is not None and given is not None and trained != given:
             values = f": {given}, not {trained}" if name != "classes" else ""
             raise UserError(f"--held-out {path} has another {name} than {dataset.path}{values}")
-    if held_out.labels.max() >= num_classes:
-        raise UserError(
-            f"--held-out {path} has labels up to {held_out.labels.max()}, the model has {num_classes} classes"
-        )
+    low, high = held_out.labels.min(), held_out.labels.max()
+    if low < 0 or high >= num_classes:
+        raise UserError(f"--held-out {path} has labels from {low} to {high}, the model has 0 to {num_classes - 1}")
     return held_out
 
 
@@ -460,6 +481,10 @@ def open_network(reference: str, weights: str | None, pipeline: Pipeline) -> Fea
         # Its features are computed on rank 0 only, and only once.
         if is_first_process():
             extractor.check(reference)
-    elif len(read_statistics(reference)["mu"]) != width:
+        return extractor
+    statistics = read_statistics(reference)
+    if len(statistics["mu"]) != width:
         raise UserError(f"--score-against {reference} has another number of features than --weights: not {width}")
+    if not all(np.isfinite(statistics[name]).all() for name in ("mu", "sigma")):
+        raise UserError(f"--score-against {reference} holds statistics that are not finite")
     return extractor
