@@ -221,7 +221,7 @@ def cost_table() -> str:
     results = json.loads(SPEED.read_text())
     measured = {row["model"]: row for row in results["training"]}
     lines = [
-        f"One run of `benchmarks/benchmark.py` on {results['machine']['device']} ({SPEED.name}):",
+        f"One run of `benchmarks/benchmark.py` on {results['machine']['device']} ({SPEED.name}), models in turns:",
         "",
         "| variant | trained parameters, M | step, ms | speed relative to continued |",
         "|" + " --- |" * 4,
