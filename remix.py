@@ -245,7 +245,8 @@ class Remix(nn.Module):
         self.n_experts = n_experts
         if boundaries is None:
             boundaries = equal_boundaries(n_experts, wrapped.highest_level)
-        self.boundaries = [float(boundary) for boundary in boundaries]
+        # As Python numbers, also from arrays.
+        self.boundaries = [b if isinstance(b, int) else float(b) for b in boundaries]
         self.mixer = mixer
         self.scope = scope
         self.num_timesteps = wrapped.highest_level
