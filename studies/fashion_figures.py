@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from fashion_page import SETTINGS, compare, read_results
+from fashion_page import OTHER_STEPS, OTHER_WIDTHS, SETTINGS, STEPS, WIDTH, compare, read_results
 
 from common import ArgumentParser, UserError, atomic_write, run_script
 
@@ -29,8 +29,8 @@ VARIANTS = {
 }
 # For each suffix of a variant's name: label of the axis, the value without suffix, and the other values.
 SERIES = {
-    "steps": ("fine-tuning steps", 5_000, (1_250, 2_500, 10_000, 20_000)),
-    "width": ("width of the model", 48, (24, 96)),
+    "steps": ("fine-tuning steps", STEPS, OTHER_STEPS),
+    "width": ("width of the model", WIDTH, OTHER_WIDTHS),
 }
 # The errors are averaged over this number of neighbouring timesteps.
 BIN = 25

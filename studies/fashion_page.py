@@ -18,6 +18,9 @@ from common import atomic_write
 
 # For each setting: side of the images in pixels, and patch size of the models.
 SETTINGS = {"pixels": (16, 4), "latents": (32, 2)}
+# For each number that table 4 varies: its value in the other tables, and the others.
+STEPS, OTHER_STEPS = 5_000, (1_250, 2_500, 10_000, 20_000)
+WIDTH, OTHER_WIDTHS = 48, (24, 96)
 # For each table, its parts: title and variants. Every table also has the pretrained model and continued training.
 TABLES = {
     1: {
@@ -46,10 +49,10 @@ TABLES = {
     3: {"Table 3: low-rank bases": ["remix-4-20", "rank-4", "rank-8", "rank-16", "rank-16-frozen"]},
     4: {
         "Table 4: fine-tuning steps, compared with as many of continued training": [
-            f"{name}-steps-{steps}" for steps in (1_250, 2_500, 10_000, 20_000) for name in ("continued", "remix-4-20")
+            f"{name}-steps-{steps}" for steps in OTHER_STEPS for name in ("continued", "remix-4-20")
         ],
         "Table 4: widths (others have 48), compared with continued training of the same width": [
-            f"{name}-width-{width}" for width in (24, 96) for name in ("pretrained", "continued", "remix-4-20")
+            f"{name}-width-{width}" for width in OTHER_WIDTHS for name in ("pretrained", "continued", "remix-4-20")
         ],
     },
     5: {

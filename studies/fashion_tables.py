@@ -39,7 +39,17 @@ from pathlib import Path
 import numpy as np
 import runs
 import torch
-from fashion_page import SCORES, SETTINGS, TABLES, append_row, read_results, write_page
+from fashion_page import (
+    OTHER_STEPS,
+    OTHER_WIDTHS,
+    SCORES,
+    SETTINGS,
+    STEPS,
+    TABLES,
+    append_row,
+    read_results,
+    write_page,
+)
 from runs import ROOT, heldout_errors, output_to
 from tqdm import tqdm
 
@@ -50,10 +60,6 @@ from remix import RemixDiT_models, build_remix
 from training.plan import mixing_flops, training_flops
 
 BATCH = 128
-# The numbers of fine-tuning steps and the widths of table 4, beside those of the other tables.
-STEPS = 5_000
-OTHER_STEPS = (1_250, 2_500, 10_000, 20_000)
-OTHER_WIDTHS = (24, 96)
 
 
 def remix(k: int, n: int, **values) -> dict:
