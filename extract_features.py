@@ -43,7 +43,7 @@ from common import (
     write_json,
 )
 from distributed import SampleGenerators, World, rank0_logger, setup
-from features import DTYPES, INDEX, SHARD_SIZE, STORES, read_skipped, shard_path, write_index, write_shard
+from features import DTYPES, INDEX, OMITTED, SHARD_SIZE, STORES, read_skipped, shard_path, write_index, write_shard
 from image_data import LabelledImages, load_images
 from images import MAX_PIXELS, read_image
 from models import DiT_models
@@ -148,7 +148,7 @@ def finished(folder: Path, settings: dict) -> bool:
     """Return whether a folder holds all features of these settings. Raises UserError if it holds other features."""
     record = folder / SETTINGS
     if record.exists():
-        defaults = {"store": "draw", "dtype": "float32", "shift": 0.0}
+        defaults = dict(OMITTED)
         # Earlier versions did not record the scale, and knew no other than one for all channels.
         if isinstance(settings.get("scale"), float):
             defaults["scale"] = settings["scale"]

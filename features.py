@@ -29,6 +29,8 @@ from distributed import seed_for
 
 STORES = ("draw", "moments")
 DTYPES = ("float32", "float16")
+# Entries of settings and configs that are omitted if they have these values, as in those of earlier versions.
+OMITTED = {"store": "draw", "dtype": "float32", "shift": 0.0}
 SHARD_SIZE = 1024
 INDEX = "index.json"
 # More labels of the original layout than this are kept in the cache: reading ImageNet's million files takes minutes.

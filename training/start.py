@@ -19,7 +19,7 @@ from checkpoint import (
 from common import UserError, is_first_process, number, remove_leftovers, write_json
 from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion, process_name
 from distributed import World
-from features import FeatureDataset
+from features import OMITTED, FeatureDataset
 from interop.shapes import assumed_vae, flow_target
 from models import DiT, DiT_models
 from posthoc_ema import snapshot_folder
@@ -361,8 +361,7 @@ def read_resume(path: Path | str, config: dict, extend: str, verify: bool = Fals
     if trained != asked:
         raise UserError(f"--resume {path} was trained with --process {trained}, this run asks for {asked}")
     extend_schedule(path, state, config["training"], extend)
-    # A config omits these values.
-    omitted = {"data.store": "draw", "data.dtype": "float32", "data.shift": 0.0}
+    omitted = {f"data.{name}": value for name, value in OMITTED.items()}
     before, now = omitted | flatten(state["config"]), omitted | flatten(config)
     if "training.coeff_lr_end" not in before and config["model"]["remix"]:
         # Earlier versions had no such option.
