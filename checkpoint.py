@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from common import UserError, atomic_write, first_line
 from diffusion import NOISE_LEVELS, process_name
-from experts import ExpertSwitch, FoldedRemix, IndependentExperts
+from experts import ExpertSwitch, IndependentExperts, for_sampling
 from hub import local_file
 from interop import diffusers, dit, original, sit
 from models import DiT
@@ -421,7 +421,7 @@ def load_denoiser(
     loaded = [(path, *load_model(path, ema, allow_pickle, **overrides)) for path in paths]
     if len(loaded) == 1:
         _, model, config = loaded[0]
-        return (FoldedRemix(model).eval() if isinstance(model, RemixDiT) else model), config
+        return for_sampling(model), config
     for path, model, config in loaded:
         if isinstance(model, RemixDiT) or not config["training"]:
             raise UserError(

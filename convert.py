@@ -140,10 +140,11 @@ def whole_bases(model: DiT | RemixDiT, format: str) -> DiT | RemixDiT:
     whole.load_state_dict({"logits": model.logits}, strict=False)
     with torch.no_grad():
         for k, alpha in enumerate(torch.eye(model.n_basis).tolist()):
-            model._fold(plain, [alpha] * len(model._coefficients_per_row()), 0)
-            for name, layer in whole.mixed():
-                layer.weight[k] = plain.get_submodule(name).weight
-                layer.bias[k] = plain.get_submodule(name).bias
+            for (name, layer), (_, bases) in zip(model.mixed(), whole.mixed(), strict=True):
+                linear = plain.get_submodule(name)
+                layer.fold([layer], [linear], alpha)
+                bases.weight[k] = linear.weight
+                bases.bias[k] = linear.bias
     return whole.eval()
 
 

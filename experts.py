@@ -67,11 +67,8 @@ class FoldedRemix(ExpertSwitch):
     def __init__(self, remix: Remix):
         super().__init__()
         self.remix = remix
-        # [N][1 or depth][K], on the host, so that a change of the expert does not wait for the device. They are also
-        # computed there: then all devices mix with the same numbers.
-        logits = remix.logits.detach().cpu()
-        alpha = logits.softmax(-1) if remix.mixer == "softmax" else logits
-        self.alpha = alpha.view(-1, remix.n_experts, remix.n_basis).transpose(0, 1).tolist()
+        # On the host, so that a change of the expert does not wait for the device.
+        self.alpha = remix.coefficients_per_expert()
         self.plain = remix._plain(0)
         self.folded = None
 
@@ -100,6 +97,11 @@ class FoldedRemix(ExpertSwitch):
             self.remix._fold(self.plain, self.alpha[i], i)
             self.folded = i
         return self.plain
+
+
+def for_sampling(model: DiT | Remix) -> DiT | ExpertSwitch:
+    """Return what runs the experts of a Remix one at a time, in eval mode; another model is returned as it is."""
+    return FoldedRemix(model).eval() if isinstance(model, Remix) else model
 
 
 class IndependentExperts(ExpertSwitch):

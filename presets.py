@@ -21,7 +21,7 @@ class Preset:
     layers: Sequence[str]
     optional_layers: tuple[str, ...] = ()
     timestep: str | Callable[..., Tensor] = "timestep"
-    highest_level: int = 1000
+    highest_level: float = 1000
     unbatched: tuple[str, ...] = ()
 
 
@@ -73,23 +73,13 @@ PRESETS = {
 }
 
 
-def find_preset(module: nn.Module) -> Preset | None:
-    """Return the preset of a module's class, or None if the class is not known."""
-    return next((PRESETS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in PRESETS), None)
-
-
-def known_level(module: nn.Module) -> int | None:
-    """Return the highest noise level of a module's class, or None if the class is not known."""
-    preset = find_preset(module)
-    return preset.highest_level if preset else None
-
-
 def complete_preset(
     module: nn.Module,
     layers: Sequence[str] | None,
     timestep: str | Callable[..., Tensor] | None,
-    highest_level: int | None,
+    highest_level: float | None,
     unbatched: Sequence[str],
+    boundaries: Sequence[float] | None,
 ) -> Preset:
     """Return how a module is wrapped: as the arguments say, and otherwise as the preset of its class.
 
@@ -97,6 +87,7 @@ def complete_preset(
         module: the module.
         layers, timestep, highest_level: see `Preset`; None for those of the class.
         unbatched: see `Preset`; added to those of the class.
+        boundaries: boundaries between experts. They end at the highest noise level of a class that is not known.
 
     Raises:
         ValueError: if the module is no `nn.Module`, or if something is missing and the class is not known.
@@ -106,13 +97,13 @@ def complete_preset(
         raise ValueError(f"module must be an nn.Module, such as a pipeline's transformer, but it is a {name}")
     if isinstance(unbatched, str):
         raise ValueError(f"unbatched must be a list of names of arguments, but it is {unbatched!r}")
-    known = find_preset(module)
+    known = next((PRESETS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in PRESETS), None)
     if known is None:
         if layers is None or timestep is None:
             raise ValueError(f"layers and timestep must be given for a {name}; presets exist for {', '.join(PRESETS)}")
-        if highest_level is None:
+        if highest_level is None and boundaries is None:
             raise ValueError(f"num_timesteps or boundaries must be given for a {name}: its highest noise level")
-        known = Preset(layers)
+        known = Preset(layers, highest_level=float(boundaries[-1]) if highest_level is None else highest_level)
     return Preset(
         known.layers if layers is None else layers,
         known.optional_layers if layers is None else (),

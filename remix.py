@@ -23,8 +23,8 @@ from boundaries import check_boundaries, check_levels, equal_boundaries, find_in
 from grouped_linear import mix, mixed_linear
 from low_rank import LowRankLinear
 from models import DiT, DiT_models, classifier_free_guidance
-from presets import complete_preset, known_level
-from wrapping import Arguments, block_name, find_linears, join_outputs, names_of
+from presets import complete_preset
+from wrapping import Arguments, block_name, find_linears, join_outputs
 
 
 class RemixLinear(nn.Module):
@@ -233,9 +233,7 @@ class Remix(nn.Module):
         unbatched: Sequence[str] = (),
     ):
         super().__init__()
-        if num_timesteps is None and boundaries is not None:
-            num_timesteps = known_level(module) or float(boundaries[-1])
-        wrapped = complete_preset(module, layers, timestep, num_timesteps, unbatched)
+        wrapped = complete_preset(module, layers, timestep, num_timesteps, unbatched, boundaries)
         if n_experts is None:
             if boundaries is None:
                 raise ValueError("n_experts or boundaries must be given")
@@ -252,29 +250,27 @@ class Remix(nn.Module):
         self.num_timesteps = wrapped.highest_level
         self.rank = rank
         self.rest = rest
-        self.timestep = wrapped.timestep
         self.arguments = Arguments(module, wrapped.timestep, wrapped.unbatched)
         linears = find_linears(module, wrapped.layers, wrapped.optional_layers)
-        blocks = list(dict.fromkeys(map(block_name, linears)))
+        blocks = list(dict.fromkeys(block_name(names[0]) for names in linears.values()))
 
         self.backbone = module
         self.batch_coefficients = BatchCoefficients()
-        for name, linear in linears.items():
-            row = blocks.index(block_name(name)) if scope == "local" else 0
+        for linear, names in linears.items():
+            row = blocks.index(block_name(names[0])) if scope == "local" else 0
             mixed = mixed_layer(linear, n_basis, rank, self.batch_coefficients, row)
-            for alias in names_of(module, linear):
-                module.set_submodule(alias, mixed)
+            for name in names:
+                module.set_submodule(name, mixed)
         if rest == "separate":
             # The copies have the same mixed layers.
             shared = {id(layer): layer for _, layer in self.mixed()}
             self.copies = nn.ModuleList(copy.deepcopy(module, dict(shared)) for _ in range(n_experts - 1))
-        weight = next(iter(linears.values())).weight
+        weight = next(iter(linears)).weight
         self._initialize_coefficients(len(blocks), prior_bonus, weight.device, weight.dtype)
 
     def _initialize_coefficients(self, depth: int, prior_bonus: float, device: torch.device, dtype: torch.dtype):
         """Create the prior, the inner boundaries and the logits pi of the experts."""
-        prior = torch.arange(self.n_experts) * self.n_basis // self.n_experts  # [N]
-        logits = F.one_hot(prior, self.n_basis).float()  # [N, K]
+        logits = F.one_hot(self._preferred_bases(), self.n_basis).float()  # [N, K]
         if self.scope == "local":
             logits = logits.expand(depth, -1, -1)  # [depth, N, K]
         if self.mixer != "one-hot":
@@ -315,11 +311,13 @@ class Remix(nn.Module):
 
     def _register_intervals(self, device: torch.device):
         """Create the buffers that follow from the numbers of bases and experts and from the boundaries."""
-        # The preferred basis of each expert, [N].
-        prior = torch.arange(self.n_experts, device=device) * self.n_basis // self.n_experts
         inner = torch.tensor(inner_boundaries(self.boundaries), dtype=torch.float32, device=device)
-        self.register_buffer("prior", prior, persistent=False)
+        self.register_buffer("prior", self._preferred_bases(device), persistent=False)
         self.register_buffer("inner_boundaries", inner, persistent=False)  # [N - 1]
+
+    def _preferred_bases(self, device: torch.device | None = None) -> Tensor:
+        """Return the basis of each expert in the prior [N]."""
+        return torch.arange(self.n_experts, device=device) * self.n_basis // self.n_experts
 
     def noise_level(self, t: Tensor | float) -> Tensor | np.float32:
         """Return the noise level of what the argument `timestep` holds, a tensor or a number."""
@@ -334,7 +332,18 @@ class Remix(nn.Module):
 
     def coefficients(self) -> Tensor:
         """Return the coefficients alpha [N, K], or [depth, N, K] if the scope is local."""
-        return self.logits.softmax(-1) if self.mixer == "softmax" else self.logits
+        return self._mix(self.logits)
+
+    def coefficients_per_expert(self) -> list[list[list[float]]]:
+        """Return the coefficients of each expert, [N][1 or depth][K], computed on the host.
+
+        All devices then fold experts with the same numbers.
+        """
+        alpha = self._mix(self.logits.detach().cpu())
+        return alpha.view(-1, self.n_experts, self.n_basis).transpose(0, 1).tolist()
+
+    def _mix(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1) if self.mixer == "softmax" else logits
 
     def _coefficients_per_row(self) -> Tensor:
         """Return the coefficients [1 or depth, N, K] for every scope."""
@@ -494,7 +503,7 @@ class Remix(nn.Module):
         """
         if not 0 <= i < self.n_experts:
             raise IndexError(f"the expert index must be from 0 to {self.n_experts - 1}, but it is {i}")
-        self._fold(module, self._coefficients_per_row()[:, i].tolist(), i)
+        self._fold(module, self.coefficients_per_expert()[i], i)
 
     @torch.no_grad()
     def _fold(self, module: nn.Module, alpha: list[list[float]], i: int):

@@ -145,8 +145,8 @@ def train(args: argparse.Namespace) -> bool:
     resume_path, state, damaged = find_resume(args.resume, folder, config, args.extend)
     step = state["step"] if state else 0
     can_sample = settings.timesteps == NOISE_LEVELS[args.process]
-    score_files = args.score_against, args.weights, args.score_samples, args.held_out, args.vae
-    scorer = make_scorer(args.score_every, *score_files, dataset, config, model, diffusion)
+    scores = args.score_against, args.weights, args.score_samples, args.held_out, args.vae
+    scorer = make_scorer(args.score_every, *scores, dataset, config, model, diffusion)
     loaded = scorer.decoder if scorer else None
     autoencoder, preview_note = choose_decoder(args.sample_every, can_sample, args.vae, dataset, loaded)
     n_checkpoints = count_checkpoints(folder, step, settings.max_steps, **saving)

@@ -47,7 +47,7 @@ from common import (
 from diffusion import FlowMatching, GaussianDiffusion, create_process
 from distributed import World
 from evaluation.scores import NEIGHBOURS
-from experts import ExpertSwitch, FoldedRemix
+from experts import ExpertSwitch, for_sampling
 from features import FeatureDataset
 from figures import interval_labels, intervals, is_flow, save_coefficients, save_grid
 from models import DiT
@@ -285,7 +285,7 @@ def ema_scores(
     scores = {}
     for std in tqdm([None, *stds], desc="widths"):
         model.load_state_dict(state if std is None else reconstruct(ckpt, std, state))
-        network = (FoldedRemix(model).eval() if isinstance(model, RemixDiT) else model).to(device())
+        network = for_sampling(model).to(device())
         scores[std] = {name: measure(network) for name, measure in measures.items()}
     return scores
 

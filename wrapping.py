@@ -12,8 +12,10 @@ from torch.utils._pytree import tree_map
 from common import counted
 
 
-def find_linears(module: nn.Module, patterns: Sequence[str], optional: Sequence[str] = ()) -> dict[str, nn.Linear]:
-    """Return the layers of a module whose names match patterns, by name, in the module's order.
+def find_linears(
+    module: nn.Module, patterns: Sequence[str], optional: Sequence[str] = ()
+) -> dict[nn.Linear, list[str]]:
+    """Return the layers of a module whose names match patterns, each with all its names, in the module's order.
 
     Args:
         module: the module.
@@ -37,8 +39,11 @@ def find_linears(module: nn.Module, patterns: Sequence[str], optional: Sequence[
         matches |= matched
     for name in matches:
         check_linear(name, modules)
-    # The first name of each layer.
-    return {name: layer for name, layer in module.named_modules() if any(modules[match] is layer for match in matches)}
+    matched, names = {modules[name] for name in matches}, {}
+    for name, layer in modules.items():
+        if layer in matched:
+            names.setdefault(layer, []).append(name)
+    return names
 
 
 def check_linear(name: str, modules: dict[str, nn.Module]):
@@ -59,11 +64,6 @@ def check_linear(name: str, modules: dict[str, nn.Module]):
 def block_name(layer: str) -> str:
     """Return a layer's name up to the first number, such as "blocks.3", or the whole name."""
     return re.match(r"(.*?\.\d+)(\.|$)|.*", layer)[1] or layer
-
-
-def names_of(module: nn.Module, layer: nn.Module) -> list[str]:
-    """Return all names of a layer of a module."""
-    return [name for name, other in module.named_modules(remove_duplicate=False) if other is layer]
 
 
 def join_outputs(outputs: list, order: Tensor) -> Any:

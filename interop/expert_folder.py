@@ -52,9 +52,10 @@ def write_experts(remix: Remix, folder, lora: bool = False):
         with atomic_write(folder / name) as temporary:
             # Tensors in one storage, such as those of tied layers, are refused.
             save_file({key: value.clone() for key, value in state.items()}, temporary, metadata={"format": "pt"})
+    timestep = remix.arguments.timestep
     index = {
         "class": type(remix.backbone).__name__,
-        "timestep": remix.timestep if isinstance(remix.timestep, str) else None,
+        "timestep": timestep if isinstance(timestep, str) else None,
         "boundaries": remix.boundaries,
         "format": "lora" if lora else "diffusers" if diffusers else "state dict",
         "experts": names,
@@ -75,7 +76,7 @@ def find_expert(folder, level: float | torch.Tensor) -> str:
 @torch.no_grad()
 def lora_state(remix: Remix, i: int) -> dict[str, torch.Tensor]:
     """Return expert i as LoRA weights in diffusers' format, each A [K * r, in] and B [out, K * r]."""
-    alpha = remix.coefficients().view(-1, remix.n_experts, remix.n_basis)[:, i].tolist()
+    alpha = remix.coefficients_per_expert()[i]
     state = {}
     for name, layer in remix.mixed():
         a, b = layer.lora_pair(alpha[layer.row])

@@ -23,7 +23,7 @@ from distributed import StopSignal, World
 from evaluation.files import check_file, has_statistics, read_network, read_statistics
 from evaluation.networks import FEATURE_BATCH, FeatureExtractor, make_extractor, network_name
 from evaluation.scores import GaussianStatistics, frechet_distance
-from experts import ExpertSwitch, FoldedRemix
+from experts import ExpertSwitch, for_sampling
 from features import FeatureDataset
 from models import DiT
 from remix import RemixDiT
@@ -290,8 +290,7 @@ class Scorer:
 
 def prepare(model: DiT | RemixDiT, device: torch.device) -> DiT | ExpertSwitch:
     """Return the network that computes the scores of a model, on a device."""
-    model.to(device)
-    return FoldedRemix(model).eval() if isinstance(model, RemixDiT) else model
+    return for_sampling(model.to(device))
 
 
 def measure_parts(score: FidScore | HeldOutLoss, parts: list, model: DiT | ExpertSwitch) -> list:
