@@ -82,6 +82,14 @@ from training.start import (
 from training.statistics import ThroughputTimer, build_metrics, explain_failure, report_line
 from training.trainer import Trainer, save_checkpoint
 
+# The values of flags that are not given; None: see `resolve_settings`. In the published runs, each of eight processes
+# drew one expert per step.
+RECIPES = {
+    "default": dict(
+        experts_per_batch=None, lr=None, coeff_lr=1e-2, coeff_lr_end=None, prior_strength=1e-4, prior_bonus=3.0
+    ),
+    "paper": dict(experts_per_batch=8, lr=2e-5, coeff_lr=1e-2, coeff_lr_end=1e-5, prior_strength=1e-4, prior_bonus=3.0),
+}
 # The flags that have a meaning for flows only, by their names in `FlowMatching`.
 FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
 # With several processes, the decision to stop is exchanged every STOP_CHECK steps only, because in the exchange each
@@ -339,6 +347,8 @@ def resolve_settings(
     Raises:
         UserError: if flags contradict each other, or a number does not divide the batch size as it must.
     """
+    recipe = {name: value for name, value in vars(args).items() if name in RECIPES["default"] and value is not None}
+    recipe = RECIPES[args.recipe] | recipe
     batch_size = args.global_batch_size
     if batch_size % (world_size() * args.grad_accum):
         processes = counted(world_size(), "process", "processes")
@@ -356,26 +366,28 @@ def resolve_settings(
     check_noise_levels("--timesteps", timesteps, args.process, diffusion)
     # The default must not depend on the number of processes, because that number must not change a run's results.
     divisors = [n for n in range(1, min(16, args.n_experts) + 1) if batch_size % n == 0]
-    experts_per_batch = (args.experts_per_batch or max(divisors)) if remix else 1
+    experts_per_batch = (recipe["experts_per_batch"] or max(divisors)) if remix else 1
     if batch_size % experts_per_batch:
         raise UserError(f"--experts-per-batch {experts_per_batch} does not divide --global-batch-size {batch_size}")
     max_steps = (args.max_steps or max(1, args.epochs * n_images // batch_size)) // (args.independent or 1)
     if not max_steps:
         raise UserError(f"--independent {args.independent}: there are fewer steps than experts")
-    lr = args.lr or (2e-5 if args.load_weight else 1e-4)
-    coeff_lr_end = min(lr / 2, args.coeff_lr) if args.coeff_lr_end is None else args.coeff_lr_end
+    lr = recipe["lr"] or (2e-5 if args.load_weight else 1e-4)
+    coeff_lr, coeff_lr_end = recipe["coeff_lr"], recipe["coeff_lr_end"]
+    if coeff_lr_end is None:
+        coeff_lr_end = min(lr / 2, coeff_lr)
     return RunSettings(
         max_steps=max_steps,
         global_batch_size=batch_size,
         experts_per_batch=experts_per_batch,
         timesteps=timesteps,
         lr=lr,
-        coeff_lr=args.coeff_lr,
+        coeff_lr=coeff_lr,
         coeff_lr_end=coeff_lr_end if remix else None,
         ema_decay=args.ema_decay,
         clip_grad=args.clip_grad,
-        prior_strength=args.prior_strength,
-        prior_bonus=args.prior_bonus,
+        prior_strength=recipe["prior_strength"],
+        prior_bonus=recipe["prior_bonus"],
         # A dry run describes a run on GPUs.
         precision=args.precision or ("bf16" if args.dry_run or torch.cuda.is_available() else "fp32"),
         global_seed=args.global_seed,
@@ -515,6 +527,13 @@ def make_parser() -> ArgumentParser:
     )
     add("--max-steps", type=positive_int, metavar="STEPS", help="number of steps, instead of --epochs")
     add(
+        "--recipe",
+        choices=RECIPES,
+        default="default",
+        help="paper: the published settings where no flag gives others, namely 8 experts per batch, learning rates of "
+        "2e-5 for the weights and from 1e-2 to 1e-5 for the logits, and a prior with bonus 3 and weight 1e-4",
+    )
+    add(
         "--global-batch-size",
         type=positive_int,
         default=256,
@@ -535,7 +554,12 @@ def make_parser() -> ArgumentParser:
         help="peak learning rate of the bases and shared weights; it falls to half of it by a cosine over the run "
         "(default: the published 2e-5 with --load-weight, otherwise DiT's 1e-4)",
     )
-    add("--coeff-lr", type=number(float, 0), default=1e-2, metavar="LR", help="peak learning rate of the mixing logits")
+    add(
+        "--coeff-lr",
+        type=number(float, 0),
+        metavar="LR",
+        help="peak learning rate of the mixing logits (default: 1e-2)",
+    )
     add(
         "--coeff-lr-end",
         type=number(float, 0),
@@ -546,16 +570,15 @@ def make_parser() -> ArgumentParser:
     add(
         "--prior-strength",
         type=number(float, 0),
-        default=1e-4,
         metavar="WEIGHT",
-        help="weight of the prior's cross-entropy at step 0; it falls linearly to 0",
+        help="weight of the prior's cross-entropy at step 0; it falls linearly to 0 (default: 1e-4)",
     )
     add(
         "--prior-bonus",
         type=number(float, 0),
-        default=3.0,
         metavar="BONUS",
-        help="number added to the initial logit of each expert's basis in the prior, which is floor(i K / N)",
+        help="number added to the initial logit of each expert's basis in the prior, which is floor(i K / N) "
+        "(default: 3)",
     )
     add("--ema-decay", type=number(float, 0, 1), default=0.9999, metavar="DECAY", help="EMA decay per step")
     add(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import GOLDEN, assert_same_weights, losses, run, training_flags
 
+import train_fast
 from checkpoint import checkpoints, find_corruption, load_denoiser, load_model, save_checkpoint
 from common import UserError
 from common import flags as flags_of
@@ -121,6 +122,25 @@ def test_the_learning_rate_of_the_logits_ends_at_half_of_that_of_the_weights(fea
         _, middle = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
         assert middle["coeff_lr"] == pytest.approx((1e-2 + end) / 2)
         assert middle["lr"] == pytest.approx(0.75e-3)
+
+
+def test_a_recipe_gives_the_settings_that_the_flags_leave_open():
+    def settings(*flags):
+        args = train_fast.make_parser().parse_args(["--data-path=-", *flags])
+        return train_fast.resolve_settings(args, n_images=1000, diffusion=create_process())
+
+    names = ("experts_per_batch", "lr", "coeff_lr", "coeff_lr_end", "prior_strength", "prior_bonus")
+    published = dict(zip(names, (8, 2e-5, 1e-2, 1e-5, 1e-4, 3), strict=True))
+    paper = settings("--recipe=paper")
+    assert {name: getattr(paper, name) for name in names} == published
+    # Zeros and the defaults' own values count as given, before and after the recipe.
+    changed = settings("--prior-strength=0", "--experts-per-batch=16", "--recipe=paper", "--prior-bonus=0", "--lr=1e-3")
+    given = dict(prior_strength=0, experts_per_batch=16, prior_bonus=0, lr=1e-3)
+    assert {name: getattr(changed, name) for name in names} == published | given
+    plain = settings("--recipe=paper", "--model=DiT-S/2")
+    assert (plain.lr, plain.experts_per_batch, plain.coeff_lr_end) == (2e-5, 1, None)
+    with pytest.raises(UserError, match="--experts-per-batch 8 does not divide"):
+        settings("--recipe=paper", "--global-batch-size=12")
 
 
 def test_runs_of_earlier_versions_resume_with_their_learning_rates(features, tmp_path):
