@@ -40,6 +40,7 @@ import numpy as np
 import runs
 import torch
 from fashion_page import (
+    IN_TABLE_1,
     OTHER_STEPS,
     OTHER_WIDTHS,
     SCORES,
@@ -53,7 +54,7 @@ from fashion_page import (
 from runs import ROOT, heldout_errors, output_to
 from tqdm import tqdm
 
-from common import ArgumentParser, atomic_write, flags, positive_int, run_script, seed_int
+from common import ArgumentParser, UserError, atomic_write, flags, positive_int, run_script, seed_int
 from features import FeatureDataset
 from models import DiT, DiT_models
 from remix import RemixDiT_models, build_remix
@@ -95,6 +96,7 @@ VARIANTS = {
     "strength-0": remix(4, 20, prior_strength=0),
     "strength-1e-2": remix(4, 20, prior_strength=1e-2),
     "coefficients-to-1e-5": remix(4, 20, coeff_lr_end=1e-5),
+    "recipe-paper": remix(4, 20, recipe="paper"),
     **{f"rank-{r}": remix(4, 20, rank=r) for r in (4, 8, 16)},
     "rank-16-frozen": remix(4, 20, rank=16, freeze=True),
     # Ideas that go past the paper.
@@ -184,13 +186,18 @@ def main(args: argparse.Namespace):
         )
     else:
         study = Study(args.setting, work, work / "runs", out, 20_000, STEPS, 10_000, 100, 100, 6_000, True, command)
-    with output_to(study.runs / "data.log"):
-        prepare(study, args.source)
-
     # First the variants that the others are compared with.
     names = ["continued", "remix-4-20"]
     for part in TABLES[args.table].values():
         names += [name for name in part if name not in names]
+    if args.variants:
+        if unknown := set(args.variants) - {"pretrained", *names}:
+            known = ", ".join(names)
+            raise UserError(f"--variants {' '.join(sorted(unknown))}: the variants of table {args.table} are {known}")
+        names = [name for name in names if name in args.variants]
+    with output_to(study.runs / "data.log"):
+        prepare(study, args.source)
+
     done = {(row["variant"], row["seed"]) for row in read_results(study.table)}
     missing = {(name, seed) for seed in args.seeds for name in ["pretrained", *names]} - done
     print(f"{len(missing)} results are missing in {study.table}")
@@ -199,7 +206,8 @@ def main(args: argparse.Namespace):
     workers = ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1)
     with workers, tqdm(total=sum(cost(study, name) for name, _ in missing), unit="step", smoothing=0) as bar:
         pretrained = ["pretrained", *(name for name in names if name.startswith("pretrained"))]
-        for group in (pretrained, names[:2], [name for name in names[2:] if name not in pretrained]):
+        first = [name for name in names if name in ("continued", "remix-4-20")]
+        for group in (pretrained, first, [name for name in names if name not in pretrained + first]):
             jobs = {
                 workers.submit(run_variant, study, name, seed): name
                 for name in group
@@ -248,12 +256,20 @@ def prepare(study: Study, source: str | None):
         runs.run("evaluator.py", work / f"{split}-{study.side}.npz", *output)
 
 
-def references(study: Study) -> list[tuple[str, str, Path]]:
-    """Return how samples are scored: the beginning of the scores' names in SCORES, the split, and the network."""
+def references(study: Study, name: str = "pretrained") -> list[tuple[str, str, Path]]:
+    """Return how a variant's samples are scored.
+
+    EfficientNet takes a fifth of a variant's time. It scores the variants of table 1 only, and only if it is installed.
+
+    Returns:
+        The beginning of the scores' names in SCORES, the split, and the network.
+    """
     classifier = study.out / f"classifier-{study.side}.pt2"
     imagenet = study.work / "efficientnet-lite0.pt2"
-    pairs = [("", "test", classifier), ("validation_", "validation", classifier)]
-    return pairs + ([("imagenet_", "test", imagenet)] if imagenet.exists() else [])
+    scores = [("", "test", classifier), ("validation_", "validation", classifier)]
+    if imagenet.exists() and name in IN_TABLE_1:
+        scores.append(("imagenet_", "test", imagenet))
+    return scores
 
 
 def scoring(work: Path) -> dict:
@@ -276,7 +292,7 @@ def run_variant(study: Study, name: str, seed: int):
             np.savez(file, **errors)
         row = {"variant": name, "seed": seed, "steps": steps}
         row |= {f"{split}_error": f"{values.mean():.7f}" for split, values in errors.items()}
-        row |= {key: f"{value:.6g}" for key, value in sample_and_score(study, checkpoints, prefix, seed).items()}
+        row |= {key: f"{value:.6g}" for key, value in sample_and_score(study, checkpoints, name, seed).items()}
     minutes = f"{(time.perf_counter() - start) / 60:.1f}"
     date = time.strftime("%Y-%m-%d")
     row |= dict(minutes=minutes, commit=commit, command=study.command, machine=machine(), date=date)
@@ -332,22 +348,23 @@ def relative_flops(dataset: FeatureDataset, model: str, n_basis: int, n_experts:
 
 
 def sample_and_score(study: Study, checkpoints: list[Path], name: str, seed: int) -> dict[str, float]:
-    """Sample without guidance and score the samples.
+    """Sample from a variant without guidance, and score the samples.
 
     Returns:
-        The scores in SCORES. Those with EfficientNet are missing if it is not installed.
+        The scores in SCORES, those with EfficientNet only where `references` names it.
     """
+    prefix = f"{study.setting}-{name}-{seed}"
     sampling = dict(num_fid_samples=study.samples, num_sampling_steps=study.sampling_steps, per_proc_batch_size=500)
-    output = dict(ckpt=checkpoints, cfg_scale=1, global_seed=seed, sample_dir=study.runs / "samples", name=name)
+    output = dict(ckpt=checkpoints, cfg_scale=1, global_seed=seed, sample_dir=study.runs / "samples", name=prefix)
     vae = study.out / "vae" if study.setting == "latents" else None
     runs.run("sample_ddp.py", *flags(**output, **sampling, vae=vae, compile=study.compile))
-    folder = study.runs / "samples" / name
-    if name.removeprefix(f"{study.setting}-") in [f"{shown}-0" for shown in SHOWN]:
+    folder = study.runs / "samples" / prefix
+    if name in SHOWN and seed == 0:
         (study.out / "samples").mkdir(exist_ok=True)
-        shutil.copyfile(folder / "grid.png", study.out / "samples" / f"{name}.png")
+        shutil.copyfile(folder / "grid.png", study.out / "samples" / f"{prefix}.png")
 
     samples, results = folder / "samples.npz", {}
-    for kind, split, network in references(study):
+    for kind, split, network in references(study, name):
         output = flags(weights=network, json=folder / "scores.json", also="kid", **scoring(study.work))
         runs.run("evaluator.py", study.work / f"{split}-{study.side}.npz", samples, *output)
         scores = json.loads((folder / "scores.json").read_text())
@@ -384,6 +401,9 @@ if __name__ == "__main__":
         help="1, 2: those of the paper; 3: low-rank bases; 4: numbers of steps, widths; 5: ideas past the paper",
     )
     parser.add_argument("--setting", choices=SETTINGS, default="pixels", help="what the models denoise")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="variants of the table to compute now (default: all)"
+    )
     parser.add_argument("--seeds", type=seed_int, nargs="+", default=[0, 1, 2], metavar="SEED", help="seeds")
     parser.add_argument("--jobs", type=positive_int, default=2, help="models in parallel, with one core each")
     parser.add_argument("--source", metavar="FOLDER", help="the dataset's files, see fashion.py")

@@ -230,7 +230,7 @@ def test_all_variants_of_the_tables_exist():
 def test_the_runner_computes_only_what_is_missing(setting, prepared, monkeypatch, capsys):
     monkeypatch.setattr(fashion_tables, "TABLES", {1: {"part": ["remix-4-20"]}})
     args = argparse.Namespace(
-        table=1, setting=setting, seeds=[0], jobs=1, quick=True, work=prepared, out="-", source=None
+        table=1, setting=setting, seeds=[0], variants=None, jobs=1, quick=True, work=prepared, out="-", source=None
     )
     fashion_tables.main(args)
     out = prepared / "quick" / "results"
@@ -244,6 +244,9 @@ def test_the_runner_computes_only_what_is_missing(setting, prepared, monkeypatch
     capsys.readouterr()
     fashion_tables.main(args)
     assert "1 results are missing" in capsys.readouterr().out
+    args.variants = ["raw"]
+    with pytest.raises(UserError, match="--variants raw: the variants of table 1 are continued, remix-4-20"):
+        fashion_tables.main(args)
     assert fashion_page.read_results(table) == rows, "the same result, from the checkpoints that exist"
 
 
