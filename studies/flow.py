@@ -15,7 +15,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from digit_runs import PRETRAINING, prepare, sample_and_score, train
+from digit_runs import prepare, sample_and_score, train
 from runs import mean_and_std, output_to, write_csv
 from tqdm import tqdm
 
@@ -54,8 +54,8 @@ def main(args: argparse.Namespace):
             with output_to(work / f"flow-{seed}.log"):
                 models = {}
                 for process in ("gaussian", "flow"):
-                    values = dict(max_steps=args.train, global_seed=seed, process=process, **PRETRAINING)
-                    (models[process],) = train(work, f"{process}-{seed}", **values)
+                    values = dict(max_steps=args.train, global_seed=seed, process=process)
+                    models[process] = train(work, f"{process}-{seed}", **values)
                     errors.append({"process": process, "seed": seed, "error": heldout_error(models[process], work)})
                     bar.update()
                 for name, n in combinations:
@@ -102,7 +102,7 @@ def measure_fid(work: Path, ckpt: Path, sampler: str, evaluations: int | None, s
     if not scores.exists():
         sampling = dict(num_fid_samples=n_samples, num_sampling_steps=steps, sampler=sampler)
         sampling |= dict(global_seed=seed, per_proc_batch_size=500)
-        sample_and_score(work, [ckpt], name, scores, **sampling)
+        sample_and_score(work, ckpt, name, scores, **sampling)
         shutil.rmtree(work / "samples" / name)
     fid = json.loads(scores.read_text())["FID"]
     evaluations = 2 * steps if sampler == "heun" else evaluations or count_evaluations(ckpt)

@@ -2,9 +2,9 @@
 
     python studies/samplers.py
 
-The models are the pretrained models of studies/tables.py, which are trained here if they do not exist. FID uses the
-features of the small classifier of studies/digits.py, and the held-out digits as the reference. Finished parts are
-skipped. Writes studies/samplers.csv (one row per sampler, number of steps and seed) and studies/figures/samplers.png.
+For each seed, a DiT is trained from scratch. FID uses the features of the small classifier of studies/digits.py, and
+the held-out digits as the reference. Finished parts are skipped. Writes samplers.csv (one row per sampler, number of
+steps and seed) and samplers.png.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from digit_runs import prepare, pretrain, sample_and_score
+from digit_runs import prepare, sample_and_score, train
 from runs import mean_and_std, output_to, write_csv
 from tqdm import tqdm
 
@@ -40,13 +40,9 @@ def main(args: argparse.Namespace):
             fid = measure_fid(work, sampler, steps, seed, args.pretrain, args.samples)
         rows.append({"sampler": sampler, "steps": steps, "seed": seed, "fid": fid})
 
-    (out / "figures").mkdir(parents=True, exist_ok=True)
     write_csv(out / "samplers.csv", rows)
-    draw(out / "figures" / "samplers.png", rows, args.steps)
-    print("| steps | " + " | ".join(SAMPLERS.values()) + " |\n|" + " --- |" * (1 + len(SAMPLERS)))
-    for steps in args.steps:
-        cells = [mean_and_std(fids_of(rows, sampler, steps), 2) for sampler in SAMPLERS]
-        print(f"| {steps} | {' | '.join(cells)} |")
+    draw(out / "samplers.png", rows, args.steps)
+    print(table(rows, args.steps))
 
 
 def measure_fid(work: Path, sampler: str, steps: int, seed: int, pretraining: int, n_samples: int) -> float:
@@ -55,16 +51,25 @@ def measure_fid(work: Path, sampler: str, steps: int, seed: int, pretraining: in
     scores = work / "samplers" / f"{name}.json"
     if scores.exists():
         return json.loads(scores.read_text())["FID"]
-    checkpoints = [pretrain(work, seed, pretraining)]
+    checkpoint = train(work, f"pretrained-{seed}", max_steps=pretraining, global_seed=seed)
     sampling = dict(num_fid_samples=n_samples, num_sampling_steps=steps, sampler=sampler)
     sampling |= dict(global_seed=seed, per_proc_batch_size=500)
-    fid = sample_and_score(work, checkpoints, f"samplers-{name}", scores, **sampling)["FID"]
+    fid = sample_and_score(work, checkpoint, f"samplers-{name}", scores, **sampling)["FID"]
     shutil.rmtree(work / "samples" / f"samplers-{name}")
     return fid
 
 
 def fids_of(rows: list[dict], sampler: str, steps: int) -> list[float]:
     return [row["fid"] for row in rows if (row["sampler"], row["steps"]) == (sampler, steps)]
+
+
+def table(rows: list[dict], numbers_of_steps: list[int]) -> str:
+    """Return the mean and standard deviation of FID over the seeds as a Markdown table."""
+    lines = ["| steps | " + " | ".join(SAMPLERS.values()) + " |", "|" + " --- |" * (1 + len(SAMPLERS))]
+    for steps in numbers_of_steps:
+        cells = [mean_and_std(fids_of(rows, sampler, steps), 2) for sampler in SAMPLERS]
+        lines.append(f"| {steps} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def draw(path: Path, rows: list[dict], numbers_of_steps: list[int]):
@@ -92,10 +97,10 @@ if __name__ == "__main__":
     )
     parser.add_argument("--seeds", type=int, default=3, help="number of models, each with its own samples")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of sampling steps")
-    parser.add_argument("--pretrain", type=int, default=16000, help="steps of pretraining")
+    parser.add_argument("--pretrain", type=int, default=16000, help="steps of training")
     parser.add_argument("--samples", type=int, default=5000, help="samples for FID")
     parser.add_argument("--work", default="outputs/studies", help="folder of the runs, samples and scores")
-    parser.add_argument("--out", default="studies", help="folder of samplers.csv and figures/")
+    parser.add_argument("--out", default="studies/results/samplers", help="folder of samplers.csv and samplers.png")
     parser.add_argument("--quick", action="store_true", help="few models, steps and samples, to test that it runs")
     args = parser.parse_args()
     if args.quick:

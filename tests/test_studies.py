@@ -1,4 +1,4 @@
-"""The splits of the digits, and the commands and tables of the study of the paper's tables."""
+"""The splits of the digits, and the commands and tables of the studies of samplers and of flow matching."""
 
 import csv
 import sys
@@ -13,10 +13,13 @@ from diffusion import create_diffusion
 
 sys.path.insert(0, str(ROOT / "studies"))
 
+import digit_runs
 import digits
 import flow
 import runs
-import tables
+import samplers
+
+from train_fast import make_parser
 
 
 def test_splits_are_disjoint_and_stratified():
@@ -34,44 +37,16 @@ def test_every_split_is_always_the_same():
         assert np.array_equal(labels, again[1])
 
 
-@pytest.fixture
-def commands(monkeypatch) -> list[list[str]]:
-    """The commands that the study would run."""
-    recorded = []
-    monkeypatch.setattr(runs, "run", lambda script, *words: recorded.append([script, *map(str, words)]))
-    return recorded
-
-
-@pytest.mark.parametrize("name", ["pretrained", *tables.VARIANTS])
-def test_every_variant_trains_what_it_returns(name, commands, tmp_path):
-    checkpoints, steps = tables.train_variant(tmp_path, name, seed=1, pretraining=160, finetuning=80)
-    assert len(checkpoints) == (8 if name == "independent-8" else 1)
-    pretraining, *finetuning = commands
-    assert "--global-seed=1" in pretraining
-    trained = []
-    for command, checkpoint in zip(finetuning or [pretraining], checkpoints, strict=True):
-        flags = dict(word.removeprefix("--").split("=", 1) for word in command if "=" in word)
-        trained.append(int(flags["max-steps"]))
-        assert checkpoint == tmp_path / "runs" / flags["prefix"] / "checkpoints" / f"{trained[-1]:07d}.pt"
-        assert flags["global-seed"] == ("1" if name == "pretrained" else "1001")
-    assert sum(trained) == steps
-
-
-def test_equal_flops_take_fewer_steps():
-    """16 groups of 4 bases in a batch of 80 images of 4 tokens: 20 % more FLOPs than a plain DiT."""
-    assert tables.relative_flops(n_basis=4, n_experts=20) == pytest.approx(1.2)
-
-
-def test_the_readme_holds_the_tables_of_the_results():
-    with open(ROOT / "studies" / "results.csv", newline="") as file:
-        rows = [
-            {key: value if key == "variant" else float(value) for key, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
-    assert list(rows[0]) == tables.COLUMNS
-    readme = (ROOT / "studies" / "README.md").read_text().partition(tables.MARK)[2]
-    for title, names in tables.TABLES.items():
-        assert tables.markdown_table(title, names, rows) in readme
+@pytest.mark.parametrize("process", ["gaussian", "flow"])
+def test_the_digits_train_what_is_returned(process, monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(runs, "run", lambda script, *words: commands.append([script, *map(str, words)]))
+    checkpoint = digit_runs.train(tmp_path, "a-run", max_steps=80, global_seed=3, process=process)
+    ((script, *flags),) = commands
+    assert checkpoint == tmp_path / "runs" / "a-run" / "checkpoints" / "0000080.pt"
+    assert script == "train_fast.py"
+    assert {"--prefix=a-run", "--max-steps=80", "--global-seed=3", f"--process={process}"} <= set(flags)
+    make_parser().parse_args(flags)
 
 
 @pytest.mark.parametrize("process", [{}, {"process": "flow"}])
@@ -94,3 +69,9 @@ def test_the_readme_holds_the_table_of_the_flows(capsys):
         row |= {"steps": int(row["steps"] or 0), "fid": float(row["fid"])}
     flow.print_table(rows, flow.EVALUATIONS)
     assert capsys.readouterr().out.strip() in (ROOT / "studies" / "README.md").read_text()
+
+
+def test_the_readme_holds_the_table_of_the_samplers():
+    with open(ROOT / "studies" / "results" / "samplers" / "samplers.csv", newline="") as file:
+        rows = [row | {"steps": int(row["steps"]), "fid": float(row["fid"])} for row in csv.DictReader(file)]
+    assert samplers.table(rows, samplers.STEPS) in (ROOT / "studies" / "README.md").read_text()
