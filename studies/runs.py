@@ -53,28 +53,21 @@ def train(results: Path, prefix: str, independent: int = 1, *, max_steps: int, *
     Args:
         results: folder of the runs.
         prefix: name of the run.
-        independent: number of plain DiTs, each of which is trained on its own part of the timesteps with an equal
-            share of the steps.
+        independent: number of plain DiTs, as --independent of train_fast.py.
         max_steps: total number of steps.
         **values: further flags of train_fast.py.
 
     Returns:
         The checkpoints, one for each independent expert.
     """
-    runs = {prefix: dict(max_steps=max_steps)}
-    if independent > 1:
-        bounds = [1000 * i // independent for i in range(independent + 1)]
-        runs = {
-            f"{prefix}-{i}": dict(max_steps=max_steps // independent, timesteps=bounds[i : i + 2])
-            for i in range(independent)
-        }
-    paths = []
-    for name, own in runs.items():
-        paths.append(results / name / "checkpoints" / f"{own['max_steps']:07d}.pt")
-        if not paths[-1].exists():
-            # Pictures are not needed. The newest checkpoint is enough to continue from.
-            quiet = flags(num_workers=0, log_every=500, sample_every=0, ckpt_every=1000, keep=1, resume="auto")
-            run("train_fast.py", *flags(results_dir=results, prefix=name, **values, **own), *quiet)
+    names = [f"{prefix}-{i}" for i in range(independent)] if independent > 1 else [prefix]
+    paths = [results / name / "checkpoints" / f"{max_steps // independent:07d}.pt" for name in names]
+    if not all(path.exists() for path in paths):
+        if independent > 1:
+            values["independent"] = independent
+        # Pictures are not needed. The newest checkpoint is enough to continue from.
+        quiet = flags(num_workers=0, log_every=500, sample_every=0, ckpt_every=1000, keep=1, resume="auto")
+        run("train_fast.py", *flags(results_dir=results, prefix=prefix, max_steps=max_steps, **values), *quiet)
     return paths
 
 

@@ -27,6 +27,7 @@ from autoencoder import Latents
 from checkpoint import load_model
 from common import UserError
 from features import FeatureDataset
+from train_fast import independent_runs, make_parser
 
 RESULTS = ROOT / "studies" / "results" / "fashion"
 
@@ -182,16 +183,15 @@ def test_every_variant_is_trained_on_the_same_number_of_images(name, study, comm
         assert (training[0], converting[0], steps) == ("train_fast.py", "convert.py", 60)
         assert "--global-seed=1" in training
         return
-    assert len(checkpoints) == len(commands) == (8 if name == "independent-8" else 1)
-    images, intervals = 0, []
-    for command, checkpoint in zip(commands, checkpoints, strict=True):
-        flags = dict(word.removeprefix("--").split("=", 1) for word in command if "=" in word)
-        assert checkpoint == study.runs / flags["prefix"] / "checkpoints" / f"{int(flags['max-steps']):07d}.pt"
-        assert flags["load-weight"] == str(weights)
-        images += int(flags["max-steps"]) * int(flags["global-batch-size"])
-        if "--timesteps" in command:
-            intervals += range(*map(int, command[command.index("--timesteps") + 1 :][:2]))
-    assert intervals == (list(range(1000)) if name == "independent-8" else [])
+    ((script, *words),) = commands
+    args = make_parser().parse_args(words)
+    assert (script, args.load_weight) == ("train_fast.py", str(weights))
+    assert args.independent == (8 if name == "independent-8" else None)
+    experts = independent_runs(args) if args.independent else [args]
+    own_steps = args.max_steps // len(experts)
+    for expert, checkpoint in zip(experts, checkpoints, strict=True):
+        assert checkpoint == study.runs / expert.prefix / "checkpoints" / f"{own_steps:07d}.pt"
+    images = len(experts) * own_steps * args.global_batch_size
     allowed = 0.98 if name.endswith("-equal-flops") else values.get("length", 1)
     # Steps are whole, and those of eight experts are multiples of eight.
     tolerance = 0.25 if name == "independent-8" else 0.07 if "length" in values else 0.03
