@@ -8,10 +8,7 @@ network trained on the training split, which evaluator.py uses instead of Incept
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from classifiers import accuracy, export, save_split, train_classifier

@@ -8,6 +8,7 @@ import csv
 import fcntl
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -44,6 +45,7 @@ TABLES = {
         "Table 2: experts per batch (remix-4-20 has 16)": [
             "experts-per-batch-1",
             "experts-per-batch-4",
+            "experts-per-batch-8",
             "remix-4-20",
             "experts-per-batch-20",
         ],
@@ -89,9 +91,13 @@ MARK = "<!-- fashion_tables.py writes everything below this line -->"
 
 
 def append_row(path: Path, row: dict):
-    """Add a row to a CSV file; several processes may do this at the same time."""
+    """Add a row to a CSV file, unless it has one of this variant and seed; several processes may do so at once."""
     with open(path, "a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        if any((row["variant"], row["seed"]) == (other["variant"], other["seed"]) for other in read_results(path)):
+            return
+        # Another process may have written since the file was opened.
+        file.seek(0, os.SEEK_END)
         table = csv.DictWriter(file, COLUMNS)
         if file.tell() == 0:
             table.writeheader()

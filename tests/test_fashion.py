@@ -172,6 +172,16 @@ def study(prepared) -> fashion_tables.Study:
     return study
 
 
+def test_the_moving_average_covers_the_same_part_of_shorter_runs(study, commands):
+    decays = {}
+    for name in ("continued", "independent-8", "continued-steps-10000"):
+        fashion_tables.train(study, name, seed=1)
+        decays[name] = make_parser().parse_args(commands[-1][1:]).ema_decay
+    assert decays["continued"] == 0.999
+    assert decays["independent-8"] == pytest.approx(0.999**8)
+    assert decays["continued-steps-10000"] ** 2 == pytest.approx(0.999)
+
+
 @pytest.mark.parametrize("name", fashion_tables.VARIANTS)
 def test_every_variant_is_trained_on_the_same_number_of_images(name, study, commands):
     checkpoints, steps = fashion_tables.train(study, name, seed=1)
@@ -371,8 +381,29 @@ def test_remix_is_compared_with_each_variant_of_table_1_in_the_seeds_of_both():
     assert independent == "| independent-8 | 1 | 1 of 1 | -50.00 | 1 of 1 | -1.00 |"
 
 
-def test_rows_are_added_to_a_table(tmp_path):
-    for seed in range(3):
+def test_rows_are_added_to_a_table_once(tmp_path):
+    """A seed that is computed twice, for example by two runners, must not count twice."""
+    for seed in (0, 1, 2, 1):
         fashion_page.append_row(tmp_path / "pixels.csv", {"variant": "raw", "seed": seed, "test_error": "0.5"})
     rows = fashion_page.read_results(tmp_path / "pixels.csv")
     assert rows == [{"variant": "raw", "seed": seed, "test_error": 0.5} for seed in range(3)]
+
+
+def test_a_table_that_two_processes_open_has_one_header(tmp_path, monkeypatch):
+    table = tmp_path / "pixels.csv"
+    lock = fashion_page.fcntl.flock
+
+    def another_writes_first(file, operation):
+        monkeypatch.setattr(fashion_page.fcntl, "flock", lock)
+        fashion_page.append_row(table, {"variant": "raw", "seed": 0})
+        lock(file, operation)
+
+    monkeypatch.setattr(fashion_page.fcntl, "flock", another_writes_first)
+    fashion_page.append_row(table, {"variant": "raw", "seed": 1})
+    assert [row["seed"] for row in fashion_page.read_results(table)] == [0, 1]
+
+
+def test_no_committed_result_occurs_twice():
+    for setting in fashion_page.SETTINGS:
+        rows = [(row["variant"], row["seed"]) for row in fashion_page.read_results(RESULTS / f"{setting}.csv")]
+        assert len(rows) == len(set(rows))
