@@ -1,6 +1,9 @@
 """Small classifiers of grayscale images, whose features evaluator.py uses instead of Inception's."""
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch

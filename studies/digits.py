@@ -8,16 +8,15 @@ network trained on the training split, which evaluator.py uses instead of Incept
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from classifiers import accuracy, export, save_split, train_classifier
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+from common import ArgumentParser, run_script
 
 SPLITS = {"train": 1197, "validation": 300, "heldout": 300}
 
@@ -58,8 +57,6 @@ def split_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Write scikit-learn's digits as image folders, with a small classifier."
-    )
-    parser.add_argument("--out", required=True, help="folder to write")
-    main(parser.parse_args())
+    parser = ArgumentParser(description="Write scikit-learn's digits as image folders, with a small classifier.")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
+    run_script(main, parser)

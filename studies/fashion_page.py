@@ -8,6 +8,7 @@ import csv
 import fcntl
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -44,6 +45,7 @@ TABLES = {
         "Table 2: experts per batch (remix-4-20 has 16)": [
             "experts-per-batch-1",
             "experts-per-batch-4",
+            "experts-per-batch-8",
             "remix-4-20",
             "experts-per-batch-20",
         ],
@@ -89,9 +91,13 @@ MARK = "<!-- fashion_tables.py writes everything below this line -->"
 
 
 def append_row(path: Path, row: dict):
-    """Add a row to a CSV file; several processes may do this at the same time."""
+    """Add a row to a CSV file, unless it has one of this variant and seed; several processes may do so at once."""
     with open(path, "a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        if any((row["variant"], row["seed"]) == (other["variant"], other["seed"]) for other in read_results(path)):
+            return
+        # Another process may have written since the file was opened.
+        file.seek(0, os.SEEK_END)
         table = csv.DictWriter(file, COLUMNS)
         if file.tell() == 0:
             table.writeheader()
@@ -136,6 +142,8 @@ def page_tables(out: Path) -> str:
             # Most tables repeat a row of table 1.
             if set(present) & set(names) - (IN_TABLE_1 if table != 1 else set()):
                 parts += [f"### {title}, {setting}", score_table(present, rows), fifths_table(present, rows)]
+                if table == 1:
+                    parts.append(paired_table(rows))
                 if names is TABLES[3]["Table 3: low-rank bases"] and setting == "pixels" and SPEED.exists():
                     parts.append(cost_table())
     return "\n\n".join(parts)
@@ -221,6 +229,26 @@ def fifths_table(names: list[str], rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def paired_table(rows: list[dict]) -> str:
+    """Return the comparison of Remix-DiT 4-20 with the other variants of table 1, seed by seed, as a Markdown table."""
+    by_name = {name: {row["seed"]: row for row in rows if row["variant"] == name} for name in IN_TABLE_1}
+    own = by_name.pop("remix-4-20")
+    lines = [
+        "| remix-4-20 compared with | seeds | with a lower error | change, % | with a lower FID | change |",
+        "|" + " --- |" * 6,
+    ]
+    for name in sorted(by_name):
+        pairs = [(own[seed], other) for seed, other in by_name[name].items() if seed in own]
+        if not pairs:
+            continue
+        errors = [100 * (a["test_error"] / b["test_error"] - 1) for a, b in pairs]
+        fids = [a["fid"] - b["fid"] for a, b in pairs]
+        counts = [f"{sum(value < 0 for value in values)} of {len(pairs)}" for values in (errors, fids)]
+        cells = name, str(len(pairs)), counts[0], with_star(errors), counts[1], with_star(fids)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def cost_table() -> str:
     """Return the numbers of parameters and the speed with low-rank bases as a Markdown table."""
     results = json.loads(SPEED.read_text())
@@ -239,11 +267,14 @@ def cost_table() -> str:
 
 
 def change(name: str, values) -> str:
+    """Return the differences of a variant from its baseline as `with_star` does, or "0" for the baseline."""
+    return "0" if name == baseline(name) else with_star(values)
+
+
+def with_star(values) -> str:
     """Return the mean and standard deviation of paired differences, with a star if they are beyond the spread.
 
     The star means that the 95 % interval of a t test of three or more seeds does not include zero.
     """
-    if name == baseline(name):
-        return "0"
     sure = len(values) >= 3 and ttest_1samp(values, 0).pvalue < 0.05
     return mean_and_std(values, 2) + (" *" if sure else "")

@@ -48,6 +48,7 @@ from fashion_page import (
     STEPS,
     TABLES,
     append_row,
+    baseline,
     read_results,
     write_page,
 )
@@ -61,6 +62,7 @@ from remix import RemixDiT_models, build_remix
 from training.plan import mixing_flops, training_flops
 
 BATCH = 128
+EMA_DECAY = 0.999
 
 
 def remix(k: int, n: int, **values) -> dict:
@@ -83,7 +85,7 @@ VARIANTS = {
     "remix-4-20": remix(4, 20),
     "remix-4-8-equal-flops": remix(4, 8),
     "remix-4-20-equal-flops": remix(4, 20),
-    **{f"experts-per-batch-{e}": remix(4, 20, experts_per_batch=e) for e in (1, 4)},
+    **{f"experts-per-batch-{e}": remix(4, 20, experts_per_batch=e) for e in (1, 4, 8)},
     "experts-per-batch-20": remix(4, 20, experts_per_batch=20, global_batch_size=120),
     "one-hot": remix(4, 20, mixer="one-hot"),
     "raw": remix(4, 20, mixer="raw"),
@@ -165,7 +167,8 @@ class Study:
         return self.out / f"{self.setting}.csv"
 
     def features(self, split: str) -> Path:
-        return self.work / "features" / f"{self.setting}-{split}"
+        # Beside the runs, because --quick has a VAE of its own.
+        return self.runs.parent / "features" / f"{self.setting}-{split}"
 
     def weights(self, seed: int, width: int | None = None) -> Path:
         """The EMA weights of a pretrained model, of another width if it is given."""
@@ -182,7 +185,7 @@ def main(args: argparse.Namespace):
     work, out = Path(args.work), Path(args.out)
     if args.quick:
         study = Study(
-            args.setting, work, work / "quick", work / "quick" / "results", 60, 30, 50, 5, 4, 2, False, command
+            args.setting, work, work / "quick" / "runs", work / "quick" / "results", 60, 30, 50, 5, 4, 2, False, command
         )
     else:
         study = Study(args.setting, work, work / "runs", out, 20_000, STEPS, 10_000, 100, 100, 6_000, True, command)
@@ -192,30 +195,39 @@ def main(args: argparse.Namespace):
         names += [name for name in part if name not in names]
     if args.variants:
         if unknown := set(args.variants) - {"pretrained", *names}:
-            known = ", ".join(names)
+            known = ", ".join(["pretrained", *(name for name in names if name != "pretrained")])
             raise UserError(f"--variants {' '.join(sorted(unknown))}: the variants of table {args.table} are {known}")
-        names = [name for name in names if name in args.variants]
+        # The page shows no variant without its baseline.
+        chosen = {*args.variants, *map(baseline, args.variants)}
+        names = [name for name in names if name in chosen]
     with output_to(study.runs / "data.log"):
         prepare(study, args.source)
 
     done = {(row["variant"], row["seed"]) for row in read_results(study.table)}
-    missing = {(name, seed) for seed in args.seeds for name in ["pretrained", *names]} - done
+    seeds = sorted(set(args.seeds))
+    missing = {(name, seed) for seed in seeds for name in ["pretrained", *names]} - done
     print(f"{len(missing)} results are missing in {study.table}")
     # Each run has a process of its own, which loads the code as it is then.
     spawn = multiprocessing.get_context("spawn")
     workers = ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1)
-    with workers, tqdm(total=sum(cost(study, name) for name, _ in missing), unit="step", smoothing=0) as bar:
+    progress = "{percentage:.0f}% |{bar}| {elapsed}<{remaining}"
+    total = sum(cost(study, name) for name, _ in missing)
+    with workers, tqdm(total=total, bar_format=progress, smoothing=0) as bar:
         pretrained = ["pretrained", *(name for name in names if name.startswith("pretrained"))]
         first = [name for name in names if name in ("continued", "remix-4-20")]
         for group in (pretrained, first, [name for name in names if name not in pretrained + first]):
             jobs = {
                 workers.submit(run_variant, study, name, seed): name
                 for name in group
-                for seed in args.seeds
+                for seed in seeds
                 if (name, seed) in missing
             }
             for job in as_completed(jobs):
-                job.result()
+                try:
+                    job.result()
+                except BaseException:
+                    workers.shutdown(wait=False, cancel_futures=True)
+                    raise
                 bar.update(cost(study, jobs[job]))
                 write_page(study.out)
     write_page(study.out)
@@ -231,15 +243,14 @@ def cost(study: Study, name: str) -> int:
 def prepare(study: Study, source: str | None):
     """Write, encode and split the images, and compute the features of the reference images, unless they exist."""
     work, out = study.work, study.out
-    # All sessions score with the classifier of the first one.
-    name = f"classifier-{study.side}.pt2"
-    if (out / name).exists() and not (work / name).exists():
-        shutil.copyfile(out / name, work / name)
-    if not all((work / file).exists() for file in (name, f"test-{study.side}.npz")):
+    # All sessions score with the classifiers of the first one.
+    classifiers = [f"classifier-{side}.pt2" for side, _ in SETTINGS.values()]
+    for name in classifiers:
+        copy_new(out / name, work / name)
+    if not all((work / name).exists() for name in (*classifiers, f"test-{study.side}.npz")):
         runs.run("studies/fashion.py", *flags(out=work, source=source))
-    if not (out / name).exists():
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(work / name, out / name)
+    for name in classifiers:
+        copy_new(work / name, out / name)
 
     encoding = dict(vae="none", grayscale=True)
     if study.setting == "latents":
@@ -256,10 +267,18 @@ def prepare(study: Study, source: str | None):
         runs.run("evaluator.py", work / f"{split}-{study.side}.npz", *output)
 
 
+def copy_new(source: Path, target: Path):
+    """Copy a file, unless it does not exist or the target exists."""
+    if source.exists() and not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target) as temporary:
+            shutil.copyfile(source, temporary)
+
+
 def references(study: Study, name: str = "pretrained") -> list[tuple[str, str, Path]]:
     """Return how a variant's samples are scored.
 
-    EfficientNet takes a fifth of a variant's time. It scores the variants of table 1 only, and only if it is installed.
+    EfficientNet takes a fifth of the time of a variant, so it scores table 1 only, and only if it is installed.
 
     Returns:
         The beginning of the scores' names in SCORES, the split, and the network.
@@ -284,6 +303,8 @@ def run_variant(study: Study, name: str, seed: int):
     prefix = f"{study.setting}-{name}-{seed}"
     with output_to(study.runs / f"{prefix}.log"):
         checkpoints, steps = train(study, name, seed)
+        if not all(path.exists() for path in checkpoints):
+            raise RuntimeError(f"the training of {prefix} was stopped by a signal")
         errors = {}
         for split in ("test", "validation"):
             folder = study.features(split)
@@ -313,7 +334,7 @@ def train(study: Study, name: str, seed: int) -> tuple[list[Path], int]:
     values = dict(global_batch_size=BATCH) | VARIANTS[name]
     width, length = values.pop("width", None), values.pop("length", 1)
     weights = study.weights(seed, width)
-    common = dict(data_path=study.features("train"), ema_decay=0.999, compile=study.compile)
+    common = dict(data_path=study.features("train"), ema_decay=EMA_DECAY, compile=study.compile)
     model = f"DiT-T{width or ''}/{SETTINGS[study.setting][1]}"
     prefix = f"{study.setting}-{name}-{seed}"
     if name.startswith("pretrained"):
@@ -333,6 +354,9 @@ def train(study: Study, name: str, seed: int) -> tuple[list[Path], int]:
     if name == "independent-8":
         # To compile eight short runs takes longer than it saves.
         independent, common["compile"] = 8, False
+    # The average covers the same part of a shorter or longer run. With a decay of 0.999, the average of an independent
+    # expert after its 625 steps would have 54 % of the pretrained weights; that of 5,000 steps has 0.7 %.
+    common["ema_decay"] = EMA_DECAY ** (independent / length)
     paths = runs.train(study.runs, prefix, independent, max_steps=steps, **common, **values)
     return paths, steps
 
@@ -410,6 +434,6 @@ if __name__ == "__main__":
     parser.add_argument("--work", default="data/fashion", metavar="FOLDER", help="dataset, runs and samples")
     parser.add_argument("--out", default="studies/results/fashion", metavar="FOLDER", help="results")
     parser.add_argument(
-        "--quick", action="store_true", help="few steps and samples, to test that it runs, with results below --work"
+        "--quick", action="store_true", help="few steps and samples, to test that it runs; ignores --out"
     )
     run_script(main, parser)

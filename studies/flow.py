@@ -20,6 +20,7 @@ from runs import mean_and_std, output_to, write_csv
 from tqdm import tqdm
 
 from checkpoint import load_denoiser
+from common import ArgumentParser, positive_int, run_script
 from diffusion import create_diffusion, create_process
 from features import FeatureDataset
 from training.statistics import noise_errors
@@ -44,6 +45,9 @@ EVALUATIONS = (5, 10, 20, 50, 100, 250)
 
 
 def main(args: argparse.Namespace):
+    if args.quick:
+        args.seeds, args.evaluations, args.train, args.samples = 1, (5, 10), 60, 100
+        args.work, args.out = f"{args.work}-quick", f"{args.work}-quick"
     work, out = Path(args.work), Path(args.out)
     with output_to(work / "data.log"):
         prepare(work)
@@ -169,20 +173,16 @@ def print_table(rows: list[dict], numbers: list[int]):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=1, help="number of models per process, each with its own samples")
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--evaluations", type=int, nargs="+", default=EVALUATIONS, help="network evaluations per sample"
+        "--seeds", type=positive_int, default=1, help="number of models per process, each with its own samples"
     )
-    parser.add_argument("--train", type=int, default=3000, help="training steps")
-    parser.add_argument("--samples", type=int, default=500, help="samples for FID")
+    parser.add_argument(
+        "--evaluations", type=positive_int, nargs="+", default=EVALUATIONS, help="network evaluations per sample"
+    )
+    parser.add_argument("--train", type=positive_int, default=3000, help="training steps")
+    parser.add_argument("--samples", type=positive_int, default=500, help="samples for FID")
     parser.add_argument("--work", default="outputs/studies", help="folder of the runs, samples and scores")
     parser.add_argument("--out", default="studies/results/flow", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="few steps and samples, to test that it runs")
-    args = parser.parse_args()
-    if args.quick:
-        args.seeds, args.evaluations, args.train, args.samples = 1, (5, 10), 60, 100
-        args.work, args.out = f"{args.work}-quick", f"{args.work}-quick"
-    main(args)
+    run_script(main, parser)

@@ -18,6 +18,8 @@ from digit_runs import prepare, sample_and_score, train
 from runs import mean_and_std, output_to, write_csv
 from tqdm import tqdm
 
+from common import ArgumentParser, positive_int, run_script
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -26,6 +28,9 @@ STEPS = (5, 8, 10, 15, 20, 30, 50, 100, 250)
 
 
 def main(args: argparse.Namespace):
+    if args.quick:
+        args.seeds, args.steps, args.pretrain, args.samples = 2, (5, 10), 60, 100
+        args.work, args.out = f"{args.work}-quick", f"{args.work}-quick"
     work, out = Path(args.work), Path(args.out)
     (work / "samplers").mkdir(parents=True, exist_ok=True)
     with output_to(work / "data.log"):
@@ -92,18 +97,12 @@ def draw(path: Path, rows: list[dict], numbers_of_steps: list[int]):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="number of models, each with its own samples")
-    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of sampling steps")
-    parser.add_argument("--pretrain", type=int, default=16000, help="steps of training")
-    parser.add_argument("--samples", type=int, default=5000, help="samples for FID")
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=positive_int, default=3, help="number of models, each with its own samples")
+    parser.add_argument("--steps", type=positive_int, nargs="+", default=STEPS, help="numbers of sampling steps")
+    parser.add_argument("--pretrain", type=positive_int, default=16000, help="steps of training")
+    parser.add_argument("--samples", type=positive_int, default=5000, help="samples for FID")
     parser.add_argument("--work", default="outputs/studies", help="folder of the runs, samples and scores")
     parser.add_argument("--out", default="studies/results/samplers", help="folder of samplers.csv and samplers.png")
     parser.add_argument("--quick", action="store_true", help="few models, steps and samples, to test that it runs")
-    args = parser.parse_args()
-    if args.quick:
-        args.seeds, args.steps, args.pretrain, args.samples = 2, (5, 10), 60, 100
-        args.work, args.out = f"{args.work}-quick", f"{args.work}-quick"
-    main(args)
+    run_script(main, parser)

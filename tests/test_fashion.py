@@ -172,6 +172,16 @@ def study(prepared) -> fashion_tables.Study:
     return study
 
 
+def test_the_moving_average_covers_the_same_part_of_shorter_runs(study, commands):
+    decays = {}
+    for name in ("continued", "independent-8", "continued-steps-10000"):
+        fashion_tables.train(study, name, seed=1)
+        decays[name] = make_parser().parse_args(commands[-1][1:]).ema_decay
+    assert decays["continued"] == 0.999
+    assert decays["independent-8"] == pytest.approx(0.999**8)
+    assert decays["continued-steps-10000"] ** 2 == pytest.approx(0.999)
+
+
 @pytest.mark.parametrize("name", fashion_tables.VARIANTS)
 def test_every_variant_is_trained_on_the_same_number_of_images(name, study, commands):
     checkpoints, steps = fashion_tables.train(study, name, seed=1)
@@ -350,13 +360,50 @@ def test_models_of_other_widths_are_pretrained_and_fine_tuned(prepared, study):
 
 
 def test_only_differences_beyond_the_spread_of_three_seeds_have_a_star():
-    assert fashion_page.change("raw", [-1.0, -1.1, -0.9]).endswith(" *")
-    assert not fashion_page.change("raw", [-1.0, -1.1]).endswith("*")
-    assert not fashion_page.change("raw", [-1.0, 1.1, 0.2]).endswith("*")
+    assert fashion_page.with_star([-1.0, -1.1, -0.9]).endswith(" *")
+    assert not fashion_page.with_star([-1.0, -1.1]).endswith("*")
+    assert not fashion_page.with_star([-1.0, 1.1, 0.2]).endswith("*")
 
 
-def test_rows_are_added_to_a_table(tmp_path):
-    for seed in range(3):
+def test_remix_is_compared_with_each_variant_of_table_1_in_the_seeds_of_both():
+    rows = [
+        {"variant": name, "seed": seed, "test_error": error, "fid": fid}
+        for name, values in {
+            "remix-4-20": [(0.9, 9), (0.9, 12), (0.9, 8), (0.9, 7)],
+            "continued": [(1.0, 10), (1.0, 11), (0.8, 9)],
+            "independent-8": [(1.8, 10)],
+            "raw": [(1.0, 1)],
+        }.items()
+        for seed, (error, fid) in enumerate(values)
+    ]
+    _, _, continued, independent = fashion_page.paired_table(rows).splitlines()
+    assert continued == "| continued | 3 | 2 of 3 | -2.50 ± 12.99 | 2 of 3 | -0.33 ± 1.15 |"
+    assert independent == "| independent-8 | 1 | 1 of 1 | -50.00 | 1 of 1 | -1.00 |"
+
+
+def test_rows_are_added_to_a_table_once(tmp_path):
+    """A seed that is computed twice, for example by two runners, must not count twice."""
+    for seed in (0, 1, 2, 1):
         fashion_page.append_row(tmp_path / "pixels.csv", {"variant": "raw", "seed": seed, "test_error": "0.5"})
     rows = fashion_page.read_results(tmp_path / "pixels.csv")
     assert rows == [{"variant": "raw", "seed": seed, "test_error": 0.5} for seed in range(3)]
+
+
+def test_a_table_that_two_processes_open_has_one_header(tmp_path, monkeypatch):
+    table = tmp_path / "pixels.csv"
+    lock = fashion_page.fcntl.flock
+
+    def another_writes_first(file, operation):
+        monkeypatch.setattr(fashion_page.fcntl, "flock", lock)
+        fashion_page.append_row(table, {"variant": "raw", "seed": 0})
+        lock(file, operation)
+
+    monkeypatch.setattr(fashion_page.fcntl, "flock", another_writes_first)
+    fashion_page.append_row(table, {"variant": "raw", "seed": 1})
+    assert [row["seed"] for row in fashion_page.read_results(table)] == [0, 1]
+
+
+def test_no_committed_result_occurs_twice():
+    for setting in fashion_page.SETTINGS:
+        rows = [(row["variant"], row["seed"]) for row in fashion_page.read_results(RESULTS / f"{setting}.csv")]
+        assert len(rows) == len(set(rows))

@@ -1,6 +1,7 @@
 """The splits of the digits, and the commands and tables of the studies of samplers and of flow matching."""
 
 import csv
+import subprocess
 import sys
 from unittest.mock import MagicMock
 
@@ -35,6 +36,15 @@ def test_every_split_is_always_the_same():
         again = digits.split_digits()[name]
         assert np.array_equal(images, again[0])
         assert np.array_equal(labels, again[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits", "fashion", "fashion_figures", "fashion_tables", "flow", "samplers", "vae"])
+def test_every_script_starts(name, tmp_path):
+    """In a process of its own, because this one finds the project's modules already."""
+    command = [sys.executable, ROOT / "studies" / f"{name}.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"usage: {name}.py")
 
 
 @pytest.mark.parametrize("process", ["gaussian", "flow"])
