@@ -48,6 +48,7 @@ from evaluation.scores import NEIGHBOURS
 from models import DiT_models
 from posthoc_ema import SNAPSHOT_DTYPES, TRACKED_STDS, count_snapshots
 from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT_models
+from training.batches import default_experts_per_batch
 from training.loggers import MetricLogger, logger_names, open_loggers
 from training.plan import (
     Parallelism,
@@ -82,13 +83,11 @@ from training.start import (
 from training.statistics import ThroughputTimer, build_metrics, explain_failure, report_line
 from training.trainer import Trainer, save_checkpoint
 
-# The values of flags that are not given; None: see `resolve_settings`. In the published runs, each of eight processes
-# drew one expert per step.
+# The values of flags that are not given, by --recipe; None: see `resolve_settings`. In the published runs, each of
+# eight processes drew one expert per step.
 RECIPES = {
-    "default": dict(
-        experts_per_batch=None, lr=None, coeff_lr=1e-2, coeff_lr_end=None, prior_strength=1e-4, prior_bonus=3.0
-    ),
-    "paper": dict(experts_per_batch=8, lr=2e-5, coeff_lr=1e-2, coeff_lr_end=1e-5, prior_strength=1e-4, prior_bonus=3.0),
+    "default": dict(experts_per_batch=None, coeff_lr=1e-2, coeff_lr_end=None, prior_strength=1e-4, prior_bonus=3.0),
+    "paper": dict(experts_per_batch=8, coeff_lr=1e-2, coeff_lr_end=1e-5, prior_strength=1e-4, prior_bonus=3.0),
 }
 # The flags that have a meaning for flows only, by their names in `FlowMatching`.
 FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
@@ -364,15 +363,15 @@ def resolve_settings(
     if remix and timesteps != NOISE_LEVELS[args.process]:
         raise UserError("--timesteps: a RemixDiT trains on all timesteps")
     check_noise_levels("--timesteps", timesteps, args.process, diffusion)
-    # The default must not depend on the number of processes, because that number must not change a run's results.
-    divisors = [n for n in range(1, min(16, args.n_experts) + 1) if batch_size % n == 0]
-    experts_per_batch = (recipe["experts_per_batch"] or max(divisors)) if remix else 1
+    experts_per_batch = 1
+    if remix:
+        experts_per_batch = recipe["experts_per_batch"] or default_experts_per_batch(batch_size, args.n_experts)
     if batch_size % experts_per_batch:
         raise UserError(f"--experts-per-batch {experts_per_batch} does not divide --global-batch-size {batch_size}")
     max_steps = (args.max_steps or max(1, args.epochs * n_images // batch_size)) // (args.independent or 1)
     if not max_steps:
         raise UserError(f"--independent {args.independent}: there are fewer steps than experts")
-    lr = recipe["lr"] or (2e-5 if args.load_weight else 1e-4)
+    lr = args.lr or (2e-5 if args.load_weight else 1e-4)
     coeff_lr, coeff_lr_end = recipe["coeff_lr"], recipe["coeff_lr_end"]
     if coeff_lr_end is None:
         coeff_lr_end = min(lr / 2, coeff_lr)
@@ -530,8 +529,8 @@ def make_parser() -> ArgumentParser:
         "--recipe",
         choices=RECIPES,
         default="default",
-        help="paper: the published settings where no flag gives others, namely 8 experts per batch, learning rates of "
-        "2e-5 for the weights and from 1e-2 to 1e-5 for the logits, and a prior with bonus 3 and weight 1e-4",
+        help="paper: the published settings where no flag gives others: 8 experts per batch, mixing logits with a "
+        "learning rate from 1e-2 to 1e-5, and a prior with bonus 3 and weight 1e-4; the published --lr is the default",
     )
     add(
         "--global-batch-size",
@@ -558,7 +557,7 @@ def make_parser() -> ArgumentParser:
         "--coeff-lr",
         type=number(float, 0),
         metavar="LR",
-        help="peak learning rate of the mixing logits (default: 1e-2)",
+        help=f"peak learning rate of the mixing logits (default: {RECIPES['default']['coeff_lr']:g})",
     )
     add(
         "--coeff-lr-end",
@@ -571,14 +570,15 @@ def make_parser() -> ArgumentParser:
         "--prior-strength",
         type=number(float, 0),
         metavar="WEIGHT",
-        help="weight of the prior's cross-entropy at step 0; it falls linearly to 0 (default: 1e-4)",
+        help="weight of the prior's cross-entropy at step 0; it falls linearly to 0 "
+        f"(default: {RECIPES['default']['prior_strength']:g})",
     )
     add(
         "--prior-bonus",
         type=number(float, 0),
         metavar="BONUS",
         help="number added to the initial logit of each expert's basis in the prior, which is floor(i K / N) "
-        "(default: 3)",
+        f"(default: {RECIPES['default']['prior_bonus']:g})",
     )
     add("--ema-decay", type=number(float, 0, 1), default=0.9999, metavar="DECAY", help="EMA decay per step")
     add(

@@ -80,17 +80,17 @@ def change_per_bin(out: Path, setting: str, name: str, rows: list[dict]) -> np.n
 
 
 def draw(path: Path, changes: dict[str, np.ndarray]):
-    """Draw the mean change over the seeds, plus and minus one standard deviation, against the timestep."""
+    """Draw the mean change over the seeds against the timestep, with the standard deviation of three or more seeds."""
     figure, axes = plt.subplots(figsize=(7, 4))
     timesteps = np.arange(1000).reshape(-1, BIN).mean(1)
     for name, values in changes.items():
         mean = values.mean(0)
         (line,) = axes.plot(timesteps, mean, label=f"{VARIANTS[name]} ({len(values)} seeds)")
-        if len(values) > 1:
+        if len(values) > 2:
             std = values.std(0, ddof=1)
             axes.fill_between(timesteps, mean - std, mean + std, color=line.get_color(), alpha=0.2)
     axes.axhline(0, color="gray", linewidth=0.8)
-    axes.set(xlabel="timestep", ylabel="change of the test error\nrelative to continued training, %")
+    axes.set(xlabel="timestep", ylabel="change of the test error relative to\ncontinued training, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
@@ -109,11 +109,11 @@ def draw_series(path: Path, label: str, points: dict[int, str], rows: list[dict]
         rows: what `compare` returns.
     """
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.5))
-    for axes, key, name in zip(panels, ("fid", "test_error"), ("FID", "test error"), strict=True):
+    for axes, key, name in zip(panels, ("fid", "error"), ("FID", "test error"), strict=True):
         for variant, title in (("continued", "continued training"), ("remix-4-20", "Remix-DiT 4-20")):
             found = {x: [row[key] for row in rows if row["variant"] == variant + end] for x, end in points.items()}
             found = {x: values for x, values in found.items() if values}
-            spread = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in found.values()]
+            spread = [np.std(values, ddof=1) if len(values) > 2 else 0 for values in found.values()]
             axes.errorbar(list(found), [np.mean(v) for v in found.values()], spread, marker="o", capsize=3, label=title)
         axes.set(xscale="log", xlabel=label, ylabel=name)
         axes.set_xticks(list(points), [f"{x:,}" for x in points])

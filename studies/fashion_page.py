@@ -13,10 +13,13 @@ import re
 from pathlib import Path
 
 import numpy as np
+import torch
 from runs import mean_and_std
 from scipy.stats import ttest_1samp
 
 from common import atomic_write
+from models import DiT_models
+from remix import RemixDiT_models
 
 # For each setting: side of the images in pixels, and patch size of the models.
 SETTINGS = {"pixels": (16, 4), "latents": (32, 2)}
@@ -41,7 +44,7 @@ TABLES = {
         "Table 2: K and N": ["remix-4-8", "remix-4-20", "remix-4-100", "remix-2-20", "remix-8-20"],
         "Table 2: prior": ["remix-4-20", "no-prior", "bonus-0", "bonus-8", "strength-0", "strength-1e-2"],
         "Table 2: final rate of the coefficients (that of remix-4-20 is 5e-4)": ["remix-4-20", "coefficients-to-1e-5"],
-        "Table 2: `--recipe paper`, apart from the learning rate of the bases": ["remix-4-20", "recipe-paper"],
+        "Table 2: `--recipe paper`, but with the study's learning rate of 1e-3": ["remix-4-20", "recipe-paper"],
         "Table 2: experts per batch (remix-4-20 has 16)": [
             "experts-per-batch-1",
             "experts-per-batch-4",
@@ -52,10 +55,10 @@ TABLES = {
     },
     3: {"Table 3: low-rank bases": ["remix-4-20", "rank-4", "rank-8", "rank-16", "rank-16-frozen"]},
     4: {
-        "Table 4: fine-tuning steps, compared with as many of continued training": [
+        "Table 4: number of fine-tuning steps; the baseline is continued training for as many steps": [
             f"{name}-steps-{steps}" for steps in OTHER_STEPS for name in ("continued", "remix-4-20")
         ],
-        "Table 4: widths (others have 48), compared with continued training of the same width": [
+        "Table 4: width of the model, elsewhere 48; the baseline is continued training of the same width": [
             f"{name}-width-{width}" for width in OTHER_WIDTHS for name in ("pretrained", "continued", "remix-4-20")
         ],
     },
@@ -63,6 +66,7 @@ TABLES = {
         "Table 5: ideas past the paper, on validation images": [
             "remix-4-20",
             "one-hot",
+            "recipe-paper",
             "bonus-5",
             "bonus-8",
             "bonus-12",
@@ -77,12 +81,13 @@ TABLES = {
 IN_TABLE_1 = {"pretrained", "continued", *itertools.chain(*TABLES[1].values())}
 # The table that settings are chosen by.
 ON_VALIDATION = 5
-# Measured by benchmarks/benchmark.py with the model and batch of the setting pixels.
+# Measured by benchmarks/benchmark.py with the width, depth, tokens and batch of the setting pixels, and more classes.
 SPEED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "cpu-fashion-low-rank.json"
+# For each measured variant, its model and the model's options.
 MEASURED = {
-    "continued": "DiT",
-    "remix-4-20": "RemixDiT G=16",
-    **{f"rank-{r}": f"RemixDiT rank {r} G=16" for r in (4, 8, 16)},
+    "continued": ("DiT-T/4", {}),
+    "remix-4-20": ("RemixDiT-T/4", dict(n_basis=4, n_experts=20)),
+    **{f"rank-{r}": ("RemixDiT-T/4", dict(n_basis=4, n_experts=20, rank=r)) for r in (4, 8, 16)},
 }
 SCORES = ["fid", "kid", "inception_score", "precision", "recall", "validation_fid", "imagenet_fid", "imagenet_kid"]
 ORIGIN = ["minutes", "commit", "command", "machine", "date"]
@@ -139,13 +144,18 @@ def page_tables(out: Path) -> str:
         for table, title, names in ((table, *item) for table, items in TABLES.items() for item in items.items()):
             rows = compared["validation" if table == ON_VALIDATION else "test"]
             present = [name for name in ("pretrained", "continued", *names) if any(r["variant"] == name for r in rows)]
-            # Most tables repeat a row of table 1.
-            if set(present) & set(names) - (IN_TABLE_1 if table != 1 else set()):
-                parts += [f"### {title}, {setting}", score_table(present, rows), fifths_table(present, rows)]
-                if table == 1:
-                    parts.append(paired_table(rows))
-                if names is TABLES[3]["Table 3: low-rank bases"] and setting == "pixels" and SPEED.exists():
-                    parts.append(cost_table())
+            # A part is shown if it has a result that is not in table 1.
+            if not set(present) & set(names) - (IN_TABLE_1 if table != 1 else set()):
+                continue
+            if table != 1:
+                # The seeds that all have, so that their values can be compared.
+                seeds = set.intersection(*({r["seed"] for r in rows if r["variant"] == name} for name in present))
+                rows = [row for row in rows if row["seed"] in seeds]
+            parts += [f"### {title}, {setting}", score_table(present, rows), fifths_table(present, rows)]
+            if table == 1 and "remix-4-20" in present:
+                parts.append(paired_table(rows))
+            if table == 3 and setting == "pixels" and SPEED.exists():
+                parts.append(cost_table())
     return "\n\n".join(parts)
 
 
@@ -159,13 +169,16 @@ def compare(out: Path, setting: str, rows: list[dict], split: str = "test") -> l
         split: "test", or "validation", whose error and FID then replace those of the test images.
 
     Returns:
-        The rows whose seed has a result of continued training, for the same number of steps and the same width, each
-        with more columns. In percent: "error_change" of
-        the mean error; "ratio_change", of the mean over the timesteps of the ratio of the errors; "fifth_changes" [5],
-        of the mean errors in fifths of the timesteps, from the least noise to the most. "fid_change" is a difference.
+        The rows whose seed has a result of continued training, for the same number of steps and the same width. More
+        columns are "error", the error of the split; "error_change", its change relative to continued training, in
+        percent; "ratio_change", the mean over the timesteps of the relative change, in percent; "fifth_changes" [5],
+        the relative changes of the mean errors in fifths of the timesteps, from the least noise to the most, in
+        percent; and "fid_change", the difference of FID.
     """
     if split == "validation":
-        rows = [row | {"test_error": row["validation_error"], "fid": row["validation_fid"]} for row in rows]
+        # The other scores are known for test images only, so they must not be shown beside these.
+        known = "variant", "seed", "inception_score"
+        rows = [{key: row[key] for key in known} | {"fid": row["validation_fid"]} for row in rows]
     fids = {(row["variant"], row["seed"]): row["fid"] for row in rows}
     compared = []
     for row in rows:
@@ -177,7 +190,8 @@ def compare(out: Path, setting: str, rows: list[dict], split: str = "test") -> l
         own, base = (np.load(path)[split].astype(np.float64) for path in paths)
         fifths = own.reshape(5, -1).mean(1) / base.reshape(5, -1).mean(1)
         changes = dict(error_change=100 * (own.mean() / base.mean() - 1), ratio_change=100 * ((own / base).mean() - 1))
-        changes |= dict(fifth_changes=100 * (fifths - 1), fid_change=row["fid"] - fids[reference, row["seed"]])
+        changes |= dict(error=own.mean(), fifth_changes=100 * (fifths - 1))
+        changes["fid_change"] = row["fid"] - fids[reference, row["seed"]]
         compared.append(row | changes)
     return compared
 
@@ -191,7 +205,7 @@ def baseline(name: str) -> str:
 def score_table(names: list[str], rows: list[dict]) -> str:
     """Return the errors and scores of variants as a Markdown table."""
     lines = [
-        "| variant | seeds | error | change, % | mean change over timesteps, % | FID | change | KID | IS "
+        "| variant | seeds | error | change, % | mean change over timesteps, % | FID | change | IS | KID "
         "| FID, ImageNet's features |",
         "|" + " --- |" * 10,
     ]
@@ -199,19 +213,19 @@ def score_table(names: list[str], rows: list[dict]) -> str:
         variant = [row for row in rows if row["variant"] == name]
         values = {
             key: [row[key] for row in variant if key in row]
-            for key in ("test_error", "fid", "kid", "inception_score", "imagenet_fid")
+            for key in ("error", "fid", "kid", "inception_score", "imagenet_fid")
         }
         cells = [
             name,
             str(len(variant)),
-            mean_and_std(values["test_error"], 5),
+            mean_and_std(values["error"], 5),
             change(name, [row["error_change"] for row in variant]),
             change(name, [row["ratio_change"] for row in variant]),
             mean_and_std(values["fid"], 2),
             change(name, [row["fid_change"] for row in variant]),
-            mean_and_std(values["kid"], 2),
             mean_and_std(values["inception_score"], 2),
-            mean_and_std(values["imagenet_fid"], 2) if values["imagenet_fid"] else "-",
+            # Scores that some of the seeds lack are not comparable with the others.
+            *(mean_and_std(values[k], 2) if len(values[k]) == len(variant) else "-" for k in ("kid", "imagenet_fid")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -237,11 +251,13 @@ def paired_table(rows: list[dict]) -> str:
         "| remix-4-20 compared with | seeds | with a lower error | change, % | with a lower FID | change |",
         "|" + " --- |" * 6,
     ]
-    for name in sorted(by_name):
+    for name in ("pretrained", "continued", *itertools.chain(*TABLES[1].values())):
+        if name not in by_name:
+            continue
         pairs = [(own[seed], other) for seed, other in by_name[name].items() if seed in own]
         if not pairs:
             continue
-        errors = [100 * (a["test_error"] / b["test_error"] - 1) for a, b in pairs]
+        errors = [100 * (a["error"] / b["error"] - 1) for a, b in pairs]
         fids = [a["fid"] - b["fid"] for a, b in pairs]
         counts = [f"{sum(value < 0 for value in values)} of {len(pairs)}" for values in (errors, fids)]
         cells = name, str(len(pairs)), counts[0], with_star(errors), counts[1], with_star(fids)
@@ -254,14 +270,18 @@ def cost_table() -> str:
     results = json.loads(SPEED.read_text())
     measured = {row["model"]: row for row in results["training"]}
     lines = [
-        f"One run of `benchmarks/benchmark.py` on {results['machine']['device']} ({SPEED.name}), models in turns:",
+        f"One run of `benchmarks/benchmark.py` on one thread of an {results['machine']['device'].partition(',')[0]} "
+        f"({SPEED.name}); the models take turns:",
         "",
         "| variant | trained parameters, M | step, ms | speed relative to continued |",
         "|" + " --- |" * 4,
     ]
-    for name, model in MEASURED.items():
-        row = measured[model]
-        cells = name, f"{row['parameters, M']:.3f}", f"{row['ms/step']:.1f}", f"{row['speed / DiT']:.2f}"
+    for name, (model, options) in MEASURED.items():
+        with torch.device("meta"):
+            network = {**DiT_models, **RemixDiT_models}[model](input_size=16, in_channels=1, num_classes=10, **options)
+        parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        row = measured[f"RemixDiT{f' rank {rank}' if (rank := options.get('rank')) else ''} G=16" if options else "DiT"]
+        cells = name, f"{parameters / 1e6:.3f}", f"{row['ms/step']:.1f}", f"{row['speed / DiT']:.2f}"
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -272,9 +292,9 @@ def change(name: str, values) -> str:
 
 
 def with_star(values) -> str:
-    """Return the mean and standard deviation of paired differences, with a star if they are beyond the spread.
+    """Return the mean and standard deviation of paired differences, with a star if they are significant.
 
-    The star means that the 95 % interval of a t test of three or more seeds does not include zero.
+    The star means p < 0.05 in a t test of three or more seeds, not corrected for the number of comparisons.
     """
     sure = len(values) >= 3 and ttest_1samp(values, 0).pvalue < 0.05
     return mean_and_std(values, 2) + (" *" if sure else "")

@@ -59,6 +59,7 @@ from common import ArgumentParser, UserError, atomic_write, flags, positive_int,
 from features import FeatureDataset
 from models import DiT, DiT_models
 from remix import RemixDiT_models, build_remix
+from training.batches import default_experts_per_batch
 from training.plan import mixing_flops, training_flops
 
 BATCH = 128
@@ -364,7 +365,7 @@ def train(study: Study, name: str, seed: int) -> tuple[list[Path], int]:
 def relative_flops(dataset: FeatureDataset, model: str, n_basis: int, n_experts: int, global_batch_size: int) -> float:
     """Return the FLOPs of a Remix-DiT's training step, with the mixing, relative to a plain DiT's."""
     channels, side, _ = dataset.shape
-    groups = max(n for n in range(1, min(16, n_experts) + 1) if global_batch_size % n == 0)
+    groups = default_experts_per_batch(global_batch_size, n_experts)
     with torch.device("meta"):
         shape = dict(input_size=side, in_channels=channels, num_classes=len(dataset.classes))
         network = RemixDiT_models[model](**shape, n_basis=n_basis, n_experts=n_experts)

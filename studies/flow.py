@@ -15,6 +15,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from digit_runs import prepare, sample_and_score, train
 from runs import mean_and_std, output_to, write_csv
 from tqdm import tqdm
@@ -27,9 +28,6 @@ from training.statistics import noise_errors
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-# After `runs`, which sets the number of threads.
-import torch
 
 # Process and label of each sampler.
 SAMPLERS = {
@@ -75,7 +73,7 @@ def main(args: argparse.Namespace):
     print_table(rows, args.evaluations)
 
 
-def heldout_error(path: Path, work: Path, per_timestep: int = 60) -> float:
+def heldout_error(path: Path, work: Path, per_timestep: int = 300) -> float:
     """Return the mean squared error of the predicted noise on held-out digits, over the noise levels of DDPM.
 
     A velocity x_1 - eps at x_t = t x_1 + (1 - t) eps predicts eps = x_t - t v, so the error of the noise is t^2 times
@@ -88,7 +86,9 @@ def heldout_error(path: Path, work: Path, per_timestep: int = 60) -> float:
     """
     model, config = load_denoiser([path])
     dataset = FeatureDataset(work / "heldout")
-    x, y = dataset.__getitems__(list(range(len(dataset))))
+    # The images are stored class by class. In a random order, each noise level has images of all classes.
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    x, y = dataset.__getitems__(order.tolist())
     process, timesteps = create_process(**config["diffusion"]), np.arange(0, 1000, 4)
     if not config["diffusion"]:
         return noise_errors(model, process, x, y, timesteps, per_timestep).mean().item()

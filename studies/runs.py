@@ -101,6 +101,6 @@ def write_csv(path: Path, rows: list[dict]):
 
 
 def mean_and_std(values: list[float], digits: int) -> str:
-    """Return the mean and the standard deviation over the seeds as text."""
-    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    """Return the mean over the seeds as text, with the standard deviation if there are three or more."""
+    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 2 else ""
     return f"{np.mean(values):.{digits}f}{std}"

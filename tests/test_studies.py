@@ -39,7 +39,9 @@ def test_every_split_is_always_the_same():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["digits", "fashion", "fashion_figures", "fashion_tables", "flow", "samplers", "vae"])
+@pytest.mark.parametrize(
+    "name", ["digits", "fashion", "fashion_figures", "fashion_gradients", "fashion_tables", "flow", "samplers", "vae"]
+)
 def test_every_script_starts(name, tmp_path):
     """In a process of its own, because this one finds the project's modules already."""
     command = [sys.executable, ROOT / "studies" / f"{name}.py", "--help"]

@@ -131,14 +131,14 @@ def test_a_recipe_gives_the_settings_that_the_flags_leave_open():
 
     names = ("experts_per_batch", "lr", "coeff_lr", "coeff_lr_end", "prior_strength", "prior_bonus")
     published = dict(zip(names, (8, 2e-5, 1e-2, 1e-5, 1e-4, 3), strict=True))
-    paper = settings("--recipe=paper")
+    paper = settings("--recipe=paper", "--load-weight=-")
     assert {name: getattr(paper, name) for name in names} == published
     # Zeros and the defaults' own values count as given, before and after the recipe.
     changed = settings("--prior-strength=0", "--experts-per-batch=16", "--recipe=paper", "--prior-bonus=0", "--lr=1e-3")
     given = dict(prior_strength=0, experts_per_batch=16, prior_bonus=0, lr=1e-3)
     assert {name: getattr(changed, name) for name in names} == published | given
     plain = settings("--recipe=paper", "--model=DiT-S/2")
-    assert (plain.lr, plain.experts_per_batch, plain.coeff_lr_end) == (2e-5, 1, None)
+    assert (plain.lr, plain.experts_per_batch, plain.coeff_lr_end) == (1e-4, 1, None)
     with pytest.raises(UserError, match="--experts-per-batch 8 does not divide"):
         settings("--recipe=paper", "--global-batch-size=12")
 

@@ -173,6 +173,14 @@ class GlobalBatches:
         return np.stack([order, views], axis=1)
 
 
+def default_experts_per_batch(batch_size: int, n_experts: int) -> int:
+    """Return the largest divisor of the global batch size that is at most 16 and at most the number of experts.
+
+    It does not depend on the number of processes, because that number must not change a run's results.
+    """
+    return max(n for n in range(1, min(16, n_experts) + 1) if batch_size % n == 0)
+
+
 def sample_experts(seed: int, step: int, n_experts: int, experts_per_batch: int) -> np.ndarray:
     """Choose the experts that a step trains.
 

@@ -439,7 +439,7 @@ def default_prefix(name: str, mixing: dict | None) -> str:
 def advice(model: DiT | RemixDiT, settings: RunSettings) -> list[str]:
     """Return advice about the settings, if there is any."""
     if isinstance(model, RemixDiT) and settings.experts_per_batch < min(8, model.n_experts):
-        return ["fewer than 8 experts per batch: in studies/README.md, more of them gave a lower error"]
+        return ["fewer than 8 experts per batch: in studies/README.md, the error was higher than with 8 or more"]
     return []
 
 
