@@ -47,7 +47,7 @@ from distributed import (
 from evaluation.scores import NEIGHBOURS
 from models import DiT_models
 from posthoc_ema import SNAPSHOT_DTYPES, TRACKED_STDS, count_snapshots
-from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT_models
+from remix import MIXED_LAYERS, MIXERS, MODULATION, PRIOR_BONUS, SCOPES, RemixDiT_models
 from training.batches import default_experts_per_batch
 from training.loggers import MetricLogger, logger_names, open_loggers
 from training.plan import (
@@ -86,7 +86,9 @@ from training.trainer import Trainer, save_checkpoint
 # The values of flags that are not given, by --recipe; None: see `resolve_settings`. In the published runs, each of
 # eight processes drew one expert per step.
 RECIPES = {
-    "default": dict(experts_per_batch=None, coeff_lr=1e-2, coeff_lr_end=None, prior_strength=1e-4, prior_bonus=3.0),
+    "default": dict(
+        experts_per_batch=None, coeff_lr=1e-2, coeff_lr_end=None, prior_strength=1e-4, prior_bonus=PRIOR_BONUS
+    ),
     "paper": dict(experts_per_batch=8, coeff_lr=1e-2, coeff_lr_end=1e-5, prior_strength=1e-4, prior_bonus=3.0),
 }
 # The flags that have a meaning for flows only, by their names in `FlowMatching`.

@@ -67,8 +67,8 @@ EMA_DECAY = 0.999
 
 
 def remix(k: int, n: int, **values) -> dict:
-    """Return the training flags of a Remix-DiT with k bases and n experts."""
-    return dict(n_basis=k, n_experts=n, **values)
+    """Return the training flags of a Remix-DiT with k bases and n experts, by default with the published prior."""
+    return dict(n_basis=k, n_experts=n, prior_bonus=3) | values
 
 
 def power_boundaries(n_experts: int, power: float) -> list[int]:
@@ -99,7 +99,7 @@ VARIANTS = {
     "strength-0": remix(4, 20, prior_strength=0),
     "strength-1e-2": remix(4, 20, prior_strength=1e-2),
     "coefficients-to-1e-5": remix(4, 20, coeff_lr_end=1e-5),
-    "recipe-paper": remix(4, 20, recipe="paper"),
+    "recipe-paper": dict(n_basis=4, n_experts=20, recipe="paper"),
     **{f"rank-{r}": remix(4, 20, rank=r) for r in (4, 8, 16)},
     "rank-16-frozen": remix(4, 20, rank=16, freeze=True),
     # Ideas that go past the paper.
@@ -349,7 +349,8 @@ def train(study: Study, name: str, seed: int) -> tuple[list[Path], int]:
     steps = round(study.finetuning * length) * BATCH // values["global_batch_size"]
     if name.endswith("-equal-flops"):
         dataset = FeatureDataset(study.features("train"))
-        steps = round(steps / relative_flops(dataset, **values))
+        shape = {key: values[key] for key in ("model", "n_basis", "n_experts", "global_batch_size")}
+        steps = round(steps / relative_flops(dataset, **shape))
     common |= dict(lr=1e-3, load_weight=weights, global_seed=1000 + seed)
     independent = 1
     if name == "independent-8":

@@ -173,10 +173,11 @@ def test_every_timestep_belongs_to_one_expert(pretrained, n_experts):
 def test_logits_start_near_the_prior(pretrained):
     model = RemixDiT(pretrained, n_basis=4, n_experts=6)
     assert model.prior.tolist() == [0, 0, 1, 2, 2, 3]
-    many = RemixDiT(pretrained, n_basis=4, n_experts=1000)
-    preferred = many.logits.gather(1, many.prior[:, None])
-    assert abs(preferred.mean().item() - 3) < 0.15
-    assert abs((many.logits.sum() - preferred.sum()).item() / 3000) < 0.1
+    for bonus, options in ((8, {}), (3, dict(prior_bonus=3))):
+        many = RemixDiT(pretrained, n_basis=4, n_experts=1000, **options)
+        preferred = many.logits.gather(1, many.prior[:, None])
+        assert abs(preferred.mean().item() - bonus) < 0.15
+        assert abs((many.logits.sum() - preferred.sum()).item() / 3000) < 0.1
     one_hot = RemixDiT(pretrained, n_basis=4, n_experts=6, mixer="one-hot")
     assert one_hot.coefficients().argmax(1).tolist() == [0, 0, 1, 2, 2, 3]
     assert not one_hot.logits.requires_grad
