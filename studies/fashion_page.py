@@ -71,6 +71,7 @@ TABLES = {
             "bonus-8",
             "bonus-12",
             "strength-1e-1",
+            "bonus-8-coefficients-1e-3",
             "bonus-8-local",
             "bonus-8-8-20",
             "bonus-8-fine-at-low-noise",

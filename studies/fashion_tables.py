@@ -104,6 +104,7 @@ VARIANTS = {
     "rank-16-frozen": remix(4, 20, rank=16, freeze=True),
     # Ideas that go past the paper.
     **{f"bonus-{bonus}": remix(4, 20, prior_bonus=bonus) for bonus in (5, 12)},
+    "bonus-8-coefficients-1e-3": remix(4, 20, prior_bonus=8, coeff_lr=1e-3),
     "bonus-8-local": remix(4, 20, prior_bonus=8, mixer_scope="local"),
     "bonus-8-8-20": remix(8, 20, prior_bonus=8),
     "strength-1e-1": remix(4, 20, prior_strength=1e-1),
