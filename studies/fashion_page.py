@@ -80,6 +80,8 @@ TABLES = {
     },
 }
 IN_TABLE_1 = {"pretrained", "continued", *itertools.chain(*TABLES[1].values())}
+# The variant that is compared with all of table 1, at the end of some parts.
+PAIRED = dict.fromkeys(TABLES[1], "remix-4-20") | {"Table 2: prior": "bonus-8"} | dict.fromkeys(TABLES[5], "bonus-8")
 # The table that settings are chosen by.
 ON_VALIDATION = 5
 # Measured by benchmarks/benchmark.py with the width, depth, tokens and batch of the setting pixels, and more classes.
@@ -148,13 +150,13 @@ def page_tables(out: Path) -> str:
             # A part is shown if it has a result that is not in table 1.
             if not set(present) & set(names) - (IN_TABLE_1 if table != 1 else set()):
                 continue
-            if table != 1:
-                # The seeds that all have, so that their values can be compared.
+            if table not in (1, 5):
+                # The seeds that all have, so that their values can be compared. In tables 1 and 5 some have fewer.
                 seeds = set.intersection(*({r["seed"] for r in rows if r["variant"] == name} for name in present))
                 rows = [row for row in rows if row["seed"] in seeds]
             parts += [f"### {title}, {setting}", score_table(present, rows), fifths_table(present, rows)]
-            if table == 1 and "remix-4-20" in present:
-                parts.append(paired_table(rows))
+            if PAIRED.get(title) in present:
+                parts.append(paired_table(PAIRED[title], rows))
             if table == 3 and setting == "pixels" and SPEED.exists():
                 parts.append(cost_table())
     return "\n\n".join(parts)
@@ -244,19 +246,18 @@ def fifths_table(names: list[str], rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def paired_table(rows: list[dict]) -> str:
-    """Return the comparison of Remix-DiT 4-20 with the other variants of table 1, seed by seed, as a Markdown table."""
-    by_name = {name: {row["seed"]: row for row in rows if row["variant"] == name} for name in IN_TABLE_1}
-    own = by_name.pop("remix-4-20")
+def paired_table(own: str, rows: list[dict]) -> str:
+    """Return the comparison of a variant with those of table 1, seed by seed, as a Markdown table."""
+    by_name = {}
+    for row in rows:
+        by_name.setdefault(row["variant"], {})[row["seed"]] = row
     lines = [
-        "| remix-4-20 compared with | seeds | with a lower error | change, % | with a lower FID | change |",
+        f"| {own} compared with | seeds | with a lower error | change, % | with a lower FID | change |",
         "|" + " --- |" * 6,
     ]
     for name in ("pretrained", "continued", *itertools.chain(*TABLES[1].values())):
-        if name not in by_name:
-            continue
-        pairs = [(own[seed], other) for seed, other in by_name[name].items() if seed in own]
-        if not pairs:
+        pairs = [(by_name[own][seed], row) for seed, row in by_name.get(name, {}).items() if seed in by_name[own]]
+        if name == own or not pairs:
             continue
         errors = [100 * (a["error"] / b["error"] - 1) for a, b in pairs]
         fids = [a["fid"] - b["fid"] for a, b in pairs]

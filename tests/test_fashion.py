@@ -420,7 +420,7 @@ def test_remix_is_compared_with_each_variant_of_table_1_in_the_seeds_of_both():
         }.items()
         for seed, (error, fid) in enumerate(values)
     ]
-    _, _, continued, independent = fashion_page.paired_table(rows).splitlines()
+    _, _, continued, independent = fashion_page.paired_table("remix-4-20", rows).splitlines()
     assert continued == "| continued | 3 | 2 of 3 | -2.50 ± 12.99 | 2 of 3 | -0.33 ± 1.15 |"
     assert independent == "| independent-8 | 1 | 1 of 1 | -50.00 | 1 of 1 | -1.00 |"
 
