@@ -579,8 +579,8 @@ def make_parser() -> ArgumentParser:
         "--prior-bonus",
         type=number(float, 0),
         metavar="BONUS",
-        help="number added to the initial logit of each expert's basis in the prior, which is floor(i K / N) "
-        f"(default: {RECIPES['default']['prior_bonus']:g})",
+        help="number added to the initial logit of each expert's basis in the prior, which is floor(i K / N); a "
+        f"resumed run keeps its own (default: {RECIPES['default']['prior_bonus']:g})",
     )
     add("--ema-decay", type=number(float, 0, 1), default=0.9999, metavar="DECAY", help="EMA decay per step")
     add(

@@ -144,17 +144,19 @@ def test_a_recipe_gives_the_settings_that_the_flags_leave_open():
 
 
 def test_runs_of_earlier_versions_resume_with_their_learning_rates(features, tmp_path):
-    """They had no --coeff-lr-end: the logits' learning rate fell to half of its peak."""
+    """They had no --coeff-lr-end: the logits' learning rate fell to half of its peak. The prior's bonus was 3."""
     flags = [*training_flags(features, tmp_path, "old"), "--max-steps=2", "--ckpt-every=1"]
     run("train_fast.py", *flags, "--coeff-lr-end=5e-3")
     (tmp_path / "old/checkpoints/0000002.pt").rename(tmp_path / "whole.pt")
     state = torch.load(tmp_path / "old/checkpoints/0000001.pt", weights_only=True)
     del state["config"]["training"]["coeff_lr_end"]
+    state["config"]["training"]["prior_bonus"] = 3.0
     save_checkpoint(tmp_path / "old/checkpoints/0000001.pt", state)
     refused = run("train_fast.py", *flags, "--resume=auto", expect=2).stderr
     assert "coeff_lr_end=0.005, this run asks for 0.0005" in refused
     run("train_fast.py", *flags, "--resume=auto", "--coeff-lr-end=5e-3")
     assert_same_weights(tmp_path / "whole.pt", tmp_path / "old/checkpoints/0000002.pt")
+    assert json.loads((tmp_path / "old/config.json").read_text())["training"]["prior_bonus"] == 3
 
 
 def test_a_finished_run_is_extended(features, tmp_path):

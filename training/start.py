@@ -339,7 +339,8 @@ def read_resume(path: Path | str, config: dict, extend: str, verify: bool = Fals
 
     Args:
         path: the checkpoint.
-        config: configuration of this run. Its schedule_steps is set, see `find_resume`.
+        config: configuration of this run. Its schedule_steps is set, see `find_resume`, and its prior_bonus becomes
+            that of the checkpoint.
         extend: see `find_resume`.
         verify: compare all parts of the file with their checksums first.
 
@@ -361,6 +362,8 @@ def read_resume(path: Path | str, config: dict, extend: str, verify: bool = Fals
     if trained != asked:
         raise UserError(f"--resume {path} was trained with --process {trained}, this run asks for {asked}")
     extend_schedule(path, state, config["training"], extend)
+    # It has no effect after step 0, and its default was 3 in earlier versions.
+    config["training"]["prior_bonus"] = state["config"]["training"]["prior_bonus"]
     omitted = {f"data.{name}": value for name, value in OMITTED.items()}
     before, now = omitted | flatten(state["config"]), omitted | flatten(config)
     if "training.coeff_lr_end" not in before and config["model"]["remix"]:
