@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from fashion_page import OTHER_STEPS, OTHER_WIDTHS, SETTINGS, STEPS, WIDTH, compare, read_results
 
-from common import ArgumentParser, UserError, atomic_write, run_script
+from common import ArgumentParser, UserError, atomic_write, counted, run_script
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -85,7 +85,7 @@ def draw(path: Path, changes: dict[str, np.ndarray]):
     timesteps = np.arange(1000).reshape(-1, BIN).mean(1)
     for name, values in changes.items():
         mean = values.mean(0)
-        (line,) = axes.plot(timesteps, mean, label=f"{VARIANTS[name]} ({len(values)} seeds)")
+        (line,) = axes.plot(timesteps, mean, label=f"{VARIANTS[name]} ({counted(len(values), 'seed')})")
         if len(values) > 2:
             std = values.std(0, ddof=1)
             axes.fill_between(timesteps, mean - std, mean + std, color=line.get_color(), alpha=0.2)

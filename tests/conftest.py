@@ -322,7 +322,10 @@ def exact_products():
 
 
 def random_remix_dit(device: str = "cpu", depth: int = 2, width: int = 32, side: int = 8):
-    """A RemixDiT with K = 4 and N = 20 in which every parameter is random, so that all of them affect the output."""
+    """A RemixDiT with K = 4 and N = 20 in which every parameter is random, so that all of them affect the output.
+
+    Its coefficients are mixed. Nearly one-hot ones would have gradients of little more than rounding errors.
+    """
     from models import DiT
     from remix import RemixDiT, RemixLinear
 
@@ -331,7 +334,7 @@ def random_remix_dit(device: str = "cpu", depth: int = 2, width: int = 32, side:
     for parameter in dit.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    remix = RemixDiT(dit, n_basis=4, n_experts=20)
+    remix = RemixDiT(dit, n_basis=4, n_experts=20, prior_bonus=3)
     for module in remix.modules():
         if isinstance(module, RemixLinear):
             module.weight.data += 0.1 * torch.randn_like(module.weight)

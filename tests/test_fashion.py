@@ -257,7 +257,7 @@ def test_the_runner_computes_only_what_is_missing(setting, prepared, monkeypatch
     fashion_tables.main(args)
     assert "1 results are missing" in capsys.readouterr().out
     args.variants = ["raw"]
-    with pytest.raises(UserError, match="--variants raw: the variants of table 1 are continued, remix-4-20"):
+    with pytest.raises(UserError, match="--variants raw: the variants of table 1 are pretrained, continued, remix"):
         fashion_tables.main(args)
     assert fashion_page.read_results(table) == rows, "the same result, from the checkpoints that exist"
 
