@@ -15,6 +15,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import runs  # Before torch: it sets the number of threads.
 import torch
 from digit_runs import prepare, sample_and_score, train
 from runs import mean_and_std, output_to, write_csv
@@ -23,7 +24,6 @@ from tqdm import tqdm
 from checkpoint import load_denoiser
 from common import ArgumentParser, positive_int, run_script
 from diffusion import create_diffusion, create_process
-from features import FeatureDataset
 from training.statistics import noise_errors
 
 matplotlib.use("Agg")
@@ -85,10 +85,7 @@ def heldout_error(path: Path, work: Path, per_timestep: int = 300) -> float:
         per_timestep: images per timestep.
     """
     model, config = load_denoiser([path])
-    dataset = FeatureDataset(work / "heldout")
-    # The images are stored class by class. In a random order, each noise level has images of all classes.
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    x, y = dataset.__getitems__(order.tolist())
+    x, y = runs.shuffled_images(work / "heldout")
     process, timesteps = create_process(**config["diffusion"]), np.arange(0, 1000, 4)
     if not config["diffusion"]:
         return noise_errors(model, process, x, y, timesteps, per_timestep).mean().item()

@@ -84,11 +84,18 @@ def heldout_errors(paths: list[Path], split: Path, timesteps: range, per_timeste
         Mean squared errors with EMA weights [number of timesteps].
     """
     model, config = load_denoiser(paths)
-    dataset = FeatureDataset(split)
-    # The images are stored class by class. In a random order, each timestep has images of all classes.
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    x, y = dataset.__getitems__(order.tolist())
+    x, y = shuffled_images(split)
     return noise_errors(model, create_diffusion(**config["diffusion"]), x, y, timesteps, per_timestep)
+
+
+def shuffled_images(split: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read all encoded images and labels of a split in a random order, which is always the same.
+
+    They are stored class by class. In this order, any few of them are of many classes.
+    """
+    dataset = FeatureDataset(split)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    return dataset.__getitems__(order.tolist())
 
 
 def write_csv(path: Path, rows: list[dict]):

@@ -67,7 +67,7 @@ def test_the_held_out_error_of_a_flow_is_that_of_its_noise(monkeypatch, tmp_path
     monkeypatch.setattr(flow, "load_denoiser", lambda paths: (lambda x, t, y: 0 * x, {"diffusion": process}))
     images = MagicMock(__len__=lambda _: 8)
     images.__getitems__ = lambda rows: (torch.zeros(8, 1, 8, 8), torch.zeros(8, dtype=torch.long))
-    monkeypatch.setattr(flow, "FeatureDataset", lambda path: images)
+    monkeypatch.setattr(runs, "FeatureDataset", lambda path: images)
     data = create_diffusion().alphas_cumprod[::4]
     noise_level = np.sqrt(1 - data) / (np.sqrt(data) + np.sqrt(1 - data))
     expected = ((1 - noise_level) ** 2).mean() if process else 1
