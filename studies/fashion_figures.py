@@ -93,10 +93,7 @@ def draw(path: Path, changes: dict[str, np.ndarray]):
     axes.set(xlabel="timestep", ylabel="change of the test error relative to\ncontinued training, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.tight_layout()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 def draw_series(path: Path, label: str, points: dict[int, str], rows: list[dict]):
@@ -120,6 +117,11 @@ def draw_series(path: Path, label: str, points: dict[int, str], rows: list[dict]
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: plt.Figure):
+    """Save a figure as PNG, and close it."""
     figure.tight_layout()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -12,16 +12,20 @@ highest noise comes from that basis's own experts. Writes <out>/gradients.csv (o
 """
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import runs  # Before torch: it sets the number of threads.
 import torch
-from runs import write_csv
+from fashion_figures import save_figure
+from scipy.special import softmax
 from tqdm import tqdm
 
+from boundaries import equal_boundaries
 from checkpoint import load_model
-from common import ArgumentParser, UserError, atomic_write, positive_int, run_script
+from common import ArgumentParser, UserError, positive_int, run_script
 from diffusion import create_diffusion
 from features import FeatureDataset
 from models import DiT
@@ -48,7 +52,7 @@ def main(args: argparse.Namespace):
         norms = gradient_norms(model, features, args.groups)
         seed = path.stem.removeprefix("pixels-")
         rows += [{"seed": seed, "expert": i, "gradient_norm": f"{norm:.4g}"} for i, norm in enumerate(norms)]
-    write_csv(out / "gradients.csv", rows)
+    runs.write_csv(out / "gradients.csv", rows)
     draw(out / "figures" / "gradients.png", rows)
     print(f"wrote {out / 'gradients.csv'} and {out / 'figures' / 'gradients.png'}")
 
@@ -65,16 +69,16 @@ def gradient_norms(model: DiT, features: FeatureDataset, groups: int) -> np.ndar
         Root mean square over the groups of the norm of a group's gradient [N_EXPERTS].
     """
     diffusion = create_diffusion()
-    generator = torch.Generator().manual_seed(0)
+    # The model draws its label dropout from the global generator too.
+    torch.manual_seed(0)
     weights = [p for name, p in model.train().named_parameters() if any(f"{layer}." in name for layer in MIXED_LAYERS)]
     squares = np.zeros((N_EXPERTS, groups))
-    for expert in range(N_EXPERTS):
-        low, high = (1000 * i // N_EXPERTS for i in (expert, expert + 1))
+    for expert, (low, high) in enumerate(pairwise(equal_boundaries(N_EXPERTS, 1000))):
         for group in range(groups):
-            images = torch.randint(len(features), (GROUP,), generator=generator)
+            images = torch.randint(len(features), (GROUP,))
             x, y = features.__getitems__(images.tolist())
-            t = torch.randint(low, high, (GROUP,), generator=generator)
-            noise = torch.randn(x.shape, generator=generator)
+            t = torch.randint(low, high, (GROUP,))
+            noise = torch.randn(x.shape)
             loss = diffusion.training_losses(model, x, t, {"y": y}, noise)["loss"].mean()
             squares[expert, group] = sum(g.square().sum().item() for g in torch.autograd.grad(loss, weights))
     return np.sqrt(squares.mean(1))
@@ -96,8 +100,7 @@ def own_share(norms: np.ndarray, bonus: float, draws: int = 1000) -> float:
     prior = np.arange(N_EXPERTS) * N_BASIS // N_EXPERTS
     logits = np.random.default_rng(0).standard_normal((draws, N_EXPERTS, N_BASIS))
     logits += bonus * (prior[:, None] == np.arange(N_BASIS))
-    alpha = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    squares = (alpha[..., -1] * norms) ** 2  # [draws, N_EXPERTS]
+    squares = (softmax(logits, axis=-1)[..., -1] * norms) ** 2  # [draws, N_EXPERTS]
     return float((squares[:, prior == N_BASIS - 1].sum(1) / squares.sum(1)).mean())
 
 
@@ -113,11 +116,7 @@ def draw(path: Path, rows: list[dict]):
     left.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.tight_layout()
-    path.parent.mkdir(exist_ok=True)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 if __name__ == "__main__":

@@ -290,6 +290,9 @@ def test_the_gradients_are_measured_and_drawn(study, tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert [(row["seed"], int(row["expert"])) for row in rows] == [("3", i) for i in range(20)]
     assert (tmp_path / "figures" / "gradients.png").stat().st_size > 0
+    before = (tmp_path / "gradients.csv").read_text()
+    fashion_gradients.main(args)
+    assert (tmp_path / "gradients.csv").read_text() == before
 
 
 # The page
