@@ -15,21 +15,17 @@ studies/requirements.txt are installed. What exists is not written again.
 import argparse
 import gzip
 import struct
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
+from classifiers import accuracy, export, save_split, train_classifier
+from PIL import Image
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from tqdm import tqdm
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from classifiers import accuracy, export, save_split, train_classifier  # noqa: E402
-from PIL import Image  # noqa: E402
-from sklearn.model_selection import train_test_split  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from common import ArgumentParser, UserError, first_line, positive_int, run_script  # noqa: E402
+from common import ArgumentParser, UserError, first_line, positive_int, run_script
 
 # The folder of Debian's package dataset-fashion-mnist.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

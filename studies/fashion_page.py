@@ -79,18 +79,18 @@ TABLES = {
         ]
     },
 }
-IN_TABLE_1 = {"pretrained", "continued", *itertools.chain(*TABLES[1].values())}
+IN_TABLE_1 = ("pretrained", "continued", *itertools.chain(*TABLES[1].values()))
 # The variant that is compared with all of table 1, at the end of some parts.
 PAIRED = dict.fromkeys(TABLES[1], "remix-4-20") | {"Table 2: prior": "bonus-8"} | dict.fromkeys(TABLES[5], "bonus-8")
 # The table that settings are chosen by.
 ON_VALIDATION = 5
 # Measured by benchmarks/benchmark.py with the width, depth, tokens and batch of the setting pixels, and more classes.
 SPEED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "cpu-fashion-low-rank.json"
-# For each measured variant, its model and the model's options.
+# For each measured variant, its name in that file, and the options of its RemixDiT; None for a DiT.
 MEASURED = {
-    "continued": ("DiT-T/4", {}),
-    "remix-4-20": ("RemixDiT-T/4", dict(n_basis=4, n_experts=20)),
-    **{f"rank-{r}": ("RemixDiT-T/4", dict(n_basis=4, n_experts=20, rank=r)) for r in (4, 8, 16)},
+    "continued": ("DiT", None),
+    "remix-4-20": ("RemixDiT G=16", dict(n_basis=4, n_experts=20)),
+    **{f"rank-{r}": (f"RemixDiT rank {r} G=16", dict(n_basis=4, n_experts=20, rank=r)) for r in (4, 8, 16)},
 }
 SCORES = ["fid", "kid", "inception_score", "precision", "recall", "validation_fid", "imagenet_fid", "imagenet_kid"]
 ORIGIN = ["minutes", "commit", "command", "machine", "date"]
@@ -148,7 +148,7 @@ def page_tables(out: Path) -> str:
             rows = compared["validation" if table == ON_VALIDATION else "test"]
             present = [name for name in ("pretrained", "continued", *names) if any(r["variant"] == name for r in rows)]
             # A part is shown if it has a result that is not in table 1.
-            if not set(present) & set(names) - (IN_TABLE_1 if table != 1 else set()):
+            if not set(present) & set(names) - (set(IN_TABLE_1) if table != 1 else set()):
                 continue
             if table not in (1, 5):
                 # The seeds that all have, so that their values can be compared. In tables 1 and 5 some have fewer.
@@ -255,7 +255,7 @@ def paired_table(own: str, rows: list[dict]) -> str:
         f"| {own} compared with | seeds | with a lower error | change, % | with a lower FID | change |",
         "|" + " --- |" * 6,
     ]
-    for name in ("pretrained", "continued", *itertools.chain(*TABLES[1].values())):
+    for name in IN_TABLE_1:
         pairs = [(by_name[own][seed], row) for seed, row in by_name.get(name, {}).items() if seed in by_name[own]]
         if name == own or not pairs:
             continue
@@ -278,11 +278,12 @@ def cost_table() -> str:
         "| variant | trained parameters, M | step, ms | speed relative to continued |",
         "|" + " --- |" * 4,
     ]
+    shape = dict(input_size=16, in_channels=1, num_classes=10)
     for name, (model, options) in MEASURED.items():
         with torch.device("meta"):
-            network = {**DiT_models, **RemixDiT_models}[model](input_size=16, in_channels=1, num_classes=10, **options)
+            network = RemixDiT_models["RemixDiT-T/4"](**shape, **options) if options else DiT_models["DiT-T/4"](**shape)
         parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        row = measured[f"RemixDiT{f' rank {rank}' if (rank := options.get('rank')) else ''} G=16" if options else "DiT"]
+        row = measured[model]
         cells = name, f"{parameters / 1e6:.3f}", f"{row['ms/step']:.1f}", f"{row['speed / DiT']:.2f}"
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

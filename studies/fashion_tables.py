@@ -197,7 +197,7 @@ def main(args: argparse.Namespace):
         names += [name for name in part if name not in names]
     if args.variants:
         if unknown := set(args.variants) - {"pretrained", *names}:
-            known = ", ".join(["pretrained", *(name for name in names if name != "pretrained")])
+            known = ", ".join(["pretrained", *names])
             raise UserError(f"--variants {' '.join(sorted(unknown))}: the variants of table {args.table} are {known}")
         # The page shows no variant without its baseline.
         chosen = {*args.variants, *map(baseline, args.variants)}
@@ -336,12 +336,12 @@ def train(study: Study, name: str, seed: int) -> tuple[list[Path], int]:
     values = dict(global_batch_size=BATCH) | VARIANTS[name]
     width, length = values.pop("width", None), values.pop("length", 1)
     weights = study.weights(seed, width)
-    common = dict(data_path=study.features("train"), ema_decay=EMA_DECAY, compile=study.compile)
+    common = dict(data_path=study.features("train"), compile=study.compile)
     model = f"DiT-T{width or ''}/{SETTINGS[study.setting][1]}"
     prefix = f"{study.setting}-{name}-{seed}"
     if name.startswith("pretrained"):
         if not weights.exists():
-            common |= dict(model=model, lr=2e-3, global_seed=seed)
+            common |= dict(model=model, lr=2e-3, ema_decay=EMA_DECAY, global_seed=seed)
             (path,) = runs.train(study.runs, prefix, max_steps=study.pretraining, **common, **values)
             runs.run("convert.py", path, weights, *flags(to="safetensors"))
         return [weights], study.pretraining
