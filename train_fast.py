@@ -142,6 +142,8 @@ def train(args: argparse.Namespace) -> bool:
         n_checkpoints = count_checkpoints(folder, 0, settings.max_steps, **saving)
         shard, _ = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
         parallelism = Parallelism(world_size(), args.grad_accum, shard, args.checkpoint_activations)
+        if args.independent:
+            print(f"each of {args.independent} independent experts:")
         print("\n".join(dry_run(args.model, model, dataset, settings, process, parallelism, folder, n_checkpoints)))
         return False
     # This seed is for the initial weights and mixing logits. The draws of each step have seeds of their own.
