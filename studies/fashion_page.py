@@ -77,7 +77,10 @@ TABLES = {
             "bonus-8-fine-at-low-noise",
             "bonus-8-fine-at-high-noise",
             "continued-min-snr-5",
+            "independent-8-min-snr-5",
+            "min-snr-5",
             "bonus-8-min-snr-5",
+            "bonus-8-min-snr-50",
         ]
     },
 }

@@ -108,7 +108,9 @@ VARIANTS = {
     "bonus-8-local": remix(4, 20, prior_bonus=8, mixer_scope="local"),
     "bonus-8-8-20": remix(8, 20, prior_bonus=8),
     "continued-min-snr-5": dict(min_snr=5),
-    "bonus-8-min-snr-5": remix(4, 20, prior_bonus=8, min_snr=5),
+    "independent-8-min-snr-5": dict(min_snr=5),
+    "min-snr-5": remix(4, 20, min_snr=5),
+    **{f"bonus-8-min-snr-{gamma}": remix(4, 20, prior_bonus=8, min_snr=gamma) for gamma in (5, 50)},
     "strength-1e-1": remix(4, 20, prior_strength=1e-1),
     # The lengths of the intervals of the least and of the most noise are 11 and 74 timesteps, or 136 and 34.
     "bonus-8-fine-at-low-noise": remix(4, 20, prior_bonus=8, boundaries=power_boundaries(20, 1.5)),
@@ -356,7 +358,7 @@ def train(study: Study, name: str, seed: int) -> tuple[list[Path], int]:
         steps = round(steps / relative_flops(dataset, **shape))
     common |= dict(lr=1e-3, load_weight=weights, global_seed=1000 + seed)
     independent = 1
-    if name == "independent-8":
+    if name.startswith("independent-8"):
         # To compile eight short runs takes longer than it saves.
         independent, common["compile"] = 8, False
     # The average covers the same part of a shorter or longer run. With a decay of 0.999, the average of an independent
