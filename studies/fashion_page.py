@@ -80,6 +80,7 @@ TABLES = {
             "continued-min-snr-5",
             "independent-8-min-snr-5",
             "min-snr-5",
+            "bonus-8-min-snr-1",
             "bonus-8-min-snr-5",
             "bonus-8-min-snr-50",
         ]

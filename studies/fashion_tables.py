@@ -111,7 +111,7 @@ VARIANTS = {
     "continued-min-snr-5": dict(min_snr=5),
     "independent-8-min-snr-5": dict(min_snr=5),
     "min-snr-5": remix(4, 20, min_snr=5),
-    **{f"bonus-8-min-snr-{gamma}": remix(4, 20, prior_bonus=8, min_snr=gamma) for gamma in (5, 50)},
+    **{f"bonus-8-min-snr-{gamma}": remix(4, 20, prior_bonus=8, min_snr=gamma) for gamma in (1, 5, 50)},
     "strength-1e-1": remix(4, 20, prior_strength=1e-1),
     # The lengths of the intervals of the least and of the most noise are 11 and 74 timesteps, or 136 and 34.
     "bonus-8-fine-at-low-noise": remix(4, 20, prior_bonus=8, boundaries=power_boundaries(20, 1.5)),

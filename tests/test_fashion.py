@@ -288,7 +288,13 @@ def test_the_gradients_are_measured_and_drawn(study, tmp_path, monkeypatch):
     fashion_gradients.main(args)
     with open(tmp_path / "gradients.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["seed"], int(row["expert"])) for row in rows] == [("3", i) for i in range(20)]
+    losses = ("published", "min-snr-5")
+    assert [(row["loss"], int(row["expert"])) for row in rows] == [(loss, i) for loss in losses for i in range(20)]
+    published, weighted = (np.array([float(row["gradient_norm"]) for row in part]) for part in (rows[:20], rows[20:]))
+    # Below t = 130 the signal-to-noise ratio is above 5.
+    assert (weighted[:2] < 0.9 * published[:2]).all()
+    assert weighted[3:] == pytest.approx(published[3:])
+    assert {row["seed"] for row in rows} == {"3"}
     assert (tmp_path / "figures" / "gradients.png").stat().st_size > 0
     before = (tmp_path / "gradients.csv").read_text()
     fashion_gradients.main(args)

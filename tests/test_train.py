@@ -321,6 +321,8 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("shift", "above 0", "--process=flow", "--time-shift=0"),
         wrong("experts without times", "6 experts of equal probability", "--process=flow", "--time-shift=1e6"),
         wrong("path", "need --process flow", "--path=VP"),
+        wrong("loss weight of a flow", "needs --process gaussian", "--process=flow", "--min-snr=5"),
+        wrong("loss weight", "above 0", "--min-snr=0"),
         wrong("mean of uniform times", "need --time-sampling logit-normal", "--process=flow", "--time-mean=1"),
         wrong("weight", "velocity prediction takes none", "--process=flow", "--weight=likelihood"),
         wrong("independent Remix-DiTs", "trains a plain DiT per interval", "--independent", "2"),
