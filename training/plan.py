@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import checkpoints
 from common import UserError, check_disk, counted
-from diffusion import FlowMatching, GaussianDiffusion, create_process
+from diffusion import FlowMatching, GaussianDiffusion, create_process, process_name
 from distributed import PRECISIONS
 from features import FeatureDataset
 from grouped_linear import RECOMPUTED_GROUPS
@@ -117,7 +117,7 @@ def describe_run(
     process: dict,
     devices: str,
 ) -> list[str]:
-    """Return the lines that describe a run: its model, its data, its steps, and its process if that is a flow.
+    """Return the lines that describe a run: its model, its data, its steps, and the options of its process.
 
     Args:
         name: name of the model.
@@ -135,12 +135,13 @@ def describe_run(
         source = f"ImageNet, assumed because {dataset.path} does not exist"
     experts = f", {counted(settings.experts_per_batch, 'expert')} per batch" if remix else ""
     batch = f"batch {settings.global_batch_size} on {devices}, {settings.precision}"
-    flow = [f"{name}={value}" for name, value in process.items() if name != "process"]
+    kind = "flow matching" if process_name(process) == "flow" else "Gaussian diffusion"
+    options = [f"{name}={value}" for name, value in process.items() if name != "process"]
     return [
         f"{name}: {parameters:,.2f} M parameters, from {settings.load_weight or 'scratch'}",
         f"{counted(len(dataset), 'image')} of {counted(model.num_classes, 'class', 'classes')} as {shape} ({source})",
         f"{counted(settings.max_steps, 'step')} of {batch}{experts}",
-        *([f"flow matching: {', '.join(flow)}"] if flow else []),
+        *([f"{kind}: {', '.join(options)}"] if options else []),
     ]
 
 
