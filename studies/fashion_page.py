@@ -93,6 +93,7 @@ TABLES = {
             "continued-min-snr-5",
             "independent-8-min-snr-5",
             "bonus-8-min-snr-5",
+            "bonus-8-min-snr-50",
         ]
     },
 }
