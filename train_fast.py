@@ -304,9 +304,12 @@ def process_options(args: argparse.Namespace) -> dict:
     if args.process == "gaussian":
         if options:
             raise UserError("--path, --prediction, --weight and --time-* need --process flow")
-        return {"min_snr": args.min_snr} if args.min_snr else {}
-    if args.min_snr:
-        raise UserError("--min-snr needs --process gaussian")
+        if args.min_weight and not args.min_snr:
+            raise UserError("--min-weight needs --min-snr")
+        weight = {"min_snr": args.min_snr, "min_weight": args.min_weight}
+        return {name: value for name, value in weight.items() if value}
+    if args.min_snr or args.min_weight:
+        raise UserError("--min-snr and --min-weight need --process gaussian")
     if options.keys() & {"time_mean", "time_std"} and args.time_sampling != "logit-normal":
         raise UserError("--time-mean and --time-std need --time-sampling logit-normal")
     try:
@@ -511,6 +514,7 @@ def make_parser() -> ArgumentParser:
         help="multiply the squared error of the noise by min(SNR, GAMMA) / SNR, which is small for low noise "
         "(arXiv 2303.09556; default: no weight)",
     )
+    add("--min-weight", type=number(float, 0, 1), default=0.0, metavar="W", help="lower bound of this factor")
     add("--path", choices=PATHS, help="path of a flow between noise and data (default: linear)")
     add("--prediction", choices=PREDICTIONS, help="what the model of a flow predicts (default: velocity)")
     add("--weight", choices=WEIGHTS, help="loss weight of a noise or score prediction (default: none)")

@@ -27,8 +27,9 @@ def create_diffusion(
     rescale_learned_sigmas: bool = False,
     diffusion_steps: int = 1000,
     min_snr: float | None = None,
+    min_weight: float = 0.0,
 ) -> "GaussianDiffusion":
-    """Build a diffusion process. The arguments but the last have the names and meanings of facebookresearch/DiT.
+    """Build a diffusion process. The arguments but the last two have the names and meanings of facebookresearch/DiT.
 
     Args:
         timestep_respacing: timesteps to keep. "" keeps all of them, "250" that many evenly spaced ones, "ddim50" every
@@ -41,6 +42,7 @@ def create_diffusion(
         rescale_learned_sigmas: multiply the variational bound by the number of kept timesteps divided by 1000.
         diffusion_steps: number of timesteps T of the original process.
         min_snr: the gamma of the Min-SNR loss weight. By default, the mean squared error is not weighted.
+        min_weight: lower bound of that weight.
 
     Returns:
         The process, respaced.
@@ -57,6 +59,7 @@ def create_diffusion(
         variance="learned_range" if learn_sigma else "fixed_small" if sigma_small else "fixed_large",
         loss="kl" if use_kl else "rescaled_mse" if rescale_learned_sigmas else "mse",
         min_snr=min_snr,
+        min_weight=min_weight,
     )
 
 
@@ -75,7 +78,8 @@ class GaussianDiffusion:
         loss: "mse", "rescaled_mse" (the variational bound is multiplied by S / 1000) or "kl" (the variational bound
             alone, multiplied by S).
         min_snr: the gamma of the Min-SNR loss weight (arXiv 2303.09556, section 3.4): the mean squared error of the
-            noise is multiplied by min(SNR, gamma) / SNR, that of x_0 by min(SNR, gamma). None: no weight.
+            noise is multiplied by w = min(SNR, gamma) / SNR, that of x_0 by SNR w. None: no weight.
+        min_weight: lower bound of w, from 0 to 1. The published weight has none; see docs/features.md.
 
     Raises:
         ValueError: if an argument is not one of the values above, or the loss "kl" is given a weight.
@@ -90,6 +94,7 @@ class GaussianDiffusion:
         variance: str = "learned_range",
         loss: str = "mse",
         min_snr: float | None = None,
+        min_weight: float = 0.0,
     ):
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
@@ -100,6 +105,8 @@ class GaussianDiffusion:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, but it is {loss!r}")
         if min_snr is not None and (loss == "kl" or not min_snr > 0):
             raise ValueError("min_snr must be above 0, and needs a loss with a mean squared error")
+        if not 0 <= min_weight <= 1 or (min_weight and min_snr is None):
+            raise ValueError("min_weight must be from 0 to 1, and needs min_snr")
         self.num_timesteps = len(betas)
         self.timestep_map = list(range(len(betas))) if timestep_map is None else list(timestep_map)
         self.predict_xstart = predict_xstart
@@ -119,7 +126,7 @@ class GaussianDiffusion:
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
         snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
         if min_snr:
-            self.mse_weight = np.minimum(snr, min_snr) / (1.0 if predict_xstart else snr)
+            self.mse_weight = np.clip(min_snr / snr, min_weight, 1.0) * (snr if predict_xstart else 1.0)
 
         # Posterior q(x_{t-1} | x_t, x_0) (DDPM, eq. 6-7). The variance is 0 at t = 0, where the logarithm of
         # the variance at t = 1 is used instead.

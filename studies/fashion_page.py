@@ -78,11 +78,12 @@ TABLES = {
             "bonus-8-fine-at-low-noise",
             "bonus-8-fine-at-high-noise",
             "continued-min-snr-5",
-            "independent-8-min-snr-5",
-            "min-snr-5",
-            "bonus-8-min-snr-1",
             "bonus-8-min-snr-5",
             "bonus-8-min-snr-50",
+            "continued-weighted",
+            "independent-8-weighted",
+            "remix-4-20-weighted",
+            "bonus-8-weighted",
         ]
     },
     6: {
@@ -90,10 +91,9 @@ TABLES = {
             "independent-8",
             "remix-4-20",
             "bonus-8",
-            "continued-min-snr-5",
-            "independent-8-min-snr-5",
-            "bonus-8-min-snr-5",
-            "bonus-8-min-snr-50",
+            "continued-weighted",
+            "independent-8-weighted",
+            "bonus-8-weighted",
         ]
     },
 }
@@ -101,7 +101,7 @@ IN_TABLE_1 = ("pretrained", "continued", *itertools.chain(*TABLES[1].values()))
 # The variants of tables 1 and 6. They are scored with two networks, and ideas are compared with them.
 MAIN = tuple(dict.fromkeys([*IN_TABLE_1, *itertools.chain(*TABLES[6].values())]))
 # For each table, the variants that are compared seed by seed: with the others of table 1, or with those in MAIN.
-PAIRED = {1: ["remix-4-20"], 5: ["bonus-8", "bonus-8-min-snr-5"], 6: ["bonus-8", "bonus-8-min-snr-5"]}
+PAIRED = {1: ["remix-4-20"], 5: ["bonus-8", "bonus-8-weighted"], 6: ["bonus-8", "bonus-8-weighted"]}
 # The table that settings are chosen by.
 ON_VALIDATION = 5
 # In these tables, variants may have different numbers of seeds.

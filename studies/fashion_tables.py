@@ -77,6 +77,8 @@ def power_boundaries(n_experts: int, power: float) -> list[int]:
     return [round(1000 * (i / n_experts) ** power) for i in range(n_experts + 1)]
 
 
+# A loss weight: Min-SNR, but at least 0.2.
+WEIGHTED = dict(min_snr=5, min_weight=0.2)
 # The training flags of each variant; and "length", the number of fine-tuning steps relative to the others', and
 # "width". 128 images cannot be divided among 20 experts: that variant has more steps of 120.
 VARIANTS = {
@@ -109,9 +111,11 @@ VARIANTS = {
     "bonus-8-local": remix(4, 20, prior_bonus=8, mixer_scope="local"),
     "bonus-8-8-20": remix(8, 20, prior_bonus=8),
     "continued-min-snr-5": dict(min_snr=5),
-    "independent-8-min-snr-5": dict(min_snr=5),
-    "min-snr-5": remix(4, 20, min_snr=5),
-    **{f"bonus-8-min-snr-{gamma}": remix(4, 20, prior_bonus=8, min_snr=gamma) for gamma in (1, 5, 50)},
+    **{f"bonus-8-min-snr-{gamma}": remix(4, 20, prior_bonus=8, min_snr=gamma) for gamma in (5, 50)},
+    "continued-weighted": WEIGHTED,
+    "independent-8-weighted": WEIGHTED,
+    "remix-4-20-weighted": remix(4, 20, **WEIGHTED),
+    "bonus-8-weighted": remix(4, 20, prior_bonus=8, **WEIGHTED),
     "strength-1e-1": remix(4, 20, prior_strength=1e-1),
     # The lengths of the intervals of the least and of the most noise are 11 and 74 timesteps, or 136 and 34.
     "bonus-8-fine-at-low-noise": remix(4, 20, prior_bonus=8, boundaries=power_boundaries(20, 1.5)),

@@ -1,5 +1,6 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import golden, relative
@@ -66,9 +67,23 @@ def test_min_snr_weights_equal_predictions_of_noise_and_data_equally(vectors):
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("options", [{"min_snr": 0}, {"min_snr": 5, "use_kl": True}])
+@pytest.mark.parametrize("predict_xstart", [False, True])
+def test_the_loss_weight_has_a_lower_bound(predict_xstart):
+    free, bounded = (
+        create_diffusion(min_snr=5, min_weight=bound, predict_xstart=predict_xstart).mse_weight for bound in (0, 0.2)
+    )
+    snr = create_diffusion().alphas_cumprod / (1 - create_diffusion().alphas_cumprod)
+    unit = snr if predict_xstart else np.ones(1000)
+    assert bounded == pytest.approx(np.maximum(free, 0.2 * unit))
+    assert bounded[0] == pytest.approx(0.2 * unit[0])
+    assert bounded[999] == pytest.approx(unit[999])
+
+
+@pytest.mark.parametrize(
+    "options", [{"min_snr": 0}, {"min_snr": 5, "use_kl": True}, {"min_weight": 0.2}, {"min_snr": 5, "min_weight": 2}]
+)
 def test_an_impossible_loss_weight_is_refused(options):
-    with pytest.raises(ValueError, match="min_snr"):
+    with pytest.raises(ValueError, match=r"min_snr|min_weight"):
         create_diffusion(**options)
 
 
