@@ -131,7 +131,7 @@ def train(args: argparse.Namespace) -> bool:
     dataset = open_features(args.data_path, args.image_size, assume=args.dry_run)
     shape = model_shape(dataset, args.num_classes) | frequency_override(args.timestep_frequencies)
     process = process_options(args)
-    diffusion = create_process(**process)
+    diffusion = create_process(**process, **loss_weight(args))
     settings = resolve_settings(args, len(dataset), diffusion)
     mixing = mixing_options(args, diffusion)
     folder = Path(args.results_dir) / (args.prefix or default_prefix(args.model, mixing))
@@ -304,18 +304,24 @@ def process_options(args: argparse.Namespace) -> dict:
     if args.process == "gaussian":
         if options:
             raise UserError("--path, --prediction, --weight and --time-* need --process flow")
-        if args.min_weight and not args.min_snr:
-            raise UserError("--min-weight needs --min-snr")
-        weight = {"min_snr": args.min_snr, "min_weight": args.min_weight}
-        return {name: value for name, value in weight.items() if value}
-    if args.min_snr or args.min_weight:
-        raise UserError("--min-snr and --min-weight need --process gaussian")
+        return {}
     if options.keys() & {"time_mean", "time_std"} and args.time_sampling != "logit-normal":
         raise UserError("--time-mean and --time-std need --time-sampling logit-normal")
     try:
         return {"process": "flow", **FlowMatching(**options).config}
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def loss_weight(args: argparse.Namespace) -> dict:
+    """Return the keyword arguments of `create_process` that concern the loss only, as the flags give them."""
+    weight = {"min_snr": args.min_snr, "min_weight": args.min_weight}
+    weight = {name: value for name, value in weight.items() if value is not None}
+    if weight and args.process != "gaussian":
+        raise UserError("--min-snr and --min-weight need --process gaussian")
+    if "min_weight" in weight and "min_snr" not in weight:
+        raise UserError("--min-weight needs --min-snr")
+    return weight
 
 
 def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | FlowMatching) -> dict | None:
@@ -402,6 +408,8 @@ def resolve_settings(
         load_weight=args.load_weight,
         ema_stds=[*TRACKED_STDS] if args.ema_snapshots else None,
         freeze=args.freeze or None,
+        min_snr=args.min_snr,
+        min_weight=args.min_weight,
     )
 
 
@@ -514,7 +522,12 @@ def make_parser() -> ArgumentParser:
         help="multiply the squared error of the noise by min(SNR, GAMMA) / SNR, which is small for low noise "
         "(arXiv 2303.09556; default: no weight)",
     )
-    add("--min-weight", type=number(float, 0, 1), default=0.0, metavar="W", help="lower bound of this factor")
+    add(
+        "--min-weight",
+        type=number(float, 0, 1),
+        metavar="W",
+        help="lower bound of the factor of --min-snr (default: 0)",
+    )
     add("--path", choices=PATHS, help="path of a flow between noise and data (default: linear)")
     add("--prediction", choices=PREDICTIONS, help="what the model of a flow predicts (default: velocity)")
     add("--weight", choices=WEIGHTS, help="loss weight of a noise or score prediction (default: none)")

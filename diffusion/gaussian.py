@@ -29,7 +29,9 @@ def create_diffusion(
     min_snr: float | None = None,
     min_weight: float = 0.0,
 ) -> "GaussianDiffusion":
-    """Build a diffusion process. The arguments but the last two have the names and meanings of facebookresearch/DiT.
+    """Build a diffusion process.
+
+    The arguments have the names and meanings of facebookresearch/DiT, which does not have the last two.
 
     Args:
         timestep_respacing: timesteps to keep. "" keeps all of them, "250" that many evenly spaced ones, "ddim50" every
@@ -48,7 +50,7 @@ def create_diffusion(
         The process, respaced.
 
     Raises:
-        ValueError: if the schedule is unknown or the respacing is invalid.
+        ValueError: if the schedule is unknown, or the respacing or the loss weight is invalid.
     """
     betas = beta_schedule(noise_schedule, diffusion_steps)
     timesteps = space_timesteps(diffusion_steps, timestep_respacing or [diffusion_steps])
@@ -82,7 +84,7 @@ class GaussianDiffusion:
         min_weight: lower bound of w, from 0 to 1. The published weight has none; see docs/features.md.
 
     Raises:
-        ValueError: if an argument is not one of the values above, or the loss "kl" is given a weight.
+        ValueError: if an argument is not one of the values above, or the loss has no squared error to weight.
     """
 
     def __init__(
@@ -103,10 +105,14 @@ class GaussianDiffusion:
             raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, but it is {variance!r}")
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, but it is {loss!r}")
-        if min_snr is not None and (loss == "kl" or not min_snr > 0):
-            raise ValueError("min_snr must be above 0, and needs a loss with a mean squared error")
-        if not 0 <= min_weight <= 1 or (min_weight and min_snr is None):
-            raise ValueError("min_weight must be from 0 to 1, and needs min_snr")
+        if min_snr is not None and not min_snr > 0:
+            raise ValueError(f"min_snr must be above 0, but it is {min_snr}")
+        if min_snr is not None and loss == "kl":
+            raise ValueError("the loss 'kl' has no mean squared error, which min_snr weights")
+        if not 0 <= min_weight <= 1:
+            raise ValueError(f"min_weight must be from 0 to 1, but it is {min_weight}")
+        if min_weight and min_snr is None:
+            raise ValueError("min_weight needs min_snr")
         self.num_timesteps = len(betas)
         self.timestep_map = list(range(len(betas))) if timestep_map is None else list(timestep_map)
         self.predict_xstart = predict_xstart

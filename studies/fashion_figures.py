@@ -94,7 +94,9 @@ def draw(path: Path, changes: dict[str, np.ndarray]):
     # Linear between -5 and 5 %, and logarithmic beyond, because the changes at high noise are much larger.
     axes.set_yscale("symlog", linthresh=5, linscale=1.5)
     ticks = [-60, -30, -15, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 15, 30, 60]
+    limits = axes.get_ylim()
     axes.set_yticks(ticks, [f"{tick}" for tick in ticks])
+    axes.set_ylim(limits)
     axes.minorticks_off()
     axes.set(xlabel="timestep", ylabel="change of the test error relative to\ncontinued training, %")
     axes.grid(alpha=0.3)

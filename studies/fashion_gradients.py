@@ -6,7 +6,7 @@ At the start of a fine-tuning all bases are equal, and the gradient of basis k i
 alpha[i, k] G_i, where G_i is the gradient of expert i's loss with respect to its mixed weights. The loss and G_i are
 hundreds of times larger at low noise than at high noise. Therefore, unless alpha is nearly one-hot, the experts of low
 noise rule the gradients of all bases. This script measures the norms of G_i for the pretrained models that
-studies/fashion_tables.py has trained, with the published loss and with the Min-SNR loss weight, and computes for each
+studies/fashion_tables.py has trained, with the published loss and with two loss weights, and computes for each
 prior bonus which part of the gradient of the basis of the highest noise comes from that basis's own experts. Writes
 <out>/gradients.csv (one row per seed, loss and expert) and <out>/figures/gradients.png.
 """
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from boundaries import equal_boundaries
 from checkpoint import load_model
 from common import ArgumentParser, UserError, positive_int, run_script
-from diffusion import create_diffusion
+from diffusion import GaussianDiffusion, create_diffusion
 from features import FeatureDataset
 from models import DiT
 from remix import MIXED_LAYERS
@@ -36,8 +36,8 @@ import matplotlib.pyplot as plt
 
 N_BASIS, N_EXPERTS = 4, 20
 BONUSES = np.arange(0, 13)
-# For each loss, its Min-SNR gamma. 5 is the one of arXiv 2303.09556.
-LOSSES = {"published": None, "min-snr-5": 5}
+# For each loss, the arguments of `create_diffusion`. "weighted" is the weight of fashion_tables.py.
+LOSSES = {"published": {}, "min-snr-5": dict(min_snr=5), "weighted": dict(min_snr=5, min_weight=0.2)}
 # The gradient is that of a group of a training step: 128 images of 16 experts.
 GROUP = 8
 
@@ -52,8 +52,8 @@ def main(args: argparse.Namespace):
     for path in tqdm(paths, unit="model"):
         model, _ = load_model(path)
         seed = path.stem.removeprefix("pixels-")
-        for loss, gamma in LOSSES.items():
-            norms = gradient_norms(model, features, args.groups, gamma)
+        for loss, weight in LOSSES.items():
+            norms = gradient_norms(model, features, args.groups, create_diffusion(**weight))
             rows += [
                 {"seed": seed, "loss": loss, "expert": i, "gradient_norm": f"{norm:.4g}"}
                 for i, norm in enumerate(norms)
@@ -63,19 +63,18 @@ def main(args: argparse.Namespace):
     print(f"wrote {out / 'gradients.csv'} and {out / 'figures' / 'gradients.png'}")
 
 
-def gradient_norms(model: DiT, features: FeatureDataset, groups: int, min_snr: float | None) -> np.ndarray:
+def gradient_norms(model: DiT, features: FeatureDataset, groups: int, diffusion: GaussianDiffusion) -> np.ndarray:
     """Measure the gradient of the training loss with respect to the weights of the mixed layers, for each expert.
 
     Args:
         model: a pretrained DiT, as which all experts begin.
         features: the encoded training images.
         groups: number of groups of GROUP images per expert.
-        min_snr: gamma of the loss weight; None for the published loss.
+        diffusion: the process, with its loss weight.
 
     Returns:
         Root mean square over the groups of the norm of a group's gradient [N_EXPERTS].
     """
-    diffusion = create_diffusion(min_snr=min_snr)
     # The model draws its label dropout from the global generator too.
     torch.manual_seed(0)
     weights = [p for name, p in model.train().named_parameters() if any(f"{layer}." in name for layer in MIXED_LAYERS)]
@@ -112,7 +111,7 @@ def own_share(norms: np.ndarray, bonus: float, draws: int = 1000) -> float:
 
 
 def draw(path: Path, rows: list[dict]):
-    """Draw the gradients' norms over the timesteps, and the own share over the prior bonus, one line per seed."""
+    """Draw the norms of the gradients over the timesteps, and the own share over the bonus, per seed and loss."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
     seeds = sorted({row["seed"] for row in rows})
     for color, loss in enumerate(LOSSES):

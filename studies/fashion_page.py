@@ -98,9 +98,10 @@ TABLES = {
     },
 }
 IN_TABLE_1 = ("pretrained", "continued", *itertools.chain(*TABLES[1].values()))
-# The variants of tables 1 and 6. They are scored with two networks, and ideas are compared with them.
+# The variants of tables 1 and 6, which are scored with both networks.
 MAIN = tuple(dict.fromkeys([*IN_TABLE_1, *itertools.chain(*TABLES[6].values())]))
-# For each table, the variants that are compared seed by seed: with the others of table 1, or with those in MAIN.
+# For each table, the variants that are compared with others seed by seed: in table 1 with the others of table 1, in the
+# other tables with those in MAIN.
 PAIRED = {1: ["remix-4-20"], 5: ["bonus-8", "bonus-8-weighted"], 6: ["bonus-8", "bonus-8-weighted"]}
 # The table that settings are chosen by.
 ON_VALIDATION = 5

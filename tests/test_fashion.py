@@ -288,12 +288,15 @@ def test_the_gradients_are_measured_and_drawn(study, tmp_path, monkeypatch):
     fashion_gradients.main(args)
     with open(tmp_path / "gradients.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    losses = ("published", "min-snr-5")
+    losses = ("published", "min-snr-5", "weighted")
     assert [(row["loss"], int(row["expert"])) for row in rows] == [(loss, i) for loss in losses for i in range(20)]
-    published, weighted = (np.array([float(row["gradient_norm"]) for row in part]) for part in (rows[:20], rows[20:]))
-    # Below t = 130 the signal-to-noise ratio is above 5.
-    assert (weighted[:2] < 0.9 * published[:2]).all()
-    assert weighted[3:] == pytest.approx(published[3:])
+    norms = np.array([float(row["gradient_norm"]) for row in rows]).reshape(3, 20)
+    published, min_snr, weighted = norms
+    # Below t = 130 the signal-to-noise ratio is above 5, and below t = 58 it is above 25.
+    assert (min_snr[:2] < 0.9 * published[:2]).all()
+    assert weighted[0] == pytest.approx(0.2 * published[0], rel=1e-3)
+    assert weighted[1] > min_snr[1]
+    assert norms[1:, 3:] == pytest.approx(np.array([published[3:]] * 2))
     assert {row["seed"] for row in rows} == {"3"}
     assert (tmp_path / "figures" / "gradients.png").stat().st_size > 0
     before = (tmp_path / "gradients.csv").read_text()

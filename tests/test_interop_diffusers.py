@@ -208,7 +208,7 @@ def exported(ckpt, vae, tmp_path_factory):
     latent = perturbed(RemixDiT_models["RemixDiT-T/2"](**shape, mixed_layers=[*MIXED_LAYERS, MODULATION]))
     data = {"vae": "somewhere", "scale": 0.7, "image_size": 16, "classes": None}
     save(path / "dit.pt", dit, "DiT-T/4", data)
-    save(path / "latent.pt", latent, "RemixDiT-T/2", data, {"min_snr": 5.0})
+    save(path / "latent.pt", latent, "RemixDiT-T/2", data)
     run("convert.py", path / "dit.pt", path / "dit", "--to", "diffusers")
     run("convert.py", ckpt, path / "expert", "--to", "diffusers", "--expert", 4)
     run("convert.py", ckpt, path / "pixels", "--to", "diffusers", "--vae", "none")
