@@ -131,7 +131,7 @@ def train(args: argparse.Namespace) -> bool:
     dataset = open_features(args.data_path, args.image_size, assume=args.dry_run)
     shape = model_shape(dataset, args.num_classes) | frequency_override(args.timestep_frequencies)
     process = process_options(args)
-    diffusion = create_process(**process)
+    diffusion = create_process(**process, **loss_weight(args))
     settings = resolve_settings(args, len(dataset), diffusion)
     mixing = mixing_options(args, diffusion)
     folder = Path(args.results_dir) / (args.prefix or default_prefix(args.model, mixing))
@@ -142,6 +142,8 @@ def train(args: argparse.Namespace) -> bool:
         n_checkpoints = count_checkpoints(folder, 0, settings.max_steps, **saving)
         shard, _ = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
         parallelism = Parallelism(world_size(), args.grad_accum, shard, args.checkpoint_activations)
+        if args.independent:
+            print(f"each of {args.independent} independent experts:")
         print("\n".join(dry_run(args.model, model, dataset, settings, process, parallelism, folder, n_checkpoints)))
         return False
     # This seed is for the initial weights and mixing logits. The draws of each step have seeds of their own.
@@ -311,6 +313,17 @@ def process_options(args: argparse.Namespace) -> dict:
         raise UserError(str(error)) from None
 
 
+def loss_weight(args: argparse.Namespace) -> dict:
+    """Return the keyword arguments of `create_process` that concern the loss only, as the flags give them."""
+    weight = {"min_snr": args.min_snr, "min_weight": args.min_weight}
+    weight = {name: value for name, value in weight.items() if value is not None}
+    if weight and args.process != "gaussian":
+        raise UserError("--min-snr and --min-weight need --process gaussian")
+    if "min_weight" in weight and "min_snr" not in weight:
+        raise UserError("--min-weight needs --min-snr")
+    return weight
+
+
 def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | FlowMatching) -> dict | None:
     """Return the keyword arguments of a RemixDiT that the flags give, or None for a plain DiT."""
     if args.model not in RemixDiT_models:
@@ -395,6 +408,8 @@ def resolve_settings(
         load_weight=args.load_weight,
         ema_stds=[*TRACKED_STDS] if args.ema_snapshots else None,
         freeze=args.freeze or None,
+        min_snr=args.min_snr,
+        min_weight=args.min_weight,
     )
 
 
@@ -500,6 +515,19 @@ def make_parser() -> ArgumentParser:
 
     add = parser.add_argument_group("process").add_argument
     add("--process", choices=PROCESS_SAMPLERS, default="gaussian", help="Gaussian diffusion, or flow matching")
+    add(
+        "--min-snr",
+        type=number(float, 0, above=True),
+        metavar="GAMMA",
+        help="multiply the squared error of the noise by min(SNR, GAMMA) / SNR, which is small for low noise "
+        "(arXiv 2303.09556; default: no weight)",
+    )
+    add(
+        "--min-weight",
+        type=number(float, 0, 1),
+        metavar="W",
+        help="lower bound of the factor of --min-snr (default: 0)",
+    )
     add("--path", choices=PATHS, help="path of a flow between noise and data (default: linear)")
     add("--prediction", choices=PREDICTIONS, help="what the model of a flow predicts (default: velocity)")
     add("--weight", choices=WEIGHTS, help="loss weight of a noise or score prediction (default: none)")

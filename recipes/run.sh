@@ -117,10 +117,8 @@ case $experiment in
     checkpoints=("outputs/$name/checkpoints/0100000.pt") ;;
   independent)
     name=DiT-$size-independent-8
-    for i in 0 1 2 3 4 5 6 7; do
-      train --model "DiT-$size/2" --load-weight "$pretrained" --max-steps 12500 --prefix "DiT-$size-expert-$i" \
-        --timesteps $((125 * i)) $((125 * (i + 1)))
-    done
+    train --model "DiT-$size/2" --load-weight "$pretrained" --independent 8 --max-steps 100000 \
+      --prefix "DiT-$size-expert"
     checkpoints=("outputs/DiT-$size-expert-"?/checkpoints/0012500.pt) ;;
 esac
 

@@ -25,6 +25,7 @@ VARIANTS = {
     "experts-per-batch-1": "Remix-DiT 4-20, one expert per batch",
     "independent-8": "8 independent experts",
     "bonus-8": "Remix-DiT 4-20, prior bonus 8",
+    "bonus-8-weighted": "Remix-DiT 4-20, prior bonus 8, loss weight",
     "one-hot": "Remix-DiT 4-20, one-hot",
 }
 # For each suffix of a variant's name: label of the axis, the value without suffix, and the other values.
@@ -81,7 +82,7 @@ def change_per_bin(out: Path, setting: str, name: str, rows: list[dict]) -> np.n
 
 def draw(path: Path, changes: dict[str, np.ndarray]):
     """Draw the mean change over the seeds against the timestep, with the standard deviation of three or more seeds."""
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots(figsize=(7, 5))
     timesteps = np.arange(1000).reshape(-1, BIN).mean(1)
     for name, values in changes.items():
         mean = values.mean(0)
@@ -90,6 +91,13 @@ def draw(path: Path, changes: dict[str, np.ndarray]):
             std = values.std(0, ddof=1)
             axes.fill_between(timesteps, mean - std, mean + std, color=line.get_color(), alpha=0.2)
     axes.axhline(0, color="gray", linewidth=0.8)
+    # Linear between -5 and 5 %, and logarithmic beyond, because the changes at high noise are much larger.
+    axes.set_yscale("symlog", linthresh=5, linscale=1.5)
+    ticks = [-60, -30, -15, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 15, 30, 60]
+    limits = axes.get_ylim()
+    axes.set_yticks(ticks, [f"{tick}" for tick in ticks])
+    axes.set_ylim(limits)
+    axes.minorticks_off()
     axes.set(xlabel="timestep", ylabel="change of the test error relative to\ncontinued training, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -6,9 +6,9 @@ At the start of a fine-tuning all bases are equal, and the gradient of basis k i
 alpha[i, k] G_i, where G_i is the gradient of expert i's loss with respect to its mixed weights. The loss and G_i are
 hundreds of times larger at low noise than at high noise. Therefore, unless alpha is nearly one-hot, the experts of low
 noise rule the gradients of all bases. This script measures the norms of G_i for the pretrained models that
-studies/fashion_tables.py has trained, and computes for each prior bonus which part of the gradient of the basis of the
-highest noise comes from that basis's own experts. Writes <out>/gradients.csv (one row per seed and expert) and
-<out>/figures/gradients.png.
+studies/fashion_tables.py has trained, with the published loss and with two loss weights, and computes for each
+prior bonus which part of the gradient of the basis of the highest noise comes from that basis's own experts. Writes
+<out>/gradients.csv (one row per seed, loss and expert) and <out>/figures/gradients.png.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from boundaries import equal_boundaries
 from checkpoint import load_model
 from common import ArgumentParser, UserError, positive_int, run_script
-from diffusion import create_diffusion
+from diffusion import GaussianDiffusion, create_diffusion
 from features import FeatureDataset
 from models import DiT
 from remix import MIXED_LAYERS
@@ -36,6 +36,8 @@ import matplotlib.pyplot as plt
 
 N_BASIS, N_EXPERTS = 4, 20
 BONUSES = np.arange(0, 13)
+# For each loss, the arguments of `create_diffusion`. "weighted" is the weight of fashion_tables.py.
+LOSSES = {"published": {}, "min-snr-5": dict(min_snr=5), "weighted": dict(min_snr=5, min_weight=0.2)}
 # The gradient is that of a group of a training step: 128 images of 16 experts.
 GROUP = 8
 
@@ -49,26 +51,30 @@ def main(args: argparse.Namespace):
     rows = []
     for path in tqdm(paths, unit="model"):
         model, _ = load_model(path)
-        norms = gradient_norms(model, features, args.groups)
         seed = path.stem.removeprefix("pixels-")
-        rows += [{"seed": seed, "expert": i, "gradient_norm": f"{norm:.4g}"} for i, norm in enumerate(norms)]
+        for loss, weight in LOSSES.items():
+            norms = gradient_norms(model, features, args.groups, create_diffusion(**weight))
+            rows += [
+                {"seed": seed, "loss": loss, "expert": i, "gradient_norm": f"{norm:.4g}"}
+                for i, norm in enumerate(norms)
+            ]
     runs.write_csv(out / "gradients.csv", rows)
     draw(out / "figures" / "gradients.png", rows)
     print(f"wrote {out / 'gradients.csv'} and {out / 'figures' / 'gradients.png'}")
 
 
-def gradient_norms(model: DiT, features: FeatureDataset, groups: int) -> np.ndarray:
+def gradient_norms(model: DiT, features: FeatureDataset, groups: int, diffusion: GaussianDiffusion) -> np.ndarray:
     """Measure the gradient of the training loss with respect to the weights of the mixed layers, for each expert.
 
     Args:
         model: a pretrained DiT, as which all experts begin.
         features: the encoded training images.
         groups: number of groups of GROUP images per expert.
+        diffusion: the process, with its loss weight.
 
     Returns:
         Root mean square over the groups of the norm of a group's gradient [N_EXPERTS].
     """
-    diffusion = create_diffusion()
     # The model draws its label dropout from the global generator too.
     torch.manual_seed(0)
     weights = [p for name, p in model.train().named_parameters() if any(f"{layer}." in name for layer in MIXED_LAYERS)]
@@ -105,15 +111,19 @@ def own_share(norms: np.ndarray, bonus: float, draws: int = 1000) -> float:
 
 
 def draw(path: Path, rows: list[dict]):
-    """Draw the gradients' norms over the timesteps, and the own share over the prior bonus, one line per seed."""
+    """Draw the norms of the gradients over the timesteps, and the own share over the bonus, per seed and loss."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
-    for seed in sorted({row["seed"] for row in rows}):
-        norms = np.array([float(row["gradient_norm"]) for row in rows if row["seed"] == seed])
-        left.semilogy((np.arange(N_EXPERTS) + 0.5) * 1000 / N_EXPERTS, norms, marker=".", label=f"seed {seed}")
-        right.plot(BONUSES, [own_share(norms, bonus) for bonus in BONUSES], marker=".")
+    seeds = sorted({row["seed"] for row in rows})
+    for color, loss in enumerate(LOSSES):
+        for seed in seeds:
+            same = [row for row in rows if (row["seed"], row["loss"]) == (seed, loss)]
+            norms = np.array([float(row["gradient_norm"]) for row in same])
+            style = dict(marker=".", linewidth=0.8, color=f"C{color}", label=loss if seed == seeds[0] else None)
+            left.semilogy((np.arange(N_EXPERTS) + 0.5) * 1000 / N_EXPERTS, norms, **style)
+            right.plot(BONUSES, [own_share(norms, bonus) for bonus in BONUSES], **style)
     left.set(xlabel="timestep", ylabel="norm of an expert's gradient")
     right.set(xlabel="prior bonus", ylabel="part from its own experts of the\ngradient of the basis for t >= 750")
-    left.legend(fontsize=8)
+    left.legend(title="loss", fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     save_figure(path, figure)

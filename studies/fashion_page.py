@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -76,14 +77,36 @@ TABLES = {
             "bonus-8-8-20",
             "bonus-8-fine-at-low-noise",
             "bonus-8-fine-at-high-noise",
+            "continued-min-snr-5",
+            "bonus-8-min-snr-5",
+            "bonus-8-min-snr-50",
+            "continued-weighted",
+            "independent-8-weighted",
+            "remix-4-20-weighted",
+            "bonus-8-weighted",
+        ]
+    },
+    6: {
+        "Table 6: the best ideas of table 5, on test images": [
+            "independent-8",
+            "remix-4-20",
+            "bonus-8",
+            "continued-weighted",
+            "independent-8-weighted",
+            "bonus-8-weighted",
         ]
     },
 }
 IN_TABLE_1 = ("pretrained", "continued", *itertools.chain(*TABLES[1].values()))
-# The variant that is compared with all of table 1, at the end of some parts.
-PAIRED = dict.fromkeys(TABLES[1], "remix-4-20") | {"Table 2: prior": "bonus-8"} | dict.fromkeys(TABLES[5], "bonus-8")
+# The variants of tables 1 and 6, which are scored with both networks.
+MAIN = tuple(dict.fromkeys([*IN_TABLE_1, *itertools.chain(*TABLES[6].values())]))
+# For each table, the variants that are compared with others seed by seed: in table 1 with the others of table 1, in the
+# other tables with those in MAIN.
+PAIRED = {1: ["remix-4-20"], 5: ["bonus-8", "bonus-8-weighted"], 6: ["bonus-8", "bonus-8-weighted"]}
 # The table that settings are chosen by.
 ON_VALIDATION = 5
+# In these tables, variants may have different numbers of seeds.
+WITH_ALL_SEEDS = (1, 5, 6)
 # Measured by benchmarks/benchmark.py with the width, depth, tokens and batch of the setting pixels, and more classes.
 SPEED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "cpu-fashion-low-rank.json"
 # For each measured variant, its name in that file, and the options of its RemixDiT; None for a DiT.
@@ -150,13 +173,13 @@ def page_tables(out: Path) -> str:
             # A part is shown if it has a result that is not in table 1.
             if not set(present) & set(names) - (set(IN_TABLE_1) if table != 1 else set()):
                 continue
-            if table not in (1, 5):
-                # The seeds that all have, so that their values can be compared. In tables 1 and 5 some have fewer.
+            if table not in WITH_ALL_SEEDS:
+                # The seeds that all have, so that their values can be compared.
                 seeds = set.intersection(*({r["seed"] for r in rows if r["variant"] == name} for name in present))
                 rows = [row for row in rows if row["seed"] in seeds]
             parts += [f"### {title}, {setting}", score_table(present, rows), fifths_table(present, rows)]
-            if PAIRED.get(title) in present:
-                parts.append(paired_table(PAIRED[title], rows))
+            others = IN_TABLE_1 if table == 1 else MAIN
+            parts += [paired_table(name, others, rows) for name in PAIRED.get(table, ()) if name in present]
             if table == 3 and setting == "pixels" and SPEED.exists():
                 parts.append(cost_table())
     return "\n\n".join(parts)
@@ -246,8 +269,8 @@ def fifths_table(names: list[str], rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def paired_table(own: str, rows: list[dict]) -> str:
-    """Return the comparison of a variant with those of table 1, seed by seed, as a Markdown table."""
+def paired_table(own: str, others: Iterable[str], rows: list[dict]) -> str:
+    """Return the comparison of a variant with others, seed by seed, as a Markdown table."""
     by_name = {}
     for row in rows:
         by_name.setdefault(row["variant"], {})[row["seed"]] = row
@@ -255,7 +278,7 @@ def paired_table(own: str, rows: list[dict]) -> str:
         f"| {own} compared with | seeds | with a lower error | change, % | with a lower FID | change |",
         "|" + " --- |" * 6,
     ]
-    for name in IN_TABLE_1:
+    for name in others:
         pairs = [(by_name[own][seed], row) for seed, row in by_name.get(name, {}).items() if seed in by_name[own]]
         if name == own or not pairs:
             continue

@@ -1,5 +1,6 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import golden, relative
@@ -39,6 +40,51 @@ def test_the_bound_trains_only_the_variance(vectors):
     losses["vb"].sum().backward()
     assert not out.grad[:, :4].any()
     assert out.grad[:, 4:].any()
+
+
+def test_min_snr_weights_equal_predictions_of_noise_and_data_equally(vectors):
+    inputs = vectors["train_inputs"]
+    x0, t, noise = inputs["x0"], inputs["t"], inputs["noise"]
+    plain, weighted = create_diffusion(), create_diffusion(min_snr=5)
+    data = create_diffusion(min_snr=5, predict_xstart=True, learn_sigma=False)
+    out = inputs["model_output"]
+    losses = weighted.training_losses(lambda x, t: out, x0, t, noise=noise)
+    snr = torch.from_numpy(plain.alphas_cumprod / (1 - plain.alphas_cumprod))[t]
+    assert (snr > 5).any()
+    assert (snr < 5).any()
+    torch.testing.assert_close(
+        losses["loss"].double(), losses["mse"] * (5 / snr).clamp(max=1) + losses["vb"], rtol=1e-5, atol=0
+    )
+    unweighted = plain.training_losses(lambda x, t: out, x0, t, noise=noise)
+    assert torch.equal(losses["mse"], unweighted["mse"])
+    assert torch.equal(losses["vb"], unweighted["vb"])
+
+    # The same prediction, expressed as data: x0 = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar).
+    alpha_bar = torch.from_numpy(plain.alphas_cumprod)[t].view(-1, 1, 1, 1)
+    as_data = lambda x, t: ((x - (1 - alpha_bar).sqrt() * out[:, :4]) / alpha_bar.sqrt()).float()  # noqa: E731
+    expected = losses["loss"] - losses["vb"]
+    actual = data.training_losses(as_data, x0, t, noise=noise)["loss"]
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("predict_xstart", [False, True])
+def test_the_loss_weight_has_a_lower_bound(predict_xstart):
+    free, bounded = (
+        create_diffusion(min_snr=5, min_weight=bound, predict_xstart=predict_xstart).mse_weight for bound in (0, 0.2)
+    )
+    snr = create_diffusion().alphas_cumprod / (1 - create_diffusion().alphas_cumprod)
+    unit = snr if predict_xstart else np.ones(1000)
+    assert bounded == pytest.approx(np.maximum(free, 0.2 * unit))
+    assert bounded[0] == pytest.approx(0.2 * unit[0])
+    assert bounded[999] == pytest.approx(unit[999])
+
+
+@pytest.mark.parametrize(
+    "options", [{"min_snr": 0}, {"min_snr": 5, "use_kl": True}, {"min_weight": 0.2}, {"min_snr": 5, "min_weight": 2}]
+)
+def test_an_impossible_loss_weight_is_refused(options):
+    with pytest.raises(ValueError, match=r"min_snr|min_weight"):
+        create_diffusion(**options)
 
 
 def test_q_sample_matches_the_published_implementation(vectors):

@@ -26,6 +26,8 @@ def test_a_dry_run_with_features_that_exist(features, tmp_path, monkeypatch):
     flow = run("train_fast.py", *flags, "--dry-run", "--process=flow", "--time-shift=3").stdout
     assert "flow matching: path=linear, prediction=velocity" in flow
     assert "shift=3.0" in flow
+    weighted = run("train_fast.py", *flags, "--dry-run", "--min-snr=5", "--min-weight=0.2").stdout
+    assert "loss weight min(SNR, 5.0) / SNR, at least 0.2" in weighted
     wrong = run("train_fast.py", "--data-path", "nowhere", "--image-size", 20, "--dry-run", expect=2)
     assert wrong.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())

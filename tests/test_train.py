@@ -124,6 +124,24 @@ def test_the_learning_rate_of_the_logits_ends_at_half_of_that_of_the_weights(fea
         assert middle["lr"] == pytest.approx(0.75e-3)
 
 
+def test_the_loss_weight_is_a_setting_of_the_run(trained, features, tmp_path):
+    flags = [*training_flags(features, tmp_path, "weighted"), "--max-steps=4"]
+    run("train_fast.py", *flags, "--min-snr=5", "--min-weight=0.2")
+    config = json.loads((tmp_path / "weighted/config.json").read_text())
+    assert (config["training"]["min_snr"], config["training"]["min_weight"]) == (5, 0.2)
+    first, weighted = (
+        json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+        for folder in (trained, tmp_path / "weighted")
+    )
+    # The first step has the same images, timesteps and noise.
+    assert weighted["mse"] == pytest.approx(first["mse"], rel=1e-5)
+    unweighted = first["loss"] - first["mse"]
+    assert 0.2 * first["mse"] < weighted["loss"] - unweighted < 0.95 * first["mse"]
+    refused = run("train_fast.py", *flags, "--resume=auto", expect=2).stderr
+    assert "training.min_snr=5.0, this run asks for None" in refused
+    assert run("train_fast.py", *flags, "--resume=auto", "--min-snr=5", "--min-weight=0.2")
+
+
 def test_a_recipe_gives_the_settings_that_the_flags_leave_open():
     def settings(*flags):
         args = train_fast.make_parser().parse_args(["--data-path=-", *flags])
@@ -321,6 +339,10 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("shift", "above 0", "--process=flow", "--time-shift=0"),
         wrong("experts without times", "6 experts of equal probability", "--process=flow", "--time-shift=1e6"),
         wrong("path", "need --process flow", "--path=VP"),
+        wrong("loss weight of a flow", "need --process gaussian", "--process=flow", "--min-snr=5"),
+        wrong("loss weight", "above 0", "--min-snr=0"),
+        wrong("bound of no loss weight", "needs --min-snr", "--min-weight=0.2"),
+        wrong("bound of the loss weight", "at most 1", "--min-snr=5", "--min-weight=2"),
         wrong("mean of uniform times", "need --time-sampling logit-normal", "--process=flow", "--time-mean=1"),
         wrong("weight", "velocity prediction takes none", "--process=flow", "--weight=likelihood"),
         wrong("independent Remix-DiTs", "trains a plain DiT per interval", "--independent", "2"),

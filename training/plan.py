@@ -63,6 +63,8 @@ class RunSettings:
         load_weight: file that the weights at step 0 come from; None for random weights.
         ema_stds: widths of the averages for post-hoc EMA; None if there are none.
         freeze: whether only the bases and the coefficients are trained; None if all parameters are.
+        min_snr: gamma of the loss weight, see `GaussianDiffusion`; None for no weight.
+        min_weight: lower bound of the loss weight; None for 0.
         schedule_steps: number of steps over which the learning rates and the prior's weight fall; None for max_steps.
     """
 
@@ -82,6 +84,8 @@ class RunSettings:
     load_weight: str | None
     ema_stds: list[float] | None = None
     freeze: bool | None = None
+    min_snr: float | None = None
+    min_weight: float | None = None
     schedule_steps: int | None = None
 
 
@@ -117,7 +121,7 @@ def describe_run(
     process: dict,
     devices: str,
 ) -> list[str]:
-    """Return the lines that describe a run: its model, its data, its steps, and its process if that is a flow.
+    """Return the lines that describe a run: its model, its data, its steps, and what is special about its loss.
 
     Args:
         name: name of the model.
@@ -136,11 +140,13 @@ def describe_run(
     experts = f", {counted(settings.experts_per_batch, 'expert')} per batch" if remix else ""
     batch = f"batch {settings.global_batch_size} on {devices}, {settings.precision}"
     flow = [f"{name}={value}" for name, value in process.items() if name != "process"]
+    weight = f"loss weight min(SNR, {settings.min_snr}) / SNR, at least {settings.min_weight or 0}"
     return [
         f"{name}: {parameters:,.2f} M parameters, from {settings.load_weight or 'scratch'}",
         f"{counted(len(dataset), 'image')} of {counted(model.num_classes, 'class', 'classes')} as {shape} ({source})",
         f"{counted(settings.max_steps, 'step')} of {batch}{experts}",
         *([f"flow matching: {', '.join(flow)}"] if flow else []),
+        *([weight] if settings.min_snr else []),
     ]
 
 

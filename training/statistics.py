@@ -21,7 +21,8 @@ from models import DiT
 from remix import RemixDiT
 from training.batches import BatchSampler
 
-# The parts of the loss of Gaussian diffusion, in the order of the tensors that hold them. "loss" is "mse" plus "vb".
+# The parts of the loss of Gaussian diffusion, in the order of the tensors that hold them. "loss" is "mse", weighted
+# if the run has a loss weight, plus "vb".
 LOSSES = ("loss", "mse", "vb", "prior")
 
 

@@ -141,7 +141,7 @@ class Trainer:
         self.world = world
         self.clip_grad = clip_grad
         self.precision = precision
-        # The loss of a flow is not a sum of "mse" and "vb".
+        # The loss of a flow has no parts "mse" and "vb".
         self.loss_names = ("loss", "prior") if isinstance(diffusion, FlowMatching) else LOSSES
         self.stats = TrainingStats(world, self.loss_names)
         self.mark = lambda stage: None
