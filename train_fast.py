@@ -302,7 +302,9 @@ def process_options(args: argparse.Namespace) -> dict:
     if args.process == "gaussian":
         if options:
             raise UserError("--path, --prediction, --weight and --time-* need --process flow")
-        return {}
+        return {"min_snr": args.min_snr} if args.min_snr else {}
+    if args.min_snr:
+        raise UserError("--min-snr needs --process gaussian")
     if options.keys() & {"time_mean", "time_std"} and args.time_sampling != "logit-normal":
         raise UserError("--time-mean and --time-std need --time-sampling logit-normal")
     try:
@@ -500,6 +502,13 @@ def make_parser() -> ArgumentParser:
 
     add = parser.add_argument_group("process").add_argument
     add("--process", choices=PROCESS_SAMPLERS, default="gaussian", help="Gaussian diffusion, or flow matching")
+    add(
+        "--min-snr",
+        type=number(float, 0, above=True),
+        metavar="GAMMA",
+        help="multiply the squared error of the noise by min(SNR, GAMMA) / SNR, which is small for low noise "
+        "(arXiv 2303.09556; default: no weight)",
+    )
     add("--path", choices=PATHS, help="path of a flow between noise and data (default: linear)")
     add("--prediction", choices=PREDICTIONS, help="what the model of a flow predicts (default: velocity)")
     add("--weight", choices=WEIGHTS, help="loss weight of a noise or score prediction (default: none)")

@@ -26,8 +26,9 @@ def create_diffusion(
     learn_sigma: bool = True,
     rescale_learned_sigmas: bool = False,
     diffusion_steps: int = 1000,
+    min_snr: float | None = None,
 ) -> "GaussianDiffusion":
-    """Build a diffusion process. The arguments have the names and meanings of facebookresearch/DiT.
+    """Build a diffusion process. The arguments but the last have the names and meanings of facebookresearch/DiT.
 
     Args:
         timestep_respacing: timesteps to keep. "" keeps all of them, "250" that many evenly spaced ones, "ddim50" every
@@ -39,6 +40,7 @@ def create_diffusion(
         learn_sigma: the model predicts the variance too.
         rescale_learned_sigmas: multiply the variational bound by the number of kept timesteps divided by 1000.
         diffusion_steps: number of timesteps T of the original process.
+        min_snr: the gamma of the Min-SNR loss weight. By default, the mean squared error is not weighted.
 
     Returns:
         The process, respaced.
@@ -54,6 +56,7 @@ def create_diffusion(
         predict_xstart=predict_xstart,
         variance="learned_range" if learn_sigma else "fixed_small" if sigma_small else "fixed_large",
         loss="kl" if use_kl else "rescaled_mse" if rescale_learned_sigmas else "mse",
+        min_snr=min_snr,
     )
 
 
@@ -71,9 +74,11 @@ class GaussianDiffusion:
             "fixed_small" (the variance of the posterior).
         loss: "mse", "rescaled_mse" (the variational bound is multiplied by S / 1000) or "kl" (the variational bound
             alone, multiplied by S).
+        min_snr: the gamma of the Min-SNR loss weight (arXiv 2303.09556, section 3.4): the mean squared error of the
+            noise is multiplied by min(SNR, gamma) / SNR, that of x_0 by min(SNR, gamma). None: no weight.
 
     Raises:
-        ValueError: if an argument is not one of the values above.
+        ValueError: if an argument is not one of the values above, or the loss "kl" is given a weight.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class GaussianDiffusion:
         predict_xstart: bool = False,
         variance: str = "learned_range",
         loss: str = "mse",
+        min_snr: float | None = None,
     ):
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
@@ -92,11 +98,14 @@ class GaussianDiffusion:
             raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, but it is {variance!r}")
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, but it is {loss!r}")
+        if min_snr is not None and (loss == "kl" or not min_snr > 0):
+            raise ValueError("min_snr must be above 0, and needs a loss with a mean squared error")
         self.num_timesteps = len(betas)
         self.timestep_map = list(range(len(betas))) if timestep_map is None else list(timestep_map)
         self.predict_xstart = predict_xstart
         self.variance = variance
         self.loss = loss
+        self.min_snr = min_snr
 
         # Forward process (DDPM, eq. 4).
         self.betas = betas
@@ -108,6 +117,9 @@ class GaussianDiffusion:
         self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
         self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
+        snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
+        if min_snr:
+            self.mse_weight = np.minimum(snr, min_snr) / (1.0 if predict_xstart else snr)
 
         # Posterior q(x_{t-1} | x_t, x_0) (DDPM, eq. 6-7). The variance is 0 at t = 0, where the logarithm of
         # the variance at t = 1 is used instead.
@@ -369,8 +381,9 @@ class GaussianDiffusion:
 
         Returns:
             "loss" [B]. If the loss is not "kl", also "mse" [B], the mean squared error of the prediction (DDPM, eq.
-            14), and with a learned variance "vb" [B], the variational bound in bits per dimension. The bound trains
-            only the variance, because no gradient flows through its mean (Improved DDPM, section 3.1).
+            14) without the Min-SNR weight, and with a learned variance "vb" [B], the variational bound in bits per
+            dimension. The bound trains only the variance, because no gradient flows through its mean (Improved DDPM,
+            section 3.1).
 
         Raises:
             ValueError: if the model returns the wrong number of channels.
@@ -389,7 +402,10 @@ class GaussianDiffusion:
                 losses["vb"] = losses["vb"] * (self.num_timesteps / 1000)
         target = x_start if self.predict_xstart else noise
         losses["mse"] = (target - prediction).square().flatten(1).mean(1)
-        losses["loss"] = losses["mse"] + losses["vb"] if "vb" in losses else losses["mse"]
+        weighted = losses["mse"]
+        if self.min_snr:
+            weighted = weighted * self._array_on("mse_weight", t.device)[t]
+        losses["loss"] = weighted + losses["vb"] if "vb" in losses else weighted
         return losses
 
 

@@ -409,7 +409,7 @@ def _transformer_arguments(dit: DiT, config: dict) -> dict:
     flow = _flow(config)
     if flow and (flow["path"], flow["prediction"]) != ("linear", "velocity"):
         raise UserError("of flows, only those with a linear path and a velocity prediction can be exported")
-    if flow is None and (changed := set(config["diffusion"]) - {"learn_sigma"}):
+    if flow is None and (changed := set(config["diffusion"]) - {"learn_sigma", "min_snr"}):
         raise UserError(
             f"only models of the published diffusion process can be exported, this one has another {', '.join(changed)}"
         )

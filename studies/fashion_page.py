@@ -76,6 +76,8 @@ TABLES = {
             "bonus-8-8-20",
             "bonus-8-fine-at-low-noise",
             "bonus-8-fine-at-high-noise",
+            "continued-min-snr-5",
+            "bonus-8-min-snr-5",
         ]
     },
 }

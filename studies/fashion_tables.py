@@ -107,6 +107,8 @@ VARIANTS = {
     "bonus-8-coefficients-1e-3": remix(4, 20, prior_bonus=8, coeff_lr=1e-3),
     "bonus-8-local": remix(4, 20, prior_bonus=8, mixer_scope="local"),
     "bonus-8-8-20": remix(8, 20, prior_bonus=8),
+    "continued-min-snr-5": dict(min_snr=5),
+    "bonus-8-min-snr-5": remix(4, 20, prior_bonus=8, min_snr=5),
     "strength-1e-1": remix(4, 20, prior_strength=1e-1),
     # The lengths of the intervals of the least and of the most noise are 11 and 74 timesteps, or 136 and 34.
     "bonus-8-fine-at-low-noise": remix(4, 20, prior_bonus=8, boundaries=power_boundaries(20, 1.5)),

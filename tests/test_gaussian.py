@@ -41,6 +41,37 @@ def test_the_bound_trains_only_the_variance(vectors):
     assert out.grad[:, 4:].any()
 
 
+def test_min_snr_weights_equal_predictions_of_noise_and_data_equally(vectors):
+    inputs = vectors["train_inputs"]
+    x0, t, noise = inputs["x0"], inputs["t"], inputs["noise"]
+    plain, weighted = create_diffusion(), create_diffusion(min_snr=5)
+    data = create_diffusion(min_snr=5, predict_xstart=True, learn_sigma=False)
+    out = inputs["model_output"]
+    losses = weighted.training_losses(lambda x, t: out, x0, t, noise=noise)
+    snr = torch.from_numpy(plain.alphas_cumprod / (1 - plain.alphas_cumprod))[t]
+    assert (snr > 5).any()
+    assert (snr < 5).any()
+    torch.testing.assert_close(
+        losses["loss"].double(), losses["mse"] * (5 / snr).clamp(max=1) + losses["vb"], rtol=1e-5, atol=0
+    )
+    unweighted = plain.training_losses(lambda x, t: out, x0, t, noise=noise)
+    assert torch.equal(losses["mse"], unweighted["mse"])
+    assert torch.equal(losses["vb"], unweighted["vb"])
+
+    # The same prediction, expressed as data: x0 = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar).
+    alpha_bar = torch.from_numpy(plain.alphas_cumprod)[t].view(-1, 1, 1, 1)
+    as_data = lambda x, t: ((x - (1 - alpha_bar).sqrt() * out[:, :4]) / alpha_bar.sqrt()).float()  # noqa: E731
+    expected = losses["loss"] - losses["vb"]
+    actual = data.training_losses(as_data, x0, t, noise=noise)["loss"]
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"min_snr": 0}, {"min_snr": 5, "use_kl": True}])
+def test_an_impossible_loss_weight_is_refused(options):
+    with pytest.raises(ValueError, match="min_snr"):
+        create_diffusion(**options)
+
+
 def test_q_sample_matches_the_published_implementation(vectors):
     inputs = vectors["train_inputs"]
     assert relative(create_diffusion().q_sample(inputs["x0"], inputs["t"], inputs["noise"]), vectors["q_sample"]) < 1e-6
