@@ -292,10 +292,11 @@ def test_the_gradients_are_measured_and_drawn(study, tmp_path, monkeypatch):
     assert [(row["loss"], int(row["expert"])) for row in rows] == [(loss, i) for loss in losses for i in range(20)]
     norms = np.array([float(row["gradient_norm"]) for row in rows]).reshape(3, 20)
     published, min_snr, weighted = norms
-    # Below t = 130 the signal-to-noise ratio is above 5, and below t = 58 it is above 25.
+    # Below t = 130 the signal-to-noise ratio is above 5, and the weight below 1.
     assert (min_snr[:2] < 0.9 * published[:2]).all()
-    assert weighted[0] == pytest.approx(0.2 * published[0], rel=1e-3)
-    assert weighted[1] > min_snr[1]
+    # The variational bound has no weight.
+    assert 0.2 * published[0] < weighted[0] < 0.5 * published[0]
+    assert min_snr[0] < weighted[0]
     assert norms[1:, 3:] == pytest.approx(np.array([published[3:]] * 2))
     assert {row["seed"] for row in rows} == {"3"}
     assert (tmp_path / "figures" / "gradients.png").stat().st_size > 0
