@@ -275,8 +275,9 @@ def paired_table(own: str, others: Iterable[str], rows: list[dict]) -> str:
     for row in rows:
         by_name.setdefault(row["variant"], {})[row["seed"]] = row
     lines = [
-        f"| {own} compared with | seeds | with a lower error | change, % | with a lower FID | change |",
-        "|" + " --- |" * 6,
+        f"| {own} compared with | seeds | with a lower error | change, % | with a lower FID | change "
+        "| with a lower FID, ImageNet's features | change |",
+        "|" + " --- |" * 8,
     ]
     for name in others:
         pairs = [(by_name[own][seed], row) for seed, row in by_name.get(name, {}).items() if seed in by_name[own]]
@@ -284,8 +285,13 @@ def paired_table(own: str, others: Iterable[str], rows: list[dict]) -> str:
             continue
         errors = [100 * (a["error"] / b["error"] - 1) for a, b in pairs]
         fids = [a["fid"] - b["fid"] for a, b in pairs]
-        counts = [f"{sum(value < 0 for value in values)} of {len(pairs)}" for values in (errors, fids)]
-        cells = name, str(len(pairs)), counts[0], with_star(errors), counts[1], with_star(fids)
+        imagenet = [
+            a["imagenet_fid"] - b["imagenet_fid"] for a, b in pairs if "imagenet_fid" in a and "imagenet_fid" in b
+        ]
+        cells = [name, str(len(pairs))]
+        for values in (errors, fids, imagenet):
+            count = f"{sum(value < 0 for value in values)} of {len(values)}"
+            cells += [count, with_star(values)] if values else ["-", "-"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
