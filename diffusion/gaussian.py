@@ -118,7 +118,6 @@ class GaussianDiffusion:
         self.predict_xstart = predict_xstart
         self.variance = variance
         self.loss = loss
-        self.min_snr = min_snr
 
         # Forward process (DDPM, eq. 4).
         self.betas = betas
@@ -130,8 +129,9 @@ class GaussianDiffusion:
         self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
         self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
-        snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
-        if min_snr:
+        self.mse_weight = None
+        if min_snr is not None:
+            snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
             self.mse_weight = np.clip(min_snr / snr, min_weight, 1.0) * (snr if predict_xstart else 1.0)
 
         # Posterior q(x_{t-1} | x_t, x_0) (DDPM, eq. 6-7). The variance is 0 at t = 0, where the logarithm of
@@ -416,8 +416,8 @@ class GaussianDiffusion:
         target = x_start if self.predict_xstart else noise
         losses["mse"] = (target - prediction).square().flatten(1).mean(1)
         weighted = losses["mse"]
-        if self.min_snr:
-            weighted = weighted * self._array_on("mse_weight", t.device)[t]
+        if self.mse_weight is not None:
+            weighted = weighted * self._extract("mse_weight", t, weighted)
         losses["loss"] = weighted + losses["vb"] if "vb" in losses else weighted
         return losses
 

@@ -20,6 +20,7 @@ import numpy as np
 import runs  # Before torch: it sets the number of threads.
 import torch
 from fashion_figures import save_figure
+from fashion_tables import WEIGHTED
 from scipy.special import softmax
 from tqdm import tqdm
 
@@ -36,8 +37,8 @@ import matplotlib.pyplot as plt
 
 N_BASIS, N_EXPERTS = 4, 20
 BONUSES = np.arange(0, 13)
-# For each loss, the arguments of `create_diffusion`. "weighted" is the weight of fashion_tables.py.
-LOSSES = {"published": {}, "min-snr-5": dict(min_snr=5), "weighted": dict(min_snr=5, min_weight=0.2)}
+# For each loss, the arguments of `create_diffusion`.
+LOSSES = {"published": {}, "min-snr-5": dict(min_snr=5), "weighted": WEIGHTED}
 # The gradient is that of a group of a training step: 128 images of 16 experts.
 GROUP = 8
 

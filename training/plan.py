@@ -140,14 +140,15 @@ def describe_run(
     experts = f", {counted(settings.experts_per_batch, 'expert')} per batch" if remix else ""
     batch = f"batch {settings.global_batch_size} on {devices}, {settings.precision}"
     flow = [f"{name}={value}" for name, value in process.items() if name != "process"]
-    weight = f"loss weight min(SNR, {settings.min_snr}) / SNR, at least {settings.min_weight or 0}"
-    return [
+    lines = [
         f"{name}: {parameters:,.2f} M parameters, from {settings.load_weight or 'scratch'}",
         f"{counted(len(dataset), 'image')} of {counted(model.num_classes, 'class', 'classes')} as {shape} ({source})",
         f"{counted(settings.max_steps, 'step')} of {batch}{experts}",
         *([f"flow matching: {', '.join(flow)}"] if flow else []),
-        *([weight] if settings.min_snr else []),
     ]
+    if settings.min_snr:
+        lines.append(f"loss weight min(SNR, {settings.min_snr}) / SNR, at least {settings.min_weight or 0}")
+    return lines
 
 
 @dataclass(frozen=True)
