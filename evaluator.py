@@ -92,9 +92,6 @@ def main(args: argparse.Namespace):
         write_json(args.json, results[args.samples[0]] if len(args.samples) == 1 else results)
 
 
-# Scores of a pair of files
-
-
 def check_match(reference, ref: dict, path, sample: dict):
     """Raise UserError if two files have different numbers of features, or features that are not finite."""
     for name, key in (("pooled", "mu"), ("spatial", "mu_s")):

@@ -125,9 +125,6 @@ def default_out(args: argparse.Namespace) -> Path:
     return Path(args.ckpt).with_name(f"{Path(args.ckpt).stem}-{args.figure}.png")
 
 
-# Mixing coefficients
-
-
 def draw_coefficients(out: Path, model: RemixDiT, name: str):
     """Draw a heat map of alpha. Columns are experts with their noise levels, rows are bases."""
     save_coefficients(out, model, f"{name}: mixing coefficients")
@@ -176,9 +173,6 @@ def draw_training(out: Path, run: Path):
 
     header = ["step", *(f"expert_{i}_basis_{k}" for i in range(n_experts) for k in range(n_basis))]
     write_csv(out, header, [[step, *row.ravel()] for step, row in zip(steps, alpha, strict=True)])
-
-
-# Losses of the experts
 
 
 def load_images(data_path: str, count: int, seed: int, ckpt: str, model: DiT | RemixDiT) -> tuple[Tensor, Tensor]:
@@ -256,9 +250,6 @@ def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, model: Rem
     write_csv(out, header, rows)
 
 
-# Widths of the EMA
-
-
 def held_out_error(
     diffusion: GaussianDiffusion | FlowMatching, x: Tensor, y: Tensor, seed: int, model: DiT | ExpertSwitch
 ) -> float:
@@ -305,9 +296,6 @@ def draw_ema(out: Path, scores: dict[float | None, dict[str, float]], name: str)
     save_png(figure, out)
     rows = [[std or "training", *scores[std].values()] for std in (None, *stds)]
     write_csv(out, ["std", *kinds], rows)
-
-
-# Samples
 
 
 def draw_grids(out: Path, paths: list[str], count: int):

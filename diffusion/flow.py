@@ -96,8 +96,6 @@ class FlowMatching:
         times = dict(time_sampling=self.times.sampling, time_mean=self.times.mean, time_std=self.times.std)
         return dict(path=self.path, prediction=self.prediction, weight=self.weight, **times, shift=self.times.shift)
 
-    # Times
-
     def interval(self, training: bool = False, last_step_size: float = 0.0) -> tuple[float, float]:
         """The times (t0, t1) that training or sampling uses. They are SiT's and avoid divisions by zero.
 
@@ -144,8 +142,6 @@ class FlowMatching:
         u = self.times.quantile(start + (end - start) * np.asarray(uniform, dtype=np.float64))
         return (1 - np.clip(u, low + MARGIN, high - MARGIN)).astype(np.float32)
 
-    # Training
-
     def to(self, device: torch.device) -> "FlowMatching":
         """Return this process, which stores no tensors. See `GaussianDiffusion.to`."""
         return self
@@ -186,8 +182,6 @@ class FlowMatching:
         elif self.weight == "likelihood":
             loss = loss * path.spread / (path.alpha * path.sigma)
         return {"loss": loss}
-
-    # Sampling
 
     def _velocity_and_noise(self, t: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """The velocity and the noise at times t [n], each a pair (a, b), [n], that stands for a x + b output."""

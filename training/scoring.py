@@ -331,9 +331,6 @@ def score_line(results: dict[str, float], step: int, max_steps: int, seconds: fl
     return "  ".join([*parts, f"scored in {timedelta(seconds=round(seconds))}"])
 
 
-# The start of a run: everything is checked before training
-
-
 def make_scorer(
     every: int | None,
     reference: str | None,
