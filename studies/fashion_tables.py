@@ -50,6 +50,7 @@ from fashion_page import (
     TABLES,
     append_row,
     baseline,
+    errors_path,
     read_results,
     write_page,
 )
@@ -186,10 +187,6 @@ class Study:
         name = f"{self.setting}-width-{width}-{seed}" if width else f"{self.setting}-{seed}"
         return self.out / "pretrained" / f"{name}.safetensors"
 
-    def errors(self, name: str, seed: int) -> Path:
-        """The errors of a variant at every timestep, for each split."""
-        return self.out / "errors" / f"{self.setting}-{name}-{seed}.npz"
-
 
 def main(args: argparse.Namespace):
     command = shlex.join(["python", "studies/fashion_tables.py", *sys.argv[1:]])
@@ -320,7 +317,8 @@ def run_variant(study: Study, name: str, seed: int):
         for split in ("test", "validation"):
             folder = study.features(split)
             errors[split] = heldout_errors(checkpoints, folder, range(1000), study.per_timestep).numpy()
-        with atomic_write(study.errors(name, seed)) as temporary, open(temporary, "wb") as file:
+        path = errors_path(study.out, study.setting, name, seed)
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **errors)
         row = {"variant": name, "seed": seed, "steps": steps}
         row |= {f"{split}_error": f"{values.mean():.7f}" for split, values in errors.items()}
