@@ -304,20 +304,35 @@ def load_model(
     Raises:
         UserError: if the file is missing or damaged, has an unknown format, or contradicts the overrides.
     """
+    key = "ema" if ema else "model"
+    models, config = load_models(path, (key,), allow_pickle, verify, **overrides)
+    return models[key], config
+
+
+def load_models(
+    path, keys: tuple[str, ...], allow_pickle: bool = False, verify: bool = False, **overrides
+) -> tuple[dict[str, DiT | RemixDiT], dict]:
+    """Load models from one file, as `load_model` does: for the key "ema" with the EMA, for "model" with raw weights.
+
+    The file is read once. Only the keys that are given are in the result.
+    """
     path = find_checkpoint(path)
     transformer = diffusers.find_transformer(path)
     weights_file = transformer[1] if transformer else path
-    content = read_checkpoint(weights_file, allow_pickle, verify=verify)
-    config, state = _read_any(path, content, ema, overrides)
-    try:
-        check_shapes(path, config["model"], state)
-        model = build_model(config["model"])
-    except UserError:
-        raise
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} specifies a model that cannot be built: {error}") from None
-    load_weights(model, state, path)
-    return model.eval(), config
+    content = read_checkpoint(weights_file, allow_pickle, verify)
+    models = {}
+    for key in keys:
+        config, state = _read_any(path, content, key == "ema", overrides)
+        try:
+            check_shapes(path, config["model"], state)
+            model = build_model(config["model"])
+        except UserError:
+            raise
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} specifies a model that cannot be built: {error}") from None
+        load_weights(model, state, path)
+        models[key] = model.eval()
+    return models, config
 
 
 def _read_own(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[str, Tensor]] | None:

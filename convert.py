@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from autoencoder import Latents, load_autoencoder
-from checkpoint import choose_process, find_checkpoint, load_model, model_config, save_safetensors
+from checkpoint import choose_process, find_checkpoint, load_models, model_config, save_safetensors
 from common import (
     TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace):
     keys = ("ema", "model") if args.to in ("original", "dit", "sit") else ("ema",)
     overrides = {"num_heads": args.num_heads} if args.num_heads else {}
     overrides |= frequency_override(args.timestep_frequencies)
-    models, config = load_models(args.ckpt, keys, args.trust_pickle, overrides)
+    models, config = load_models(args.ckpt, keys, args.trust_pickle, **overrides)
     if args.ema_std:
         ema = reconstruct(find_checkpoint(args.ckpt), args.ema_std, models["ema"].state_dict())
         models["ema"].load_state_dict(ema)
@@ -86,16 +86,6 @@ def main(args: argparse.Namespace):
             raise UserError("--vae is stored in the pipeline of a RemixDiT or a flow, this is the folder of one DiT")
         diffusers.write(args.out, models, config, load_vae(args.vae))
     print(f"wrote {args.out}")
-
-
-def load_models(
-    path: str, keys: tuple[str, ...], allow_pickle: bool, overrides: dict
-) -> tuple[dict[str, DiT | RemixDiT], dict]:
-    """Load the model with the EMA weights for the key "ema", and with the raw weights for "model"; and the config."""
-    models = {}
-    for key in keys:
-        models[key], config = load_model(path, ema=key == "ema", allow_pickle=allow_pickle, **overrides)
-    return models, config
 
 
 def fold_experts(model: DiT | RemixDiT, expert: int | None, merge: str | None, path: str) -> DiT:
