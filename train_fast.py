@@ -321,6 +321,8 @@ def loss_weight(args: argparse.Namespace) -> dict:
         raise UserError("--min-snr and --min-weight need --process gaussian")
     if "min_weight" in weight and "min_snr" not in weight:
         raise UserError("--min-weight needs --min-snr")
+    if weight.get("min_weight") == 1:
+        raise UserError("--min-weight 1 makes every weight 1: leave out --min-snr and --min-weight")
     return weight
 
 

@@ -343,6 +343,7 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("loss weight", "above 0", "--min-snr=0"),
         wrong("bound of no loss weight", "needs --min-snr", "--min-weight=0.2"),
         wrong("bound of the loss weight", "at most 1", "--min-snr=5", "--min-weight=2"),
+        wrong("bound of 1", "makes every weight 1", "--min-snr=5", "--min-weight=1"),
         wrong("mean of uniform times", "need --time-sampling logit-normal", "--process=flow", "--time-mean=1"),
         wrong("weight", "velocity prediction takes none", "--process=flow", "--weight=likelihood"),
         wrong("independent Remix-DiTs", "trains a plain DiT per interval", "--independent", "2"),
