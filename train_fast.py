@@ -329,9 +329,9 @@ def loss_weight(args: argparse.Namespace) -> dict:
 def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | FlowMatching) -> dict | None:
     """Return the keyword arguments of a RemixDiT that the flags give, or None for a plain DiT."""
     if args.model not in RemixDiT_models:
-        for flag, value in (("boundaries", args.boundaries), ("rank", args.rank), ("freeze", args.freeze)):
-            if value:
-                raise UserError(f"--{flag} needs a RemixDiT, not {args.model}")
+        for name in ("boundaries", "rank", "freeze", "mix_modulation"):
+            if getattr(args, name):
+                raise UserError(f"--{name.replace('_', '-')} needs a RemixDiT, not {args.model}")
         return None
     boundaries = args.boundaries
     if boundaries:

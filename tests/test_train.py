@@ -332,6 +332,7 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("number of boundaries", "6 experts need 7 boundaries", "--boundaries", "0", "500", "1000"),
         wrong("boundaries without timesteps", "no timestep", "--boundaries", "0", "0.1", "0.2", "1000"),
         wrong("boundaries of a DiT", "needs a RemixDiT", "--boundaries", "0", "1000", model="DiT-T/2"),
+        wrong("mixed modulation of a DiT", "needs a RemixDiT", "--mix-modulation", model="DiT-T/2"),
         wrong("boundaries of a flow", "run from 0 to 1", "--process=flow", "--boundaries", "0", "875", "1000"),
         wrong(
             "noise levels of a flow", "run from 0 to 1", "--process=flow", "--timesteps", "0", "125", model="DiT-T/2"
