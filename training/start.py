@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from boundaries import equal_boundaries
 from checkpoint import (
     VERSION,
     checkpoints,
@@ -96,7 +97,7 @@ def expert_boundaries(diffusion: GaussianDiffusion | FlowMatching, n_experts: in
         except ValueError as error:
             raise UserError(f"{n_experts} experts of equal probability: {error}") from None
         return levels
-    return [i * diffusion.num_timesteps // n_experts for i in range(n_experts + 1)]
+    return equal_boundaries(n_experts, diffusion.num_timesteps)
 
 
 def check_noise_levels(
