@@ -33,7 +33,7 @@ from common import (
     seed_int,
 )
 from diffusion import NOISE_LEVELS, PROCESS_SAMPLERS, FlowMatching, GaussianDiffusion, create_process
-from diffusion.flow import PREDICTIONS, WEIGHTS
+from diffusion.flow import FLOW_OPTIONS, PREDICTIONS, WEIGHTS
 from diffusion.interpolants import PATHS, TIME_SAMPLINGS
 from distributed import (
     PRECISIONS,
@@ -91,8 +91,6 @@ RECIPES = {
     ),
     "paper": dict(experts_per_batch=8, coeff_lr=1e-2, coeff_lr_end=1e-5, prior_strength=1e-4, prior_bonus=3.0),
 }
-# The flags that have a meaning for flows only, by their names in `FlowMatching`.
-FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
 # With several processes, the decision to stop is exchanged every STOP_CHECK steps only, because in the exchange each
 # process waits for all others.
 STOP_CHECK = 4

@@ -19,6 +19,8 @@ from .interpolants import DIFFUSION_FORMS, PATHS, TIME_SAMPLINGS, TimeDistributi
 
 PREDICTIONS = ("velocity", "noise", "score")
 WEIGHTS = ("none", "velocity", "likelihood")
+# The arguments of `FlowMatching`. train_fast.py has a flag for each.
+FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
 FLOW_SAMPLERS = ("euler", "heun", "dopri5", "sde")
 LAST_STEPS = ("none", "mean", "euler", "tweedie")
 # Times keep this distance from experts' borders, so that rounding to float32 does not move them across. It is twice the

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from autoencoder import Normalization
 from common import TIMESTEP_FREQUENCIES, LocalError, UserError, first_line, name_write_errors, warn
+from diffusion.flow import FLOW_OPTIONS
 from hub import offline
 from interop.shapes import backbone_from_shapes, flow_target, make_config
 from models import DiT, sincos_positions
@@ -55,7 +56,6 @@ LARGEST_NORM_EPS = 1e-5
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel", "RemixDiTTransformer2DModel")
 # Options that an exported RemixDiT and its config have in common.
 REMIX_OPTIONS = ("n_basis", "n_experts", "mixer", "scope", "num_timesteps", "boundaries")
-FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # In patches. It limits the memory that a config with wrong numbers can take, as the position embedding is computed.
 LARGEST_SIDE = 256
