@@ -61,7 +61,6 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 LARGEST_SIDE = 256
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".npz", ".tar")
-EXPORTED_CODE = Path(__file__).resolve().parent / "diffusers_files"
 
 
 def find_transformer(path) -> tuple[Path, Path] | None:

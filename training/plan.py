@@ -100,7 +100,7 @@ class AssumedFeatures:
         UserError: if the VAE cannot encode images of that size.
     """
 
-    def __init__(self, path: str, image_size: int = 256):
+    def __init__(self, path: str, image_size: int):
         if image_size % 8:
             raise UserError(f"--image-size {image_size} is not a multiple of 8, which the VAE needs")
         self.path = Path(path)
