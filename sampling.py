@@ -113,7 +113,7 @@ def make_pipeline(
         solver["last_step_size"] = settings.last_step_size
     elif settings.sampler == "dopri5":
         switches = [network.boundaries for network in (model, guide) if isinstance(network, ExpertSwitch)]
-        solver = {"borders": {level for levels in (schedule.boundaries, *switches) for level in levels}}
+        solver = {"boundaries": {level for levels in (schedule.boundaries, *switches) for level in levels}}
     try:
         loop, timesteps = make_sampler(
             settings.sampler, settings.num_sampling_steps, solver=solver, **config["diffusion"]

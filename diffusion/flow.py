@@ -23,8 +23,8 @@ WEIGHTS = ("none", "velocity", "likelihood")
 FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
 FLOW_SAMPLERS = ("euler", "heun", "dopri5", "sde")
 LAST_STEPS = ("none", "mean", "euler", "tweedie")
-# Times keep this distance from experts' borders, so that rounding to float32 does not move them across. It is twice the
-# distance by which `boundaries.inner_boundaries` lowers the borders.
+# Times keep this distance from the boundaries between experts, so that rounding to float32 does not move them across.
+# It is twice the distance by which `boundaries.inner_boundaries` lowers the boundaries.
 MARGIN = 2.0**-19
 
 
@@ -263,7 +263,7 @@ class FlowMatching:
         device=None,
         progress: bool = False,
         step_noise: Callable[[int], Tensor] | None = None,
-        borders: Iterable[float] = (),
+        boundaries: Iterable[float] = (),
     ) -> Tensor:
         """Draw samples by the probability-flow ODE dx = v dt (SiT, eq. 2).
 
@@ -278,7 +278,7 @@ class FlowMatching:
             device: device of the noise that is drawn here.
             progress: whether to show a progress bar.
             step_noise: not called. It is accepted so that both loops take the same arguments.
-            borders: noise levels at which dopri5 restarts: the experts' borders. Other methods ignore it.
+            boundaries: noise levels at which dopri5 restarts, the boundaries between experts. Other methods ignore it.
 
         Returns:
             The samples, of `shape`.
@@ -289,7 +289,7 @@ class FlowMatching:
         method = _choose("method", method, ("euler", "heun", "dopri5"))
         x = torch.randn(*shape, device=device) if noise is None else noise
         if method == "dopri5":
-            return self._dopri5(model, x, model_kwargs, progress, borders)
+            return self._dopri5(model, x, model_kwargs, progress, boundaries)
         return _run(self.ode_steps(method, steps), model, x, model_kwargs, progress)
 
     @torch.no_grad()
@@ -337,7 +337,7 @@ class FlowMatching:
         Args:
             name: "euler", "heun", "dopri5" or "sde".
             steps: number of steps, an integer or its digits. dopri5 ignores it.
-            options: for "sde" the arguments of `sde_steps`, otherwise `borders`.
+            options: for "sde" the arguments of `sde_steps`, otherwise `boundaries`.
 
         Returns:
             A loop that takes (model, shape, noise=, model_kwargs=, device=, progress=, step_noise=), and the time of
@@ -356,8 +356,10 @@ class FlowMatching:
         plan = self.ode_steps(name, steps)
         return partial(self.ode_sample_loop, method=name, steps=steps, **options), plan.network_times
 
-    def _dopri5(self, model, x: Tensor, model_kwargs: dict | None, progress: bool, borders: Iterable[float]) -> Tensor:
-        """Integrate the ODE with adaptive steps, one interval between borders after the other."""
+    def _dopri5(
+        self, model, x: Tensor, model_kwargs: dict | None, progress: bool, boundaries: Iterable[float]
+    ) -> Tensor:
+        """Integrate the ODE with adaptive steps, one interval between boundaries after the other."""
         from torchdiffeq import odeint  # not needed by any other sampler
 
         def velocity(first: float, last: float, t: Tensor, x: Tensor) -> Tensor:
@@ -367,10 +369,10 @@ class FlowMatching:
 
         t0, t1 = self.interval()
         inner = []
-        for border in sorted({1 - border for border in borders}):
-            # Borders that nearly coincide count as one.
-            if (inner or [t0])[-1] + 2 * MARGIN < border < t1 - 2 * MARGIN:
-                inner.append(border)
+        for time in sorted({1 - level for level in boundaries}):
+            # Boundaries that nearly coincide count as one.
+            if (inner or [t0])[-1] + 2 * MARGIN < time < t1 - 2 * MARGIN:
+                inner.append(time)
         points = list(pairwise([t0, *inner, t1]))
         for start, end in tqdm(points, desc="sampling", leave=False, disable=not progress):
             # The network sees no time outside this interval, which belongs to one expert.
