@@ -62,7 +62,7 @@ from training.plan import (
     training_flops,
 )
 from training.previews import SamplePreview, choose_decoder
-from training.scoring import make_scorer
+from training.scoring import FID_SAMPLES, make_scorer
 from training.start import (
     advice,
     check_new,
@@ -688,7 +688,8 @@ def make_parser() -> ArgumentParser:
     add = parser.add_argument_group("scores while training", about).add_argument
     add("--score-every", type=positive_int, metavar="STEPS", help="steps between scores; the last step is scored too")
     add("--score-against", metavar="PATH", help="reference of FID: an .npz file or a folder, as for evaluator.py")
-    add("--score-samples", type=number(int, NEIGHBOURS + 1), metavar="N", help="samples for FID (default: 5000)")
+    samples_help = f"samples for FID (default: {FID_SAMPLES})"
+    add("--score-samples", type=number(int, NEIGHBOURS + 1), metavar="N", help=samples_help)
     add("--weights", metavar="PATH", help="feature network, as for evaluator.py (default: Inception, downloaded)")
     add("--held-out", metavar="FOLDER", help="features of other images, for the loss of each expert")
     return parser

@@ -53,7 +53,7 @@ from figures import interval_labels, intervals, is_flow, save_coefficients, save
 from models import DiT
 from posthoc_ema import WIDEST, reconstruct
 from remix import RemixDiT
-from training.scoring import make_fid
+from training.scoring import FID_SAMPLES, make_fid
 from training.statistics import grid_times, interval_times, noise_errors
 
 # Evenly spaced noise levels at which the error of an EMA is measured.
@@ -74,6 +74,8 @@ def main(args: argparse.Namespace):
         model, config = load_model(args.ckpt)
         if not args.data_path and not args.score_against:
             raise UserError("ema needs --data-path for the held-out error, --score-against for FID, or both")
+        if (args.weights or args.score_samples or args.vae) and not args.score_against:
+            raise UserError("--weights, --score-samples and --vae need --score-against")
         measures = {}
         if args.data_path:
             x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
@@ -384,7 +386,9 @@ if __name__ == "__main__":
     ema.add_argument("--global-seed", type=seed_int, default=0, help="seed of the images and the noise")
     ema.add_argument("--score-against", metavar="PATH", help="reference of FID, as for train_fast.py")
     ema.add_argument("--weights", metavar="PATH", help="feature network of FID, as for evaluator.py")
-    ema.add_argument("--score-samples", type=number(int, NEIGHBOURS + 1), default=5000, help="samples for FID")
+    ema.add_argument(
+        "--score-samples", type=number(int, NEIGHBOURS + 1), help=f"samples for FID (default: {FID_SAMPLES})"
+    )
     ema.add_argument("--vae", metavar="NAME", help="VAE that decodes the samples (default: the checkpoint's)")
     for figure in (coefficients, losses, training, grids, ema):
         figure.add_argument("--out", help="PNG file to write (default: beside the checkpoint or in the run's folder)")

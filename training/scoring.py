@@ -349,7 +349,7 @@ def make_scorer(
         every: steps between scores; None for no scores.
         reference: what FID compares the samples with, as in evaluator.py; None for no FID.
         weights: feature network of FID; None for Inception.
-        n_samples: number of samples of FID; None for 5,000.
+        n_samples: number of samples of FID; None for FID_SAMPLES.
         held_out: folder of held-out features; None for no held-out loss.
         vae: name of the VAE that decodes the samples; None for the pixels of a dataset of pixels.
         dataset: the encoded images of the run.
@@ -380,14 +380,14 @@ def make_scorer(
         owners = [model.expert_index(t) for t in times.tolist()] if isinstance(model, RemixDiT) else None
         scores.append(HeldOutLoss(images, diffusion, times, owners, training["global_seed"]))
     if reference:
-        scores.append(make_fid(reference, weights, n_samples or FID_SAMPLES, vae, config, model, "this run"))
+        scores.append(make_fid(reference, weights, n_samples, vae, config, model, "this run"))
     return Scorer(every, training["max_steps"], scores)
 
 
 def make_fid(
     reference: str,
     weights: str | None,
-    n_samples: int,
+    n_samples: int | None,
     vae: str | None,
     config: dict,
     model: DiT | RemixDiT,
@@ -411,7 +411,7 @@ def make_fid(
     if decoder is None:
         raise UserError("--score-against needs --vae, which decodes the samples")
     settings = SampleSettings(
-        num_fid_samples=n_samples,
+        num_fid_samples=n_samples or FID_SAMPLES,
         sampler=QUICK[process][0],
         num_sampling_steps=QUICK[process][1],
         diffusion_form=None,
