@@ -70,11 +70,11 @@ from training.start import (
     default_prefix,
     expert_boundaries,
     find_resume,
+    level_argument,
     log_introduction,
     make_batch_sampler,
     make_model,
     model_shape,
-    noise_level,
     open_features,
     prepare_folder,
     read_resume,
@@ -467,7 +467,7 @@ def make_parser() -> ArgumentParser:
     add("--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="number of experts")
     add(
         "--boundaries",
-        type=noise_level,
+        type=level_argument,
         nargs="+",
         metavar="LEVEL",
         help="N + 1 increasing noise levels that bound the experts' intervals: timesteps from 0 to 1000, or from 0 to "
@@ -497,7 +497,7 @@ def make_parser() -> ArgumentParser:
     add("--mix-modulation", action="store_true", help="also mix the adaLN layer of each block")
     add(
         "--timesteps",
-        type=noise_level,
+        type=level_argument,
         nargs=2,
         metavar=("LO", "HI"),
         help="train a plain DiT on the timesteps LO to HI - 1 only, or on a flow's noise levels LO to HI, as one of "

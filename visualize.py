@@ -78,7 +78,7 @@ def main(args: argparse.Namespace):
             raise UserError("--weights, --score-samples and --vae need --score-against")
         measures = {}
         if args.data_path:
-            x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
+            x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, model)
             diffusion = create_process(**config["diffusion"])
             measures["error"] = partial(held_out_error, diffusion, x.to(device()), y.to(device()), args.global_seed)
         if args.score_against:
@@ -103,7 +103,7 @@ def main(args: argparse.Namespace):
             pretrained, _ = load_model(args.pretrained, allow_pickle=args.trust_pickle, **overrides)
             if not isinstance(pretrained, DiT) or pretrained.backbone_config != model.backbone_config:
                 raise UserError(f"{args.pretrained} is not the plain DiT that {args.ckpt} was trained from")
-            x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
+            x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, model)
             timesteps = interval_times(intervals(model), args.per_interval, is_flow(model))
             diffusion = create_process(**config["diffusion"])
             reference, errors = expert_errors(model, pretrained, diffusion, x, y, timesteps, args.global_seed)
@@ -177,8 +177,12 @@ def draw_training(out: Path, run: Path):
     write_csv(out, header, [[step, *row.ravel()] for step, row in zip(steps, alpha, strict=True)])
 
 
-def load_images(data_path: str, count: int, seed: int, ckpt: str, model: DiT | RemixDiT) -> tuple[Tensor, Tensor]:
-    """Return `count` random encoded images [n, C, H, W] and their labels [n]."""
+def load_features(data_path: str, count: int, seed: int, ckpt: str, model: DiT | RemixDiT) -> tuple[Tensor, Tensor]:
+    """Return up to `count` random encoded images [n, C, H, W] and their labels [n].
+
+    Raises:
+        UserError: if the images do not have the shape that the model of the checkpoint `ckpt` takes.
+    """
     dataset = FeatureDataset(data_path)
     config = model.backbone_config
     if dataset.shape != (config["in_channels"], config["input_size"], config["input_size"]):

@@ -77,7 +77,7 @@ def model_shape(dataset: FeatureDataset | AssumedFeatures, num_classes: int | No
     return dict(input_size=height, in_channels=channels, num_classes=num_classes)
 
 
-def noise_level(text: str) -> float:
+def level_argument(text: str) -> float:
     """Convert a string to a noise level, as an argparse type; whole numbers become integers."""
     value = number(float, 0, 1000)(text)
     return int(value) if value.is_integer() else value
