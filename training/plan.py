@@ -550,6 +550,7 @@ def activation_bytes(
 
     Args:
         model: the model on the meta device. It cannot be used afterwards.
+        diffusion: the process that gives the training losses.
         n_images: images per microbatch.
         groups: number of equal groups of a RemixDiT's microbatch; None for a plain DiT.
         precision: dtype of the matrix products.

@@ -154,6 +154,9 @@ def make_model(
         classes: names of the dataset's classes; None if they are not known.
         new_classes: whether the file may be a model of other classes, whose embeddings are initialized again.
         freeze: whether only the bases and the coefficients are trained.
+
+    Raises:
+        UserError: if the options do not fit together, or the file is missing or damaged or does not fit them.
     """
     try:
         if load_weight:
@@ -251,7 +254,16 @@ def run_config(
     settings: RunSettings,
     process: dict,
 ) -> dict:
-    """Return the configuration that, together with the data, determines the run; every checkpoint stores it."""
+    """Return the configuration that, together with the data, determines the run; every checkpoint stores it.
+
+    Args:
+        name: name of the model.
+        model: the model at step 0.
+        dataset: the encoded images.
+        image_size: side of the images in pixels, if the dataset does not record it; None for 256.
+        settings: the settings of the run.
+        process: keyword arguments of `create_process`.
+    """
     vae = {"vae": dataset.vae, **dataset.normalization.record()} if dataset.vae else assumed_vae(dataset.shape[0])
     image_size = dataset.image_size or image_size or 256
     data = dict(images=len(dataset), image_size=image_size, classes=dataset.classes, **vae)
