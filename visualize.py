@@ -202,13 +202,13 @@ def expert_errors(
     """Measure the error of the prediction in every interval: of the predicted noise, or of what a flow predicts.
 
     Args:
-        remix: Model with N experts.
-        pretrained: Plain DiT of the same architecture.
-        diffusion: Process of both models.
-        x: Encoded images, [n, C, H, W].
+        remix: model with N experts.
+        pretrained: plain DiT of the same architecture.
+        diffusion: process of both models.
+        x: encoded images, [n, C, H, W].
         y: Labels, [n].
-        timesteps: Timesteps or times of each interval, [N, per_interval].
-        seed: Seed of the noise, which is the same for all models.
+        timesteps: timesteps or times of each interval, [N, per_interval].
+        seed: seed of the noise, which is the same for all models.
 
     Returns:
         Mean squared error of the pretrained model in each interval, [N], and the error of each expert in each interval
@@ -270,10 +270,10 @@ def ema_scores(
     """Measure averages of the weights of several widths.
 
     Args:
-        ckpt: Checkpoint of a run with snapshots.
-        model: Its model, with the EMA of the training.
-        stds: Relative standard deviations of the averages.
-        measures: What is measured, by name.
+        ckpt: checkpoint of a run with snapshots.
+        model: its model, with the EMA of the training.
+        stds: relative standard deviations of the averages.
+        measures: what is measured, by name.
 
     Returns:
         The results by width and name; those of the training's EMA have the width None.

@@ -31,9 +31,13 @@ MARGIN = 2.0**-19
 class FixedSteps(NamedTuple):
     """A fixed-step sampler as numbers on the host, so that no step waits for the device.
 
-    times: the n + 1 grid points, increasing. drift: one pair (a, b) per grid point; the drift is a x + b output. noise:
-    the standard deviations of the n steps' noise, or empty for an ODE. last: the pair (a, b) of the SDE's last step,
-    which gives the result a x + b output at the last grid point, or None.
+    Attributes:
+        method: "euler" or "heun".
+        times: the n + 1 grid points, increasing.
+        drift: one pair (a, b) per grid point; the drift is a x + b output.
+        noise: the standard deviations of the n steps' noise; empty for an ODE.
+        last: the pair (a, b) of the SDE's last step, which gives the result a x + b output at the last grid point; None
+            if there is no such step.
     """
 
     method: str
@@ -45,8 +49,8 @@ class FixedSteps(NamedTuple):
     @property
     def network_times(self) -> list[float]:
         """The time of each network evaluation, in order."""
-        asked = self.times[:-1] if self.method == "euler" else [t for step in pairwise(self.times) for t in step]
-        return asked if self.last is None else [*asked, self.times[-1]]
+        times = self.times[:-1] if self.method == "euler" else [t for step in pairwise(self.times) for t in step]
+        return times if self.last is None else [*times, self.times[-1]]
 
 
 class FlowMatching:
@@ -64,7 +68,7 @@ class FlowMatching:
             eq. 23).
 
     Raises:
-        ValueError: A name is unknown, a number is out of range, or a weight is given for a velocity prediction.
+        ValueError: if a name is unknown, a number is out of range, or a weight is given for a velocity prediction.
     """
 
     def __init__(
@@ -99,7 +103,7 @@ class FlowMatching:
         return dict(path=self.path, prediction=self.prediction, weight=self.weight, **times, shift=self.times.shift)
 
     def interval(self, training: bool = False, last_step_size: float = 0.0) -> tuple[float, float]:
-        """The times (t0, t1) that training or sampling uses. They are SiT's and avoid divisions by zero.
+        """Return the times (t0, t1) that training or sampling uses. They are SiT's and avoid divisions by zero.
 
         Args:
             training: return the interval of training instead of sampling.
@@ -114,7 +118,11 @@ class FlowMatching:
         return t0, 1 - last_step_size if last_step_size else t1
 
     def quantiles(self, n: int) -> list[float]:
-        """The n + 1 noise levels, from 0 to 1, that split the time distribution into n equally probable intervals."""
+        """Return the n + 1 noise levels, from 0 to 1, that bound n intervals of equal probability.
+
+        Raises:
+            ValueError: if n is below 1.
+        """
         if n < 1:
             raise ValueError(f"the number of intervals must be at least 1, not {n}")
         return self.times.quantile(np.arange(n + 1) / n).tolist()
@@ -133,7 +141,7 @@ class FlowMatching:
             The times that the network sees, float32 [B].
 
         Raises:
-            ValueError: An interval contains no training times, or is too narrow for float32.
+            ValueError: if an interval contains no training times, or is too narrow for float32.
         """
         t0, t1 = self.interval(training=True)
         low, high = np.maximum(low, 1 - t1), np.minimum(high, 1 - t0)
@@ -186,7 +194,7 @@ class FlowMatching:
         return {"loss": loss}
 
     def _velocity_and_noise(self, t: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """The velocity and the noise at times t [n], each a pair (a, b), [n], that stands for a x + b output."""
+        """Return the velocity and the noise at times t [n], each a pair (a, b) [n], which stands for a x + b output."""
         path = PATHS[self.path](t)
         zero, one = torch.zeros_like(t), torch.ones_like(t)
         if self.prediction == "velocity":
@@ -197,7 +205,7 @@ class FlowMatching:
         return (path.d_alpha / path.alpha, -path.spread / path.alpha * eps), (zero, eps)
 
     def _grid(self, t0: float, t1: float, n: int) -> Tensor:
-        """The times from t0 to t1, float64 [n + 1] rounded to float32: an even grid of noise levels, shifted."""
+        """Return n + 1 times from t0 to t1, float64 rounded to float32: an even grid of noise levels, shifted."""
         start, end = shift_noise_levels(np.array([1 - t0, 1 - t1]), 1 / self.times.shift)
         times = 1 - shift_noise_levels(np.linspace(start, end, n + 1), self.times.shift)
         times[[0, -1]] = t0, t1
@@ -284,7 +292,7 @@ class FlowMatching:
             The samples, of `shape`.
 
         Raises:
-            ValueError: A name is unknown, or the number of steps is wrong.
+            ValueError: if a name is unknown, or the number of steps is wrong.
         """
         method = _choose("method", method, ("euler", "heun", "dopri5"))
         x = torch.randn(*shape, device=device) if noise is None else noise
@@ -325,7 +333,7 @@ class FlowMatching:
             The samples, of `shape`.
 
         Raises:
-            ValueError: A name is unknown, a number is out of range, or the drift is infinite at a time that is needed.
+            ValueError: if a name is unknown, a number is out of range, or the drift is infinite at a time that is used.
         """
         plan = self.sde_steps(method, steps, form, last_step, last_step_size)
         x = torch.randn(*shape, device=device) if noise is None else noise
@@ -344,7 +352,7 @@ class FlowMatching:
             each network evaluation in order. The times are None for dopri5, which chooses them while it runs.
 
         Raises:
-            ValueError: As in `ode_sample_loop` and `sde_sample_loop`.
+            ValueError: see `ode_sample_loop` and `sde_sample_loop`.
         """
         name = _choose("sampler", name, FLOW_SAMPLERS)
         if name == "dopri5":
@@ -410,7 +418,7 @@ def _run(
 
 
 def _predict(model, x: Tensor, t: Tensor, model_kwargs: dict | None) -> Tensor:
-    """The network's output at x [B, C, ...] and t [B], without the second half of 2C channels."""
+    """Return the network's output at x [B, C, ...] and t [B], without the second half of 2C channels."""
     out = model(x, t, **(model_kwargs or {})).to(x.dtype)
     channels = x.shape[1]
     if out.shape[1] not in (channels, 2 * channels):
@@ -419,24 +427,24 @@ def _predict(model, x: Tensor, t: Tensor, model_kwargs: dict | None) -> Tensor:
 
 
 def _expand(coefficient: Tensor, like: Tensor) -> Tensor:
-    """A coefficient [B] in the dtype of `like` [B, ...], shaped to broadcast over it."""
+    """Return a coefficient [B] in the dtype of `like` [B, ...], shaped to broadcast over it."""
     return coefficient.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
 def _pairs(coefficients: tuple[Tensor, Tensor]) -> list[tuple[float, float]]:
-    """Two tensors [n] as a list of n pairs."""
+    """Return two tensors [n] as a list of n pairs."""
     return list(zip(*(row.tolist() for row in coefficients), strict=True))
 
 
 def _check_steps(steps: int, least: int) -> int:
-    """The number of steps, if it is a whole number and not less than `least`."""
+    """Return the number of steps. Raises ValueError unless it is a whole number and at least `least`."""
     if not isinstance(steps, int) or steps < least:
         raise ValueError(f"the number of steps must be a whole number and at least {least}, not {steps!r}")
     return steps
 
 
 def _choose(what: str, name: str, choices: Iterable[str]) -> str:
-    """The one of the choices that has this name."""
+    """Return the choice with this name. Raises ValueError if there is none."""
     known = {choice.lower(): choice for choice in choices}
     if str(name).lower() not in known:
         raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(known.values())}")
