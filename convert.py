@@ -41,6 +41,9 @@ from models import DiT
 from posthoc_ema import WIDEST, reconstruct
 from remix import RemixDiT
 
+# The formats whose files hold the EMA weights and the raw weights.
+FILE_FORMATS = {"original": original, "dit": dit, "sit": sit}
+
 
 def main(args: argparse.Namespace):
     if Path(args.out).exists():
@@ -51,7 +54,7 @@ def main(args: argparse.Namespace):
     if chosen and args.to == "original":
         raise UserError("--expert and --merge give a DiT: use another format, not --to original")
 
-    keys = ("ema", "model") if args.to in ("original", "dit", "sit") else ("ema",)
+    keys = ("ema", "model") if args.to in FILE_FORMATS else ("ema",)
     overrides = {"num_heads": args.num_heads} if args.num_heads else {}
     overrides |= frequency_override(args.timestep_frequencies)
     models, config = load_models(args.ckpt, keys, args.trust_pickle, **overrides)
@@ -73,12 +76,8 @@ def main(args: argparse.Namespace):
 
     if args.to in ("original", "diffusers"):
         models = {key: whole_bases(model, args.to) for key, model in models.items()}
-    if args.to == "original":
-        original.write(args.out, models, config)
-    elif args.to == "dit":
-        dit.write(args.out, models, config)
-    elif args.to == "sit":
-        sit.write(args.out, models, config)
+    if args.to in FILE_FORMATS:
+        FILE_FORMATS[args.to].write(args.out, models, config)
     elif args.to == "safetensors":
         save_safetensors(args.out, models["ema"], config)
     else:
@@ -150,7 +149,7 @@ if __name__ == "__main__":
     parser.add_argument("out", help="the file to write, or the folder for diffusers")
     parser.add_argument(
         "--to",
-        choices=["original", "dit", "sit", "safetensors", "diffusers"],
+        choices=[*FILE_FORMATS, "safetensors", "diffusers"],
         required=True,
         help="the format: of the original Remix-DiT, facebookresearch/DiT, willisma/SiT, safetensors, or a folder for "
         "diffusers",
