@@ -192,11 +192,13 @@ def main(args: argparse.Namespace):
     command = shlex.join(["python", "studies/fashion_tables.py", *sys.argv[1:]])
     work, out = Path(args.work), Path(args.out)
     if args.quick:
-        study = Study(
-            args.setting, work, work / "quick" / "runs", work / "quick" / "results", 60, 30, 50, 5, 4, 2, False, command
-        )
+        folders = dict(work=work, runs=work / "quick" / "runs", out=work / "quick" / "results")
+        steps = dict(pretraining=60, finetuning=30, vae=2, sampling_steps=5)
+        study = Study(args.setting, **folders, **steps, samples=50, per_timestep=4, compile=False, command=command)
     else:
-        study = Study(args.setting, work, work / "runs", out, 20_000, STEPS, 10_000, 100, 100, 6_000, True, command)
+        folders = dict(work=work, runs=work / "runs", out=out)
+        steps = dict(pretraining=20_000, finetuning=STEPS, vae=6_000, sampling_steps=100)
+        study = Study(args.setting, **folders, **steps, samples=10_000, per_timestep=100, compile=True, command=command)
     # First the variants that the others are compared with.
     names = ["continued", "remix-4-20"]
     for part in TABLES[args.table].values():
