@@ -17,8 +17,7 @@ from torch import Tensor
 
 from autoencoder import Pixels
 from common import UserError, cache_folder, counted, first_line, is_first_process
-from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion, process_name
-from diffusion.solvers import QUICK
+from diffusion import NOISE_LEVELS, QUICK, FlowMatching, GaussianDiffusion, process_name
 from distributed import StopSignal, World
 from evaluation.files import check_file, has_statistics, read_network, read_statistics
 from evaluation.networks import FEATURE_BATCH, FeatureExtractor, make_extractor, network_name
@@ -92,7 +91,8 @@ class FidScore:
         pipeline = replace(self.pipeline, model=model, loop=self.loop)
         # The same batches as in sample_ddp.py and evaluator.py, because rounding depends on them.
         batches = [numbers[i : i + SAMPLE_BATCH] for i in range(0, len(numbers), SAMPLE_BATCH)]
-        images = [sample(pipeline, self.settings, batch, self.world, False, False) for batch in batches]
+        options = dict(world=self.world, compiled=False, show_steps=False)
+        images = [sample(pipeline, self.settings, batch, **options) for batch in batches]
         return self.extractor.run(self.extractor.network, np.concatenate(images))[0].cpu()
 
     def combine(self, features: list[Tensor]) -> dict[str, float]:
