@@ -69,8 +69,7 @@ def main(args: argparse.Namespace):
         warn(f"{args.out} cannot record the timestep frequencies: load it with --timestep-frequencies diffusers")
     if args.to in ("dit", "sit") or chosen:
         models = {key: fold_experts(model, args.expert, args.merge, args.ckpt) for key, model in models.items()}
-        name = config["model"]["name"]
-        config["model"] = model_config(name and name.removeprefix("Remix"), models["ema"])
+        config["model"] = model_config(config["model"]["name"].removeprefix("Remix"), models["ema"])
         if args.merge:
             config["source"] = f"experts of {args.ckpt}, merged with the weights {args.merge}"
 
