@@ -161,10 +161,10 @@ def number(kind, low=-math.inf, high=math.inf, *, above=False):
         except ValueError:
             value = math.nan
         if not (low <= value <= high) or (above and value == low) or not math.isfinite(value):
-            bounds = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(
-                f"expected {'a whole number' if kind is int else 'a number'} {bounds}, got {text!r}"
-            )
+            bounds = f" {'above' if above else 'at least'} {low}" if low > -math.inf else ""
+            bounds += f" and at most {high}" if high < math.inf else ""
+            kind_name = "a whole number" if kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(f"expected {kind_name}{bounds}, got {text!r}")
         return value
 
     return parse

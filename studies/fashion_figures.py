@@ -12,7 +12,16 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from fashion_page import OTHER_STEPS, OTHER_WIDTHS, SETTINGS, STEPS, WIDTH, compare, read_results
+from fashion_page import (
+    OTHER_STEPS,
+    OTHER_WIDTHS,
+    SETTINGS,
+    STEPS,
+    WIDTH,
+    compare,
+    read_errors,
+    read_results,
+)
 
 from common import ArgumentParser, UserError, atomic_write, counted, run_script
 
@@ -73,9 +82,7 @@ def change_per_bin(out: Path, setting: str, name: str, rows: list[dict]) -> np.n
     changes = []
     for row in rows:
         if row["variant"] == name:
-            paths = [out / "errors" / f"{setting}-{variant}-{row['seed']}.npz" for variant in (name, "continued")]
-            # [1000] each
-            own, base = (np.load(path)["test"].astype(np.float64) for path in paths)
+            own, base = (read_errors(out, setting, variant, row["seed"])["test"] for variant in (name, "continued"))
             changes.append(100 * ((own / base).reshape(-1, BIN).mean(1) - 1))
     return np.array(changes)
 

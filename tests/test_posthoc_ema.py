@@ -135,6 +135,8 @@ def test_a_run_with_snapshots(features, tmp_path):
         rows = list(csv.reader(file))
     assert [row[0] for row in rows] == ["std", "training", "0.05", "0.1"]
     assert "ema needs --data-path" in run("visualize.py", "ema", last, expect=2).stderr
+    ignored = run("visualize.py", "ema", last, "--data-path", features, "--score-samples=8", expect=2)
+    assert "need --score-against" in ignored.stderr
 
 
 def test_a_run_without_snapshots_has_no_other_widths(ckpt, tmp_path):

@@ -185,7 +185,7 @@ def test_sampling_a_flow_equals_the_plain_loop(flow_ckpt, tmp_path, name):
         options = dict(form="linear", last_step="tweedie", step_noise=lambda step: generators.randn((3, 8, 8)))
         x = flow.sde_sample_loop(denoise, noise.shape, noise=noise, steps=12, **options)
     else:
-        options = dict(steps=5 if name == "heun" else 12, borders=model.boundaries)
+        options = dict(steps=5 if name == "heun" else 12, boundaries=model.boundaries)
         x = flow.ode_sample_loop(denoise, noise.shape, noise=noise, method=name, **options)
     expected = (127.5 * x[0] + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     images = sampled_images(tmp_path / "flow")
