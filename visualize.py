@@ -206,7 +206,7 @@ def expert_errors(
         pretrained: plain DiT of the same architecture.
         diffusion: process of both models.
         x: encoded images, [n, C, H, W].
-        y: Labels, [n].
+        y: labels, [n].
         timesteps: timesteps or times of each interval, [N, per_interval].
         seed: seed of the noise, which is the same for all models.
 

@@ -199,7 +199,7 @@ class GaussianStatistics:
         """Add a batch.
 
         Args:
-            rows: Features, [n, D].
+            rows: features, [n, D].
             block: the products of the covariance are computed for this number of features at a time.
         """
         rows = torch.as_tensor(rows).double()
