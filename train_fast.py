@@ -29,6 +29,7 @@ from common import (
     lock_folder,
     number,
     positive_int,
+    remove_leftovers,
     run_script,
     seed_int,
 )
@@ -46,7 +47,7 @@ from distributed import (
 )
 from evaluation.scores import NEIGHBOURS
 from models import DiT_models
-from posthoc_ema import SNAPSHOT_DTYPES, TRACKED_STDS, count_snapshots
+from posthoc_ema import SNAPSHOT_DTYPES, TRACKED_STDS, count_snapshots, snapshot_folder
 from remix import MIXED_LAYERS, MIXERS, MODULATION, PRIOR_BONUS, SCOPES, RemixDiT_models
 from training.batches import default_experts_per_batch
 from training.loggers import MetricLogger, logger_names, open_loggers
@@ -153,6 +154,9 @@ def train(args: argparse.Namespace) -> bool:
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
     shard, sharding_notes = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
     lock_folder(folder, "--prefix")
+    remove_leftovers(
+        folder, snapshot_folder(folder), folder / "checkpoints", folder / "samples", folder / "coefficients"
+    )
     resume_path, state, damaged = find_resume(args.resume, folder, config, args.extend)
     step = state["step"] if state else 0
     can_sample = settings.timesteps == NOISE_LEVELS[args.process]

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, run, training_flags
+from conftest import GOLDEN, disk_full_of, run, training_flags
 
 from checkpoint import (
     build_model,
@@ -168,6 +168,11 @@ def test_a_new_checkpoint_is_never_deleted(features, tmp_path):
     run("train_fast.py", *flags, "--keep=1", "--resume", folder / "0000002.pt")
     assert [path.name for path in checkpoints(folder)] == ["0000006.pt"]
     assert find_corruption(folder / "0000006.pt") is None
+
+
+def test_a_killed_writers_file_does_not_fill_the_disk(features, tmp_path):
+    with disk_full_of(tmp_path / "run/checkpoints/.0000002.pt.99999.tmp"):
+        run("train_fast.py", *training_flags(features, tmp_path, "run"), "--max-steps=2", "--resume=auto")
 
 
 def test_resume_skips_damaged_checkpoints_and_reports_them(features, tmp_path):
