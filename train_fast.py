@@ -294,6 +294,13 @@ def train(args: argparse.Namespace) -> bool:
         if world.is_main:
             log.error(explain_failure(nonfinite, sampler, model))
         raise SystemExit(1)
+    # Only rank 0 writes. The other processes do not wait for its last checkpoint.
+    if writer.failed:
+        log.error(
+            f"the run ends after step {step:,} without a checkpoint of this step: free disk space, then --resume auto "
+            "repeats the steps after the last good checkpoint"
+        )
+        raise SystemExit(1)
     if stopped:
         cause = stop.requested or "another process"
         log.info(f"stopped by {cause} after step {step:,}; --resume auto continues the run")
