@@ -262,15 +262,16 @@ def train(args: argparse.Namespace) -> bool:
                     remaining = settings.max_steps // args.sample_every - step // args.sample_every if previews else 0
                     pause_s = remaining * last_picture_s + (scorer.remaining_s(step) if scorer else 0)
                     log.info(report_line(metrics, settings.max_steps, settings.global_batch_size, pause_s))
-            if step % args.ckpt_every == 0 or finished or stopped:
-                with timer.paused():
-                    save_checkpoint(writer, trainer, config, step)
+            # The checkpoint comes after it, because a run that resumes from this step does not write its snapshot.
             if args.ema_snapshots and (step % args.ema_snapshots == 0 or finished):
                 with timer.paused():
                     averages = trainer.whole_averages()
                     if world.is_main:
                         writer.save_snapshot(step, averages, args.ema_snapshot_dtype)
                     del averages
+            if step % args.ckpt_every == 0 or finished or stopped:
+                with timer.paused():
+                    save_checkpoint(writer, trainer, config, step)
             if args.sample_every and step % args.sample_every == 0:
                 # Only rank 0 draws the pictures. The other processes wait for it in their next step.
                 with timer.paused():
