@@ -83,6 +83,9 @@ class CheckpointWriter:
         logger: has the methods `info` and `error`.
         keep: number of most recent checkpoints to keep. None keeps all of them.
         keep_every: checkpoints at multiples of this number of steps are kept as well.
+
+    Attributes:
+        failed: whether the latest checkpoint could not be written. It is valid after `wait`.
     """
 
     def __init__(self, folder: Path, logger, keep: int | None = None, keep_every: int | None = None):
@@ -91,6 +94,7 @@ class CheckpointWriter:
         self.keep = keep
         self.keep_every = keep_every
         self.thread = None
+        self.failed = False
 
     def save(self, step: int, state: dict):
         """Start writing a state, after the previous checkpoint has been written.
@@ -118,14 +122,14 @@ class CheckpointWriter:
             self.thread = None
 
     def _write(self, path: Path, state: dict):
+        self.failed = True
         try:
             save_checkpoint(path, state)
         except Exception as error:
             # File systems raise errors of many kinds, and none of them may end the training.
-            self.logger.error(
-                f"COULD NOT SAVE {path}: {first_line(error)}; training continues, the last good checkpoint is kept"
-            )
+            self.logger.error(f"COULD NOT SAVE {path}: {first_line(error)}; the last good checkpoint is kept")
             return
+        self.failed = False
         self.logger.info(f"saved {path}")
         try:
             self._delete_old(path)

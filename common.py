@@ -304,8 +304,11 @@ def _unlock_folders():
 
 
 def remove_leftovers(*folders: Path):
-    """Delete the temporary files of killed writers; call it on one process, before any process writes."""
-    for folder in folders:
+    """Delete the temporary files of killed writers, on the first process; call it before any process writes.
+
+    Call it before `check_disk` as well: a large file that was not finished may fill the disk.
+    """
+    for folder in folders if is_first_process() else ():
         for path in Path(folder).glob(".*.tmp"):
             path.unlink(missing_ok=True)
 

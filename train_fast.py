@@ -29,6 +29,7 @@ from common import (
     lock_folder,
     number,
     positive_int,
+    remove_leftovers,
     run_script,
     seed_int,
 )
@@ -46,7 +47,7 @@ from distributed import (
 )
 from evaluation.scores import NEIGHBOURS
 from models import DiT_models
-from posthoc_ema import SNAPSHOT_DTYPES, TRACKED_STDS, count_snapshots
+from posthoc_ema import SNAPSHOT_DTYPES, TRACKED_STDS, count_snapshots, snapshot_folder
 from remix import MIXED_LAYERS, MIXERS, MODULATION, PRIOR_BONUS, SCOPES, RemixDiT_models
 from training.batches import default_experts_per_batch
 from training.loggers import MetricLogger, logger_names, open_loggers
@@ -151,6 +152,9 @@ def train(args: argparse.Namespace) -> bool:
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
     shard, sharding_notes = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
     lock_folder(folder, "--prefix")
+    remove_leftovers(
+        folder, snapshot_folder(folder), folder / "checkpoints", folder / "samples", folder / "coefficients"
+    )
     resume_path, state, damaged = find_resume(args.resume, folder, config, args.extend)
     step = state["step"] if state else 0
     can_sample = settings.timesteps == NOISE_LEVELS[args.process]
@@ -256,15 +260,16 @@ def train(args: argparse.Namespace) -> bool:
                     remaining = settings.max_steps // args.sample_every - step // args.sample_every if previews else 0
                     pause_s = remaining * last_picture_s + (scorer.remaining_s(step) if scorer else 0)
                     log.info(report_line(metrics, settings.max_steps, settings.global_batch_size, pause_s))
-            if step % args.ckpt_every == 0 or finished or stopped:
-                with timer.paused():
-                    save_checkpoint(writer, trainer, config, step)
+            # The checkpoint comes after it, because a run that resumes from this step does not write its snapshot.
             if args.ema_snapshots and (step % args.ema_snapshots == 0 or finished):
                 with timer.paused():
                     averages = trainer.whole_averages()
                     if world.is_main:
                         writer.save_snapshot(step, averages, args.ema_snapshot_dtype)
                     del averages
+            if step % args.ckpt_every == 0 or finished or stopped:
+                with timer.paused():
+                    save_checkpoint(writer, trainer, config, step)
             if args.sample_every and step % args.sample_every == 0:
                 # Only rank 0 draws the pictures. The other processes wait for it in their next step.
                 with timer.paused():
@@ -287,6 +292,13 @@ def train(args: argparse.Namespace) -> bool:
         _, nonfinite = trainer.stats.read()
         if world.is_main:
             log.error(explain_failure(nonfinite, sampler, model))
+        raise SystemExit(1)
+    # Only rank 0 writes. The other processes do not wait for its last checkpoint.
+    if writer.failed:
+        log.error(
+            f"the run ends after step {step:,} without a checkpoint of this step: free disk space, then --resume auto "
+            "repeats the steps after the last good checkpoint"
+        )
         raise SystemExit(1)
     if stopped:
         cause = stop.requested or "another process"

@@ -139,6 +139,16 @@ def test_a_run_with_snapshots(features, tmp_path):
     assert "need --score-against" in ignored.stderr
 
 
+def test_a_checkpoint_follows_the_snapshot_of_its_step(features, tmp_path, monkeypatch):
+    """A run that is killed between the two resumes before this step, and writes both."""
+    order = []
+    monkeypatch.setattr("checkpoint.write_snapshot", lambda folder, step, *_: order.append(("snapshot", step)))
+    monkeypatch.setattr("checkpoint.save_checkpoint", lambda path, state: order.append(("checkpoint", state["step"])))
+    flags = [*training_flags(features, tmp_path, "run"), "--ema-snapshots=2", "--ckpt-every=2", "--max-steps=4"]
+    run("train_fast.py", *flags)
+    assert order == [("snapshot", 2), ("checkpoint", 2), ("snapshot", 4), ("checkpoint", 4)]
+
+
 def test_a_run_without_snapshots_has_no_other_widths(ckpt, tmp_path):
     done = run("convert.py", ckpt, tmp_path / "out.pt", "--to=original", "--ema-std=0.1", expect=2)
     assert "train with --ema-snapshots" in done.stderr

@@ -9,6 +9,7 @@ from conftest import (
     FEW_SAMPLES,
     GOLDEN,
     check_sampling_refused,
+    disk_full_of,
     file_limit,
     locked,
     make_images,
@@ -123,6 +124,11 @@ def test_a_full_disk(ckpt, tmp_path, limit):
     assert not (tmp_path / "one/samples.npz").exists()
     run("sample_ddp.py", *flags)
     assert len(sampled_images(tmp_path / "one")) == 60
+
+
+def test_a_killed_writers_file_does_not_fill_the_disk(ckpt, tmp_path):
+    with disk_full_of(tmp_path / "one/.samples.npz.99999.tmp"):
+        run("sample_ddp.py", "--ckpt", ckpt, "--sample-dir", tmp_path, "--name=one", *FEW_SAMPLES)
 
 
 @torch.no_grad()

@@ -17,13 +17,12 @@ from checkpoint import (
     model_config,
     read_checkpoint,
 )
-from common import UserError, is_first_process, number, remove_leftovers, write_json
+from common import UserError, is_first_process, number, write_json
 from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion, process_name
 from distributed import World
 from features import OMITTED, FeatureDataset
 from interop.shapes import assumed_vae, flow_target
 from models import DiT, DiT_models
-from posthoc_ema import snapshot_folder
 from remix import RemixDiT, RemixDiT_models
 from training.batches import BatchSampler, sample_timesteps
 from training.plan import AssumedFeatures, RunSettings
@@ -434,12 +433,9 @@ def flatten(config: dict, prefix: str = "") -> dict:
 
 
 def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
-    """Create or clean up the run's folder, and write its config.json. Damaged checkpoints are renamed."""
+    """Create the run's folder, and write its config.json. Damaged checkpoints are renamed."""
     for path in damaged:
         path.rename(path.with_suffix(".pt.damaged"))
-    remove_leftovers(
-        folder, snapshot_folder(folder), folder / "checkpoints", folder / "samples", folder / "coefficients"
-    )
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
 
