@@ -260,7 +260,8 @@ def train(args: argparse.Namespace) -> bool:
                     remaining = settings.max_steps // args.sample_every - step // args.sample_every if previews else 0
                     pause_s = remaining * last_picture_s + (scorer.remaining_s(step) if scorer else 0)
                     log.info(report_line(metrics, settings.max_steps, settings.global_batch_size, pause_s))
-            # The checkpoint comes after it, because a run that resumes from this step does not write its snapshot.
+            # The snapshot of a step is written before its checkpoint. A run that resumes from that checkpoint does not
+            # write the snapshot again.
             if args.ema_snapshots and (step % args.ema_snapshots == 0 or finished):
                 with timer.paused():
                     averages = trainer.whole_averages()

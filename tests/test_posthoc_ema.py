@@ -140,7 +140,7 @@ def test_a_run_with_snapshots(features, tmp_path):
 
 
 def test_a_checkpoint_follows_the_snapshot_of_its_step(features, tmp_path, monkeypatch):
-    """A run that is killed between the two resumes before this step, and writes both."""
+    """A run that is killed between the two resumes from an earlier step, and writes both."""
     order = []
     monkeypatch.setattr("checkpoint.write_snapshot", lambda folder, step, *_: order.append(("snapshot", step)))
     monkeypatch.setattr("checkpoint.save_checkpoint", lambda path, state: order.append(("checkpoint", state["step"])))
