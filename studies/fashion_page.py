@@ -90,6 +90,7 @@ TABLES = {
     6: {
         "Table 6: the best ideas of table 5, on test images": [
             "independent-8",
+            "recipe-paper",
             "remix-4-20",
             "bonus-8",
             "continued-weighted",
