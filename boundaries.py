@@ -12,7 +12,7 @@ def equal_boundaries(n_experts: int, highest: int) -> list[float]:
     return [i / n_experts if highest == 1 else i * highest // n_experts for i in range(n_experts + 1)]
 
 
-def check_boundaries(boundaries: list[float], n_experts: int, highest: float = 1000):
+def check_boundaries(boundaries: list[float], n_experts: int, highest: float):
     """Check the boundaries between experts.
 
     Raises:

@@ -83,6 +83,9 @@ class CheckpointWriter:
         logger: has the methods `info` and `error`.
         keep: number of most recent checkpoints to keep. None keeps all of them.
         keep_every: checkpoints at multiples of this number of steps are kept as well.
+
+    Attributes:
+        failed: whether the latest checkpoint could not be written. It is valid after `wait`.
     """
 
     def __init__(self, folder: Path, logger, keep: int | None = None, keep_every: int | None = None):
@@ -91,6 +94,7 @@ class CheckpointWriter:
         self.keep = keep
         self.keep_every = keep_every
         self.thread = None
+        self.failed = False
 
     def save(self, step: int, state: dict):
         """Start writing a state, after the previous checkpoint has been written.
@@ -118,14 +122,14 @@ class CheckpointWriter:
             self.thread = None
 
     def _write(self, path: Path, state: dict):
+        self.failed = True
         try:
             save_checkpoint(path, state)
         except Exception as error:
             # File systems raise errors of many kinds, and none of them may end the training.
-            self.logger.error(
-                f"COULD NOT SAVE {path}: {first_line(error)}; training continues, the last good checkpoint is kept"
-            )
+            self.logger.error(f"COULD NOT SAVE {path}: {first_line(error)}; the last good checkpoint is kept")
             return
+        self.failed = False
         self.logger.info(f"saved {path}")
         try:
             self._delete_old(path)
@@ -149,17 +153,17 @@ class CheckpointWriter:
                 path.unlink(missing_ok=True)
 
 
-def read_checkpoint(path, allow_pickle: bool = False, mmap: bool = True, verify: bool = False) -> dict:
+def read_checkpoint(path, allow_pickle: bool = False, verify: bool = False) -> dict:
     """Read a file of tensors and plain types onto the CPU, without executing code from it.
 
     The file may have this project's format or another one. A .safetensors file is a state dict, or one with a config in
     its metadata (see `save_safetensors`). argparse.Namespace, which facebookresearch/DiT and the original Remix-DiT
-    store in their files, is the only class that is allowed besides tensors.
+    store in their files, is the only class that is allowed besides tensors. Tensors in a zip file, which torch.save
+    writes, are mapped into memory: each is read from disk when it is used.
 
     Args:
         path: the file, or hf:OWNER/REPOSITORY/FILE for a file on the Hugging Face hub.
         allow_pickle: also read pickles of other classes, which can execute code.
-        mmap: map the tensors into memory, so that each is read from disk when it is used.
         verify: compare all parts of the file with their checksums first.
 
     Returns:
@@ -173,7 +177,7 @@ def read_checkpoint(path, allow_pickle: bool = False, mmap: bool = True, verify:
         raise UserError(f"{path} is a folder without checkpoints" if path.is_dir() else f"{path}: no such file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    content = _read_torch(path, allow_pickle, mmap, verify)
+    content = _read_torch(path, allow_pickle, verify)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     if content.get("format") == FORMAT and content.get("version", 0) > VERSION:
@@ -183,7 +187,7 @@ def read_checkpoint(path, allow_pickle: bool = False, mmap: bool = True, verify:
     return content
 
 
-def _read_torch(path: Path, allow_pickle: bool, mmap: bool, verify: bool):
+def _read_torch(path: Path, allow_pickle: bool, verify: bool):
     """Read what torch.save wrote. Raises UserError if the file is damaged or needs `allow_pickle`."""
     # torch.save writes a zip file. Before PyTorch 1.6 it was a pickle, which begins with the byte 0x80.
     zipped = zipfile.is_zipfile(path)
@@ -194,7 +198,7 @@ def _read_torch(path: Path, allow_pickle: bool, mmap: bool, verify: bool):
         raise UserError(f"{path} is damaged: {reason}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=zipped and mmap)
+            return torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=zipped)
     except Exception as error:
         # A damaged file can cause errors of any kind.
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
@@ -304,20 +308,35 @@ def load_model(
     Raises:
         UserError: if the file is missing or damaged, has an unknown format, or contradicts the overrides.
     """
+    key = "ema" if ema else "model"
+    models, config = load_models(path, (key,), allow_pickle, verify, **overrides)
+    return models[key], config
+
+
+def load_models(
+    path, keys: tuple[str, ...], allow_pickle: bool = False, verify: bool = False, **overrides
+) -> tuple[dict[str, DiT | RemixDiT], dict]:
+    """Load models from one file, as `load_model` does: for the key "ema" with the EMA, for "model" with raw weights.
+
+    The file is read once. Only the keys that are given are in the result.
+    """
     path = find_checkpoint(path)
     transformer = diffusers.find_transformer(path)
     weights_file = transformer[1] if transformer else path
-    content = read_checkpoint(weights_file, allow_pickle, verify=verify)
-    config, state = _read_any(path, content, ema, overrides)
-    try:
-        check_shapes(path, config["model"], state)
-        model = build_model(config["model"])
-    except UserError:
-        raise
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} specifies a model that cannot be built: {error}") from None
-    load_weights(model, state, path)
-    return model.eval(), config
+    content = read_checkpoint(weights_file, allow_pickle, verify)
+    models = {}
+    for key in keys:
+        config, state = _read_any(path, content, key == "ema", overrides)
+        try:
+            check_shapes(path, config["model"], state)
+            model = build_model(config["model"])
+        except UserError:
+            raise
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} specifies a model that cannot be built: {error}") from None
+        load_weights(model, state, path)
+        models[key] = model.eval()
+    return models, config
 
 
 def _read_own(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[str, Tensor]] | None:

@@ -161,10 +161,10 @@ def number(kind, low=-math.inf, high=math.inf, *, above=False):
         except ValueError:
             value = math.nan
         if not (low <= value <= high) or (above and value == low) or not math.isfinite(value):
-            bounds = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(
-                f"expected {'a whole number' if kind is int else 'a number'} {bounds}, got {text!r}"
-            )
+            bounds = f" {'above' if above else 'at least'} {low}" if low > -math.inf else ""
+            bounds += f" and at most {high}" if high < math.inf else ""
+            kind_name = "a whole number" if kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(f"expected {kind_name}{bounds}, got {text!r}")
         return value
 
     return parse
@@ -304,8 +304,11 @@ def _unlock_folders():
 
 
 def remove_leftovers(*folders: Path):
-    """Delete the temporary files of killed writers; call it on one process, before any process writes."""
-    for folder in folders:
+    """Delete the temporary files of killed writers, on the first process; call it before any process writes.
+
+    Call it before `check_disk` as well: a large file that was not finished may fill the disk.
+    """
+    for folder in folders if is_first_process() else ():
         for path in Path(folder).glob(".*.tmp"):
             path.unlink(missing_ok=True)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from autoencoder import Latents, load_autoencoder
-from checkpoint import choose_process, find_checkpoint, load_model, model_config, save_safetensors
+from checkpoint import choose_process, find_checkpoint, load_models, model_config, save_safetensors
 from common import (
     TIMESTEP_FREQUENCIES_FLAG,
     ArgumentParser,
@@ -41,6 +41,9 @@ from models import DiT
 from posthoc_ema import WIDEST, reconstruct
 from remix import RemixDiT
 
+# The formats whose files hold the EMA weights and the raw weights.
+FILE_FORMATS = {"original": original, "dit": dit, "sit": sit}
+
 
 def main(args: argparse.Namespace):
     if Path(args.out).exists():
@@ -51,10 +54,10 @@ def main(args: argparse.Namespace):
     if chosen and args.to == "original":
         raise UserError("--expert and --merge give a DiT: use another format, not --to original")
 
-    keys = ("ema", "model") if args.to in ("original", "dit", "sit") else ("ema",)
+    keys = ("ema", "model") if args.to in FILE_FORMATS else ("ema",)
     overrides = {"num_heads": args.num_heads} if args.num_heads else {}
     overrides |= frequency_override(args.timestep_frequencies)
-    models, config = load_models(args.ckpt, keys, args.trust_pickle, overrides)
+    models, config = load_models(args.ckpt, keys, args.trust_pickle, **overrides)
     if args.ema_std:
         ema = reconstruct(find_checkpoint(args.ckpt), args.ema_std, models["ema"].state_dict())
         models["ema"].load_state_dict(ema)
@@ -66,19 +69,14 @@ def main(args: argparse.Namespace):
         warn(f"{args.out} cannot record the timestep frequencies: load it with --timestep-frequencies diffusers")
     if args.to in ("dit", "sit") or chosen:
         models = {key: fold_experts(model, args.expert, args.merge, args.ckpt) for key, model in models.items()}
-        name = config["model"]["name"]
-        config["model"] = model_config(name and name.removeprefix("Remix"), models["ema"])
+        config["model"] = model_config(config["model"]["name"].removeprefix("Remix"), models["ema"])
         if args.merge:
             config["source"] = f"experts of {args.ckpt}, merged with the weights {args.merge}"
 
     if args.to in ("original", "diffusers"):
         models = {key: whole_bases(model, args.to) for key, model in models.items()}
-    if args.to == "original":
-        original.write(args.out, models, config)
-    elif args.to == "dit":
-        dit.write(args.out, models, config)
-    elif args.to == "sit":
-        sit.write(args.out, models, config)
+    if args.to in FILE_FORMATS:
+        FILE_FORMATS[args.to].write(args.out, models, config)
     elif args.to == "safetensors":
         save_safetensors(args.out, models["ema"], config)
     else:
@@ -86,16 +84,6 @@ def main(args: argparse.Namespace):
             raise UserError("--vae is stored in the pipeline of a RemixDiT or a flow, this is the folder of one DiT")
         diffusers.write(args.out, models, config, load_vae(args.vae))
     print(f"wrote {args.out}")
-
-
-def load_models(
-    path: str, keys: tuple[str, ...], allow_pickle: bool, overrides: dict
-) -> tuple[dict[str, DiT | RemixDiT], dict]:
-    """Load the model with the EMA weights for the key "ema", and with the raw weights for "model"; and the config."""
-    models = {}
-    for key in keys:
-        models[key], config = load_model(path, ema=key == "ema", allow_pickle=allow_pickle, **overrides)
-    return models, config
 
 
 def fold_experts(model: DiT | RemixDiT, expert: int | None, merge: str | None, path: str) -> DiT:
@@ -160,7 +148,7 @@ if __name__ == "__main__":
     parser.add_argument("out", help="the file to write, or the folder for diffusers")
     parser.add_argument(
         "--to",
-        choices=["original", "dit", "sit", "safetensors", "diffusers"],
+        choices=[*FILE_FORMATS, "safetensors", "diffusers"],
         required=True,
         help="the format: of the original Remix-DiT, facebookresearch/DiT, willisma/SiT, safetensors, or a folder for "
         "diffusers",

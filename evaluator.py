@@ -92,9 +92,6 @@ def main(args: argparse.Namespace):
         write_json(args.json, results[args.samples[0]] if len(args.samples) == 1 else results)
 
 
-# Scores of a pair of files
-
-
 def check_match(reference, ref: dict, path, sample: dict):
     """Raise UserError if two files have different numbers of features, or features that are not finite."""
     for name, key in (("pooled", "mu"), ("spatial", "mu_s")):
@@ -106,10 +103,17 @@ def check_match(reference, ref: dict, path, sample: dict):
 
 
 def evaluate(ref: dict, sample: dict, extra: list[str], device: torch.device) -> dict[str, float]:
-    """Compute all scores from the image_features of the reference and the samples.
+    """Compute all scores.
 
-    Inception Score is nan if the samples hold no images. Precision, Recall and the extra scores are nan if one of the
-    files holds no images.
+    Args:
+        ref: features of the reference, from `image_features`.
+        sample: features of the samples, likewise.
+        extra: names of further scores, of EXTRA_SCORES.
+        device: device that computes precision, recall and KID.
+
+    Returns:
+        The scores by name. Inception Score is nan if the samples hold no images. Precision, Recall and the extra scores
+        are nan if one of the files holds no images.
     """
     missing = float("nan")
     scores = {

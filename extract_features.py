@@ -87,15 +87,17 @@ def main(args: argparse.Namespace):
     autoencoder = load_autoencoder(args.vae)
     side = features_side(args.image_size, autoencoder, args.model)
     lock_folder(folder, "--features-path")
+    remove_leftovers(folder)
     n_shards = count_shards(images)
     present = {shard for shard in range(n_shards) if shard_path(folder, "features", shard).exists()} - repaired
     missing = [shard for shard in range(n_shards) if shard not in present]
     n_missing = sum(len(shard_images(shard, images)) for shard in missing)
     n_views = 2 if args.mirror else 1
     channels = (1 if args.grayscale else autoencoder.channels[-1]) * (2 if args.store == "moments" else 1)
-    disk = check_disk(
-        folder, n_missing * n_views * channels * side**2 * np.dtype(args.dtype).itemsize, "features to encode"
-    )
+    disk = None
+    if is_first_process():
+        needed = n_missing * n_views * channels * side**2 * np.dtype(args.dtype).itemsize
+        disk = check_disk(folder, needed, "features to encode")
 
     # Set up the processes, the device and the folder.
     world = setup()
@@ -105,7 +107,6 @@ def main(args: argparse.Namespace):
             "the processes see different files: all nodes need the same --features-path, on a shared file system"
         )
     if world.is_main:
-        remove_leftovers(folder)
         write_json(folder / SETTINGS, settings)
         # The index is deleted first, so that the features are never taken for complete.
         for path in [folder / INDEX, *(shard_path(folder, "features", shard) for shard in repaired)]:

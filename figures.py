@@ -22,11 +22,11 @@ def save_grid(path, images: np.ndarray, captions: list[str], columns: int = 10, 
     """Save images as a grid in one PNG, each below its caption.
 
     Args:
-        path: File to write.
+        path: file to write.
         images: uint8 [n, H, W, 3]. Images of less than 48 pixels height are enlarged by a whole factor.
         captions: n captions.
-        columns: Images per row.
-        clip_captions: Cut captions that are wider than their image. Otherwise they continue over the next image.
+        columns: images per row.
+        clip_captions: cut captions that are wider than their image. Otherwise they continue over the next image.
     """
     n, height, width, _ = images.shape
     zoom = max(1, -(-SMALLEST_TILE // height))
@@ -72,9 +72,9 @@ def save_coefficients(path, model: RemixDiT, title: str):
     """Save a heat map of the mixing coefficients alpha as a PNG, with one panel per block if the scope is local.
 
     Args:
-        path: File to write.
-        model: Its experts are the columns, its bases the rows.
-        title: Title of the figure.
+        path: file to write.
+        model: its experts are the columns, its bases the rows.
+        title: title of the figure.
     """
     # Importing matplotlib takes a second, and few runs draw a figure.
     from matplotlib.figure import Figure

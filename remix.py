@@ -404,8 +404,8 @@ class Remix(nn.Module):
             *args, **kwargs: the arguments of the module.
             groups: if given, the caller promises that the batch is this many equal contiguous groups, each within the
                 noise levels of one expert. They run as one batch, without a host sync. Noise levels are not checked.
-                The first dimension of the inputs of all mixed layers must be the batch. By default, and if the experts
-                share nothing else, the experts of the batch run one after the other.
+                The first dimension of the inputs of all mixed layers must be the batch. By default, the experts of the
+                batch run one after the other. With rest="separate" they always do: `groups` has no effect.
 
         Returns:
             The result of the module.
@@ -669,7 +669,16 @@ def build_remix(
     rank: int | None = None,
     **backbone,
 ) -> RemixDiT:
-    """Build a RemixDiT with separately drawn bases on a DiT of the registry."""
+    """Build a RemixDiT with separately drawn bases on a DiT of the registry.
+
+    Args:
+        backbone_name: name of the DiT, such as "DiT-S/2".
+        n_basis, n_experts, mixer, scope, num_timesteps, mixed_layers, prior_bonus, boundaries, rank: see `RemixDiT`.
+        **backbone: further arguments of the DiT, such as `input_size`.
+
+    Raises:
+        ValueError: see `DiT` and `RemixDiT`.
+    """
     dit = DiT_models[backbone_name](**backbone)
     remix = RemixDiT(dit, n_basis, n_experts, mixer, scope, num_timesteps, mixed_layers, prior_bonus, boundaries, rank)
     remix.reset_bases()

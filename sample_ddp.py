@@ -98,10 +98,11 @@ def main(args: argparse.Namespace):
     if finished(folder, record):
         return
     lock_folder(folder, "--name")
+    remove_leftovers(folder, folder / "parts")
     total, size = settings.num_fid_samples, settings.per_proc_batch_size
     batches = [range(i, min(i + size, total)) for i in range(0, total, size)]
     missing = [numbers for numbers in batches if not part_path(folder, numbers).exists()]
-    disk = check_space(folder, pipeline, settings, sum(map(len, missing)))
+    disk = check_space(folder, pipeline, settings, sum(map(len, missing))) if is_first_process() else None
     compiled = args.compile
     if compiled is None:
         evaluations = ADAPTIVE_EVALUATIONS if pipeline.timesteps is None else len(pipeline.timesteps)
@@ -118,7 +119,6 @@ def main(args: argparse.Namespace):
             "the processes see different files: all nodes need the same --sample-dir, on a shared file system"
         )
     if world.is_main:
-        remove_leftovers(folder, folder / "parts")
         write_json(folder / "settings.json", record)
     world.barrier()
     steps = "adaptive" if pipeline.timesteps is None else f"{len(pipeline.timesteps):,}"

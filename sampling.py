@@ -24,9 +24,9 @@ SAMPLE_BATCH = 32
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """The flags that the results depend on, beside the checkpoint and the VAE; settings.json records them.
+    """The flags of sample_ddp.py that the results depend on, beside the checkpoint and the VAE.
 
-    Those that have no meaning for the sampler are None.
+    settings.json records them. Those that have no meaning for the sampler are None.
     """
 
     num_fid_samples: int
@@ -93,6 +93,14 @@ def make_pipeline(
 ) -> Pipeline:
     """Make the sampler and the guidance schedule, and load the autoencoder, that fit a checkpoint.
 
+    Args:
+        model: the network, or the switch between the networks of several experts.
+        guide: the weaker model of autoguidance; None for classifier-free guidance.
+        config: config of the model.
+        settings: what the flags determine.
+        vae: name of the autoencoder, see `autoencoder.load_autoencoder`.
+        ckpt: name of the checkpoint, for error messages.
+
     Raises:
         UserError: if the settings of sampler or guidance are invalid, or if the VAE cannot be loaded or does not suit
             the model.
@@ -113,7 +121,7 @@ def make_pipeline(
         solver["last_step_size"] = settings.last_step_size
     elif settings.sampler == "dopri5":
         switches = [network.boundaries for network in (model, guide) if isinstance(network, ExpertSwitch)]
-        solver = {"borders": {level for levels in (schedule.boundaries, *switches) for level in levels}}
+        solver = {"boundaries": {level for levels in (schedule.boundaries, *switches) for level in levels}}
     try:
         loop, timesteps = make_sampler(
             settings.sampler, settings.num_sampling_steps, solver=solver, **config["diffusion"]

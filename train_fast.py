@@ -29,11 +29,12 @@ from common import (
     lock_folder,
     number,
     positive_int,
+    remove_leftovers,
     run_script,
     seed_int,
 )
 from diffusion import NOISE_LEVELS, PROCESS_SAMPLERS, FlowMatching, GaussianDiffusion, create_process
-from diffusion.flow import PREDICTIONS, WEIGHTS
+from diffusion.flow import FLOW_OPTIONS, PREDICTIONS, WEIGHTS
 from diffusion.interpolants import PATHS, TIME_SAMPLINGS
 from distributed import (
     PRECISIONS,
@@ -46,7 +47,7 @@ from distributed import (
 )
 from evaluation.scores import NEIGHBOURS
 from models import DiT_models
-from posthoc_ema import SNAPSHOT_DTYPES, TRACKED_STDS, count_snapshots
+from posthoc_ema import SNAPSHOT_DTYPES, TRACKED_STDS, count_snapshots, snapshot_folder
 from remix import MIXED_LAYERS, MIXERS, MODULATION, PRIOR_BONUS, SCOPES, RemixDiT_models
 from training.batches import default_experts_per_batch
 from training.loggers import MetricLogger, logger_names, open_loggers
@@ -62,7 +63,7 @@ from training.plan import (
     training_flops,
 )
 from training.previews import SamplePreview, choose_decoder
-from training.scoring import make_scorer
+from training.scoring import FID_SAMPLES, make_scorer
 from training.start import (
     advice,
     check_new,
@@ -70,11 +71,11 @@ from training.start import (
     default_prefix,
     expert_boundaries,
     find_resume,
+    level_argument,
     log_introduction,
     make_batch_sampler,
     make_model,
     model_shape,
-    noise_level,
     open_features,
     prepare_folder,
     read_resume,
@@ -91,8 +92,6 @@ RECIPES = {
     ),
     "paper": dict(experts_per_batch=8, coeff_lr=1e-2, coeff_lr_end=1e-5, prior_strength=1e-4, prior_bonus=3.0),
 }
-# The flags that have a meaning for flows only, by their names in `FlowMatching`.
-FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
 # With several processes, the decision to stop is exchanged every STOP_CHECK steps only, because in the exchange each
 # process waits for all others.
 STOP_CHECK = 4
@@ -153,6 +152,9 @@ def train(args: argparse.Namespace) -> bool:
     config = run_config(args.model, model, dataset, args.image_size, settings, process)
     shard, sharding_notes = choose_sharding(args.shard_bases, model, settings, world_size(), args.grad_accum)
     lock_folder(folder, "--prefix")
+    remove_leftovers(
+        folder, snapshot_folder(folder), folder / "checkpoints", folder / "samples", folder / "coefficients"
+    )
     resume_path, state, damaged = find_resume(args.resume, folder, config, args.extend)
     step = state["step"] if state else 0
     can_sample = settings.timesteps == NOISE_LEVELS[args.process]
@@ -258,15 +260,17 @@ def train(args: argparse.Namespace) -> bool:
                     remaining = settings.max_steps // args.sample_every - step // args.sample_every if previews else 0
                     pause_s = remaining * last_picture_s + (scorer.remaining_s(step) if scorer else 0)
                     log.info(report_line(metrics, settings.max_steps, settings.global_batch_size, pause_s))
-            if step % args.ckpt_every == 0 or finished or stopped:
-                with timer.paused():
-                    save_checkpoint(writer, trainer, config, step)
+            # The snapshot of a step is written before its checkpoint. A run that resumes from that checkpoint does not
+            # write the snapshot again.
             if args.ema_snapshots and (step % args.ema_snapshots == 0 or finished):
                 with timer.paused():
                     averages = trainer.whole_averages()
                     if world.is_main:
                         writer.save_snapshot(step, averages, args.ema_snapshot_dtype)
                     del averages
+            if step % args.ckpt_every == 0 or finished or stopped:
+                with timer.paused():
+                    save_checkpoint(writer, trainer, config, step)
             if args.sample_every and step % args.sample_every == 0:
                 # Only rank 0 draws the pictures. The other processes wait for it in their next step.
                 with timer.paused():
@@ -289,6 +293,13 @@ def train(args: argparse.Namespace) -> bool:
         _, nonfinite = trainer.stats.read()
         if world.is_main:
             log.error(explain_failure(nonfinite, sampler, model))
+        raise SystemExit(1)
+    # Only rank 0 writes. The other processes do not wait for its last checkpoint.
+    if writer.failed:
+        log.error(
+            f"the run ends after step {step:,} without a checkpoint of this step: free disk space, then --resume auto "
+            "repeats the steps after the last good checkpoint"
+        )
         raise SystemExit(1)
     if stopped:
         cause = stop.requested or "another process"
@@ -321,15 +332,17 @@ def loss_weight(args: argparse.Namespace) -> dict:
         raise UserError("--min-snr and --min-weight need --process gaussian")
     if "min_weight" in weight and "min_snr" not in weight:
         raise UserError("--min-weight needs --min-snr")
+    if weight.get("min_weight") == 1:
+        raise UserError("--min-weight 1 makes every weight 1: leave out --min-snr and --min-weight")
     return weight
 
 
 def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | FlowMatching) -> dict | None:
     """Return the keyword arguments of a RemixDiT that the flags give, or None for a plain DiT."""
     if args.model not in RemixDiT_models:
-        for flag, value in (("boundaries", args.boundaries), ("rank", args.rank), ("freeze", args.freeze)):
-            if value:
-                raise UserError(f"--{flag} needs a RemixDiT, not {args.model}")
+        for name in ("boundaries", "rank", "freeze", "mix_modulation"):
+            if getattr(args, name):
+                raise UserError(f"--{name.replace('_', '-')} needs a RemixDiT, not {args.model}")
         return None
     boundaries = args.boundaries
     if boundaries:
@@ -467,7 +480,7 @@ def make_parser() -> ArgumentParser:
     add("--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="number of experts")
     add(
         "--boundaries",
-        type=noise_level,
+        type=level_argument,
         nargs="+",
         metavar="LEVEL",
         help="N + 1 increasing noise levels that bound the experts' intervals: timesteps from 0 to 1000, or from 0 to "
@@ -497,7 +510,7 @@ def make_parser() -> ArgumentParser:
     add("--mix-modulation", action="store_true", help="also mix the adaLN layer of each block")
     add(
         "--timesteps",
-        type=noise_level,
+        type=level_argument,
         nargs=2,
         metavar=("LO", "HI"),
         help="train a plain DiT on the timesteps LO to HI - 1 only, or on a flow's noise levels LO to HI, as one of "
@@ -688,7 +701,8 @@ def make_parser() -> ArgumentParser:
     add = parser.add_argument_group("scores while training", about).add_argument
     add("--score-every", type=positive_int, metavar="STEPS", help="steps between scores; the last step is scored too")
     add("--score-against", metavar="PATH", help="reference of FID: an .npz file or a folder, as for evaluator.py")
-    add("--score-samples", type=number(int, NEIGHBOURS + 1), metavar="N", help="samples for FID (default: 5000)")
+    samples_help = f"samples for FID (default: {FID_SAMPLES})"
+    add("--score-samples", type=number(int, NEIGHBOURS + 1), metavar="N", help=samples_help)
     add("--weights", metavar="PATH", help="feature network, as for evaluator.py (default: Inception, downloaded)")
     add("--held-out", metavar="FOLDER", help="features of other images, for the loss of each expert")
     return parser

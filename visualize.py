@@ -53,7 +53,7 @@ from figures import interval_labels, intervals, is_flow, save_coefficients, save
 from models import DiT
 from posthoc_ema import WIDEST, reconstruct
 from remix import RemixDiT
-from training.scoring import make_fid
+from training.scoring import FID_SAMPLES, make_fid
 from training.statistics import grid_times, interval_times, noise_errors
 
 # Evenly spaced noise levels at which the error of an EMA is measured.
@@ -74,9 +74,11 @@ def main(args: argparse.Namespace):
         model, config = load_model(args.ckpt)
         if not args.data_path and not args.score_against:
             raise UserError("ema needs --data-path for the held-out error, --score-against for FID, or both")
+        if (args.weights or args.score_samples or args.vae) and not args.score_against:
+            raise UserError("--weights, --score-samples and --vae need --score-against")
         measures = {}
         if args.data_path:
-            x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
+            x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, model)
             diffusion = create_process(**config["diffusion"])
             measures["error"] = partial(held_out_error, diffusion, x.to(device()), y.to(device()), args.global_seed)
         if args.score_against:
@@ -101,7 +103,7 @@ def main(args: argparse.Namespace):
             pretrained, _ = load_model(args.pretrained, allow_pickle=args.trust_pickle, **overrides)
             if not isinstance(pretrained, DiT) or pretrained.backbone_config != model.backbone_config:
                 raise UserError(f"{args.pretrained} is not the plain DiT that {args.ckpt} was trained from")
-            x, y = load_images(args.data_path, args.images, args.global_seed, args.ckpt, model)
+            x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, model)
             timesteps = interval_times(intervals(model), args.per_interval, is_flow(model))
             diffusion = create_process(**config["diffusion"])
             reference, errors = expert_errors(model, pretrained, diffusion, x, y, timesteps, args.global_seed)
@@ -123,9 +125,6 @@ def default_out(args: argparse.Namespace) -> Path:
     if args.figure == "training":
         return Path(args.run) / "coefficients-over-training.png"
     return Path(args.ckpt).with_name(f"{Path(args.ckpt).stem}-{args.figure}.png")
-
-
-# Mixing coefficients
 
 
 def draw_coefficients(out: Path, model: RemixDiT, name: str):
@@ -178,11 +177,12 @@ def draw_training(out: Path, run: Path):
     write_csv(out, header, [[step, *row.ravel()] for step, row in zip(steps, alpha, strict=True)])
 
 
-# Losses of the experts
+def load_features(data_path: str, count: int, seed: int, ckpt: str, model: DiT | RemixDiT) -> tuple[Tensor, Tensor]:
+    """Return up to `count` random encoded images [n, C, H, W] and their labels [n].
 
-
-def load_images(data_path: str, count: int, seed: int, ckpt: str, model: DiT | RemixDiT) -> tuple[Tensor, Tensor]:
-    """Return `count` random encoded images [n, C, H, W] and their labels [n]."""
+    Raises:
+        UserError: if the images do not have the shape that the model of the checkpoint `ckpt` takes.
+    """
     dataset = FeatureDataset(data_path)
     config = model.backbone_config
     if dataset.shape != (config["in_channels"], config["input_size"], config["input_size"]):
@@ -202,13 +202,13 @@ def expert_errors(
     """Measure the error of the prediction in every interval: of the predicted noise, or of what a flow predicts.
 
     Args:
-        remix: Model with N experts.
-        pretrained: Plain DiT of the same architecture.
-        diffusion: Process of both models.
-        x: Encoded images, [n, C, H, W].
-        y: Labels, [n].
-        timesteps: Timesteps or times of each interval, [N, per_interval].
-        seed: Seed of the noise, which is the same for all models.
+        remix: model with N experts.
+        pretrained: plain DiT of the same architecture.
+        diffusion: process of both models.
+        x: encoded images, [n, C, H, W].
+        y: labels, [n].
+        timesteps: timesteps or times of each interval, [N, per_interval].
+        seed: seed of the noise, which is the same for all models.
 
     Returns:
         Mean squared error of the pretrained model in each interval, [N], and the error of each expert in each interval
@@ -256,9 +256,6 @@ def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, model: Rem
     write_csv(out, header, rows)
 
 
-# Widths of the EMA
-
-
 def held_out_error(
     diffusion: GaussianDiffusion | FlowMatching, x: Tensor, y: Tensor, seed: int, model: DiT | ExpertSwitch
 ) -> float:
@@ -273,10 +270,10 @@ def ema_scores(
     """Measure averages of the weights of several widths.
 
     Args:
-        ckpt: Checkpoint of a run with snapshots.
-        model: Its model, with the EMA of the training.
-        stds: Relative standard deviations of the averages.
-        measures: What is measured, by name.
+        ckpt: checkpoint of a run with snapshots.
+        model: its model, with the EMA of the training.
+        stds: relative standard deviations of the averages.
+        measures: what is measured, by name.
 
     Returns:
         The results by width and name; those of the training's EMA have the width None.
@@ -305,9 +302,6 @@ def draw_ema(out: Path, scores: dict[float | None, dict[str, float]], name: str)
     save_png(figure, out)
     rows = [[std or "training", *scores[std].values()] for std in (None, *stds)]
     write_csv(out, ["std", *kinds], rows)
-
-
-# Samples
 
 
 def draw_grids(out: Path, paths: list[str], count: int):
@@ -396,7 +390,9 @@ if __name__ == "__main__":
     ema.add_argument("--global-seed", type=seed_int, default=0, help="seed of the images and the noise")
     ema.add_argument("--score-against", metavar="PATH", help="reference of FID, as for train_fast.py")
     ema.add_argument("--weights", metavar="PATH", help="feature network of FID, as for evaluator.py")
-    ema.add_argument("--score-samples", type=number(int, NEIGHBOURS + 1), default=5000, help="samples for FID")
+    ema.add_argument(
+        "--score-samples", type=number(int, NEIGHBOURS + 1), help=f"samples for FID (default: {FID_SAMPLES})"
+    )
     ema.add_argument("--vae", metavar="NAME", help="VAE that decodes the samples (default: the checkpoint's)")
     for figure in (coefficients, losses, training, grids, ema):
         figure.add_argument("--out", help="PNG file to write (default: beside the checkpoint or in the run's folder)")

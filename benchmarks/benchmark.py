@@ -80,9 +80,6 @@ def main(args: argparse.Namespace):
         print("\n".join(lines), f"\n\nwrote {args.out / name}.json and .md")
 
 
-# The machine
-
-
 def describe_machine(world: World) -> dict[str, str]:
     """Return the device, the versions, the commit and the date."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
@@ -126,9 +123,6 @@ def measure_floors(world: World, precision: str) -> dict[str, float]:
         "copy_gb_s": 2 * source.nbytes / seconds / 1e9,
         "tflops": matmul_rate(world.device, precision, 50) / 1e12,
     }
-
-
-# Measuring
 
 
 class Clock:
@@ -239,8 +233,6 @@ def markdown_table(rows: list[dict]) -> list[str]:
     lines = [columns, ["---"] * len(columns), *([text(row.get(key)) for key in columns] for row in rows)]
     return [f"| {' | '.join(line)} |" for line in lines]
 
-
-# Training
 
 # The name of the reference loop in the results.
 USUAL = "DiT, the usual way"
@@ -354,9 +346,6 @@ def usual_training(dit: DiT, diffusion, batch: Callable, steps: int, world: Worl
     return run, clock
 
 
-# Sampling
-
-
 @torch.no_grad()
 def sampling(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
     """Measure a guided DDPM step of a plain DiT, of a folded RemixDiT, and of a RemixDiT that mixes in every step."""
@@ -413,9 +402,6 @@ def sampling(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
         }
         for name, total in totals.items()
     ]
-
-
-# Data
 
 
 def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
@@ -507,9 +493,6 @@ def extraction(args: argparse.Namespace, world: World, floors: dict) -> list[dic
         }
         for name, s in seconds.items()
     ]
-
-
-# Evaluation
 
 
 def evaluator(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:

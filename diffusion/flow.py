@@ -19,19 +19,25 @@ from .interpolants import DIFFUSION_FORMS, PATHS, TIME_SAMPLINGS, TimeDistributi
 
 PREDICTIONS = ("velocity", "noise", "score")
 WEIGHTS = ("none", "velocity", "likelihood")
+# The arguments of `FlowMatching`. train_fast.py has a flag for each.
+FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
 FLOW_SAMPLERS = ("euler", "heun", "dopri5", "sde")
 LAST_STEPS = ("none", "mean", "euler", "tweedie")
-# Times keep this distance from experts' borders, so that rounding to float32 does not move them across. It is twice the
-# distance by which `boundaries.inner_boundaries` lowers the borders.
+# Times keep this distance from the boundaries between experts, so that rounding to float32 does not move them across.
+# It is twice the distance by which `boundaries.inner_boundaries` lowers the boundaries.
 MARGIN = 2.0**-19
 
 
 class FixedSteps(NamedTuple):
     """A fixed-step sampler as numbers on the host, so that no step waits for the device.
 
-    times: the n + 1 grid points, increasing. drift: one pair (a, b) per grid point; the drift is a x + b output. noise:
-    the standard deviations of the n steps' noise, or empty for an ODE. last: the pair (a, b) of the SDE's last step,
-    which gives the result a x + b output at the last grid point, or None.
+    Attributes:
+        method: "euler" or "heun".
+        times: the n + 1 grid points, increasing.
+        drift: one pair (a, b) per grid point; the drift is a x + b output.
+        noise: the standard deviations of the n steps' noise; empty for an ODE.
+        last: the pair (a, b) of the SDE's last step, which gives the result a x + b output at the last grid point; None
+            if there is no such step.
     """
 
     method: str
@@ -43,8 +49,8 @@ class FixedSteps(NamedTuple):
     @property
     def network_times(self) -> list[float]:
         """The time of each network evaluation, in order."""
-        asked = self.times[:-1] if self.method == "euler" else [t for step in pairwise(self.times) for t in step]
-        return asked if self.last is None else [*asked, self.times[-1]]
+        times = self.times[:-1] if self.method == "euler" else [t for step in pairwise(self.times) for t in step]
+        return times if self.last is None else [*times, self.times[-1]]
 
 
 class FlowMatching:
@@ -62,7 +68,7 @@ class FlowMatching:
             eq. 23).
 
     Raises:
-        ValueError: A name is unknown, a number is out of range, or a weight is given for a velocity prediction.
+        ValueError: if a name is unknown, a number is out of range, or a weight is given for a velocity prediction.
     """
 
     def __init__(
@@ -96,10 +102,8 @@ class FlowMatching:
         times = dict(time_sampling=self.times.sampling, time_mean=self.times.mean, time_std=self.times.std)
         return dict(path=self.path, prediction=self.prediction, weight=self.weight, **times, shift=self.times.shift)
 
-    # Times
-
     def interval(self, training: bool = False, last_step_size: float = 0.0) -> tuple[float, float]:
-        """The times (t0, t1) that training or sampling uses. They are SiT's and avoid divisions by zero.
+        """Return the times (t0, t1) that training or sampling uses. They are SiT's and avoid divisions by zero.
 
         Args:
             training: return the interval of training instead of sampling.
@@ -114,7 +118,11 @@ class FlowMatching:
         return t0, 1 - last_step_size if last_step_size else t1
 
     def quantiles(self, n: int) -> list[float]:
-        """The n + 1 noise levels, from 0 to 1, that split the time distribution into n equally probable intervals."""
+        """Return the n + 1 noise levels, from 0 to 1, that bound n intervals of equal probability.
+
+        Raises:
+            ValueError: if n is below 1.
+        """
         if n < 1:
             raise ValueError(f"the number of intervals must be at least 1, not {n}")
         return self.times.quantile(np.arange(n + 1) / n).tolist()
@@ -133,7 +141,7 @@ class FlowMatching:
             The times that the network sees, float32 [B].
 
         Raises:
-            ValueError: An interval contains no training times, or is too narrow for float32.
+            ValueError: if an interval contains no training times, or is too narrow for float32.
         """
         t0, t1 = self.interval(training=True)
         low, high = np.maximum(low, 1 - t1), np.minimum(high, 1 - t0)
@@ -143,8 +151,6 @@ class FlowMatching:
             raise ValueError(f"an interval of noise levels contains no training times; they are drawn {limits}")
         u = self.times.quantile(start + (end - start) * np.asarray(uniform, dtype=np.float64))
         return (1 - np.clip(u, low + MARGIN, high - MARGIN)).astype(np.float32)
-
-    # Training
 
     def to(self, device: torch.device) -> "FlowMatching":
         """Return this process, which stores no tensors. See `GaussianDiffusion.to`."""
@@ -187,10 +193,8 @@ class FlowMatching:
             loss = loss * path.spread / (path.alpha * path.sigma)
         return {"loss": loss}
 
-    # Sampling
-
     def _velocity_and_noise(self, t: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """The velocity and the noise at times t [n], each a pair (a, b), [n], that stands for a x + b output."""
+        """Return the velocity and the noise at times t [n], each a pair (a, b) [n], which stands for a x + b output."""
         path = PATHS[self.path](t)
         zero, one = torch.zeros_like(t), torch.ones_like(t)
         if self.prediction == "velocity":
@@ -201,7 +205,7 @@ class FlowMatching:
         return (path.d_alpha / path.alpha, -path.spread / path.alpha * eps), (zero, eps)
 
     def _grid(self, t0: float, t1: float, n: int) -> Tensor:
-        """The times from t0 to t1, float64 [n + 1] rounded to float32: an even grid of noise levels, shifted."""
+        """Return n + 1 times from t0 to t1, float64 rounded to float32: an even grid of noise levels, shifted."""
         start, end = shift_noise_levels(np.array([1 - t0, 1 - t1]), 1 / self.times.shift)
         times = 1 - shift_noise_levels(np.linspace(start, end, n + 1), self.times.shift)
         times[[0, -1]] = t0, t1
@@ -267,7 +271,7 @@ class FlowMatching:
         device=None,
         progress: bool = False,
         step_noise: Callable[[int], Tensor] | None = None,
-        borders: Iterable[float] = (),
+        boundaries: Iterable[float] = (),
     ) -> Tensor:
         """Draw samples by the probability-flow ODE dx = v dt (SiT, eq. 2).
 
@@ -282,18 +286,18 @@ class FlowMatching:
             device: device of the noise that is drawn here.
             progress: whether to show a progress bar.
             step_noise: not called. It is accepted so that both loops take the same arguments.
-            borders: noise levels at which dopri5 restarts: the experts' borders. Other methods ignore it.
+            boundaries: noise levels at which dopri5 restarts, the boundaries between experts. Other methods ignore it.
 
         Returns:
             The samples, of `shape`.
 
         Raises:
-            ValueError: A name is unknown, or the number of steps is wrong.
+            ValueError: if a name is unknown, or the number of steps is wrong.
         """
         method = _choose("method", method, ("euler", "heun", "dopri5"))
         x = torch.randn(*shape, device=device) if noise is None else noise
         if method == "dopri5":
-            return self._dopri5(model, x, model_kwargs, progress, borders)
+            return self._dopri5(model, x, model_kwargs, progress, boundaries)
         return _run(self.ode_steps(method, steps), model, x, model_kwargs, progress)
 
     @torch.no_grad()
@@ -329,7 +333,7 @@ class FlowMatching:
             The samples, of `shape`.
 
         Raises:
-            ValueError: A name is unknown, a number is out of range, or the drift is infinite at a time that is needed.
+            ValueError: if a name is unknown, a number is out of range, or the drift is infinite at a time that is used.
         """
         plan = self.sde_steps(method, steps, form, last_step, last_step_size)
         x = torch.randn(*shape, device=device) if noise is None else noise
@@ -341,14 +345,14 @@ class FlowMatching:
         Args:
             name: "euler", "heun", "dopri5" or "sde".
             steps: number of steps, an integer or its digits. dopri5 ignores it.
-            options: for "sde" the arguments of `sde_steps`, otherwise `borders`.
+            options: for "sde" the arguments of `sde_steps`, otherwise `boundaries`.
 
         Returns:
             A loop that takes (model, shape, noise=, model_kwargs=, device=, progress=, step_noise=), and the time of
             each network evaluation in order. The times are None for dopri5, which chooses them while it runs.
 
         Raises:
-            ValueError: As in `ode_sample_loop` and `sde_sample_loop`.
+            ValueError: see `ode_sample_loop` and `sde_sample_loop`.
         """
         name = _choose("sampler", name, FLOW_SAMPLERS)
         if name == "dopri5":
@@ -360,8 +364,10 @@ class FlowMatching:
         plan = self.ode_steps(name, steps)
         return partial(self.ode_sample_loop, method=name, steps=steps, **options), plan.network_times
 
-    def _dopri5(self, model, x: Tensor, model_kwargs: dict | None, progress: bool, borders: Iterable[float]) -> Tensor:
-        """Integrate the ODE with adaptive steps, one interval between borders after the other."""
+    def _dopri5(
+        self, model, x: Tensor, model_kwargs: dict | None, progress: bool, boundaries: Iterable[float]
+    ) -> Tensor:
+        """Integrate the ODE with adaptive steps, one interval between boundaries after the other."""
         from torchdiffeq import odeint  # not needed by any other sampler
 
         def velocity(first: float, last: float, t: Tensor, x: Tensor) -> Tensor:
@@ -371,10 +377,10 @@ class FlowMatching:
 
         t0, t1 = self.interval()
         inner = []
-        for border in sorted({1 - border for border in borders}):
-            # Borders that nearly coincide count as one.
-            if (inner or [t0])[-1] + 2 * MARGIN < border < t1 - 2 * MARGIN:
-                inner.append(border)
+        for time in sorted({1 - level for level in boundaries}):
+            # Boundaries that nearly coincide count as one.
+            if (inner or [t0])[-1] + 2 * MARGIN < time < t1 - 2 * MARGIN:
+                inner.append(time)
         points = list(pairwise([t0, *inner, t1]))
         for start, end in tqdm(points, desc="sampling", leave=False, disable=not progress):
             # The network sees no time outside this interval, which belongs to one expert.
@@ -412,7 +418,7 @@ def _run(
 
 
 def _predict(model, x: Tensor, t: Tensor, model_kwargs: dict | None) -> Tensor:
-    """The network's output at x [B, C, ...] and t [B], without the second half of 2C channels."""
+    """Return the network's output at x [B, C, ...] and t [B], without the second half of 2C channels."""
     out = model(x, t, **(model_kwargs or {})).to(x.dtype)
     channels = x.shape[1]
     if out.shape[1] not in (channels, 2 * channels):
@@ -421,24 +427,24 @@ def _predict(model, x: Tensor, t: Tensor, model_kwargs: dict | None) -> Tensor:
 
 
 def _expand(coefficient: Tensor, like: Tensor) -> Tensor:
-    """A coefficient [B] in the dtype of `like` [B, ...], shaped to broadcast over it."""
+    """Return a coefficient [B] in the dtype of `like` [B, ...], shaped to broadcast over it."""
     return coefficient.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
 def _pairs(coefficients: tuple[Tensor, Tensor]) -> list[tuple[float, float]]:
-    """Two tensors [n] as a list of n pairs."""
+    """Return two tensors [n] as a list of n pairs."""
     return list(zip(*(row.tolist() for row in coefficients), strict=True))
 
 
 def _check_steps(steps: int, least: int) -> int:
-    """The number of steps, if it is a whole number and not less than `least`."""
+    """Return the number of steps. Raises ValueError unless it is a whole number and at least `least`."""
     if not isinstance(steps, int) or steps < least:
         raise ValueError(f"the number of steps must be a whole number and at least {least}, not {steps!r}")
     return steps
 
 
 def _choose(what: str, name: str, choices: Iterable[str]) -> str:
-    """The one of the choices that has this name."""
+    """Return the choice with this name. Raises ValueError if there is none."""
     known = {choice.lower(): choice for choice in choices}
     if str(name).lower() not in known:
         raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(known.values())}")

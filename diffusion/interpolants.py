@@ -29,12 +29,12 @@ class PathValues(NamedTuple):
 
 
 def linear_path(t: Tensor) -> PathValues:
-    """The straight line between noise and data."""
+    """Return the straight line between noise and data."""
     return PathValues(t, 1 - t, torch.ones_like(t), -torch.ones_like(t))
 
 
 def gvp_path(t: Tensor) -> PathValues:
-    """The generalized variance-preserving path: alpha = sin(pi t / 2), sigma = cos(pi t / 2)."""
+    """Return the generalized variance-preserving path: alpha = sin(pi t / 2), sigma = cos(pi t / 2)."""
     alpha = torch.sin(math.pi / 2 * t)
     # The cosine, in a form that is exact near t = 1.
     sigma = torch.sin(math.pi / 2 * (1 - t))
@@ -42,7 +42,7 @@ def gvp_path(t: Tensor) -> PathValues:
 
 
 def vp_path(t: Tensor, beta_min: float = 0.1, beta_max: float = 20.0) -> PathValues:
-    """The path of the variance-preserving diffusion (arXiv 2011.13456, appendix C) with time reversed."""
+    """Return the path of the variance-preserving diffusion (arXiv 2011.13456, appendix C) with time reversed."""
     u = 1 - t
     log_alpha = -u.square() * (beta_max - beta_min) / 4 - u * beta_min / 2
     d_log_alpha = u * (beta_max - beta_min) / 2 + beta_min / 2
@@ -75,8 +75,11 @@ def shift_noise_levels(u: np.ndarray, shift: float) -> np.ndarray:
 class TimeDistribution(NamedTuple):
     """The distribution of training noise levels, over 0 to 1.
 
-    sampling: "uniform" or "logit-normal" (arXiv 2403.03206, section 3.1). mean, std: those of logit(u) before the
-    shift, for logit-normal noise levels. shift: see `shift_noise_levels`.
+    Attributes:
+        sampling: "uniform" or "logit-normal" (arXiv 2403.03206, section 3.1).
+        mean: mean of logit(u) before the shift, for logit-normal noise levels u.
+        std: standard deviation of logit(u), likewise.
+        shift: see `shift_noise_levels`.
     """
 
     sampling: str
@@ -85,12 +88,12 @@ class TimeDistribution(NamedTuple):
     shift: float
 
     def cdf(self, u: np.ndarray) -> np.ndarray:
-        """The probability of a noise level below u."""
+        """Return the probability of a noise level below u."""
         u = shift_noise_levels(np.asarray(u, dtype=np.float64), 1 / self.shift)
         return u if self.sampling == "uniform" else ndtr((logit(u) - self.mean) / self.std)
 
     def quantile(self, p: np.ndarray) -> np.ndarray:
-        """The inverse of `cdf`."""
+        """Return the noise levels of probabilities: the inverse of `cdf`."""
         p = np.asarray(p, dtype=np.float64)
         u = p if self.sampling == "uniform" else expit(self.mean + self.std * ndtri(p))
         return shift_noise_levels(u, self.shift)

@@ -43,15 +43,18 @@ def check_file(path):
 
 
 def array_names(path) -> set[str]:
+    """Return the names of the arrays in an .npz file."""
     with zipfile.ZipFile(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
 def has_images(path) -> bool:
+    """Return whether a path is a folder, or an .npz file with images."""
     return Path(path).is_dir() or "arr_0" in array_names(path)
 
 
 def has_statistics(path) -> bool:
+    """Return whether a path is an .npz file with all statistics."""
     return not Path(path).is_dir() and array_names(path) >= set(STATISTICS)
 
 

@@ -35,7 +35,7 @@ class AdmInception(nn.Module):
     """The Inception network (TensorFlow, 2015) of ADM's evaluator, converted by torch-fidelity.
 
     Args:
-        weights: Path of torch-fidelity's weights (.pth). None downloads them.
+        weights: path of torch-fidelity's weights (.pth). None downloads them.
     """
 
     def __init__(self, weights: str | None):
@@ -106,7 +106,7 @@ def load_network(weights: str | None) -> nn.Module:
     """Load the network that computes the features.
 
     Args:
-        weights: Path of torch-fidelity's Inception weights (.pth) or of an exported program (.pt2). None downloads the
+        weights: path of torch-fidelity's Inception weights (.pth) or of an exported program (.pt2). None downloads the
             Inception weights.
 
     Returns:
@@ -114,7 +114,7 @@ def load_network(weights: str | None) -> nn.Module:
         [B, classes].
 
     Raises:
-        UserError: The file cannot be loaded or could run code, or the download failed.
+        UserError: if the file cannot be loaded or could run code, or if the download fails.
     """
     try:
         if weights and weights.endswith(".pt2"):
@@ -170,12 +170,12 @@ class FeatureExtractor:
     The network is loaded only when the features of a file are not in the cache.
 
     Args:
-        load: Function that returns the network.
-        name: Name of the network in the cache, different for every network.
-        outputs: Number of the network's outputs: 3 (pooled features, spatial features, logits) or 1 (pooled features).
-        cache: Folder of the cache. None disables it.
-        batch_size: Images per batch.
-        device: Device of the network.
+        load: function that returns the network.
+        name: name of the network in the cache, different for every network.
+        outputs: number of the network's outputs: 3 (pooled features, spatial features, logits) or 1 (pooled features).
+        cache: folder of the cache. None disables it.
+        batch_size: images per batch.
+        device: device of the network.
     """
 
     def __init__(

@@ -19,16 +19,16 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     eigenvalues of sigma1 sigma2.
 
     Args:
-        mu1: Mean of the first distribution, [D].
-        sigma1: Covariance of the first distribution, [D, D], symmetric.
-        mu2: Mean of the second distribution, [D].
-        sigma2: Covariance of the second distribution, [D, D], symmetric.
+        mu1: mean of the first distribution, [D].
+        sigma1: covariance of the first distribution, [D, D], symmetric.
+        mu2: mean of the second distribution, [D].
+        sigma2: covariance of the second distribution, [D, D], symmetric.
 
     Returns:
         The distance, computed in float64 on the CPU.
 
     Raises:
-        ValueError: The shapes do not match.
+        ValueError: if the shapes do not match.
     """
     mu1, sigma1, mu2, sigma2 = (
         torch.as_tensor(a, dtype=torch.float64, device="cpu").numpy() for a in (mu1, sigma1, mu2, sigma2)
@@ -62,9 +62,9 @@ def fid_bias(ref_mu, ref_sigma, pooled_features: Tensor, fid: float) -> float:
     halves exceed the whole by c / n.
 
     Args:
-        ref_mu: Mean of the reference, [D].
-        ref_sigma: Covariance of the reference, [D, D].
-        pooled_features: Features of the samples, [n, D].
+        ref_mu: mean of the reference, [D].
+        ref_sigma: covariance of the reference, [D, D].
+        pooled_features: features of the samples, [n, D].
         fid: FID of all n samples.
 
     Returns:
@@ -86,8 +86,8 @@ def inception_score(probs, split_size: int = 5000) -> float:
     the mean over consecutive splits, the last of which may be shorter, as in ADM's evaluator.
 
     Args:
-        probs: Class probabilities p(y|x) of n images, [n, classes].
-        split_size: Images per split.
+        probs: class probabilities p(y|x) of n images, [n, classes].
+        split_size: images per split.
 
     Returns:
         The score, computed in float64.
@@ -107,16 +107,16 @@ def precision_recall(ref_features, sample_features, k: int = NEIGHBOURS, block: 
     radius of some sample.
 
     Args:
-        ref_features: Features of the reference, [n, D]. Distances are computed in float32 on their device.
-        sample_features: Features of the samples, [m, D], on the same device.
-        k: Number of the neighbour that defines the radius.
-        block: Distances are computed for block x block pairs at a time.
+        ref_features: features of the reference, [n, D]. Distances are computed in float32 on their device.
+        sample_features: features of the samples, [m, D], on the same device.
+        k: number of the neighbour that defines the radius.
+        block: distances are computed for block x block pairs at a time.
 
     Returns:
         Precision and recall, each from 0 to 1.
 
     Raises:
-        ValueError: One of the sides has k images or fewer.
+        ValueError: if one of the sides has k images or fewer.
     """
     ref = torch.as_tensor(ref_features).float()
     sample = torch.as_tensor(sample_features).float()
@@ -173,8 +173,8 @@ def kernel_distance(ref_features: Tensor, sample_features: Tensor) -> float:
     the mean over 100 random subsets of at most 1,000 images per side.
 
     Args:
-        ref_features: Features of the reference, [n, D].
-        sample_features: Features of the samples, [m, D].
+        ref_features: features of the reference, [n, D].
+        sample_features: features of the samples, [m, D].
 
     Returns:
         The estimate, which may be negative.
@@ -199,8 +199,8 @@ class GaussianStatistics:
         """Add a batch.
 
         Args:
-            rows: Features, [n, D].
-            block: The products of the covariance are computed for this number of features at a time.
+            rows: features, [n, D].
+            block: the products of the covariance are computed for this number of features at a time.
         """
         rows = torch.as_tensor(rows).double()
         if self.shift is None:

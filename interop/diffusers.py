@@ -18,6 +18,7 @@ from torch import Tensor
 
 from autoencoder import Normalization
 from common import TIMESTEP_FREQUENCIES, LocalError, UserError, first_line, name_write_errors, warn
+from diffusion.flow import FLOW_OPTIONS
 from hub import offline
 from interop.shapes import backbone_from_shapes, flow_target, make_config
 from models import DiT, sincos_positions
@@ -51,17 +52,18 @@ DIT_SETTINGS = {
 }
 # The weights were trained with 1e-6. Converted models may have 1e-5, the default of diffusers.
 LARGEST_NORM_EPS = 1e-5
-# The second is the name in older versions of diffusers, the third is in the file that is exported with a RemixDiT.
-CLASSES = ("DiTTransformer2DModel", "Transformer2DModel", "RemixDiTTransformer2DModel")
+# The name of a DiT's class in older versions of diffusers.
+OLD_CLASS = "Transformer2DModel"
+# The class in the file that is exported with a RemixDiT.
+REMIX_CLASS = "RemixDiTTransformer2DModel"
+CLASSES = ("DiTTransformer2DModel", OLD_CLASS, REMIX_CLASS)
 # Options that an exported RemixDiT and its config have in common.
 REMIX_OPTIONS = ("n_basis", "n_experts", "mixer", "scope", "num_timesteps", "boundaries")
-FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # In patches. It limits the memory that a config with wrong numbers can take, as the position embedding is computed.
 LARGEST_SIDE = 256
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".npz", ".tar")
-EXPORTED_CODE = Path(__file__).resolve().parent / "diffusers_files"
 
 
 def find_transformer(path) -> tuple[Path, Path] | None:
@@ -136,7 +138,7 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
         _check_settings(path, stored)
         content = dict(content)
         remix, logits = None, None
-        if stored["_class_name"] == CLASSES[2]:
+        if stored["_class_name"] == REMIX_CLASS:
             remix, logits = _read_mixing(stored, content)
         state = _rename_to_ours(path, content, shared_embedders=remix is not None)
         _check_sizes(path, stored, state)
@@ -200,7 +202,7 @@ def _check_settings(path, stored: dict):
         raise UserError(f"{path} holds a {kind}, not a DiTTransformer2DModel")
     for key, expected in DIT_SETTINGS.items():
         # A Transformer2DModel has other defaults.
-        found = stored.get(key, None if kind == CLASSES[1] else expected)
+        found = stored.get(key, None if kind == OLD_CLASS else expected)
         if found != expected:
             raise UserError(f"{path} has {key}={found}, a DiT has {expected}")
     if stored.get("norm_eps", LARGEST_NORM_EPS) > LARGEST_NORM_EPS:

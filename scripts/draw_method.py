@@ -117,10 +117,10 @@ def draw_images(axes: Axes, n_experts: int):
         axes.imshow((noisy.clip(-1, 1) + 1) / 2, extent=extent, aspect="auto", interpolation="none")
     y = IMAGES - 0.08
     axes.plot((LEFT, LEFT + n_experts * CELL_WIDTH), (y, y), color=INK, linewidth=0.8)
-    for border in range(0, n_experts + 1, 5):
-        x = LEFT + border * CELL_WIDTH
+    for boundary in range(0, n_experts + 1, 5):
+        x = LEFT + boundary * CELL_WIDTH
         axes.plot((x, x), (y, y - 0.06), color=INK, linewidth=0.8)
-        axes.text(x, y - 0.1, str(min(border * 1000 // n_experts, 999)), size=9, ha="center", va="top")
+        axes.text(x, y - 0.1, str(min(boundary * 1000 // n_experts, 999)), size=9, ha="center", va="top")
 
 
 def example_image(side: int) -> np.ndarray:

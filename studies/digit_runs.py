@@ -1,6 +1,6 @@
 """What the studies of samplers and of flow matching share: the encoded splits, the training runs and the scores."""
 
-import json
+import shutil
 from pathlib import Path
 
 import runs
@@ -25,21 +25,24 @@ def train(work: Path, prefix: str, **values) -> Path:
     return runs.train(work / "runs", prefix, **common, **values)[0]
 
 
-def sample_and_score(work: Path, checkpoint: Path, name: str, scores: Path, **sampling) -> dict[str, float]:
-    """Run sample_ddp.py without guidance and evaluator.py against the held-out digits.
+def sample_and_score(
+    work: Path, checkpoint: Path, name: str, scores: Path, sampler: str, steps: int | None, seed: int, n_samples: int
+):
+    """Run sample_ddp.py without guidance and evaluator.py against the held-out digits. The samples are not kept.
 
     Args:
         work: folder of the study.
         checkpoint: checkpoint to sample from.
         name: folder of the samples, below work/samples.
         scores: JSON file of the scores to write.
-        **sampling: further flags of sample_ddp.py.
-
-    Returns:
-        The scores by name.
+        sampler: a sampler of sample_ddp.py.
+        steps: number of sampling steps; None if the sampler chooses them.
+        seed: seed of the samples.
+        n_samples: number of samples.
     """
     output = flags(ckpt=checkpoint, cfg_scale=1, sample_dir=work / "samples", name=name)
-    runs.run("sample_ddp.py", *output, *flags(**sampling))
+    sampling = dict(num_fid_samples=n_samples, num_sampling_steps=steps, sampler=sampler)
+    runs.run("sample_ddp.py", *output, *flags(**sampling, global_seed=seed, per_proc_batch_size=500))
     files = work / "digits" / "heldout.npz", work / "samples" / name / "samples.npz"
     runs.run("evaluator.py", *files, *flags(weights=work / "digits" / "classifier.pt2", batch_size=500, json=scores))
-    return json.loads(scores.read_text())
+    shutil.rmtree(work / "samples" / name)

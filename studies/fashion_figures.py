@@ -4,7 +4,8 @@
 
 Reads the results of studies/fashion_tables.py and writes to <out>/figures, for every setting that has the results:
 timesteps-<setting>.png, the change of the test error over the timesteps; steps-<setting>.png and width-<setting>.png,
-FID and the test error for several numbers of fine-tuning steps and for several widths of the model.
+FID, and the changes of FID and of the test error relative to continued training, for several numbers of fine-tuning
+steps and for several widths of the model.
 """
 
 import argparse
@@ -12,7 +13,16 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from fashion_page import OTHER_STEPS, OTHER_WIDTHS, SETTINGS, STEPS, WIDTH, compare, read_results
+from fashion_page import (
+    OTHER_STEPS,
+    OTHER_WIDTHS,
+    SETTINGS,
+    STEPS,
+    WIDTH,
+    compare,
+    read_errors,
+    read_results,
+)
 
 from common import ArgumentParser, UserError, atomic_write, counted, run_script
 
@@ -33,6 +43,9 @@ SERIES = {
     "steps": ("fine-tuning steps", STEPS, OTHER_STEPS),
     "width": ("width of the model", WIDTH, OTHER_WIDTHS),
 }
+SERIES_VARIANTS = {"continued": "continued training", "remix-4-20": "Remix-DiT 4-20"}
+# For each key of a result, the title of its panel.
+SERIES_PANELS = {"fid": "FID", "fid_change": "change of FID", "error_change": "change of the test error, %"}
 # The errors are averaged over this number of neighbouring timesteps.
 BIN = 25
 
@@ -48,10 +61,10 @@ def main(args: argparse.Namespace):
             drawn.append(out / "figures" / f"timesteps-{setting}.png")
             draw(drawn[-1], changes)
         for kind, (label, default, others) in SERIES.items():
-            points = {value: f"-{kind}-{value}" for value in others} | {default: ""}
-            if any(row["variant"] == f"remix-4-20{suffix}" for row in rows for suffix in points.values() if suffix):
+            points, series = read_series({value: f"-{kind}-{value}" for value in others} | {default: ""}, rows)
+            if len(points) > 1 and series["continued"][0]:
                 drawn.append(out / "figures" / f"{kind}-{setting}.png")
-                draw_series(drawn[-1], label, dict(sorted(points.items())), rows)
+                draw_series(drawn[-1], label, points, series)
     for path in drawn:
         print(f"wrote {path}")
     if not drawn:
@@ -73,9 +86,7 @@ def change_per_bin(out: Path, setting: str, name: str, rows: list[dict]) -> np.n
     changes = []
     for row in rows:
         if row["variant"] == name:
-            paths = [out / "errors" / f"{setting}-{variant}-{row['seed']}.npz" for variant in (name, "continued")]
-            # [1000] each
-            own, base = (np.load(path)["test"].astype(np.float64) for path in paths)
+            own, base = (read_errors(out, setting, variant, row["seed"])["test"] for variant in (name, "continued"))
             changes.append(100 * ((own / base).reshape(-1, BIN).mean(1) - 1))
     return np.array(changes)
 
@@ -104,27 +115,52 @@ def draw(path: Path, changes: dict[str, np.ndarray]):
     save_figure(path, figure)
 
 
-def draw_series(path: Path, label: str, points: dict[int, str], rows: list[dict]):
-    """Draw FID and the test error of continued training and of Remix-DiT 4-20 against a number.
+def read_series(points: dict[int, str], rows: list[dict]) -> tuple[list[int], dict[str, list[list[dict]]]]:
+    """Select the results of continued training and of Remix-DiT 4-20 for several values of a number.
+
+    Args:
+        points: for each value of the number, the end of the variants' names.
+        rows: what `compare` returns.
+
+    Returns:
+        The values that have results, and for each variant its rows: one list for each value, of the seeds that all of
+        these values have. Different seeds cannot be compared, as they differ more than the values do.
+    """
+    found = {variant + end: {} for end in points.values() for variant in SERIES_VARIANTS}
+    for row in rows:
+        if row["variant"] in found:
+            found[row["variant"]][row["seed"]] = row
+    points = {x: end for x, end in sorted(points.items()) if all(found[name + end] for name in SERIES_VARIANTS)}
+    seeds = {row["seed"] for row in rows}.intersection(
+        *(found[n + end] for end in points.values() for n in SERIES_VARIANTS)
+    )
+    return list(points), {
+        name: [[found[name + end][seed] for seed in sorted(seeds)] for end in points.values()]
+        for name in SERIES_VARIANTS
+    }
+
+
+def draw_series(path: Path, label: str, points: list[int], series: dict[str, list[list[dict]]]):
+    """Draw FID of continued training and of Remix-DiT 4-20, and the changes of FID and error, against a number.
 
     Args:
         path: the file to write.
         label: what the number is.
-        points: for each number, the end of the variants' names.
-        rows: what `compare` returns.
+        points: its values.
+        series: from `read_series`.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.5))
-    for axes, key, name in zip(panels, ("fid", "error"), ("FID", "test error"), strict=True):
-        for variant, title in (("continued", "continued training"), ("remix-4-20", "Remix-DiT 4-20")):
-            found = {x: [row[key] for row in rows if row["variant"] == variant + end] for x, end in points.items()}
-            found = {x: values for x, values in found.items() if values}
-            spread = [np.std(values, ddof=1) if len(values) > 2 else 0 for values in found.values()]
-            axes.errorbar(list(found), [np.mean(v) for v in found.values()], spread, marker="o", capsize=3, label=title)
-        axes.set(xscale="log", xlabel=label, ylabel=name)
-        axes.set_xticks(list(points), [f"{x:,}" for x in points])
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.5))
+    seeds = len(series["continued"][0])
+    for axes, (key, title) in zip(panels, SERIES_PANELS.items(), strict=True):
+        for name, results in series.items():
+            values = np.array([[row[key] for row in rows] for rows in results])
+            spread = values.std(1, ddof=1) if seeds > 2 else None
+            axes.errorbar(points, values.mean(1), spread, marker="o", capsize=3, label=SERIES_VARIANTS[name])
+        axes.set(xscale="log", xlabel=label, title=title)
+        axes.set_xticks(points, [f"{x:,}" for x in points])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
+    panels[0].legend(title=counted(seeds, "seed"), fontsize=8)
     save_figure(path, figure)
 
 

@@ -6,6 +6,7 @@ each of them at every timestep. The tables of README.md are made from these file
 
 import csv
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -89,6 +90,7 @@ TABLES = {
     6: {
         "Table 6: the best ideas of table 5, on test images": [
             "independent-8",
+            "recipe-paper",
             "remix-4-20",
             "bonus-8",
             "continued-weighted",
@@ -148,6 +150,19 @@ def read_results(path: Path) -> list[dict]:
             }
             for row in csv.DictReader(file)
         ]
+
+
+def errors_path(out: Path, setting: str, name: str, seed: int) -> Path:
+    """Return the file that holds the errors of a variant."""
+    return out / "errors" / f"{setting}-{name}-{seed}.npz"
+
+
+# Many variants are compared with the same one, and a file does not change after its row is in the results.
+@functools.cache
+def read_errors(out: Path, setting: str, name: str, seed: int) -> dict[str, np.ndarray]:
+    """Return the errors of a variant at every timestep, float64 [1000], for each split."""
+    with np.load(errors_path(out, setting, name, seed)) as file:
+        return {split: errors.astype(np.float64) for split, errors in file.items()}
 
 
 def write_page(out: Path):
@@ -211,9 +226,7 @@ def compare(out: Path, setting: str, rows: list[dict], split: str = "test") -> l
         reference = baseline(row["variant"])
         if (reference, row["seed"]) not in fids:
             continue
-        paths = [out / "errors" / f"{setting}-{name}-{row['seed']}.npz" for name in (row["variant"], reference)]
-        # [1000] each
-        own, base = (np.load(path)[split].astype(np.float64) for path in paths)
+        own, base = (read_errors(out, setting, name, row["seed"])[split] for name in (row["variant"], reference))
         fifths = own.reshape(5, -1).mean(1) / base.reshape(5, -1).mean(1)
         changes = dict(error_change=100 * (own.mean() / base.mean() - 1), ratio_change=100 * ((own / base).mean() - 1))
         changes |= dict(error=own.mean(), fifth_changes=100 * (fifths - 1))

@@ -50,6 +50,7 @@ from fashion_page import (
     TABLES,
     append_row,
     baseline,
+    errors_path,
     read_results,
     write_page,
 )
@@ -186,20 +187,18 @@ class Study:
         name = f"{self.setting}-width-{width}-{seed}" if width else f"{self.setting}-{seed}"
         return self.out / "pretrained" / f"{name}.safetensors"
 
-    def errors(self, name: str, seed: int) -> Path:
-        """The errors of a variant at every timestep, for each split."""
-        return self.out / "errors" / f"{self.setting}-{name}-{seed}.npz"
-
 
 def main(args: argparse.Namespace):
     command = shlex.join(["python", "studies/fashion_tables.py", *sys.argv[1:]])
     work, out = Path(args.work), Path(args.out)
     if args.quick:
-        study = Study(
-            args.setting, work, work / "quick" / "runs", work / "quick" / "results", 60, 30, 50, 5, 4, 2, False, command
-        )
+        folders = dict(work=work, runs=work / "quick" / "runs", out=work / "quick" / "results")
+        steps = dict(pretraining=60, finetuning=30, vae=2, sampling_steps=5)
+        study = Study(args.setting, **folders, **steps, samples=50, per_timestep=4, compile=False, command=command)
     else:
-        study = Study(args.setting, work, work / "runs", out, 20_000, STEPS, 10_000, 100, 100, 6_000, True, command)
+        folders = dict(work=work, runs=work / "runs", out=out)
+        steps = dict(pretraining=20_000, finetuning=STEPS, vae=6_000, sampling_steps=100)
+        study = Study(args.setting, **folders, **steps, samples=10_000, per_timestep=100, compile=True, command=command)
     # First the variants that the others are compared with.
     names = ["continued", "remix-4-20"]
     for part in TABLES[args.table].values():
@@ -320,7 +319,8 @@ def run_variant(study: Study, name: str, seed: int):
         for split in ("test", "validation"):
             folder = study.features(split)
             errors[split] = heldout_errors(checkpoints, folder, range(1000), study.per_timestep).numpy()
-        with atomic_write(study.errors(name, seed)) as temporary, open(temporary, "wb") as file:
+        path = errors_path(study.out, study.setting, name, seed)
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **errors)
         row = {"variant": name, "seed": seed, "steps": steps}
         row |= {f"{split}_error": f"{values.mean():.7f}" for split, values in errors.items()}

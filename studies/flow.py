@@ -10,7 +10,6 @@ flow.csv (one row per sampler, number of steps and seed), flow_errors.csv (one r
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import matplotlib
@@ -101,10 +100,7 @@ def measure_fid(work: Path, ckpt: Path, sampler: str, evaluations: int | None, s
     name = f"flow-study-{sampler}-{evaluations or 'adaptive'}-{seed}"
     scores = work / "scores" / f"{name}.json"
     if not scores.exists():
-        sampling = dict(num_fid_samples=n_samples, num_sampling_steps=steps, sampler=sampler)
-        sampling |= dict(global_seed=seed, per_proc_batch_size=500)
-        sample_and_score(work, ckpt, name, scores, **sampling)
-        shutil.rmtree(work / "samples" / name)
+        sample_and_score(work, ckpt, name, scores, sampler, steps, seed, n_samples)
     fid = json.loads(scores.read_text())["FID"]
     evaluations = 2 * steps if sampler == "heun" else evaluations or count_evaluations(ckpt)
     return {"sampler": sampler, "steps": steps or "", "evaluations": evaluations, "seed": seed, "fid": fid}

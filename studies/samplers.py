@@ -9,7 +9,6 @@ steps and seed) and samplers.png.
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import matplotlib
@@ -54,14 +53,10 @@ def measure_fid(work: Path, sampler: str, steps: int, seed: int, pretraining: in
     """Return the FID of one seed's model with one sampler; train, sample and score unless the FID is saved."""
     name = f"{sampler}-{steps}-{seed}"
     scores = work / "samplers" / f"{name}.json"
-    if scores.exists():
-        return json.loads(scores.read_text())["FID"]
-    checkpoint = train(work, f"pretrained-{seed}", max_steps=pretraining, global_seed=seed)
-    sampling = dict(num_fid_samples=n_samples, num_sampling_steps=steps, sampler=sampler)
-    sampling |= dict(global_seed=seed, per_proc_batch_size=500)
-    fid = sample_and_score(work, checkpoint, f"samplers-{name}", scores, **sampling)["FID"]
-    shutil.rmtree(work / "samples" / f"samplers-{name}")
-    return fid
+    if not scores.exists():
+        checkpoint = train(work, f"pretrained-{seed}", max_steps=pretraining, global_seed=seed)
+        sample_and_score(work, checkpoint, f"samplers-{name}", scores, sampler, steps, seed, n_samples)
+    return json.loads(scores.read_text())["FID"]
 
 
 def fids_of(rows: list[dict], sampler: str, steps: int) -> list[float]:

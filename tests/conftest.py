@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -112,6 +113,22 @@ def file_limit(size: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@contextmanager
+def disk_full_of(path: Path):
+    """Let a disk have no free space as long as the file `path` exists; the file is created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    measure = shutil.disk_usage
+
+    def disk_usage(folder):
+        return measure(folder)._replace(free=0) if path.exists() else measure(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", disk_usage)
+        yield
+    assert not path.exists()
 
 
 def wait_for(condition: Callable, seconds: float = 60):

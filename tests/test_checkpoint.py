@@ -1,11 +1,13 @@
 """This project's checkpoint format: written, read, damaged, harmful, kept and deleted."""
 
+import errno
 import os
+import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, run, training_flags
+from conftest import GOLDEN, assert_same_weights, disk_full_of, losses, run, training_flags
 
 from checkpoint import (
     build_model,
@@ -168,6 +170,32 @@ def test_a_new_checkpoint_is_never_deleted(features, tmp_path):
     run("train_fast.py", *flags, "--keep=1", "--resume", folder / "0000002.pt")
     assert [path.name for path in checkpoints(folder)] == ["0000006.pt"]
     assert find_corruption(folder / "0000006.pt") is None
+
+
+def test_a_killed_writers_file_does_not_fill_the_disk(features, tmp_path):
+    with disk_full_of(tmp_path / "run/checkpoints/.0000002.pt.99999.tmp"):
+        run("train_fast.py", *training_flags(features, tmp_path, "run"), "--max-steps=2", "--resume=auto")
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_run_that_cannot_save_its_last_checkpoint_fails(trained, features, tmp_path, monkeypatch, stopped):
+    def save_first(path, state):
+        if state["step"] > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save_checkpoint(path, state)
+        if stopped:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    flags = [*training_flags(features, tmp_path, "run"), "--max-steps=4", "--keep=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("checkpoint.save_checkpoint", save_first)
+        stderr = run("train_fast.py", *flags, "--ckpt-every=2", expect=1).stderr
+    assert "COULD NOT SAVE" in stderr
+    assert "free disk space" in stderr.splitlines()[-1]
+    assert [path.name for path in checkpoints(tmp_path / "run/checkpoints")] == ["0000002.pt"]
+    run("train_fast.py", *flags, "--resume=auto")
+    assert_same_weights(trained / "checkpoints/0000004.pt", tmp_path / "run/checkpoints/0000004.pt")
+    assert losses(trained) == losses(tmp_path / "run")
 
 
 def test_resume_skips_damaged_checkpoints_and_reports_them(features, tmp_path):

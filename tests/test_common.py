@@ -36,6 +36,11 @@ def test_number_flags_accept_only_numbers_within_bounds(text):
             assert low <= value <= high
 
 
+def test_a_number_without_bounds_has_none_in_its_error():
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^expected a finite number, got 'nan'$"):
+        number(float)("nan")
+
+
 @given(st.lists(st.sampled_from(["--a", "--b", "1", "-1", "nan", "1e9", "--", "x"]), max_size=6))
 @settings(deadline=None)
 def test_the_parser_returns_values_or_exits_with_code_2(flags):

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import PIXELS, locked, make_images, make_vae, run
+from conftest import PIXELS, disk_full_of, locked, make_images, make_vae, run
 from PIL import Image
 
 from autoencoder import Normalization, load_autoencoder
@@ -41,6 +41,11 @@ def test_an_interrupted_extraction_is_finished(features, images, tmp_path):
     assert "seed=0, not 1" in run("extract_features.py", *flags, "--global-seed", 1, expect=2).stderr
     (folder / "settings.json").unlink()
     assert "already holds features" in run("extract_features.py", *flags, expect=2).stderr
+
+
+def test_a_killed_writers_file_does_not_fill_the_disk(images, tmp_path):
+    with disk_full_of(tmp_path / "encoded/.features-00000.npy.99999.tmp"):
+        run("extract_features.py", "--data-path", images, "--features-path", tmp_path / "encoded", *PIXELS)
 
 
 def test_a_second_extraction_into_the_same_folder_is_refused(images, tmp_path):

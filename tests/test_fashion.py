@@ -409,6 +409,17 @@ def test_a_variant_is_compared_with_continued_training_of_as_many_steps_and_the_
     assert names == {"timesteps-pixels.png", "steps-pixels.png", "width-pixels.png"}
 
 
+def test_a_series_has_the_seeds_of_all_its_points():
+    rows = [{"variant": name, "seed": seed} for name in ("continued", "remix-4-20") for seed in (0, 1, 2)]
+    rows += [{"variant": f"{name}-width-96", "seed": seed} for name in ("continued", "remix-4-20") for seed in (2, 0)]
+    rows += [{"variant": "continued-width-24", "seed": 0}]
+    points, series = fashion_figures.read_series({24: "-width-24", 96: "-width-96", 48: ""}, rows)
+    assert points == [48, 96]
+    assert series["remix-4-20"] == [
+        [{"variant": f"remix-4-20{end}", "seed": seed} for seed in (0, 2)] for end in ("", "-width-96")
+    ]
+
+
 @pytest.mark.slow
 def test_models_of_other_widths_are_pretrained_and_fine_tuned(prepared, study):
     for name in ("pretrained-width-24", "remix-4-20-width-24"):

@@ -230,17 +230,19 @@ def fill(path: Path):
 def test_a_full_disk_costs_only_checkpoints(features, tmp_path):
     disk, log = tmp_path / "disk", tmp_path / "log"
     disk.mkdir()
+    steps = ["--max-steps=150", "--ckpt-every=10", "--keep=1"]
+    run_to_end(tmp_path / "first", "train_fast.py", *training_flags(features, tmp_path, "undisturbed"), *steps)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=True)
     try:
-        flags = [*training_flags(features, disk, "run"), "--max-steps=150", "--ckpt-every=10", "--keep=1"]
+        flags = [*training_flags(features, disk, "run"), *steps]
         process = start(log, "train_fast.py", *flags)
         wait_for(lambda: checkpoints(disk / "run/checkpoints"))
         wait_for(lambda: fill(disk / "filler") or "COULD NOT SAVE" in log.read_text())
         process.join(120)
         output = log.read_text()
-        assert process.exitcode == 0, output[-3000:]
+        assert process.exitcode == 1, output[-3000:]
         assert "COULD NOT SAVE" in output
-        assert "done" in output.splitlines()[-1]
+        assert "after step 150 without a checkpoint" in output.splitlines()[-1]
         left = checkpoints(disk / "run/checkpoints")
         assert left
         assert all(find_corruption(path) is None for path in left)
@@ -250,5 +252,9 @@ def test_a_full_disk_costs_only_checkpoints(features, tmp_path):
         process.join(60)
         assert process.exitcode == 2
         assert "not enough disk space" in refused.read_text()
+
+        (disk / "filler").unlink()
+        run_to_end(log, "train_fast.py", *flags, "--resume=auto")
+        assert_same_run(tmp_path / "undisturbed", disk / "run")
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -265,16 +265,16 @@ def test_the_grid_is_even_before_the_shift():
 
 
 def test_dopri5_asks_one_expert_at_a_time():
-    borders, seen = create_flow().quantiles(10), []
+    boundaries, seen = create_flow().quantiles(10), []
 
     def model(x, t):
         # As float32 arithmetic decides.
-        seen.append(torch.bucketize(1 - t[0], torch.tensor(borders[1:-1]), right=True).item())
-        # Experts that disagree: without a restart, a step would mix the two sides of a border.
+        seen.append(torch.bucketize(1 - t[0], torch.tensor(boundaries[1:-1]), right=True).item())
+        # Experts that disagree: without a restart, a step would mix the two sides of a boundary.
         return torch.full_like(x, float(seen[-1]))
 
     zeros = torch.zeros(2, 1, 2, 2)
-    out = create_flow().ode_sample_loop(model, zeros.shape, noise=zeros, method="dopri5", borders=borders)
+    out = create_flow().ode_sample_loop(model, zeros.shape, noise=zeros, method="dopri5", boundaries=boundaries)
     assert seen == sorted(seen, reverse=True)
     assert set(seen) == set(range(10))
     assert relative(out, torch.full_like(out, 4.5)) < 1e-5
@@ -284,9 +284,9 @@ def test_dopri5_restarts_change_little():
     model, noise = gaussian("linear", "velocity"), torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     outs = [
         create_flow().ode_sample_loop(
-            lambda x, t: model(x, t).float(), noise.shape, noise=noise, method="dopri5", borders=borders
+            lambda x, t: model(x, t).float(), noise.shape, noise=noise, method="dopri5", boundaries=boundaries
         )
-        for borders in ((), (0, 0.25, 0.875, 1), (1e-9, 1 / 3, 0.33333333))
+        for boundaries in ((), (0, 0.25, 0.875, 1), (1e-9, 1 / 3, 0.33333333))
     ]
     assert relative(outs[1], outs[0]) < 5e-3
     assert relative(outs[2], outs[0]) < 5e-3
@@ -331,10 +331,10 @@ def test_distribution_of_times(name):
 def test_quantiles_are_equally_probable(name):
     flow = create_flow(**DISTRIBUTIONS[name])
     for n in (1, 3, 8, 1000):
-        borders = flow.quantiles(n)
-        assert (len(borders), borders[0], borders[-1]) == (n + 1, 0, 1)
-        assert np.all(np.diff(borders) > 0)
-        np.testing.assert_allclose(np.diff(density_integral(DISTRIBUTIONS[name], np.array(borders[1:-1]))), 1 / n)
+        boundaries = flow.quantiles(n)
+        assert (len(boundaries), boundaries[0], boundaries[-1]) == (n + 1, 0, 1)
+        assert np.all(np.diff(boundaries) > 0)
+        np.testing.assert_allclose(np.diff(density_integral(DISTRIBUTIONS[name], np.array(boundaries[1:-1]))), 1 / n)
     u = 1 - flow.sample_times(np.random.default_rng(1).random(80_000)).astype(np.float64)
     counts = np.histogram(u, flow.quantiles(8))[0]
     np.testing.assert_allclose(counts, 10_000, rtol=0.05)
@@ -348,10 +348,10 @@ def test_quantiles_of_uniform_times_are_equal_intervals():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_times_stay_within_their_interval(name, dtype):
     flow = create_flow(**DISTRIBUTIONS[name])
-    borders = np.array(flow.quantiles(37))
+    boundaries = np.array(flow.quantiles(37))
     for uniform in (0.0, 1e-9, 0.5, 1 - 2.0**-53, 1.0):
-        t = flow.sample_times(np.full(37, uniform), borders[:-1], borders[1:])
-        lowered = np.array([0, *inner_boundaries(borders), 1]).astype(dtype)
+        t = flow.sample_times(np.full(37, uniform), boundaries[:-1], boundaries[1:])
+        lowered = np.array([0, *inner_boundaries(boundaries), 1]).astype(dtype)
         experts = np.searchsorted(lowered, dtype(1) - t.astype(dtype), side="right") - 1
         np.testing.assert_array_equal(experts, np.arange(37))
 

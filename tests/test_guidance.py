@@ -108,8 +108,8 @@ def test_gaussian_data_with_a_gaussian_guide_have_a_closed_form(method, toleranc
         return network
 
     flow = create_flow()
-    borders = {"borders": interval} if method == "dopri5" else {}
-    loop, times = flow.make_sampler(method, 400, **borders)
+    options = {"boundaries": interval} if method == "dopri5" else {}
+    loop, times = flow.make_sampler(method, 400, **options)
     schedule = make_schedule(w, list(interval), 1)
     labels = torch.zeros(5, dtype=torch.long)
     denoise = make_denoiser(velocity(0.5), labels, 1, schedule, velocity(0.8), channels=4, times=times)

@@ -8,14 +8,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, assert_same_weights, losses, make_images, run, training_flags
+from conftest import GOLDEN, ROOT, assert_same_weights, file_limit, losses, make_images, run, training_flags
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from checkpoint import load_model
 from diffusion.solvers import QUICK, make_sampler
 from distributed import seed_for
-from training.loggers import MetricLogger
+from training.loggers import MetricLogger, MetricsFile
 from training.previews import GUIDANCE
 
 
@@ -160,6 +160,16 @@ def test_wandb_without_a_key(features, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("train_fast.py: error: --log-to wandb:")
     assert "WANDB_MODE=offline" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_leaves_no_part_of_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    file.log_metrics(1, {"step": 1})
+    with file_limit(path.stat().st_size + 5), pytest.raises(OSError, match="File too large"):
+        file.log_metrics(2, {"step": 2})
+    file.log_metrics(3, {"step": 3})
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
 def test_a_logger_that_fails_is_reported_and_the_others_still_log(tmp_path, caplog):

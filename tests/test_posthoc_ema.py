@@ -135,6 +135,18 @@ def test_a_run_with_snapshots(features, tmp_path):
         rows = list(csv.reader(file))
     assert [row[0] for row in rows] == ["std", "training", "0.05", "0.1"]
     assert "ema needs --data-path" in run("visualize.py", "ema", last, expect=2).stderr
+    ignored = run("visualize.py", "ema", last, "--data-path", features, "--score-samples=8", expect=2)
+    assert "need --score-against" in ignored.stderr
+
+
+def test_a_checkpoint_follows_the_snapshot_of_its_step(features, tmp_path, monkeypatch):
+    """A run that is killed between the two resumes from an earlier step, and writes both."""
+    order = []
+    monkeypatch.setattr("checkpoint.write_snapshot", lambda folder, step, *_: order.append(("snapshot", step)))
+    monkeypatch.setattr("checkpoint.save_checkpoint", lambda path, state: order.append(("checkpoint", state["step"])))
+    flags = [*training_flags(features, tmp_path, "run"), "--ema-snapshots=2", "--ckpt-every=2", "--max-steps=4"]
+    run("train_fast.py", *flags)
+    assert order == [("snapshot", 2), ("checkpoint", 2), ("snapshot", 4), ("checkpoint", 4)]
 
 
 def test_a_run_without_snapshots_has_no_other_widths(ckpt, tmp_path):

@@ -9,6 +9,7 @@ from conftest import (
     FEW_SAMPLES,
     GOLDEN,
     check_sampling_refused,
+    disk_full_of,
     file_limit,
     locked,
     make_images,
@@ -125,6 +126,11 @@ def test_a_full_disk(ckpt, tmp_path, limit):
     assert len(sampled_images(tmp_path / "one")) == 60
 
 
+def test_a_killed_writers_file_does_not_fill_the_disk(ckpt, tmp_path):
+    with disk_full_of(tmp_path / "one/.samples.npz.99999.tmp"):
+        run("sample_ddp.py", "--ckpt", ckpt, "--sample-dir", tmp_path, "--name=one", *FEW_SAMPLES)
+
+
 @torch.no_grad()
 def test_sampling_equals_the_plain_loop(ckpt, sampled):
     """Folding, guidance and batching change nothing: sample 5 is repeated alone, with the unfolded model."""
@@ -185,7 +191,7 @@ def test_sampling_a_flow_equals_the_plain_loop(flow_ckpt, tmp_path, name):
         options = dict(form="linear", last_step="tweedie", step_noise=lambda step: generators.randn((3, 8, 8)))
         x = flow.sde_sample_loop(denoise, noise.shape, noise=noise, steps=12, **options)
     else:
-        options = dict(steps=5 if name == "heun" else 12, borders=model.boundaries)
+        options = dict(steps=5 if name == "heun" else 12, boundaries=model.boundaries)
         x = flow.ode_sample_loop(denoise, noise.shape, noise=noise, method=name, **options)
     expected = (127.5 * x[0] + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     images = sampled_images(tmp_path / "flow")

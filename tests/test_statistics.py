@@ -41,7 +41,7 @@ def test_the_metrics_and_the_line_of_a_report(name):
     line = report_line(metrics, max_steps=20, batch_size=8)
     assert line.startswith("step 0000010/0000020  loss 0.5000  mse 0.5000  ")
     assert line.endswith("3 non-finite steps  lr 1.00e-04  4 images/s  MFU 0.30  2.0 GiB  0:00:20 left")
-    assert report_line(metrics, max_steps=20, batch_size=8, pictures_s=70).endswith("0:01:30 left")
+    assert report_line(metrics, max_steps=20, batch_size=8, pause_s=70).endswith("0:01:30 left")
     assert "  1 non-finite step  " in report_line(metrics | {"bad_steps": 1}, max_steps=20, batch_size=8)
     if name.startswith("Remix"):
         keys |= {"prior", "coeff_lr", "prior_weight", "coefficients", "entropy", "basis_distances", "expert_spread"}

@@ -332,6 +332,7 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("number of boundaries", "6 experts need 7 boundaries", "--boundaries", "0", "500", "1000"),
         wrong("boundaries without timesteps", "no timestep", "--boundaries", "0", "0.1", "0.2", "1000"),
         wrong("boundaries of a DiT", "needs a RemixDiT", "--boundaries", "0", "1000", model="DiT-T/2"),
+        wrong("mixed modulation of a DiT", "needs a RemixDiT", "--mix-modulation", model="DiT-T/2"),
         wrong("boundaries of a flow", "run from 0 to 1", "--process=flow", "--boundaries", "0", "875", "1000"),
         wrong(
             "noise levels of a flow", "run from 0 to 1", "--process=flow", "--timesteps", "0", "125", model="DiT-T/2"
@@ -343,6 +344,7 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("loss weight", "above 0", "--min-snr=0"),
         wrong("bound of no loss weight", "needs --min-snr", "--min-weight=0.2"),
         wrong("bound of the loss weight", "at most 1", "--min-snr=5", "--min-weight=2"),
+        wrong("bound of 1", "makes every weight 1", "--min-snr=5", "--min-weight=1"),
         wrong("mean of uniform times", "need --time-sampling logit-normal", "--process=flow", "--time-mean=1"),
         wrong("weight", "velocity prediction takes none", "--process=flow", "--weight=likelihood"),
         wrong("independent Remix-DiTs", "trains a plain DiT per interval", "--independent", "2"),

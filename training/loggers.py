@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,15 @@ class MetricsFile:
         rounded = {
             name: np.round(value, 5).tolist() if isinstance(value, list) else value for name, value in metrics.items()
         }
-        with open(self.path, "a") as file:
-            file.write(json.dumps(rounded) + "\n")
+        length = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(rounded) + "\n")
+        except OSError:
+            # A full disk may have taken a part of the line, which the next line would continue.
+            with suppress(OSError):
+                os.truncate(self.path, length)
+            raise
 
     def log_image(self, step: int, name: str, path: Path):
         pass

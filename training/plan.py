@@ -100,7 +100,7 @@ class AssumedFeatures:
         UserError: if the VAE cannot encode images of that size.
     """
 
-    def __init__(self, path: str, image_size: int = 256):
+    def __init__(self, path: str, image_size: int):
         if image_size % 8:
             raise UserError(f"--image-size {image_size} is not a multiple of 8, which the VAE needs")
         self.path = Path(path)
@@ -550,6 +550,7 @@ def activation_bytes(
 
     Args:
         model: the model on the meta device. It cannot be used afterwards.
+        diffusion: the process that gives the training losses.
         n_images: images per microbatch.
         groups: number of equal groups of a RemixDiT's microbatch; None for a plain DiT.
         precision: dtype of the matrix products.

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from autoencoder import Pixels
 from common import UserError, cache_folder, counted, first_line, is_first_process
-from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion, process_name
-from diffusion.solvers import QUICK
+from diffusion import NOISE_LEVELS, QUICK, FlowMatching, GaussianDiffusion, process_name
 from distributed import StopSignal, World
 from evaluation.files import check_file, has_statistics, read_network, read_statistics
 from evaluation.networks import FEATURE_BATCH, FeatureExtractor, make_extractor, network_name
@@ -92,7 +91,8 @@ class FidScore:
         pipeline = replace(self.pipeline, model=model, loop=self.loop)
         # The same batches as in sample_ddp.py and evaluator.py, because rounding depends on them.
         batches = [numbers[i : i + SAMPLE_BATCH] for i in range(0, len(numbers), SAMPLE_BATCH)]
-        images = [sample(pipeline, self.settings, batch, self.world, False, False) for batch in batches]
+        options = dict(world=self.world, compiled=False, show_steps=False)
+        images = [sample(pipeline, self.settings, batch, **options) for batch in batches]
         return self.extractor.run(self.extractor.network, np.concatenate(images))[0].cpu()
 
     def combine(self, features: list[Tensor]) -> dict[str, float]:
@@ -331,9 +331,6 @@ def score_line(results: dict[str, float], step: int, max_steps: int, seconds: fl
     return "  ".join([*parts, f"scored in {timedelta(seconds=round(seconds))}"])
 
 
-# The start of a run: everything is checked before training
-
-
 def make_scorer(
     every: int | None,
     reference: str | None,
@@ -352,7 +349,7 @@ def make_scorer(
         every: steps between scores; None for no scores.
         reference: what FID compares the samples with, as in evaluator.py; None for no FID.
         weights: feature network of FID; None for Inception.
-        n_samples: number of samples of FID; None for 5,000.
+        n_samples: number of samples of FID; None for FID_SAMPLES.
         held_out: folder of held-out features; None for no held-out loss.
         vae: name of the VAE that decodes the samples; None for the pixels of a dataset of pixels.
         dataset: the encoded images of the run.
@@ -383,14 +380,14 @@ def make_scorer(
         owners = [model.expert_index(t) for t in times.tolist()] if isinstance(model, RemixDiT) else None
         scores.append(HeldOutLoss(images, diffusion, times, owners, training["global_seed"]))
     if reference:
-        scores.append(make_fid(reference, weights, n_samples or FID_SAMPLES, vae, config, model, "this run"))
+        scores.append(make_fid(reference, weights, n_samples, vae, config, model, "this run"))
     return Scorer(every, training["max_steps"], scores)
 
 
 def make_fid(
     reference: str,
     weights: str | None,
-    n_samples: int,
+    n_samples: int | None,
     vae: str | None,
     config: dict,
     model: DiT | RemixDiT,
@@ -414,7 +411,7 @@ def make_fid(
     if decoder is None:
         raise UserError("--score-against needs --vae, which decodes the samples")
     settings = SampleSettings(
-        num_fid_samples=n_samples,
+        num_fid_samples=n_samples or FID_SAMPLES,
         sampler=QUICK[process][0],
         num_sampling_steps=QUICK[process][1],
         diffusion_form=None,

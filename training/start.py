@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from boundaries import equal_boundaries
 from checkpoint import (
     VERSION,
     checkpoints,
@@ -16,13 +17,12 @@ from checkpoint import (
     model_config,
     read_checkpoint,
 )
-from common import UserError, is_first_process, number, remove_leftovers, write_json
+from common import UserError, is_first_process, number, write_json
 from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion, process_name
 from distributed import World
 from features import OMITTED, FeatureDataset
 from interop.shapes import assumed_vae, flow_target
 from models import DiT, DiT_models
-from posthoc_ema import snapshot_folder
 from remix import RemixDiT, RemixDiT_models
 from training.batches import BatchSampler, sample_timesteps
 from training.plan import AssumedFeatures, RunSettings
@@ -76,7 +76,7 @@ def model_shape(dataset: FeatureDataset | AssumedFeatures, num_classes: int | No
     return dict(input_size=height, in_channels=channels, num_classes=num_classes)
 
 
-def noise_level(text: str) -> float:
+def level_argument(text: str) -> float:
     """Convert a string to a noise level, as an argparse type; whole numbers become integers."""
     value = number(float, 0, 1000)(text)
     return int(value) if value.is_integer() else value
@@ -96,7 +96,7 @@ def expert_boundaries(diffusion: GaussianDiffusion | FlowMatching, n_experts: in
         except ValueError as error:
             raise UserError(f"{n_experts} experts of equal probability: {error}") from None
         return levels
-    return [i * diffusion.num_timesteps // n_experts for i in range(n_experts + 1)]
+    return equal_boundaries(n_experts, diffusion.num_timesteps)
 
 
 def check_noise_levels(
@@ -153,6 +153,9 @@ def make_model(
         classes: names of the dataset's classes; None if they are not known.
         new_classes: whether the file may be a model of other classes, whose embeddings are initialized again.
         freeze: whether only the bases and the coefficients are trained.
+
+    Raises:
+        UserError: if the options do not fit together, or the file is missing or damaged or does not fit them.
     """
     try:
         if load_weight:
@@ -250,7 +253,16 @@ def run_config(
     settings: RunSettings,
     process: dict,
 ) -> dict:
-    """Return the configuration that, together with the data, determines the run; every checkpoint stores it."""
+    """Return the configuration that, together with the data, determines the run; every checkpoint stores it.
+
+    Args:
+        name: name of the model.
+        model: the model at step 0.
+        dataset: the encoded images.
+        image_size: side of the images in pixels, if the dataset does not record it; None for 256.
+        settings: the settings of the run.
+        process: keyword arguments of `create_process`.
+    """
     vae = {"vae": dataset.vae, **dataset.normalization.record()} if dataset.vae else assumed_vae(dataset.shape[0])
     image_size = dataset.image_size or image_size or 256
     data = dict(images=len(dataset), image_size=image_size, classes=dataset.classes, **vae)
@@ -421,12 +433,9 @@ def flatten(config: dict, prefix: str = "") -> dict:
 
 
 def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
-    """Create or clean up the run's folder, and write its config.json. Damaged checkpoints are renamed."""
+    """Create the run's folder, and write its config.json. Damaged checkpoints are renamed."""
     for path in damaged:
         path.rename(path.with_suffix(".pt.damaged"))
-    remove_leftovers(
-        folder, snapshot_folder(folder), folder / "checkpoints", folder / "samples", folder / "coefficients"
-    )
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
 

@@ -270,14 +270,14 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
-def report_line(metrics: dict, max_steps: int, batch_size: int, pictures_s: float = 0) -> str:
+def report_line(metrics: dict, max_steps: int, batch_size: int, pause_s: float = 0) -> str:
     """Return the line of log.txt for the metrics of a step.
 
     Args:
         metrics: metrics from `build_metrics`.
         max_steps: number of steps of the run.
         batch_size: images per global batch.
-        pictures_s: seconds that the remaining pictures will take.
+        pause_s: seconds that the remaining pictures and scores will take.
     """
     means = [f"{name} {metrics[name]:.4f}" for name in ("loss", "mse") if metrics.get(name) is not None]
     parts = [f"step {metrics['step']:07d}/{max_steps:07d}", *(means or ["no finite loss"])]
@@ -285,7 +285,7 @@ def report_line(metrics: dict, max_steps: int, batch_size: int, pictures_s: floa
         parts += [f"entropy {np.mean(metrics['entropy']):.3f}", f"spread {metrics['expert_spread']:.4f}"]
     if metrics["bad_steps"]:
         parts.append(counted(metrics["bad_steps"], "non-finite step"))
-    remaining = (max_steps - metrics["step"]) * batch_size / metrics["images_per_s"] + pictures_s
+    remaining = (max_steps - metrics["step"]) * batch_size / metrics["images_per_s"] + pause_s
     parts += [
         f"lr {metrics['lr']:.2e}",
         f"{metrics['images_per_s']:,.0f} images/s",
