@@ -102,9 +102,9 @@ TABLES = {
 IN_TABLE_1 = ("pretrained", "continued", *itertools.chain(*TABLES[1].values()))
 # The variants of tables 1 and 6, which are scored with both networks.
 MAIN = tuple(dict.fromkeys([*IN_TABLE_1, *itertools.chain(*TABLES[6].values())]))
-# For each table, the variants that are compared with others seed by seed: in table 1 with the others of table 1, in the
-# other tables with those in MAIN.
-PAIRED = {1: ["remix-4-20"], 5: ["bonus-8", "bonus-8-weighted"], 6: ["bonus-8", "bonus-8-weighted"]}
+# For each table, the variants that are compared with others seed by seed: in tables 1 and 2 with those of the same
+# part, in the other tables with those in MAIN.
+PAIRED = {1: ["remix-4-20"], 2: ["remix-4-20"], 5: ["bonus-8", "bonus-8-weighted"], 6: ["bonus-8", "bonus-8-weighted"]}
 # The table that settings are chosen by.
 ON_VALIDATION = 5
 # In these tables, variants may have different numbers of seeds.
@@ -193,7 +193,7 @@ def page_tables(out: Path) -> str:
                 seeds = set.intersection(*({r["seed"] for r in rows if r["variant"] == name} for name in present))
                 rows = [row for row in rows if row["seed"] in seeds]
             parts += [f"### {title}, {setting}", score_table(present, rows), fifths_table(present, rows)]
-            others = IN_TABLE_1 if table == 1 else MAIN
+            others = {1: IN_TABLE_1, 2: names}.get(table, MAIN)
             parts += [paired_table(name, others, rows) for name in PAIRED.get(table, ()) if name in present]
             if table == 3 and setting == "pixels" and SPEED.exists():
                 parts.append(cost_table())
