@@ -57,11 +57,13 @@ TABLES = {
     },
     3: {"Table 3: low-rank bases": ["remix-4-20", "rank-4", "rank-8", "rank-16", "rank-16-frozen"]},
     4: {
-        "Table 4: number of fine-tuning steps; the baseline is continued training for as many steps": [
-            f"{name}-steps-{steps}" for steps in OTHER_STEPS for name in ("continued", "remix-4-20")
+        "Table 4: number of fine-tuning steps, elsewhere 5,000; the baseline is continued training for as many steps": [
+            "remix-4-20",
+            *(f"{name}-steps-{steps}" for steps in OTHER_STEPS for name in ("continued", "remix-4-20")),
         ],
         "Table 4: width of the model, elsewhere 48; the baseline is continued training of the same width": [
-            f"{name}-width-{width}" for width in OTHER_WIDTHS for name in ("pretrained", "continued", "remix-4-20")
+            "remix-4-20",
+            *(f"{name}-width-{width}" for width in OTHER_WIDTHS for name in ("pretrained", "continued", "remix-4-20")),
         ],
     },
     5: {
