@@ -224,9 +224,9 @@ def test_a_resumed_run_does_not_score_a_step_again(scored, features, held_out, r
     flags = [*training_flags(features, tmp_path, "run"), "--max-steps=4", *score_flags(reference, held_out)]
     draw = training.scoring.sample
 
-    def stop_in_the_first_batch(*arguments):
+    def stop_in_the_first_batch(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return draw(*arguments)
+        return draw(*arguments, **options)
 
     monkeypatch.setattr(training.scoring, "sample", stop_in_the_first_batch)
     assert "stopped by SIGTERM after step 2" in run("train_fast.py", *flags).stderr
@@ -243,7 +243,7 @@ def test_a_resumed_run_does_not_score_a_step_again(scored, features, held_out, r
 
 
 def test_training_continues_if_scoring_fails(features, held_out, reference, tmp_path, monkeypatch):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(training.scoring, "sample", fail)
