@@ -19,6 +19,7 @@ from fashion_page import (
     SETTINGS,
     STEPS,
     WIDTH,
+    common_seeds,
     compare,
     read_errors,
     read_results,
@@ -126,17 +127,12 @@ def read_series(points: dict[int, str], rows: list[dict]) -> tuple[list[int], di
         The values that have results, and for each variant its rows: one list for each value, of the seeds that all of
         these values have. Different seeds cannot be compared, as they differ more than the values do.
     """
-    found = {variant + end: {} for end in points.values() for variant in SERIES_VARIANTS}
-    for row in rows:
-        if row["variant"] in found:
-            found[row["variant"]][row["seed"]] = row
-    points = {x: end for x, end in sorted(points.items()) if all(found[name + end] for name in SERIES_VARIANTS)}
-    seeds = {row["seed"] for row in rows}.intersection(
-        *(found[n + end] for end in points.values() for n in SERIES_VARIANTS)
-    )
+    found = {(row["variant"], row["seed"]): row for row in rows}
+    names = {name for name, _ in found}
+    points = {x: end for x, end in sorted(points.items()) if all(name + end in names for name in SERIES_VARIANTS)}
+    seeds = sorted(common_seeds([name + end for end in points.values() for name in SERIES_VARIANTS], rows))
     return list(points), {
-        name: [[found[name + end][seed] for seed in sorted(seeds)] for end in points.values()]
-        for name in SERIES_VARIANTS
+        name: [[found[name + end, seed] for seed in seeds] for end in points.values()] for name in SERIES_VARIANTS
     }
 
 

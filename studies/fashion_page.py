@@ -167,6 +167,12 @@ def read_errors(out: Path, setting: str, name: str, seed: int) -> dict[str, np.n
         return {split: errors.astype(np.float64) for split, errors in file.items()}
 
 
+def common_seeds(names: list[str], rows: list[dict]) -> set[int]:
+    """Return the seeds that all of these variants have, so that their values can be compared."""
+    found = {(row["variant"], row["seed"]) for row in rows}
+    return {seed for _, seed in found if all((name, seed) in found for name in names)}
+
+
 def write_page(out: Path):
     """Write the tables of README.md, below MARK."""
     page = out / "README.md"
@@ -191,8 +197,7 @@ def page_tables(out: Path) -> str:
             if not set(present) & set(names) - (set(IN_TABLE_1) if table != 1 else set()):
                 continue
             if table not in WITH_ALL_SEEDS:
-                # The seeds that all have, so that their values can be compared.
-                seeds = set.intersection(*({r["seed"] for r in rows if r["variant"] == name} for name in present))
+                seeds = common_seeds(present, rows)
                 rows = [row for row in rows if row["seed"] in seeds]
             parts += [f"### {title}, {setting}", score_table(present, rows), fifths_table(present, rows)]
             others = {1: IN_TABLE_1, 2: names}.get(table, MAIN)
