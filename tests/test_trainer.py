@@ -1,5 +1,5 @@
 import copy
-from functools import partialmethod
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +15,9 @@ from training.batches import BatchSampler, StepBatch
 from training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("exact_products")
+
+# The graphs that a training step is compiled to: a block, the final layer and the losses.
+PARTS = 3
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -47,34 +50,44 @@ def test_fifty_steps_with_changing_experts_and_weights_of_the_prior_compile_once
         if step == 1:
             warm = counters["stats"]["unique_graphs"]
     assert len(experts_seen) > 10
-    assert counters["stats"]["unique_graphs"] == warm == 1
+    assert counters["stats"]["unique_graphs"] == warm == PARTS
     assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
-def test_model_and_loss_of_a_flow_are_one_graph(monkeypatch, checkpoint_activations):
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+def test_all_blocks_of_a_flow_share_one_graph(monkeypatch, checkpoint_activations):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     flow = create_flow()
-    model = RemixDiT(DiT(8, 2, 4, 32, 2, 2, num_classes=10), n_basis=4, n_experts=20, boundaries=flow.quantiles(20))
+    model = RemixDiT(DiT(8, 2, 4, 32, 3, 2, num_classes=10), n_basis=4, n_experts=20, boundaries=flow.quantiles(20))
     options = {"compile": True, "checkpoint_activations": checkpoint_activations}
     trainer = Trainer(model, flow, World(0, 1, torch.device("cpu")), lr=1e-4, precision="bf16", **options)
     for step in range(4):
         x, t, conditions, noise = random_microbatch(step)
         trainer.step(step, [(x, 1 - (t + 0.5) / 1000, conditions, noise)], prior_weight=1e-4 * (1 - step / 4))
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == PARTS
     assert not counters["graph_break"]
     assert trainer.stats.read()[0]["loss"] > 0
 
 
+def test_coefficients_of_each_block_compile_more_blocks_than_the_compiler_allows_by_default(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    depth = torch._dynamo.config.recompile_limit + 2
+    model = RemixDiT(DiT(8, 2, 4, 32, depth, 2, num_classes=10), n_basis=4, n_experts=20, scope="local")
+    trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-4, compile=True)
+    for step in range(3):
+        trainer.step(step, [random_microbatch(step)])
+    assert counters["stats"]["unique_graphs"] == depth + PARTS - 1
+
+
 def test_each_number_of_groups_is_compiled_separately(monkeypatch):
     """Otherwise the second number would become a symbolic size, be reused for the third, and be slower than both."""
-    compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(compile_module, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     for groups in (2, 4, 8):
         world = World(0, 1, torch.device("cpu"))
         trainer = Trainer(random_remix_dit(depth=1), create_diffusion(), world, lr=1e-4, precision="bf16", compile=True)
         trainer.step(0, [random_microbatch(size=16, groups=groups)])
-    assert counters["stats"]["unique_graphs"] == 3
+    # The final layer and the losses do not depend on the groups.
+    assert counters["stats"]["unique_graphs"] == 3 + PARTS - 1
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -82,7 +95,7 @@ def test_recomputed_activations_give_the_same_steps_with_less_memory(compiled, m
     """Two microbatches per step, each of other experts: the backward pass needs the coefficients of its own batch."""
     # This backend chooses what to recompute as the default one does, but writes no kernels.
     backend = "aot_eager_decomp_partition"
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     weights, losses, stored = [], [], []
     for recompute in (False, True):
         model, sizes = random_remix_dit(), {}

@@ -23,7 +23,7 @@ from remix import RemixDiT
 from sharding import gather_model, gather_rows, own_rows, shard_bases, sharded_parameters
 from training.statistics import LOSSES, TrainingStats
 
-# DDP cuts a compiled graph where its buckets end, and exchanges a bucket while the next one is computed.
+# DDP exchanges a bucket of gradients while those of the next one are computed.
 BUCKETS = 4
 # To save memory, the compiler may place the wait for an exchange directly after its start. With these options,
 # exchanges start earlier and the waits come later, so that they overlap with computation.
@@ -40,7 +40,7 @@ def bucket_mib(parameters: list[Tensor]) -> float:
 
 
 class TrainingLoss(nn.Module):
-    """A model and its training losses in one module, so that they are compiled as one graph.
+    """A model and its training losses in one module, which DistributedDataParallel and the compiler can wrap.
 
     Args:
         model: the model in training.
@@ -99,7 +99,7 @@ class Trainer:
         ema_decay: EMA decay per step.
         clip_grad: largest gradient norm; 0 for no clipping.
         precision: precision of the matrix products: "fp32" (TF32 on GPUs), "bf16" or "fp16".
-        compile: whether to compile the model with its loss.
+        compile: whether to compile the model and its losses; see `compile_parts`.
         checkpoint_activations: whether to store only the inputs of each block in the forward pass, and to compute its
             activations again in the backward pass.
         shard: whether to shard the bases over the processes; see sharding.py.
@@ -171,14 +171,18 @@ class Trainer:
         if checkpoint_activations:
             recompute_blocks(model, compile)
         prior = bool(self.logit_params)
-        self.loss = TrainingLoss(self.model, diffusion.to(world.device), self.loss_names, prior)
+        diffusion = diffusion.to(world.device)
         if compile:
             choose_attention(model, world.device)
-            # optimize_ddp cuts the graph where DDP's buckets end. With sharded bases the graph must stay whole: it has
-            # to wait for the exchanges that it starts, because the compiler may otherwise reuse their memory.
-            torch._dynamo.config.optimize_ddp = not shard
-            # The shapes do not change during a run, and symbolic sizes would be slower.
-            self.loss.compile(dynamic=False, options=OVERLAP if shard else None)
+            # Do not cut the compiled graphs where DDP's buckets end.
+            torch._dynamo.config.optimize_ddp = False
+        if compile and not shard:
+            diffusion = compile_parts(model, diffusion)
+        self.loss = TrainingLoss(self.model, diffusion, self.loss_names, prior)
+        if compile and shard:
+            # One graph, because it has to wait for the exchanges that it starts: the compiler may otherwise reuse
+            # their memory.
+            self.loss.compile(dynamic=False, options=OVERLAP)
         if world.size > 1:
             names = [f"model.{name}" for name in self.shards]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.loss, names)
@@ -367,6 +371,33 @@ def save_checkpoint(writer: CheckpointWriter, trainer: Trainer, config: dict, st
     saved = {"config": config, "step": step, "window": trainer.stats.state_dict()} | trainer.state_dict()
     if trainer.world.is_main:
         writer.save(step, saved)
+
+
+def compile_parts(
+    model: DiT | RemixDiT, diffusion: GaussianDiffusion | FlowMatching
+) -> GaussianDiffusion | FlowMatching:
+    """Compile the blocks and the final layer of a model one by one, and the losses of its output.
+
+    All blocks run the code that is compiled for the first one. To compile the model as one graph takes longer by a
+    factor of about its depth. The other parts of the model are small and are not compiled.
+
+    Args:
+        model: the model, which is changed in place.
+        diffusion: the diffusion process.
+
+    Returns:
+        A copy of the process with compiled losses.
+    """
+    backbone = model.backbone if isinstance(model, RemixDiT) else model
+    # Coefficients of each block (scope "local") need code for each block, because it has the index of its coefficients.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, len(backbone.blocks) + 1)
+    for part in (*backbone.blocks, backbone.final_layer):
+        # The shapes do not change during a run, and symbolic sizes would be slower.
+        part.forward = torch.compile(part.forward, dynamic=False)
+    diffusion = copy.copy(diffusion)
+    diffusion.output_losses = torch.compile(diffusion.output_losses, dynamic=False)
+    return diffusion
 
 
 def recompute_blocks(model: DiT | RemixDiT, compile: bool):
