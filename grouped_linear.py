@@ -32,6 +32,8 @@ def mixed_linear(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tens
     Returns:
         Output [B, ..., out], in the autocast dtype if autocast is enabled, otherwise in the dtype of x.
     """
+    # DDP counts each argument of the function several times when it decides where to cut a compiled graph.
+    weight, bias = weight.view(weight.shape), bias.view(bias.shape)
     return MixedLinearFunction.apply(x.to(product_dtype(x)), alpha, weight, bias)
 
 

@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import CheckpointWriter, load_weights
 from diffusion import FlowMatching, GaussianDiffusion
 from distributed import World
-from grouped_linear import choose_attention
+from grouped_linear import choose_attention, on_cpu
 from models import DiT
 from posthoc_ema import decay_at
 from remix import RemixDiT
 from sharding import gather_model, gather_rows, own_rows, shard_bases, sharded_parameters
 from training.statistics import LOSSES, TrainingStats
 
-# DDP exchanges a bucket of gradients while those of the next one are computed.
+# DDP cuts a compiled graph where its buckets end, and exchanges a bucket while the next one is computed.
 BUCKETS = 4
 # To save memory, the compiler may place the wait for an exchange directly after its start. With these options,
 # exchanges start earlier and the waits come later, so that they overlap with computation.
@@ -40,7 +40,7 @@ def bucket_mib(parameters: list[Tensor]) -> float:
 
 
 class TrainingLoss(nn.Module):
-    """A model and its training losses in one module, which DistributedDataParallel and the compiler can wrap.
+    """A model and its training losses in one module, which can be compiled as one graph.
 
     Args:
         model: the model in training.
@@ -99,7 +99,7 @@ class Trainer:
         ema_decay: EMA decay per step.
         clip_grad: largest gradient norm; 0 for no clipping.
         precision: precision of the matrix products: "fp32" (TF32 on GPUs), "bf16" or "fp16".
-        compile: whether to compile the model and its losses; see `compile_parts`.
+        compile: whether to compile the model with its losses, on GPUs a RemixDiT in parts; see `compile_parts`.
         checkpoint_activations: whether to store only the inputs of each block in the forward pass, and to compute its
             activations again in the backward pass.
         shard: whether to shard the bases over the processes; see sharding.py.
@@ -172,17 +172,19 @@ class Trainer:
             recompute_blocks(model, compile)
         prior = bool(self.logit_params)
         diffusion = diffusion.to(world.device)
+        # On GPUs, the mixing of one layer is hundreds of operations, and one graph of all layers compiles for minutes.
+        in_parts = isinstance(model, RemixDiT) and not shard and not on_cpu(model.logits)
         if compile:
             choose_attention(model, world.device)
-            # Do not cut the compiled graphs where DDP's buckets end.
-            torch._dynamo.config.optimize_ddp = False
-        if compile and not shard:
+            # optimize_ddp cuts the graph where DDP's buckets end. With sharded bases the graph must stay whole: it has
+            # to wait for the exchanges that it starts, because the compiler may otherwise reuse their memory.
+            torch._dynamo.config.optimize_ddp = not shard and not in_parts
+        if compile and in_parts:
             diffusion = compile_parts(model, diffusion)
         self.loss = TrainingLoss(self.model, diffusion, self.loss_names, prior)
-        if compile and shard:
-            # One graph, because it has to wait for the exchanges that it starts: the compiler may otherwise reuse
-            # their memory.
-            self.loss.compile(dynamic=False, options=OVERLAP)
+        if compile and not in_parts:
+            # The shapes do not change during a run, and symbolic sizes would be slower.
+            self.loss.compile(dynamic=False, options=OVERLAP if shard else None)
         if world.size > 1:
             names = [f"model.{name}" for name in self.shards]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.loss, names)
@@ -373,13 +375,11 @@ def save_checkpoint(writer: CheckpointWriter, trainer: Trainer, config: dict, st
         writer.save(step, saved)
 
 
-def compile_parts(
-    model: DiT | RemixDiT, diffusion: GaussianDiffusion | FlowMatching
-) -> GaussianDiffusion | FlowMatching:
+def compile_parts(model: RemixDiT, diffusion: GaussianDiffusion | FlowMatching) -> GaussianDiffusion | FlowMatching:
     """Compile the blocks and the final layer of a model one by one, and the losses of its output.
 
-    All blocks run the code that is compiled for the first one. To compile the model as one graph takes longer by a
-    factor of about its depth. The other parts of the model are small and are not compiled.
+    All blocks run the code that is compiled for the first one. The other parts of the model are small and are not
+    compiled. A step starts more kernels than as one graph, and the host needs more time for it.
 
     Args:
         model: the model, which is changed in place.
@@ -388,12 +388,10 @@ def compile_parts(
     Returns:
         A copy of the process with compiled losses.
     """
-    backbone = model.backbone if isinstance(model, RemixDiT) else model
-    # Coefficients of each block (scope "local") need code for each block, because it has the index of its coefficients.
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, len(backbone.blocks) + 1)
-    for part in (*backbone.blocks, backbone.final_layer):
-        # The shapes do not change during a run, and symbolic sizes would be slower.
+    blocks, config = model.backbone.blocks, torch._dynamo.config
+    # With coefficients of each block (scope "local"), each block has code of its own.
+    config.recompile_limit = max(config.recompile_limit, len(blocks) + 1)
+    for part in (*blocks, model.backbone.final_layer):
         part.forward = torch.compile(part.forward, dynamic=False)
     diffusion = copy.copy(diffusion)
     diffusion.output_losses = torch.compile(diffusion.output_losses, dynamic=False)
