@@ -192,14 +192,19 @@ def take_turns(runs: dict[str, Callable], clocks: dict[str, Clock], warmup: int,
         rounds: rounds that are measured.
 
     Returns:
-        For each name, the seconds of the stages in each round.
+        For each name, the seconds of the stages in each round. On GPUs, "host" is the time in which the host started
+        all kernels: if it is as long as "total", the GPU waited for the host.
     """
     times = {name: [] for name in runs}
     for turn in tqdm(range(warmup + rounds), desc="rounds", disable=None):
         for name, run in runs.items():
             clocks[name].mark("start")
+            start = time.perf_counter()
             run(turn)
+            host = time.perf_counter() - start
             stages = clocks[name].read()
+            if clocks[name].cuda:
+                stages["host"] = host
             if turn >= warmup:
                 times[name].append(stages)
     return times
