@@ -69,7 +69,8 @@ for stage in "$@"; do
       training S/2 --batch-size 256 --experts-per-batch 1 8 16
       training S/2 --batch-size 240 --experts-per-batch 20 ;;
     b)
-      measure --parts training --steps 5 --model B/2 --batch-size 256 --experts-per-batch 4 16
+      measure --parts training kernels --steps 5 --model B/2 --batch-size 256 --experts-per-batch 4 --name gpu-kernels
+      training B/2 --batch-size 256 --experts-per-batch 16
       training B/2 --batch-size 32 --experts-per-batch 2 4 ;;
     l)
       training L/2 --batch-size 32 --experts-per-batch 2
