@@ -354,7 +354,7 @@ def kernels(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
     for name, training_run in training_runs(args, world).items():
         for turn in range(args.warmup):
             training_run.run(turn)
-        with torch.profiler.profile() as profiler:
+        with torch.profiler.profile(acc_events=True) as profiler:
             training_run.run(args.warmup)
             training_run.clock.read()
         device = torch.autograd.DeviceType.CUDA if training_run.clock.cuda else torch.autograd.DeviceType.CPU
