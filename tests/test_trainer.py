@@ -99,10 +99,29 @@ def test_compiled_and_uncompiled_gradients_agree(compile_with, implementation):
     assert all(torch.allclose(*pair, rtol=1e-3, atol=1e-6) for pair in zip(*gradients, strict=True))
 
 
-def test_coefficients_of_each_block_may_need_more_graphs_than_the_compiler_allows_by_default(compile_with, monkeypatch):
+def test_a_compiled_trainer_changes_neither_the_process_nor_other_trainers(compile_with, monkeypatch):
+    """Only the graph of a plain DiT is cut for DDP, whatever was built last; the caller's process is not compiled."""
     compile_with("eager")
     monkeypatch.setattr(training.trainer, "on_cpu", lambda tensor: False)
-    depth = torch._dynamo.config.recompile_limit + 2
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    world, diffusion = World(0, 1, torch.device("cpu")), create_diffusion()
+    plain = Trainer(random_remix_dit().backbone, diffusion, world, lr=1e-4, compile=True)
+    remix = Trainer(random_remix_dit(), diffusion, world, lr=1e-4, compile=True)
+    low_rank = Trainer(RemixDiT(random_remix_dit().expert(0), 4, 20, rank=2), diffusion, world, lr=1e-4, compile=True)
+    assert "output_losses" not in vars(diffusion)
+    assert "forward" in vars(remix.model.backbone.blocks[0])
+    assert "forward" not in vars(low_rank.model.backbone.blocks[0])
+    assert plain.optimize_ddp and low_rank.optimize_ddp
+    for trainer, expected in ((low_rank, True), (remix, False), (low_rank, True)):
+        trainer.step(0, [random_microbatch()])
+        assert torch._dynamo.config.optimize_ddp == expected
+
+
+def test_coefficients_of_each_block_may_need_more_graphs_than_the_compiler_allows(compile_with, monkeypatch):
+    compile_with("eager")
+    monkeypatch.setattr(training.trainer, "on_cpu", lambda tensor: False)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    depth = 4
     model = RemixDiT(DiT(8, 2, 4, 32, depth, 2, num_classes=10), n_basis=4, n_experts=20, scope="local")
     trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-4, compile=True)
     for step in range(3):

@@ -99,7 +99,8 @@ class Trainer:
         ema_decay: EMA decay per step.
         clip_grad: largest gradient norm; 0 for no clipping.
         precision: precision of the matrix products: "fp32" (TF32 on GPUs), "bf16" or "fp16".
-        compile: whether to compile the model with its losses, on GPUs a RemixDiT in parts; see `compile_parts`.
+        compile: whether to compile the model with its losses. A RemixDiT with whole bases is compiled in parts on GPUs;
+            see `compile_parts`.
         checkpoint_activations: whether to store only the inputs of each block in the forward pass, and to compute its
             activations again in the backward pass.
         shard: whether to shard the bases over the processes; see sharding.py.
@@ -119,6 +120,7 @@ class Trainer:
         scaler: gradient scaler of fp16; it does nothing in other precisions.
         loss_names: names of the losses that are reported.
         stats: running sums of the losses, and the non-finite steps.
+        optimize_ddp: whether a compiled graph is cut where DDP's buckets end.
         mark: callback mark(name), called at the end of each stage of a step. Benchmarks replace it.
     """
 
@@ -172,14 +174,15 @@ class Trainer:
             recompute_blocks(model, compile)
         prior = bool(self.logit_params)
         diffusion = diffusion.to(world.device)
-        # On GPUs, the mixing of one layer is hundreds of operations, and one graph of all layers compiles for minutes.
-        in_parts = isinstance(model, RemixDiT) and not shard and not on_cpu(model.logits)
         if compile:
             choose_attention(model, world.device)
-            # optimize_ddp cuts the graph where DDP's buckets end. With sharded bases the graph must stay whole: it has
-            # to wait for the exchanges that it starts, because the compiler may otherwise reuse their memory.
-            torch._dynamo.config.optimize_ddp = not shard and not in_parts
-        if compile and in_parts:
+        # On GPUs, the mixing of one layer is hundreds of operations, and one graph of all layers compiles for minutes.
+        mixes_on_gpu = isinstance(model, RemixDiT) and model.rank is None and not on_cpu(model.logits)
+        in_parts = compile and mixes_on_gpu and not shard
+        # optimize_ddp cuts the graph where DDP's buckets end. With sharded bases the graph must stay whole: it has to
+        # wait for the exchanges that it starts, because the compiler may otherwise reuse their memory.
+        self.optimize_ddp = not shard and not in_parts
+        if in_parts:
             diffusion = compile_parts(model, diffusion)
         self.loss = TrainingLoss(self.model, diffusion, self.loss_names, prior)
         if compile and not in_parts:
@@ -301,6 +304,8 @@ class Trainer:
         """
         # A tensor, because compiled code would be specific to the value of a number.
         prior_weight = torch.full((), prior_weight, device=self.world.device)
+        # The compiler reads this setting of the process in the first step.
+        torch._dynamo.config.optimize_ddp = self.optimize_ddp
         microbatches = list(microbatches)
         if self.world.size > 1 and len(microbatches) > 1 and self.replicated[0].grad is None:
             # DDP moves the gradients into its buckets in the first exchange, and rebuilds the buckets in the second.
@@ -378,11 +383,12 @@ def save_checkpoint(writer: CheckpointWriter, trainer: Trainer, config: dict, st
 def compile_parts(model: RemixDiT, diffusion: GaussianDiffusion | FlowMatching) -> GaussianDiffusion | FlowMatching:
     """Compile the blocks and the final layer of a model one by one, and the losses of its output.
 
-    All blocks run the code that is compiled for the first one. The other parts of the model are small and are not
-    compiled. A step starts more kernels than as one graph, and the host needs more time for it.
+    Blocks with the same shapes share the code that is compiled for the first one. The other parts of the model are
+    small and are not compiled. A step starts more kernels than with one graph, and the host needs more time for it.
 
     Args:
-        model: the model, which is changed in place.
+        model: the model, which is changed in place. Afterwards it can only be trained: copies of it would run the
+            blocks of the original.
         diffusion: the diffusion process.
 
     Returns:
@@ -390,7 +396,7 @@ def compile_parts(model: RemixDiT, diffusion: GaussianDiffusion | FlowMatching) 
     """
     blocks, config = model.backbone.blocks, torch._dynamo.config
     # With coefficients of each block (scope "local"), each block has code of its own.
-    config.recompile_limit = max(config.recompile_limit, len(blocks) + 1)
+    config.recompile_limit = max(config.recompile_limit, len(blocks))
     for part in (*blocks, model.backbone.final_layer):
         part.forward = torch.compile(part.forward, dynamic=False)
     diffusion = copy.copy(diffusion)
