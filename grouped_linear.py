@@ -118,8 +118,8 @@ def mix(alpha: Tensor, tensors: Tensor, dtype: torch.dtype = torch.float32) -> T
             # The compiler fuses this into one pass over the tensors and never stores the [G, K, out, in] products.
             return (alpha[:, :, None, None] * tensors).sum(1).to(dtype)
         n_parts = SHORT_CONCATENATION // len(alpha) + 1 if len(alpha) > 1 else 1
-        parts = tensors.tensor_split(n_parts, dim=1)  # n_parts tensors [K, out / n_parts, in]
-        sums = [sum(alpha[g, k] * part[k] for k in range(len(tensors))) for g in range(len(alpha)) for part in parts]
+        parts = [part.unbind() for part in tensors.tensor_split(n_parts, dim=1)]  # n_parts x K x [out / n_parts, in]
+        sums = [sum(a * b for a, b in zip(row.unbind(), part, strict=True)) for row in alpha.unbind() for part in parts]
         return torch.cat([part.to(dtype) for part in sums]).view(-1, *tensors.shape[1:])
     sums = alpha[:, 0, None, None] * tensors[0]
     for k in range(1, len(tensors)):

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -192,14 +193,19 @@ def take_turns(runs: dict[str, Callable], clocks: dict[str, Clock], warmup: int,
         rounds: rounds that are measured.
 
     Returns:
-        For each name, the seconds of the stages in each round.
+        For each name, the seconds of the stages in each round. On GPUs, "host" is the time in which the host started
+        all kernels: if it is as long as "total", the GPU waited for the host.
     """
     times = {name: [] for name in runs}
     for turn in tqdm(range(warmup + rounds), desc="rounds", disable=None):
         for name, run in runs.items():
             clocks[name].mark("start")
+            start = time.perf_counter()
             run(turn)
+            host = time.perf_counter() - start
             stages = clocks[name].read()
+            if clocks[name].cuda:
+                stages["host"] = host
             if turn >= warmup:
                 times[name].append(stages)
     return times
@@ -236,10 +242,29 @@ def markdown_table(rows: list[dict]) -> list[str]:
 
 # The name of the reference loop in the results.
 USUAL = "DiT, the usual way"
+# How many kernels of each model are listed.
+LISTED_KERNELS = 25
 
 
-def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
-    """Measure the training step of DiT, of RemixDiT with several numbers of experts per batch, and of a usual loop."""
+@dataclass(frozen=True)
+class TrainingRun:
+    """A model in training.
+
+    Attributes:
+        run: run(turn) trains for `--steps` steps.
+        clock: measures the stages of the steps.
+        costs: what a step costs; None for the usual loop.
+        parameters: number of parameters that this process trains.
+    """
+
+    run: Callable[[int], None]
+    clock: Clock
+    costs: StepCosts | None = None
+    parameters: int = 0
+
+
+def training_runs(args: argparse.Namespace, world: World) -> dict[str, TrainingRun]:
+    """Return the models to train by name: a usual loop, DiT, and RemixDiT with several numbers of experts per batch."""
     diffusion = create_diffusion()
     torch.manual_seed(0)
     dit = DiT_models[f"DiT-{args.model}"](input_size=args.input_size)
@@ -247,7 +272,7 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
     noise = torch.randn_like(images)
     y = torch.zeros(args.batch_size, dtype=torch.long, device=world.device)
     label_drop = torch.zeros(args.batch_size, dtype=torch.bool, device=world.device)
-    runs, clocks, costs, static, parameters = {}, {}, {}, {}, {}
+    runs = {}
 
     def batch(step: int, groups: int | None) -> list[tuple]:
         """Return the only microbatch of a step: (x, t, conditions, noise)."""
@@ -257,36 +282,40 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
         return [(images, t.to(world.device, non_blocking=True), conditions, noise)]
 
     def add(name: str, model: DiT | RemixDiT, groups: int | None):
-        """Add a model to `runs`, with what a step costs and the bytes that it holds between steps."""
+        """Add a model to `runs`."""
         sharded = args.shard_bases and groups is not None
         parallelism = Parallelism(world.size, sharded=sharded)
-        costs[name] = step_costs(model, args.batch_size, groups, args.precision, parallelism)
+        costs = step_costs(model, args.batch_size, groups, args.precision, parallelism)
         options = {"precision": args.precision, "compile": args.compile, "shard": sharded}
         trainer = Trainer(model, diffusion, world, lr=1e-5, **options)
-        clocks[name] = Clock(world)
-        trainer.mark = clocks[name].mark
+        clock = Clock(world)
+        trainer.mark = clock.mark
 
         def run(turn: int):
             for step in range(turn * args.steps, (turn + 1) * args.steps):
                 trainer.step(step, batch(step, groups), 1e-4)
 
-        runs[name] = run
-        parameters[name] = sum(p.numel() for p in trainer.trained)
-        # In float32: weights, EMA, AdamW's two moments and gradients.
-        static[name] = 5 * 4 * parameters[name]
+        runs[name] = TrainingRun(run, clock, costs, sum(p.numel() for p in trainer.trained))
 
     # The usual loop has one process.
     if not args.skip_usual and world.size == 1:
-        runs[USUAL], clocks[USUAL] = usual_training(dit, diffusion, batch, args.steps, world)
+        runs[USUAL] = usual_training(dit, diffusion, batch, args.steps, world)
     add("DiT", copy.deepcopy(dit), None)
     for groups in args.experts_per_batch:
         name = f"RemixDiT G={groups}" + (", sharded bases" if args.shard_bases else "")
         add(name, RemixDiT(dit, N_BASIS, N_EXPERTS), groups)
         for rank in args.rank:
             add(f"RemixDiT rank {rank} G={groups}", RemixDiT(dit, N_BASIS, N_EXPERTS, rank=rank), groups)
+    return runs
 
-    times = take_turns(runs, clocks, args.warmup, args.rounds)
-    flops = training_flops(dit.config)
+
+def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
+    """Measure the training step of DiT, of RemixDiT with several numbers of experts per batch, and of a usual loop."""
+    runs = training_runs(args, world)
+    functions, clocks = ({name: getattr(run, part) for name, run in runs.items()} for part in ("run", "clock"))
+    times = take_turns(functions, clocks, args.warmup, args.rounds)
+    with torch.device("meta"):
+        flops = training_flops(DiT_models[f"DiT-{args.model}"](input_size=args.input_size).config)
     rows = []
     for name, rounds in times.items():
         row = {"model": name, "ms/step": median(rounds) / args.steps * 1e3}
@@ -295,13 +324,13 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
         row["speed / DiT"] = relative_speed(rounds, times["DiT"])
         if USUAL in times:
             row["speed / usual"] = relative_speed(rounds, times[USUAL])
-        if name in costs:
-            row["parameters, M"] = parameters[name] / 1e6
-            row["floor ms"] = step_floor(costs[name], floors)
-            row["floor's speed / DiT"] = step_floor(costs["DiT"], floors) / row["floor ms"]
-            row["peak GiB"] = (
-                static[name] + peak_memory(world, partial(runs[name], args.warmup + args.rounds))
-            ) / 2**30
+        if runs[name].costs:
+            row["parameters, M"] = runs[name].parameters / 1e6
+            row["floor ms"] = step_floor(runs[name].costs, floors)
+            row["floor's speed / DiT"] = step_floor(runs["DiT"].costs, floors) / row["floor ms"]
+            peak = peak_memory(world, partial(runs[name].run, args.warmup + args.rounds))
+            # In float32: weights, EMA, AdamW's two moments and gradients.
+            row["peak GiB"] = (5 * 4 * runs[name].parameters + peak) / 2**30
             for stage in (stage for stage in rounds[0] if stage != "total"):
                 row[f"{stage} %"] = 100 * median(rounds, stage) / median(rounds)
         rows.append(row)
@@ -319,8 +348,31 @@ def step_floor(costs: StepCosts, floors: dict) -> float:
     return costs.flops / floors["tflops"] / 1e9 + weights / floors["copy_gb_s"] / 1e6
 
 
-def usual_training(dit: DiT, diffusion, batch: Callable, steps: int, world: World) -> tuple[Callable, Clock]:
-    """Return a training loop as many scripts have it, and its clock.
+def kernels(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
+    """List the kernels of a GPU, or the operators on a CPU, that take the most time in a training step."""
+    rows = []
+    for name, training_run in training_runs(args, world).items():
+        for turn in range(args.warmup):
+            training_run.run(turn)
+        with torch.profiler.profile(acc_events=True) as profiler:
+            training_run.run(args.warmup)
+            training_run.clock.read()
+        device = torch.autograd.DeviceType.CUDA if training_run.clock.cuda else torch.autograd.DeviceType.CPU
+        seconds = {
+            event: event.self_device_time_total if training_run.clock.cuda else event.self_cpu_time_total
+            for event in profiler.key_averages()
+            if event.device_type == device and not event.is_user_annotation
+        }
+        total = sum(seconds.values())
+        for event in sorted(seconds, key=seconds.get, reverse=True)[:LISTED_KERNELS]:
+            row = {"model": name, "kernel": event.key[:100].replace("|", " "), "calls/step": event.count / args.steps}
+            rows.append(row | {"ms/step": seconds[event] / args.steps / 1e3, "%": 100 * seconds[event] / total})
+        rows.append({"model": name, "kernel": "all", "ms/step": total / args.steps / 1e3, "%": 100})
+    return rows
+
+
+def usual_training(dit: DiT, diffusion, batch: Callable, steps: int, world: World) -> TrainingRun:
+    """Return a training loop as many scripts have it.
 
     It is eager and in fp32, with the default AdamW, a loop over the parameters for the EMA, and loss.item() in every
     step.
@@ -343,7 +395,7 @@ def usual_training(dit: DiT, diffusion, batch: Callable, steps: int, world: Worl
             loss.item()
             clock.mark("step")
 
-    return run, clock
+    return TrainingRun(run, clock)
 
 
 @torch.no_grad()
@@ -572,7 +624,14 @@ def numpy_precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3, block
     return covered(fake, real, radii(real)), covered(real, fake, radii(fake))
 
 
-PARTS = {"training": training, "sampling": sampling, "data": data, "extraction": extraction, "evaluator": evaluator}
+PARTS = {
+    "training": training,
+    "kernels": kernels,
+    "sampling": sampling,
+    "data": data,
+    "extraction": extraction,
+    "evaluator": evaluator,
+}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 # Stages for one GPU: checks, s, b, l, xl, sampling, path. For all GPUs of this machine: s-all, b-all, l-all, xl-all.
 # A measurement that fails, for example because the memory is too small, does not end the others. They are listed at the
 # end, and the exit code is then 1. In a copy without .git, set COMMIT in the environment. Needs torch, torchvision and
-# timm. The stage `checks` also needs pytest, and `path` needs diffusers and scipy.
+# timm. The stage `checks` also needs pytest, and `path` needs diffusers and scipy. Compilation takes most of the time:
+# a model of each size and number of groups takes one to several minutes, and longer with sharded bases.
 
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
@@ -36,7 +37,7 @@ run() {
 
 checks() {
   python -m pytest tests/test_grouped_linear.py tests/test_trainer.py tests/test_remix.py tests/test_models.py \
-    -q -p no:cacheprovider 2>&1 | tee "$OUT/gpu-checks.txt"
+    -vv -p no:cacheprovider 2>&1 | tee "$OUT/gpu-checks.txt"
 }
 
 measure() {
@@ -68,7 +69,8 @@ for stage in "$@"; do
       training S/2 --batch-size 256 --experts-per-batch 1 8 16
       training S/2 --batch-size 240 --experts-per-batch 20 ;;
     b)
-      measure --parts training --steps 5 --model B/2 --batch-size 256 --experts-per-batch 4 16
+      measure --parts training kernels --steps 5 --model B/2 --batch-size 256 --experts-per-batch 4 --name gpu-kernels
+      training B/2 --batch-size 256 --experts-per-batch 16
       training B/2 --batch-size 32 --experts-per-batch 2 4 ;;
     l)
       training L/2 --batch-size 32 --experts-per-batch 2

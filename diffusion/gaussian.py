@@ -403,7 +403,10 @@ class GaussianDiffusion:
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
-        out = self._call_model(model, x_t, t, model_kwargs)
+        return self.output_losses(self._call_model(model, x_t, t, model_kwargs), x_start, x_t, t, noise)
+
+    def output_losses(self, out: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Compute what `training_losses` returns from the output of the model for x_t [B, C or 2C, ...]."""
         if self.loss == "kl":
             return {"loss": self._bound(out, x_start, x_t, t) * self.num_timesteps}
         losses = {}

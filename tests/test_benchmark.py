@@ -31,13 +31,21 @@ def test_every_part_is_measured(tmp_path):
         assert row["peak GiB"] > 0
     assert training[1]["peak GiB"] < training[3]["peak GiB"]
 
+    for name in ("DiT", "RemixDiT G=4"):
+        listed = [row for row in results["kernels"] if row["model"] == name]
+        assert listed[-1]["kernel"] == "all" and listed[0]["ms/step"] >= listed[1]["ms/step"] > 0
+        assert 50 < sum(row["%"] for row in listed[:-1]) <= 100
+    assert any("grouped_linear" in row["kernel"] for row in results["kernels"] if row["model"] == "RemixDiT G=4")
+
     assert [row["model"] for row in results["sampling"]] == ["DiT", "folded", "mixed in every step"]
     assert results["data"][0]["images/s"] > 0
     assert results["extraction"][-1]["VAE busy"] > 0
     assert all(row["relative difference"] < 1e-4 for row in results["evaluator"][:-1])
     report = (tmp_path / "toy.md").read_text()
     assert "copy bandwidth" in report
-    assert all(f"## {part}" in report for part in ("training", "sampling", "data", "extraction", "evaluator"))
+    assert all(
+        f"## {part}" in report for part in ("training", "kernels", "sampling", "data", "extraction", "evaluator")
+    )
 
 
 @pytest.mark.slow

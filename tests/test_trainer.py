@@ -1,5 +1,5 @@
 import copy
-from functools import partialmethod
+from functools import partial
 
 import pytest
 import torch
@@ -7,6 +7,8 @@ from conftest import DEVICES, random_microbatch, random_remix_dit
 from torch import nn
 from torch._dynamo.utils import counters
 
+import grouped_linear
+import training.trainer
 from diffusion import create_diffusion, create_flow
 from distributed import World
 from models import DiT
@@ -15,6 +17,24 @@ from training.batches import BatchSampler, StepBatch
 from training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("exact_products")
+
+# How many graphs a RemixDiT and its losses are compiled to. On GPUs they are a block, the final layer and the losses.
+GRAPHS = {"cpu": 1, "cuda": 3}
+
+
+@pytest.fixture(params=GRAPHS)
+def implementation(request, monkeypatch) -> str:
+    """Use the implementations for CPUs or those for GPUs, on a CPU."""
+    for module in (grouped_linear, training.trainer):
+        monkeypatch.setattr(module, "on_cpu", lambda tensor: request.param == "cpu")
+    return request.param
+
+
+@pytest.fixture
+def compile_with(monkeypatch):
+    """Return a function that selects the backend of torch.compile."""
+    compiler = torch.compile
+    return lambda backend: monkeypatch.setattr(torch, "compile", partial(compiler, backend=backend))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -47,42 +67,84 @@ def test_fifty_steps_with_changing_experts_and_weights_of_the_prior_compile_once
         if step == 1:
             warm = counters["stats"]["unique_graphs"]
     assert len(experts_seen) > 10
-    assert counters["stats"]["unique_graphs"] == warm == 1
+    assert counters["stats"]["unique_graphs"] == warm == GRAPHS[device]
     assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
-def test_model_and_loss_of_a_flow_are_one_graph(monkeypatch, checkpoint_activations):
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+def test_the_number_of_graphs_of_a_flow_does_not_depend_on_the_depth(
+    compile_with, implementation, checkpoint_activations
+):
+    compile_with("eager")
     flow = create_flow()
-    model = RemixDiT(DiT(8, 2, 4, 32, 2, 2, num_classes=10), n_basis=4, n_experts=20, boundaries=flow.quantiles(20))
+    model = RemixDiT(DiT(8, 2, 4, 32, 3, 2, num_classes=10), n_basis=4, n_experts=20, boundaries=flow.quantiles(20))
     options = {"compile": True, "checkpoint_activations": checkpoint_activations}
     trainer = Trainer(model, flow, World(0, 1, torch.device("cpu")), lr=1e-4, precision="bf16", **options)
     for step in range(4):
         x, t, conditions, noise = random_microbatch(step)
         trainer.step(step, [(x, 1 - (t + 0.5) / 1000, conditions, noise)], prior_weight=1e-4 * (1 - step / 4))
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == GRAPHS[implementation]
     assert not counters["graph_break"]
     assert trainer.stats.read()[0]["loss"] > 0
 
 
-def test_each_number_of_groups_is_compiled_separately(monkeypatch):
+def test_compiled_and_uncompiled_gradients_agree(compile_with, implementation):
+    compile_with("eager")
+    gradients = []
+    for compiled in (False, True):
+        model = random_remix_dit()
+        trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-4, compile=compiled)
+        trainer.step(0, [random_microbatch()], prior_weight=1e-2)
+        gradients.append([p.grad for p in trainer.trained])
+    assert all(torch.allclose(*pair, rtol=1e-3, atol=1e-6) for pair in zip(*gradients, strict=True))
+
+
+def test_a_compiled_trainer_changes_neither_the_process_nor_other_trainers(compile_with, monkeypatch):
+    """Only the graph of a plain DiT is cut for DDP, whatever was built last; the caller's process is not compiled."""
+    compile_with("eager")
+    monkeypatch.setattr(training.trainer, "on_cpu", lambda tensor: False)
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    world, diffusion = World(0, 1, torch.device("cpu")), create_diffusion()
+    plain = Trainer(random_remix_dit().backbone, diffusion, world, lr=1e-4, compile=True)
+    remix = Trainer(random_remix_dit(), diffusion, world, lr=1e-4, compile=True)
+    low_rank = Trainer(RemixDiT(random_remix_dit().expert(0), 4, 20, rank=2), diffusion, world, lr=1e-4, compile=True)
+    assert "output_losses" not in vars(diffusion)
+    assert "forward" in vars(remix.model.backbone.blocks[0])
+    assert "forward" not in vars(low_rank.model.backbone.blocks[0])
+    assert plain.optimize_ddp and low_rank.optimize_ddp
+    for trainer, expected in ((low_rank, True), (remix, False), (low_rank, True)):
+        trainer.step(0, [random_microbatch()])
+        assert torch._dynamo.config.optimize_ddp == expected
+
+
+def test_coefficients_of_each_block_may_need_more_graphs_than_the_compiler_allows(compile_with, monkeypatch):
+    compile_with("eager")
+    monkeypatch.setattr(training.trainer, "on_cpu", lambda tensor: False)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    depth = 4
+    model = RemixDiT(DiT(8, 2, 4, 32, depth, 2, num_classes=10), n_basis=4, n_experts=20, scope="local")
+    trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-4, compile=True)
+    for step in range(3):
+        trainer.step(step, [random_microbatch(step)])
+    assert counters["stats"]["unique_graphs"] == GRAPHS["cuda"] - 1 + depth
+
+
+def test_each_number_of_groups_is_compiled_separately(compile_with, implementation):
     """Otherwise the second number would become a symbolic size, be reused for the third, and be slower than both."""
-    compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(compile_module, backend="aot_eager"))
+    compile_with("eager")
     for groups in (2, 4, 8):
         world = World(0, 1, torch.device("cpu"))
         trainer = Trainer(random_remix_dit(depth=1), create_diffusion(), world, lr=1e-4, precision="bf16", compile=True)
         trainer.step(0, [random_microbatch(size=16, groups=groups)])
-    assert counters["stats"]["unique_graphs"] == 3
+    # The final layer and the losses do not depend on the groups.
+    assert counters["stats"]["unique_graphs"] == GRAPHS[implementation] + 2
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_recomputed_activations_give_the_same_steps_with_less_memory(compiled, monkeypatch):
+def test_recomputed_activations_give_the_same_steps_with_less_memory(compiled, compile_with, implementation):
     """Two microbatches per step, each of other experts: the backward pass needs the coefficients of its own batch."""
     # This backend chooses what to recompute as the default one does, but writes no kernels.
-    backend = "aot_eager_decomp_partition"
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    compile_with("aot_eager_decomp_partition")
     weights, losses, stored = [], [], []
     for recompute in (False, True):
         model, sizes = random_remix_dit(), {}

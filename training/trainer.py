@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import CheckpointWriter, load_weights
 from diffusion import FlowMatching, GaussianDiffusion
 from distributed import World
-from grouped_linear import choose_attention
+from grouped_linear import choose_attention, on_cpu
 from models import DiT
 from posthoc_ema import decay_at
 from remix import RemixDiT
@@ -40,7 +40,7 @@ def bucket_mib(parameters: list[Tensor]) -> float:
 
 
 class TrainingLoss(nn.Module):
-    """A model and its training losses in one module, so that they are compiled as one graph.
+    """A model and its training losses in one module, which can be compiled as one graph.
 
     Args:
         model: the model in training.
@@ -99,7 +99,8 @@ class Trainer:
         ema_decay: EMA decay per step.
         clip_grad: largest gradient norm; 0 for no clipping.
         precision: precision of the matrix products: "fp32" (TF32 on GPUs), "bf16" or "fp16".
-        compile: whether to compile the model with its loss.
+        compile: whether to compile the model with its losses. A RemixDiT with whole bases is compiled in parts on GPUs;
+            see `compile_parts`.
         checkpoint_activations: whether to store only the inputs of each block in the forward pass, and to compute its
             activations again in the backward pass.
         shard: whether to shard the bases over the processes; see sharding.py.
@@ -119,6 +120,7 @@ class Trainer:
         scaler: gradient scaler of fp16; it does nothing in other precisions.
         loss_names: names of the losses that are reported.
         stats: running sums of the losses, and the non-finite steps.
+        optimize_ddp: whether a compiled graph is cut where DDP's buckets end.
         mark: callback mark(name), called at the end of each stage of a step. Benchmarks replace it.
     """
 
@@ -171,12 +173,19 @@ class Trainer:
         if checkpoint_activations:
             recompute_blocks(model, compile)
         prior = bool(self.logit_params)
-        self.loss = TrainingLoss(self.model, diffusion.to(world.device), self.loss_names, prior)
+        diffusion = diffusion.to(world.device)
         if compile:
             choose_attention(model, world.device)
-            # optimize_ddp cuts the graph where DDP's buckets end. With sharded bases the graph must stay whole: it has
-            # to wait for the exchanges that it starts, because the compiler may otherwise reuse their memory.
-            torch._dynamo.config.optimize_ddp = not shard
+        # On GPUs, the mixing of one layer is hundreds of operations, and one graph of all layers compiles for minutes.
+        mixes_on_gpu = isinstance(model, RemixDiT) and model.rank is None and not on_cpu(model.logits)
+        in_parts = compile and mixes_on_gpu and not shard
+        # optimize_ddp cuts the graph where DDP's buckets end. With sharded bases the graph must stay whole: it has to
+        # wait for the exchanges that it starts, because the compiler may otherwise reuse their memory.
+        self.optimize_ddp = not shard and not in_parts
+        if in_parts:
+            diffusion = compile_parts(model, diffusion)
+        self.loss = TrainingLoss(self.model, diffusion, self.loss_names, prior)
+        if compile and not in_parts:
             # The shapes do not change during a run, and symbolic sizes would be slower.
             self.loss.compile(dynamic=False, options=OVERLAP if shard else None)
         if world.size > 1:
@@ -295,6 +304,8 @@ class Trainer:
         """
         # A tensor, because compiled code would be specific to the value of a number.
         prior_weight = torch.full((), prior_weight, device=self.world.device)
+        # The compiler reads this setting of the process in the first step.
+        torch._dynamo.config.optimize_ddp = self.optimize_ddp
         microbatches = list(microbatches)
         if self.world.size > 1 and len(microbatches) > 1 and self.replicated[0].grad is None:
             # DDP moves the gradients into its buckets in the first exchange, and rebuilds the buckets in the second.
@@ -367,6 +378,30 @@ def save_checkpoint(writer: CheckpointWriter, trainer: Trainer, config: dict, st
     saved = {"config": config, "step": step, "window": trainer.stats.state_dict()} | trainer.state_dict()
     if trainer.world.is_main:
         writer.save(step, saved)
+
+
+def compile_parts(model: RemixDiT, diffusion: GaussianDiffusion | FlowMatching) -> GaussianDiffusion | FlowMatching:
+    """Compile the blocks and the final layer of a model one by one, and the losses of its output.
+
+    Blocks with the same shapes share the code that is compiled for the first one. The other parts of the model are
+    small and are not compiled. A step starts more kernels than with one graph, and the host needs more time for it.
+
+    Args:
+        model: the model, which is changed in place. Afterwards it can only be trained: copies of it would run the
+            blocks of the original.
+        diffusion: the diffusion process.
+
+    Returns:
+        A copy of the process with compiled losses.
+    """
+    blocks, config = model.backbone.blocks, torch._dynamo.config
+    # With coefficients of each block (scope "local"), each block has code of its own.
+    config.recompile_limit = max(config.recompile_limit, len(blocks))
+    for part in (*blocks, model.backbone.final_layer):
+        part.forward = torch.compile(part.forward, dynamic=False)
+    diffusion = copy.copy(diffusion)
+    diffusion.output_losses = torch.compile(diffusion.output_losses, dynamic=False)
+    return diffusion
 
 
 def recompute_blocks(model: DiT | RemixDiT, compile: bool):
