@@ -99,11 +99,11 @@ def test_compiled_and_uncompiled_gradients_agree(compile_with, implementation):
     assert all(torch.allclose(*pair, rtol=1e-3, atol=1e-6) for pair in zip(*gradients, strict=True))
 
 
+@torch._dynamo.config.patch(optimize_ddp=True)
 def test_a_compiled_trainer_changes_neither_the_process_nor_other_trainers(compile_with, monkeypatch):
     """Only the graph of a plain DiT is cut for DDP, whatever was built last; the caller's process is not compiled."""
     compile_with("eager")
     monkeypatch.setattr(training.trainer, "on_cpu", lambda tensor: False)
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     world, diffusion = World(0, 1, torch.device("cpu")), create_diffusion()
     plain = Trainer(random_remix_dit().backbone, diffusion, world, lr=1e-4, compile=True)
     remix = Trainer(random_remix_dit(), diffusion, world, lr=1e-4, compile=True)
@@ -117,10 +117,10 @@ def test_a_compiled_trainer_changes_neither_the_process_nor_other_trainers(compi
         assert torch._dynamo.config.optimize_ddp == expected
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_coefficients_of_each_block_may_need_more_graphs_than_the_compiler_allows(compile_with, monkeypatch):
     compile_with("eager")
     monkeypatch.setattr(training.trainer, "on_cpu", lambda tensor: False)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     depth = 4
     model = RemixDiT(DiT(8, 2, 4, 32, depth, 2, num_classes=10), n_basis=4, n_experts=20, scope="local")
     trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-4, compile=True)
