@@ -312,7 +312,8 @@ def training_runs(args: argparse.Namespace, world: World) -> dict[str, TrainingR
 def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
     """Measure the training step of DiT, of RemixDiT with several numbers of experts per batch, and of a usual loop."""
     runs = training_runs(args, world)
-    functions, clocks = ({name: getattr(run, part) for name, run in runs.items()} for part in ("run", "clock"))
+    functions = {name: training_run.run for name, training_run in runs.items()}
+    clocks = {name: training_run.clock for name, training_run in runs.items()}
     times = take_turns(functions, clocks, args.warmup, args.rounds)
     with torch.device("meta"):
         flops = training_flops(DiT_models[f"DiT-{args.model}"](input_size=args.input_size).config)
@@ -358,15 +359,16 @@ def kernels(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
             training_run.run(args.warmup)
             training_run.clock.read()
         device = torch.autograd.DeviceType.CUDA if training_run.clock.cuda else torch.autograd.DeviceType.CPU
-        seconds = {
+        # In microseconds.
+        times = {
             event: event.self_device_time_total if training_run.clock.cuda else event.self_cpu_time_total
             for event in profiler.key_averages()
             if event.device_type == device and not event.is_user_annotation
         }
-        total = sum(seconds.values())
-        for event in sorted(seconds, key=seconds.get, reverse=True)[:LISTED_KERNELS]:
+        total = sum(times.values())
+        for event in sorted(times, key=times.get, reverse=True)[:LISTED_KERNELS]:
             row = {"model": name, "kernel": event.key[:100].replace("|", " "), "calls/step": event.count / args.steps}
-            rows.append(row | {"ms/step": seconds[event] / args.steps / 1e3, "%": 100 * seconds[event] / total})
+            rows.append(row | {"ms/step": times[event] / args.steps / 1e3, "%": 100 * times[event] / total})
         rows.append({"model": name, "kernel": "all", "ms/step": total / args.steps / 1e3, "%": 100})
     return rows
 
