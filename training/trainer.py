@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import CheckpointWriter, load_weights
 from diffusion import FlowMatching, GaussianDiffusion
 from distributed import World
-from grouped_linear import choose_attention, on_cpu
+from grouped_linear import choose_attention
 from models import DiT
 from posthoc_ema import decay_at
 from remix import RemixDiT
@@ -176,18 +176,15 @@ class Trainer:
         diffusion = diffusion.to(world.device)
         if compile:
             choose_attention(model, world.device)
-        # On GPUs, the mixing of one layer is hundreds of operations, and one graph of all layers compiles for minutes.
-        mixes_on_gpu = isinstance(model, RemixDiT) and model.rank is None and not on_cpu(model.logits)
-        in_parts = compile and mixes_on_gpu and not shard
-        # optimize_ddp cuts the graph where DDP's buckets end. With sharded bases the graph must stay whole: it has to
-        # wait for the exchanges that it starts, because the compiler may otherwise reuse their memory.
-        self.optimize_ddp = not shard and not in_parts
-        if in_parts:
-            diffusion = compile_parts(model, diffusion)
         self.loss = TrainingLoss(self.model, diffusion, self.loss_names, prior)
-        if compile and not in_parts:
+        # With sharded bases the graph must stay whole: it has to wait for the exchanges that it starts, because the
+        # compiler may otherwise reuse their memory.
+        self.optimize_ddp = not shard
+        self.cuda_graphs = compile and world.device.type == "cuda" and not shard
+        if compile:
+            options = OVERLAP if shard else {"triton.cudagraphs": True} if self.cuda_graphs else None
             # The shapes do not change during a run, and symbolic sizes would be slower.
-            self.loss.compile(dynamic=False, options=OVERLAP if shard else None)
+            self.loss.compile(dynamic=False, options=options)
         if world.size > 1:
             names = [f"model.{name}" for name in self.shards]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.loss, names)
@@ -327,8 +324,13 @@ class Trainer:
 
     def _accumulate_gradients(self, microbatches: list, prior_weight: Tensor) -> Tensor:
         """Sum the gradients of the microbatches and return the mean losses, in the order of `loss_names`."""
+        accumulate = len(microbatches) > 1
+        if accumulate and self.cuda_graphs and self.trained[0].grad is None:
+            # The gradients that a CUDA graph returns are overwritten in the next microbatch.
+            for parameter in self.trained:
+                parameter.grad = torch.zeros_like(parameter)
         # With several microbatches, the gradients stay parts of DDP's buckets.
-        self.optimizer.zero_grad(set_to_none=self.world.size == 1 or len(microbatches) == 1)
+        self.optimizer.zero_grad(set_to_none=not accumulate or (self.world.size == 1 and not self.cuda_graphs))
         means = []
         for i, microbatch in enumerate(microbatches):
             # The processes exchange gradients once per step, after the last microbatch.
@@ -339,7 +341,8 @@ class Trainer:
                 self.mark("forward")
                 self.scaler.scale(loss / len(microbatches)).backward()
                 self.mark("backward")
-            means.append(losses)
+            # A CUDA graph overwrites its results when it runs again.
+            means.append(losses.clone())
         return torch.stack(means).mean(0)
 
     def _check_gradients(self) -> tuple[Tensor, Tensor]:
@@ -378,30 +381,6 @@ def save_checkpoint(writer: CheckpointWriter, trainer: Trainer, config: dict, st
     saved = {"config": config, "step": step, "window": trainer.stats.state_dict()} | trainer.state_dict()
     if trainer.world.is_main:
         writer.save(step, saved)
-
-
-def compile_parts(model: RemixDiT, diffusion: GaussianDiffusion | FlowMatching) -> GaussianDiffusion | FlowMatching:
-    """Compile the blocks and the final layer of a model one by one, and the losses of its output.
-
-    Blocks with the same shapes share the code that is compiled for the first one. The other parts of the model are
-    small and are not compiled. A step starts more kernels than with one graph, and the host needs more time for it.
-
-    Args:
-        model: the model, which is changed in place. Afterwards it can only be trained: copies of it would run the
-            blocks of the original.
-        diffusion: the diffusion process.
-
-    Returns:
-        A copy of the process with compiled losses.
-    """
-    blocks, config = model.backbone.blocks, torch._dynamo.config
-    # With coefficients of each block (scope "local"), each block has code of its own.
-    config.recompile_limit = max(config.recompile_limit, len(blocks))
-    for part in (*blocks, model.backbone.final_layer):
-        part.forward = torch.compile(part.forward, dynamic=False)
-    diffusion = copy.copy(diffusion)
-    diffusion.output_losses = torch.compile(diffusion.output_losses, dynamic=False)
-    return diffusion
 
 
 def recompute_blocks(model: DiT | RemixDiT, compile: bool):
