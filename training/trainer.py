@@ -99,8 +99,8 @@ class Trainer:
         ema_decay: EMA decay per step.
         clip_grad: largest gradient norm; 0 for no clipping.
         precision: precision of the matrix products: "fp32" (TF32 on GPUs), "bf16" or "fp16".
-        compile: whether to compile the model with its losses. A RemixDiT with whole bases is compiled in parts on GPUs;
-            see `compile_parts`.
+        compile: whether to compile the model with its losses. On GPUs, forward and backward pass are then recorded as
+            CUDA graphs, unless the bases are sharded.
         checkpoint_activations: whether to store only the inputs of each block in the forward pass, and to compute its
             activations again in the backward pass.
         shard: whether to shard the bases over the processes; see sharding.py.
@@ -121,6 +121,8 @@ class Trainer:
         loss_names: names of the losses that are reported.
         stats: running sums of the losses, and the non-finite steps.
         optimize_ddp: whether a compiled graph is cut where DDP's buckets end.
+        cuda_graphs: whether the compiled forward and backward pass are recorded as CUDA graphs, which start all their
+            kernels at once. The tensors that they return are overwritten when they run again.
         mark: callback mark(name), called at the end of each stage of a step. Benchmarks replace it.
     """
 
@@ -178,11 +180,11 @@ class Trainer:
             choose_attention(model, world.device)
         self.loss = TrainingLoss(self.model, diffusion, self.loss_names, prior)
         # With sharded bases the graph must stay whole: it has to wait for the exchanges that it starts, because the
-        # compiler may otherwise reuse their memory.
+        # compiler may otherwise reuse their memory. CUDA graphs that hold exchanges were not tested with several GPUs.
         self.optimize_ddp = not shard
         self.cuda_graphs = compile and world.device.type == "cuda" and not shard
         if compile:
-            options = OVERLAP if shard else {"triton.cudagraphs": True} if self.cuda_graphs else None
+            options = OVERLAP if shard else {"triton.cudagraphs": self.cuda_graphs}
             # The shapes do not change during a run, and symbolic sizes would be slower.
             self.loss.compile(dynamic=False, options=options)
         if world.size > 1:
@@ -324,13 +326,13 @@ class Trainer:
 
     def _accumulate_gradients(self, microbatches: list, prior_weight: Tensor) -> Tensor:
         """Sum the gradients of the microbatches and return the mean losses, in the order of `loss_names`."""
-        accumulate = len(microbatches) > 1
-        if accumulate and self.cuda_graphs and self.trained[0].grad is None:
-            # The gradients that a CUDA graph returns are overwritten in the next microbatch.
+        # Several microbatches add to tensors that stay: parts of DDP's buckets, or tensors of their own. The next
+        # microbatch overwrites the gradients that a CUDA graph returns.
+        keep = len(microbatches) > 1 and (self.world.size > 1 or self.cuda_graphs)
+        self.optimizer.zero_grad(set_to_none=not keep)
+        if keep and self.trained[0].grad is None:
             for parameter in self.trained:
                 parameter.grad = torch.zeros_like(parameter)
-        # With several microbatches, the gradients stay parts of DDP's buckets.
-        self.optimizer.zero_grad(set_to_none=not accumulate or (self.world.size == 1 and not self.cuda_graphs))
         means = []
         for i, microbatch in enumerate(microbatches):
             # The processes exchange gradients once per step, after the last microbatch.
