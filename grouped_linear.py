@@ -4,14 +4,20 @@ The results do not depend on the implementation, except for rounding. benchmarks
 """
 
 import importlib.util
+import os
+import shutil
 
 import torch
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
-# PyTorch for GPUs comes with Triton on Linux.
-GPU_KERNELS = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-if GPU_KERNELS:
+# PyTorch for GPUs comes with Triton on Linux. Triton needs a C compiler. Counting the GPUs does not start CUDA.
+TRITON = (
+    torch.cuda.device_count() > 0
+    and importlib.util.find_spec("triton") is not None
+    and any(shutil.which(compiler) for compiler in (os.environ.get("CC", "gcc"), "clang"))
+)
+if TRITON:
     import mixing_kernels
 
 # From this number of groups on, the backward pass mixes the weights again instead of keeping them in memory.
@@ -94,9 +100,14 @@ def _(alpha, grad):
     return torch.empty_like(alpha)
 
 
-def on_gpu(tensor: Tensor) -> bool:
-    """Return whether the implementations for GPUs are used for a tensor."""
-    return GPU_KERNELS and tensor.device.type == "cuda"
+def on_cpu(tensor: Tensor) -> bool:
+    """Return whether the implementations for CPUs are used for a tensor."""
+    return tensor.device.type == "cpu"
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Return whether Triton kernels mix a tensor."""
+    return TRITON and tensor.device.type == "cuda"
 
 
 def mix(alpha: Tensor, tensors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -110,7 +121,7 @@ def mix(alpha: Tensor, tensors: Tensor, dtype: torch.dtype = torch.float32) -> T
     Returns:
         The sums [G, out, in] or [G, out].
     """
-    if on_gpu(tensors):
+    if uses_triton(tensors):
         return mixing_kernels.mix(alpha, tensors, dtype)
     if tensors.ndim == 2:
         return (alpha[:, :, None] * tensors).sum(1).to(dtype)
@@ -135,7 +146,7 @@ def mix_backward(alpha: Tensor, grads: Tensor, tensors: Tensor) -> tuple[Tensor,
         The gradients of alpha [G, K], which are the inner products of each of `grads` with each of `tensors`, and of
         the K tensors, which are the sums of alpha_G^T `grads`.
     """
-    if on_gpu(tensors):
+    if uses_triton(tensors):
         return mixing_kernels.mix_backward(alpha, grads, tensors)
     grads = grads.float()
     return products(grads, tensors), mix(alpha.T, grads)
@@ -153,16 +164,16 @@ def products(a: Tensor, b: Tensor) -> Tensor:
 
 def linear_per_group(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Apply linear layer g, weight [G, out, in] and bias [G, out], to the g-th of G equal parts of x [B, ..., in]."""
-    if on_gpu(x):
-        # The compiler adds the biases in the kernel that reads the result.
-        bias = bias.view(len(bias), *[1] * (x.ndim - 1), -1)  # [G, 1, ..., out]
-        return (batched_linear(x, weight).unflatten(0, (len(bias), -1)) + bias).flatten(0, 1)
-    return grouped_linear(x, weight, bias)
+    if on_cpu(x):
+        return grouped_linear(x, weight, bias)
+    # The compiler adds the biases in the kernel that reads the result.
+    bias = bias.view(len(bias), *[1] * (x.ndim - 1), -1)  # [G, 1, ..., out]
+    return (batched_linear(x, weight).unflatten(0, (len(bias), -1)) + bias).flatten(0, 1)
 
 
-# Matrix products of groups are custom operators. From a batched product of a view of a tensor and a product of the
-# transposed tensor, torch.compile makes two copies of the tensor, and it turns writes into parts of one output into
-# copies.
+# The matrix products of the groups are custom operators. If a tensor is an input of two batched products, once as a
+# view and once transposed, torch.compile makes two copies of it. For CPUs, it turns writes into parts of one output
+# into copies.
 @torch.library.custom_op("remix::batched_linear", mutates_args=())
 def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Compute `linear_per_group` without the biases, for GPUs, whose batched matrix products are faster."""
@@ -185,13 +196,13 @@ def linear_per_group_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[
     """Compute the gradients of x, of weight [G, out, in] (contiguous) and of bias [G, out] (float32)."""
     grads = grad.reshape(len(weight), -1, grad.shape[-1])  # [G, B / G * ..., out]
     parts = x.reshape(len(weight), -1, x.shape[-1])  # [G, B / G * ..., in]
-    if on_gpu(x):
-        grad_x, grad_weight = torch.bmm(grads, weight), torch.bmm(grads.transpose(1, 2), parts)
-    else:
-        grad_x, grad_weight = torch.empty_like(parts), torch.empty_like(weight)
+    if on_cpu(x):
+        grad_x, grad_weight = x.new_empty(parts.shape), weight.new_empty(weight.shape)
         for g in range(len(weight)):
             torch.mm(grads[g], weight[g], out=grad_x[g])
             torch.mm(grads[g].T, parts[g], out=grad_weight[g])
+    else:
+        grad_x, grad_weight = torch.bmm(grads, weight), torch.bmm(grads.transpose(1, 2), parts)
     return grad_x.view(x.shape), grad_weight, grads.sum(1, dtype=torch.float32)
 
 

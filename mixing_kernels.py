@@ -1,5 +1,6 @@
 """Triton kernels that mix bases on GPUs. Each of them reads every number once and writes every result once.
 
+The backward pass also writes and reads the inner products of each block, which are few unless there are many bases.
 Compiled from PyTorch's operations, the mixing of one layer would be hundreds of operations in a graph, which take the
 compiler minutes. These kernels are one operation each. Sums are in the dtype of the coefficients (float32).
 """
@@ -27,7 +28,9 @@ def mix(alpha: Tensor, bases: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(len(alpha), *bases.shape[1:], dtype=dtype, device=bases.device)
     n = bases[0].numel()
     block = 4 * block_of_a_warp(len(bases))
-    wrap_triton(mix_kernel)[(triton.cdiv(n, block),)](out, alpha, bases, n, *alpha.shape, block, num_warps=4)
+    # Triton starts kernels on the current device.
+    with torch.cuda.device_of(bases):
+        wrap_triton(mix_kernel)[(triton.cdiv(n, block),)](out, alpha, bases, n, *alpha.shape, block, num_warps=4)
     return out
 
 
@@ -51,7 +54,8 @@ def mix_backward(alpha: Tensor, grads: Tensor, bases: Tensor) -> tuple[Tensor, T
     programs = triton.cdiv(n, block)
     products = torch.empty(programs, *alpha.shape, dtype=alpha.dtype, device=alpha.device)
     arguments = grad_bases, products, alpha, grads, bases, n, *alpha.shape, block
-    wrap_triton(mix_backward_kernel)[(programs,)](*arguments, num_warps=1)
+    with torch.cuda.device_of(bases):
+        wrap_triton(mix_backward_kernel)[(programs,)](*arguments, num_warps=1)
     return products.sum(0), grad_bases
 
 
@@ -59,16 +63,26 @@ def block_of_a_warp(n_basis: int) -> int:
     """Return how many numbers of each basis a warp takes: at most 8 per thread, and fewer if there are many bases.
 
     A thread keeps its numbers of all bases in registers, and in the backward pass those of all gradients.
+
+    Args:
+        n_basis: number of bases K.
     """
     return 32 * max(1, min(8, 64 // triton.next_power_of_2(n_basis)))
 
 
 @triton.jit
 def mix_kernel(out, alpha, bases, n, G: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Compute BLOCK numbers of each sum: out[g, i] = sum_k alpha[g, k] bases[k, i], with out [G, n], bases [K, n].
+    """Compute BLOCK numbers of each sum: out[g, i] = sum_k alpha[g, k] bases[k, i].
 
-    Tensors of more than 2^31 numbers need offsets in int64.
+    Args:
+        out: the sums [G, n], which are written.
+        alpha: coefficients [G, K].
+        bases: K tensors of n numbers [K, n].
+        n: numbers of each tensor.
+        G, K: numbers of sums and of bases.
+        BLOCK: numbers of each tensor that a program reads and writes.
     """
+    # Tensors of more than 2^31 numbers need offsets in int64.
     n = tl.cast(n, tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
@@ -89,6 +103,12 @@ def mix_backward_kernel(
     """Compute BLOCK numbers of each gradient, and this block's part of the inner products of grads and bases.
 
     grad_bases[k, i] = sum_g alpha[g, k] grads[g, i], and products[program, g, k] = sum_i grads[g, i] bases[k, i].
+
+    Args:
+        grad_bases: gradients of the bases [K, n], which are written.
+        products: inner products of each program's block [programs, G, K], which are written.
+        grads: gradients of the sums [G, n].
+        alpha, bases, n, G, K, BLOCK: see `mix_kernel`.
     """
     n = tl.cast(n, tl.int64)
     program = tl.program_id(0).to(tl.int64)

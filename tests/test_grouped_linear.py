@@ -136,12 +136,20 @@ def test_cpu_and_gpu_kernels_agree(dtype, monkeypatch):
     x, weight, bias = torch.randn(6, 5, 32).to(dtype), torch.randn(3, 48, 32).to(dtype), torch.randn(3, 48).to(dtype)
     grad = torch.randn(6, 5, 48).to(dtype)
     results = []
-    for is_gpu in (False, True):
-        monkeypatch.setattr(grouped_linear, "on_gpu", lambda tensor, is_gpu=is_gpu: is_gpu)
+    for is_cpu in (True, False):
+        monkeypatch.setattr(grouped_linear, "on_cpu", lambda tensor, is_cpu=is_cpu: is_cpu)
         results.append([linear_per_group(x, weight, bias), *linear_per_group_backward(grad, x, weight)])
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == theirs.dtype
         assert relative(ours.float(), theirs.float()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_are_contiguous_for_an_input_that_is_not(device):
+    """torch.compile trusts the strides that the operator announces."""
+    x = torch.randn(2, 8, 5, device=device).transpose(1, 2)
+    weight, grad = torch.randn(2, 6, 8, device=device), torch.randn(2, 5, 6, device=device)
+    assert all(gradient.is_contiguous() for gradient in linear_per_group_backward(grad, x, weight))
 
 
 def test_attention_is_fused_except_on_a_cpu():

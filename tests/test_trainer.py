@@ -79,13 +79,25 @@ def test_compiled_and_uncompiled_gradients_agree(device, microbatches):
     gradients = []
     for compiled in (False, True):
         world = World(0, 1, torch.device(device))
-        trainer = Trainer(random_remix_dit(device), create_diffusion(), world, lr=0, coeff_lr=0, compile=compiled)
+        trainer = Trainer(random_remix_dit(device), create_diffusion(), world, lr=0, compile=compiled)
         # CUDA graphs are recorded in the second step and run from the third step on.
         for step in range(4):
             batches = [random_microbatch(2 * step + i, device=device) for i in range(microbatches)]
             trainer.step(step, batches, prior_weight=1e-2)
         gradients.append([p.grad.clone() for p in trainer.trained])
     assert all(torch.allclose(*pair, rtol=1e-3, atol=1e-6) for pair in zip(*gradients, strict=True))
+
+
+@torch._dynamo.config.patch(optimize_ddp=True)
+def test_the_trainer_that_runs_decides_how_graphs_are_cut_for_ddp(compile_with):
+    """It is a setting of the process, and several trainers may have different ones."""
+    compile_with("eager")
+    world = World(0, 1, torch.device("cpu"))
+    first, second = (Trainer(random_remix_dit(), create_diffusion(), world, lr=1e-4, compile=True) for _ in range(2))
+    second.optimize_ddp = False
+    for trainer in (first, second, first):
+        trainer.step(0, [random_microbatch()])
+        assert torch._dynamo.config.optimize_ddp == trainer.optimize_ddp
 
 
 def test_each_number_of_groups_is_compiled_separately(compile_with):

@@ -121,8 +121,9 @@ class Trainer:
         loss_names: names of the losses that are reported.
         stats: running sums of the losses, and the non-finite steps.
         optimize_ddp: whether a compiled graph is cut where DDP's buckets end.
-        cuda_graphs: whether the compiled forward and backward pass are recorded as CUDA graphs, which start all their
-            kernels at once. The tensors that they return are overwritten when they run again.
+        cuda_graphs: whether the compiled forward and backward pass are recorded as CUDA graphs. A graph starts all its
+            kernels at once. Its results are overwritten when it runs again. It keeps the memory of its activations and
+            gradients between the steps.
         mark: callback mark(name), called at the end of each stage of a step. Benchmarks replace it.
     """
 
@@ -326,8 +327,8 @@ class Trainer:
 
     def _accumulate_gradients(self, microbatches: list, prior_weight: Tensor) -> Tensor:
         """Sum the gradients of the microbatches and return the mean losses, in the order of `loss_names`."""
-        # Several microbatches add to tensors that stay: parts of DDP's buckets, or tensors of their own. The next
-        # microbatch overwrites the gradients that a CUDA graph returns.
+        # A CUDA graph overwrites the gradients that it returned. Those of several microbatches are added to tensors
+        # that stay: parts of DDP's buckets, or tensors of their own.
         keep = len(microbatches) > 1 and (self.world.size > 1 or self.cuda_graphs)
         self.optimizer.zero_grad(set_to_none=not keep)
         if keep and self.trained[0].grad is None:
