@@ -1,19 +1,27 @@
 """Fast implementations of what remix.py computes: mixing the bases, and linear layers on the groups of a batch.
 
-The results do not depend on the implementation, except for rounding. benchmarks/README.md has the measurements, and
-benchmarks/h100_kernels.py prints the kernels that the compiler writes for a GPU.
+The results do not depend on the implementation, except for rounding. benchmarks/README.md has the measurements.
 """
+
+import importlib.util
+import os
+import shutil
 
 import torch
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
+# PyTorch for GPUs comes with Triton on Linux. Triton needs a C compiler. Counting the GPUs does not start CUDA.
+TRITON = (
+    torch.cuda.device_count() > 0
+    and importlib.util.find_spec("triton") is not None
+    and any(shutil.which(compiler) for compiler in (os.environ.get("CC", "gcc"), "clang"))
+)
+if TRITON:
+    import mixing_kernels
+
 # From this number of groups on, the backward pass mixes the weights again instead of keeping them in memory.
 RECOMPUTED_GROUPS = 8
-
-# In PyTorch 2.11, the compiler turns a concatenation of more tensors than this into one kernel, which loads every basis
-# once and stores all mixtures. With fewer tensors, its kernel loads the bases again for each mixture.
-SHORT_CONCATENATION = 8
 
 
 def mixed_linear(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -59,12 +67,9 @@ class MixedLinearFunction(torch.autograd.Function):
         if theta is None:
             theta = mix(in_backward(alpha, grad), weight, x.dtype)
         grad_x, grad_theta, grad_theta_bias = linear_per_group_backward(grad.to(x.dtype), x, theta)
-        grad_theta = grad_theta.float()  # [G, out, in]
-        grad_alpha = None
-        if ctx.needs_input_grad[1]:
-            grad_alpha = products(grad_theta, weight) + products(grad_theta_bias, bias)  # [G, K]
-        # d loss / d beta = alpha_G^T (d loss / d Theta_G), [K, out, in] and [K, out]
-        return grad_x, grad_alpha, mix(alpha.T, grad_theta), mix(alpha.T, grad_theta_bias)
+        grad_alpha, grad_weight = mix_backward(alpha, grad_theta, weight)  # [G, K], [K, out, in]
+        grad_alpha_bias, grad_bias = mix_backward(alpha, grad_theta_bias, bias)  # [G, K], [K, out]
+        return grad_x, grad_alpha + grad_alpha_bias, grad_weight, grad_bias
 
 
 class LinearPerGroupFunction(torch.autograd.Function):
@@ -96,8 +101,13 @@ def _(alpha, grad):
 
 
 def on_cpu(tensor: Tensor) -> bool:
-    """Tell whether the implementations for CPUs are used for a tensor."""
+    """Return whether the implementations for CPUs are used for a tensor."""
     return tensor.device.type == "cpu"
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Return whether Triton kernels mix a tensor."""
+    return TRITON and tensor.device.type == "cuda"
 
 
 def mix(alpha: Tensor, tensors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -111,34 +121,40 @@ def mix(alpha: Tensor, tensors: Tensor, dtype: torch.dtype = torch.float32) -> T
     Returns:
         The sums [G, out, in] or [G, out].
     """
+    if uses_triton(tensors):
+        return mixing_kernels.mix(alpha, tensors, dtype)
     if tensors.ndim == 2:
         return (alpha[:, :, None] * tensors).sum(1).to(dtype)
     if torch.compiler.is_compiling():
-        if on_cpu(tensors):
-            # The compiler fuses this into one pass over the tensors and never stores the [G, K, out, in] products.
-            return (alpha[:, :, None, None] * tensors).sum(1).to(dtype)
-        n_parts = SHORT_CONCATENATION // len(alpha) + 1 if len(alpha) > 1 else 1
-        parts = [part.unbind() for part in tensors.tensor_split(n_parts, dim=1)]  # n_parts x K x [out / n_parts, in]
-        sums = [sum(a * b for a, b in zip(row.unbind(), part, strict=True)) for row in alpha.unbind() for part in parts]
-        return torch.cat([part.to(dtype) for part in sums]).view(-1, *tensors.shape[1:])
+        # The compiler fuses this into one pass over the tensors and never stores the [G, K, out, in] products.
+        return (alpha[:, :, None, None] * tensors).sum(1).to(dtype)
     sums = alpha[:, 0, None, None] * tensors[0]
     for k in range(1, len(tensors)):
         sums.addcmul_(alpha[:, k, None, None], tensors[k])
     return sums.to(dtype)
 
 
-def products(a: Tensor, b: Tensor) -> Tensor:
-    """Compute the inner product of each of G tensors with each of K tensors in float32.
+def mix_backward(alpha: Tensor, grads: Tensor, tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of `mix` in float32.
 
     Args:
-        a: G weights [G, out, in] or biases [G, out].
-        b: K weights [K, out, in] or biases [K, out].
+        alpha: coefficients [G, K].
+        grads: gradients of the G sums [G, out, in] or [G, out].
+        tensors: K weights [K, out, in] or K biases [K, out].
 
     Returns:
-        The products [G, K].
+        The gradients of alpha [G, K], which are the inner products of each of `grads` with each of `tensors`, and of
+        the K tensors, which are the sums of alpha_G^T `grads`.
     """
-    # One sum per output feature first. A single sum would lose the differences between nearly equal bases to rounding,
-    # and a GPU would run it on as few blocks as there are products.
+    if uses_triton(tensors):
+        return mixing_kernels.mix_backward(alpha, grads, tensors)
+    grads = grads.float()
+    return products(grads, tensors), mix(alpha.T, grads)
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Compute the inner product [G, K] of each of G tensors [G, out, ...] with each of K tensors [K, out, ...]."""
+    # One sum per output feature first. A single sum would lose the differences between nearly equal bases to rounding.
     if a.ndim == 2:
         return (a[:, None] * b).sum(2)
     # The compiler fuses these sums into one kernel, which loads each number once for all products.
@@ -150,45 +166,49 @@ def linear_per_group(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Apply linear layer g, weight [G, out, in] and bias [G, out], to the g-th of G equal parts of x [B, ..., in]."""
     if on_cpu(x):
         return grouped_linear(x, weight, bias)
+    # The compiler adds the biases in the kernel that reads the result.
+    bias = bias.view(len(bias), *[1] * (x.ndim - 1), -1)  # [G, 1, ..., out]
+    return (batched_linear(x, weight).unflatten(0, (len(bias), -1)) + bias).flatten(0, 1)
+
+
+# The matrix products of the groups are custom operators. If a tensor is an input of two batched products, once as a
+# view and once transposed, torch.compile makes two copies of it. For CPUs, it turns writes into parts of one output
+# into copies.
+@torch.library.custom_op("remix::batched_linear", mutates_args=())
+def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute `linear_per_group` without the biases, for GPUs, whose batched matrix products are faster."""
     parts = x.reshape(len(weight), -1, x.shape[-1])  # [G, B / G * ..., in]
-    out = torch.bmm(parts, weight.transpose(1, 2)) + bias.unsqueeze(1)
-    return out.view(*x.shape[:-1], -1)
+    return torch.bmm(parts, weight.transpose(1, 2)).view(*x.shape[:-1], -1)
 
 
-def linear_per_group_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of x, of weight [G, out, in] (contiguous) and of bias [G, out] (float32)."""
-    if on_cpu(x):
-        return grouped_linear_backward(grad, x, weight)
-    grads = grad.reshape(len(weight), -1, grad.shape[-1])  # [G, B / G * ..., out]
-    parts = x.reshape(len(weight), -1, x.shape[-1])  # [G, B / G * ..., in]
-    grad_x = torch.bmm(grads, weight).view(x.shape)
-    # This order of the factors gives a contiguous result, which `products` and `mix` read without a stride.
-    grad_weight = torch.bmm(grads.transpose(1, 2), parts)
-    return grad_x, grad_weight, grads.sum(1, dtype=torch.float32)
-
-
-# A custom operator, because torch.compile would turn the writes into parts of one output into copies.
 @torch.library.custom_op("remix::grouped_linear", mutates_args=())
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute `linear_per_group` one group after the other, for CPUs, whose batched matrix products are slower."""
-    groups = x.reshape(len(weight), -1, x.shape[-1])
-    out = x.new_empty(*groups.shape[:2], weight.shape[1])
+    parts = x.reshape(len(weight), -1, x.shape[-1])
+    out = x.new_empty(*parts.shape[:2], weight.shape[1])
     for g in range(len(weight)):
-        torch.addmm(bias[g], groups[g], weight[g].T, out=out[g])
+        torch.addmm(bias[g], parts[g], weight[g].T, out=out[g])
     return out.view(*x.shape[:-1], -1)
 
 
-@torch.library.custom_op("remix::grouped_linear_backward", mutates_args=())
-def grouped_linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of x, weight and bias from the gradient [B, ..., out] of the output."""
-    grads = grad.reshape(len(weight), -1, grad.shape[-1])
-    groups = x.reshape(len(weight), -1, x.shape[-1])
-    grad_x = torch.empty_like(groups)
-    grad_weight = torch.empty_like(weight)
-    for g in range(len(weight)):
-        torch.mm(grads[g], weight[g], out=grad_x[g])
-        torch.mm(grads[g].T, groups[g], out=grad_weight[g])
+@torch.library.custom_op("remix::linear_per_group_backward", mutates_args=())
+def linear_per_group_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of x, of weight [G, out, in] (contiguous) and of bias [G, out] (float32)."""
+    grads = grad.reshape(len(weight), -1, grad.shape[-1])  # [G, B / G * ..., out]
+    parts = x.reshape(len(weight), -1, x.shape[-1])  # [G, B / G * ..., in]
+    if on_cpu(x):
+        grad_x, grad_weight = x.new_empty(parts.shape), weight.new_empty(weight.shape)
+        for g in range(len(weight)):
+            torch.mm(grads[g], weight[g], out=grad_x[g])
+            torch.mm(grads[g].T, parts[g], out=grad_weight[g])
+    else:
+        grad_x, grad_weight = torch.bmm(grads, weight), torch.bmm(grads.transpose(1, 2), parts)
     return grad_x.view(x.shape), grad_weight, grads.sum(1, dtype=torch.float32)
+
+
+@batched_linear.register_fake
+def _(x, weight):
+    return x.new_empty(*x.shape[:-1], weight.shape[1])
 
 
 @grouped_linear.register_fake
@@ -196,7 +216,7 @@ def _(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[1])
 
 
-@grouped_linear_backward.register_fake
+@linear_per_group_backward.register_fake
 def _(grad, x, weight):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2], dtype=torch.float32)
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed import World
-from grouped_linear import LinearPerGroupFunction, mix, product_dtype, products
+from grouped_linear import LinearPerGroupFunction, mix, mix_backward, product_dtype
 from models import DiT
 from remix import BatchCoefficients, RemixDiT, RemixLinear
 
@@ -179,16 +179,15 @@ class MixRowsFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         alpha, weight, bias = ctx.saved_tensors
         n_weights = grad.shape[1] * weight.shape[2] // (weight.shape[2] + 1)
-        grad_weight, grad_bias = grad.float().split([n_weights, grad.shape[1] - n_weights], dim=1)
+        grad_weight, grad_bias = grad.split([n_weights, grad.shape[1] - n_weights], dim=1)
         grad_weight = grad_weight.reshape(-1, *weight.shape[1:])  # [R * G, out / R, in]
         grad_bias = grad_bias.reshape(-1, *bias.shape[1:])  # [R * G, out / R]
-        grad_alpha = None
-        if ctx.needs_input_grad[0]:
-            # From these rows and all groups. DDP averages it over the processes.
-            grad_alpha = products(grad_weight, weight) + products(grad_bias, bias)
-        # The loss of the step is the mean of the processes' losses.
-        share = alpha.T / ctx.size  # [K, R * G]
-        return grad_alpha, mix(share, grad_weight), mix(share, grad_bias), None, None
+        # The gradient of alpha is from these rows and all groups, and DDP averages it over the processes. Those of the
+        # bases are divided by the number of processes here: the loss of a step is the mean of the processes' losses.
+        share = alpha / ctx.size
+        grad_alpha, grad_weight = mix_backward(share, grad_weight, weight)
+        grad_alpha_bias, grad_bias = mix_backward(share, grad_bias, bias)
+        return grad_alpha + grad_alpha_bias, grad_weight, grad_bias, None, None
 
 
 class StartExchange(torch.autograd.Function):

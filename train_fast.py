@@ -656,7 +656,7 @@ def make_parser() -> ArgumentParser:
         "--shard-bases",
         action=argparse.BooleanOptionalAction,
         help="each process owns a part of every basis, and the processes exchange the mixtures instead of the "
-        "gradients of the bases (default: if that sends less)",
+        "gradients of the bases (default: with more than 8 processes, if that sends less)",
     )
     add(
         "--num-workers",

@@ -314,7 +314,20 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
     runs = training_runs(args, world)
     functions = {name: training_run.run for name, training_run in runs.items()}
     clocks = {name: training_run.clock for name, training_run in runs.items()}
+
+    def peaks(turn: int, n_tensors: int) -> dict[str, float]:
+        """Return the memory of each model in bytes: that of `n_tensors` float32 per parameter and that of a turn."""
+        return {
+            name: 4 * n_tensors * training_run.parameters + peak_memory(world, partial(training_run.run, turn))
+            for name, training_run in runs.items()
+            if training_run.costs
+        }
+
+    # On a GPU the first steps allocate the memory of a CUDA graph. There are weights and EMA, no moments and gradients.
+    memory = peaks(0, 2) if world.device.type == "cuda" else {}
     times = take_turns(functions, clocks, args.warmup, args.rounds)
+    # On a CPU the first steps compile.
+    memory = memory or peaks(args.warmup + args.rounds, 5)
     with torch.device("meta"):
         flops = training_flops(DiT_models[f"DiT-{args.model}"](input_size=args.input_size).config)
     rows = []
@@ -329,9 +342,7 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
             row["parameters, M"] = runs[name].parameters / 1e6
             row["floor ms"] = step_floor(runs[name].costs, floors)
             row["floor's speed / DiT"] = step_floor(runs["DiT"].costs, floors) / row["floor ms"]
-            peak = peak_memory(world, partial(runs[name].run, args.warmup + args.rounds))
-            # In float32: weights, EMA, AdamW's two moments and gradients.
-            row["peak GiB"] = (5 * 4 * runs[name].parameters + peak) / 2**30
+            row["peak GiB"] = memory[name] / 2**30
             for stage in (stage for stage in rounds[0] if stage != "total"):
                 row[f"{stage} %"] = 100 * median(rounds, stage) / median(rounds)
         rows.append(row)

@@ -178,11 +178,7 @@ class FlowMatching:
             A dictionary with `loss`, [B].
         """
         noise = torch.randn_like(x_start) if noise is None else noise
-        x_t = self.q_sample(x_start, t, noise)
-        return self.output_losses(_predict(model, x_t, t, model_kwargs), x_start, x_t, t, noise)
-
-    def output_losses(self, out: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Compute what `training_losses` returns from the output of the model for x_t [B, C, H, W]."""
+        out = _predict(model, self.q_sample(x_start, t, noise), t, model_kwargs)
         path = PATHS[self.path](t)
         if self.prediction == "velocity":
             error = out - (_expand(path.d_alpha, out) * x_start + _expand(path.d_sigma, out) * noise)

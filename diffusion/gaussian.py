@@ -158,6 +158,8 @@ class GaussianDiffusion:
 
         Otherwise each is copied when it is first used, and code that computes losses is then compiled twice.
         """
+        # With the index of the GPU, as the devices of tensors have it.
+        device = torch.empty(0, device=device).device
         arrays = [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
         for name in ("timestep_map", *arrays):
             self._array_on(name, device)
@@ -403,10 +405,7 @@ class GaussianDiffusion:
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
-        return self.output_losses(self._call_model(model, x_t, t, model_kwargs), x_start, x_t, t, noise)
-
-    def output_losses(self, out: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Compute what `training_losses` returns from the output of the model for x_t [B, C or 2C, ...]."""
+        out = self._call_model(model, x_t, t, model_kwargs)
         if self.loss == "kl":
             return {"loss": self._bound(out, x_start, x_t, t) * self.num_timesteps}
         losses = {}

@@ -95,6 +95,7 @@ TABLES = {
             "recipe-paper",
             "remix-4-20",
             "bonus-8",
+            "bonus-8-fine-at-low-noise",
             "continued-weighted",
             "independent-8-weighted",
             "bonus-8-weighted",
@@ -106,7 +107,8 @@ IN_TABLE_1 = ("pretrained", "continued", *itertools.chain(*TABLES[1].values()))
 MAIN = tuple(dict.fromkeys([*IN_TABLE_1, *itertools.chain(*TABLES[6].values())]))
 # For each table, the variants that are compared with others seed by seed: in tables 1 and 2 with those of the same
 # part, in the other tables with those in MAIN.
-PAIRED = {1: ["remix-4-20"], 2: ["remix-4-20"], 5: ["bonus-8", "bonus-8-weighted"], 6: ["bonus-8", "bonus-8-weighted"]}
+BEST = ["bonus-8", "bonus-8-fine-at-low-noise", "bonus-8-weighted"]
+PAIRED = {1: ["remix-4-20"], 2: ["remix-4-20"], 5: BEST, 6: BEST}
 # The table that settings are chosen by.
 ON_VALIDATION = 5
 # In these tables, variants may have different numbers of seeds.

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import relative
+from conftest import DEVICES, relative
 
 import grouped_linear
 from grouped_linear import (
@@ -15,22 +15,21 @@ from models import DiT_models
 pytestmark = pytest.mark.usefixtures("exact_products")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-IMPLEMENTATIONS = ("cpu", "gpu")
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request, monkeypatch) -> str:
-    """Use the implementations for CPUs or those for GPUs, on a CPU."""
-    monkeypatch.setattr(grouped_linear, "on_cpu", lambda tensor: request.param == "cpu")
-    return request.param
 
 
 def random_layer(
-    groups: int, n_basis: int, distance: float = 1.0, width: int = 32, out_features: int = 48, tokens: int = 5
+    device: str,
+    groups: int,
+    n_basis: int,
+    distance: float = 1.0,
+    width: int = 32,
+    out_features: int = 48,
+    tokens: int = 5,
 ) -> tuple[torch.Tensor, ...]:
     """Return inputs x, pi, weight and bias of a mixed layer that require gradients, and a gradient of its output.
 
     Args:
+        device: device of the tensors.
         groups: number of groups G; the batch has two samples for each.
         n_basis: number of bases K.
         distance: relative distance of the bases from each other.
@@ -45,7 +44,7 @@ def random_layer(
     pi = torch.randn(groups, n_basis)
     weight = torch.randn(out_features, width) + distance * torch.randn(n_basis, out_features, width)
     bias = torch.randn(out_features) + distance * torch.randn(n_basis, out_features)
-    return *(tensor.requires_grad_() for tensor in (x, pi, weight, bias)), grad
+    return *(tensor.to(device).requires_grad_() for tensor in (x, pi, weight, bias)), grad.to(device)
 
 
 def reference(x, pi, weight, bias, grad) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -62,11 +61,12 @@ def mix_and_apply(x, pi, weight, bias):
     return mixed_linear(x, pi.softmax(1), weight, bias)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("groups", [1, 3, RECOMPUTED_GROUPS])
-def test_output_and_gradients_are_those_of_the_equations(implementation, dtype, groups):
-    *inputs, grad = random_layer(groups, n_basis=4)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+def test_output_and_gradients_are_those_of_the_equations(device, dtype, groups):
+    *inputs, grad = random_layer(device, groups, n_basis=4)
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
         out = mix_and_apply(*inputs)
     gradients = torch.autograd.grad(out, inputs, grad.to(dtype))
     expected, expected_gradients = reference(*inputs, grad)
@@ -88,13 +88,14 @@ def precision_cases() -> list:
     return cases
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("compiled", "n_basis", "groups"), precision_cases())
-def test_gradients_in_bf16_are_accurate_for_nearly_equal_bases(implementation, compiled, n_basis, groups):
+def test_gradients_in_bf16_are_accurate_for_nearly_equal_bases(device, compiled, n_basis, groups):
     """The gradient of pi depends on the differences of the bases, which any product in bf16 would lose."""
     function = torch.compile(mix_and_apply, fullgraph=True, dynamic=False) if compiled else mix_and_apply
     for distance in (1e-3, 1e-4):
-        *inputs, grad = random_layer(groups, n_basis, distance, width=192, out_features=256, tokens=16)
-        with torch.autocast("cpu", torch.bfloat16):
+        *inputs, grad = random_layer(device, groups, n_basis, distance, width=192, out_features=256, tokens=16)
+        with torch.autocast(device, torch.bfloat16):
             out = function(*inputs)
         gradients = torch.autograd.grad(out, inputs, grad.bfloat16())
         _, expected = reference(*inputs, grad)
@@ -102,10 +103,11 @@ def test_gradients_in_bf16_are_accurate_for_nearly_equal_bases(implementation, c
             assert relative(gradient, value) < 0.01, f"{name}, bases {distance} apart"
 
 
-def test_fixed_coefficients_have_no_gradient(implementation):
+@pytest.mark.parametrize("device", DEVICES)
+def test_fixed_coefficients_have_no_gradient(device):
     """The one-hot mixer does not train its coefficients."""
-    x, _, weight, bias, grad = random_layer(2, n_basis=4)
-    alpha = torch.eye(4)[[0, 3]]
+    x, _, weight, bias, grad = random_layer(device, 2, n_basis=4)
+    alpha = torch.eye(4, device=device)[[0, 3]]
     mixed_linear(x, alpha, weight, bias).backward(grad)
     assert alpha.grad is None
     unused = weight.grad[1:3]
@@ -113,11 +115,12 @@ def test_fixed_coefficients_have_no_gradient(implementation):
     assert weight.grad[[0, 3]].abs().sum() > 0
 
 
-def test_mixtures_of_many_groups_are_not_stored(implementation):
+@pytest.mark.parametrize("device", DEVICES)
+def test_mixtures_of_many_groups_are_not_stored(device):
     """From RECOMPUTED_GROUPS groups on, the backward pass mixes the weights again."""
 
     def stored_mixtures(groups: int) -> int:
-        *inputs, _ = random_layer(groups, n_basis=2)
+        *inputs, _ = random_layer(device, groups, n_basis=2)
         shapes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
             mix_and_apply(*inputs)
@@ -139,6 +142,14 @@ def test_cpu_and_gpu_kernels_agree(dtype, monkeypatch):
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == theirs.dtype
         assert relative(ours.float(), theirs.float()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_are_contiguous_for_an_input_that_is_not(device):
+    """torch.compile trusts the strides that the operator announces."""
+    x = torch.randn(2, 8, 5, device=device).transpose(1, 2)
+    weight, grad = torch.randn(2, 6, 8, device=device), torch.randn(2, 5, 6, device=device)
+    assert all(gradient.is_contiguous() for gradient in linear_per_group_backward(grad, x, weight))
 
 
 def test_attention_is_fused_except_on_a_cpu():

@@ -257,26 +257,28 @@ def test_every_model_of_the_registry_can_be_sharded(name):
     assert not can_shard(model.backbone, 2)
 
 
-def test_bases_are_sharded_if_that_sends_less():
+def test_bases_are_sharded_on_several_nodes_if_that_sends_less():
     with torch.device("meta"):
         model = RemixDiT_models["RemixDiT-S/2"](n_basis=4)
 
-    def choose(experts_per_batch: int, requested: bool | None = None, model=model, size=8, **settings):
+    def choose(experts_per_batch: int, requested: bool | None = None, model=model, size=16, **settings):
         names = [field.name for field in fields(RunSettings)]
         values = dict.fromkeys(names) | {"global_batch_size": 256, "experts_per_batch": experts_per_batch}
         return choose_sharding(requested, model, RunSettings(**values | {"precision": "bf16"} | settings), size, 1)[0]
 
     # With K = 4 bases, up to seven groups per process send less in bf16, and up to three in fp32.
-    assert choose(16)
     assert choose(32)
-    assert not choose(64)
-    assert choose(64, requested=True)
-    assert not choose(16, requested=False)
-    assert not choose(32, precision="fp32")
-    assert choose(16, precision="fp32")
+    assert choose(64)
+    assert not choose(128)
+    assert choose(128, requested=True)
+    assert not choose(32, requested=False)
+    assert not choose(64, precision="fp32")
+    assert choose(32, precision="fp32")
+    assert not choose(32, size=8)
+    assert choose(32, size=8, requested=True)
     with pytest.raises(UserError, match="a DiT has no bases"):
         choose(16, requested=True, model=DiT_models["DiT-T/2"]())
-    assert not choose(5, size=5, global_batch_size=255)
+    assert not choose(17, size=17, global_batch_size=255)
     with pytest.raises(UserError, match="5 processes do not divide"):
         choose(5, requested=True, size=5, global_batch_size=255)
 

@@ -7,8 +7,6 @@ from conftest import DEVICES, random_microbatch, random_remix_dit
 from torch import nn
 from torch._dynamo.utils import counters
 
-import grouped_linear
-import training.trainer
 from diffusion import create_diffusion, create_flow
 from distributed import World
 from models import DiT
@@ -17,17 +15,6 @@ from training.batches import BatchSampler, StepBatch
 from training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("exact_products")
-
-# How many graphs a RemixDiT and its losses are compiled to. On GPUs they are a block, the final layer and the losses.
-GRAPHS = {"cpu": 1, "cuda": 3}
-
-
-@pytest.fixture(params=GRAPHS)
-def implementation(request, monkeypatch) -> str:
-    """Use the implementations for CPUs or those for GPUs, on a CPU."""
-    for module in (grouped_linear, training.trainer):
-        monkeypatch.setattr(module, "on_cpu", lambda tensor: request.param == "cpu")
-    return request.param
 
 
 @pytest.fixture
@@ -67,14 +54,12 @@ def test_fifty_steps_with_changing_experts_and_weights_of_the_prior_compile_once
         if step == 1:
             warm = counters["stats"]["unique_graphs"]
     assert len(experts_seen) > 10
-    assert counters["stats"]["unique_graphs"] == warm == GRAPHS[device]
+    assert counters["stats"]["unique_graphs"] == warm == 1
     assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
-def test_the_number_of_graphs_of_a_flow_does_not_depend_on_the_depth(
-    compile_with, implementation, checkpoint_activations
-):
+def test_a_flow_compiles_to_one_graph(compile_with, checkpoint_activations):
     compile_with("eager")
     flow = create_flow()
     model = RemixDiT(DiT(8, 2, 4, 32, 3, 2, num_classes=10), n_basis=4, n_experts=20, boundaries=flow.quantiles(20))
@@ -83,65 +68,50 @@ def test_the_number_of_graphs_of_a_flow_does_not_depend_on_the_depth(
     for step in range(4):
         x, t, conditions, noise = random_microbatch(step)
         trainer.step(step, [(x, 1 - (t + 0.5) / 1000, conditions, noise)], prior_weight=1e-4 * (1 - step / 4))
-    assert counters["stats"]["unique_graphs"] == GRAPHS[implementation]
+    assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert trainer.stats.read()[0]["loss"] > 0
 
 
-def test_compiled_and_uncompiled_gradients_agree(compile_with, implementation):
-    compile_with("eager")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_compiled_and_uncompiled_gradients_agree(device, microbatches):
     gradients = []
     for compiled in (False, True):
-        model = random_remix_dit()
-        trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-4, compile=compiled)
-        trainer.step(0, [random_microbatch()], prior_weight=1e-2)
-        gradients.append([p.grad for p in trainer.trained])
+        world = World(0, 1, torch.device(device))
+        trainer = Trainer(random_remix_dit(device), create_diffusion(), world, lr=0, compile=compiled)
+        # CUDA graphs are recorded in the second step and run from the third step on.
+        for step in range(4):
+            batches = [random_microbatch(2 * step + i, device=device) for i in range(microbatches)]
+            trainer.step(step, batches, prior_weight=1e-2)
+        gradients.append([p.grad.clone() for p in trainer.trained])
     assert all(torch.allclose(*pair, rtol=1e-3, atol=1e-6) for pair in zip(*gradients, strict=True))
 
 
 @torch._dynamo.config.patch(optimize_ddp=True)
-def test_a_compiled_trainer_changes_neither_the_process_nor_other_trainers(compile_with, monkeypatch):
-    """Only the graph of a plain DiT is cut for DDP, whatever was built last; the caller's process is not compiled."""
+def test_the_trainer_that_runs_decides_how_graphs_are_cut_for_ddp(compile_with):
+    """It is a setting of the process, and several trainers may have different ones."""
     compile_with("eager")
-    monkeypatch.setattr(training.trainer, "on_cpu", lambda tensor: False)
-    world, diffusion = World(0, 1, torch.device("cpu")), create_diffusion()
-    plain = Trainer(random_remix_dit().backbone, diffusion, world, lr=1e-4, compile=True)
-    remix = Trainer(random_remix_dit(), diffusion, world, lr=1e-4, compile=True)
-    low_rank = Trainer(RemixDiT(random_remix_dit().expert(0), 4, 20, rank=2), diffusion, world, lr=1e-4, compile=True)
-    assert "output_losses" not in vars(diffusion)
-    assert "forward" in vars(remix.model.backbone.blocks[0])
-    assert "forward" not in vars(low_rank.model.backbone.blocks[0])
-    assert plain.optimize_ddp and low_rank.optimize_ddp
-    for trainer, expected in ((low_rank, True), (remix, False), (low_rank, True)):
+    world = World(0, 1, torch.device("cpu"))
+    first, second = (Trainer(random_remix_dit(), create_diffusion(), world, lr=1e-4, compile=True) for _ in range(2))
+    second.optimize_ddp = False
+    for trainer in (first, second, first):
         trainer.step(0, [random_microbatch()])
-        assert torch._dynamo.config.optimize_ddp == expected
+        assert torch._dynamo.config.optimize_ddp == trainer.optimize_ddp
 
 
-@torch._dynamo.config.patch(recompile_limit=2)
-def test_coefficients_of_each_block_may_need_more_graphs_than_the_compiler_allows(compile_with, monkeypatch):
-    compile_with("eager")
-    monkeypatch.setattr(training.trainer, "on_cpu", lambda tensor: False)
-    depth = 4
-    model = RemixDiT(DiT(8, 2, 4, 32, depth, 2, num_classes=10), n_basis=4, n_experts=20, scope="local")
-    trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-4, compile=True)
-    for step in range(3):
-        trainer.step(step, [random_microbatch(step)])
-    assert counters["stats"]["unique_graphs"] == GRAPHS["cuda"] - 1 + depth
-
-
-def test_each_number_of_groups_is_compiled_separately(compile_with, implementation):
+def test_each_number_of_groups_is_compiled_separately(compile_with):
     """Otherwise the second number would become a symbolic size, be reused for the third, and be slower than both."""
     compile_with("eager")
     for groups in (2, 4, 8):
         world = World(0, 1, torch.device("cpu"))
         trainer = Trainer(random_remix_dit(depth=1), create_diffusion(), world, lr=1e-4, precision="bf16", compile=True)
         trainer.step(0, [random_microbatch(size=16, groups=groups)])
-    # The final layer and the losses do not depend on the groups.
-    assert counters["stats"]["unique_graphs"] == GRAPHS[implementation] + 2
+    assert counters["stats"]["unique_graphs"] == 3
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_recomputed_activations_give_the_same_steps_with_less_memory(compiled, compile_with, implementation):
+def test_recomputed_activations_give_the_same_steps_with_less_memory(compiled, compile_with):
     """Two microbatches per step, each of other experts: the backward pass needs the coefficients of its own batch."""
     # This backend chooses what to recompute as the default one does, but writes no kernels.
     compile_with("aot_eager_decomp_partition")
@@ -213,17 +183,18 @@ def test_a_training_step_does_not_wait_for_the_device(precision, compiled):
     )
     sampler = BatchSampler(0, 8, world, n_experts=20, experts_per_batch=4)
     x, y = torch.randn(8, 4, 8, 8), torch.zeros(8, dtype=torch.long)
-    batches = [StepBatch(*(part.pin_memory() for part in sampler.draw(number, x, y))) for number in range(6)]
+    batches = [StepBatch(*(part.pin_memory() for part in sampler.draw(number, x, y))) for number in range(8)]
 
     def step(number: int):
         trainer.step(number, sampler.microbatches(batches[number]))
         trainer.stats.longest_streak()
 
-    step(0)
-    step(1)
+    # A CUDA graph is recorded in the second step.
+    for number in range(4):
+        step(number)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for number in range(2, 6):
+        for number in range(4, 8):
             step(number)
     finally:
         torch.cuda.set_sync_debug_mode("default")

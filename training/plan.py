@@ -36,8 +36,6 @@ NODE = 8
 # The parts of these rates that training is assumed to reach.
 REACHED_FLOPS = 0.6
 REACHED_BYTES = 0.8
-# Inner products of bases and gradients that the compiler computes in one kernel.
-FUSED_PRODUCTS = 64
 # What a process holds on the GPU for CUDA, cuBLAS and NCCL, in bytes.
 CUDA_CONTEXT = 2**30
 
@@ -189,7 +187,8 @@ def choose_sharding(
     """Decide whether the bases are sharded over the processes.
 
     Args:
-        requested: --shard-bases or --no-shard-bases; None to choose what sends less.
+        requested: --shard-bases or --no-shard-bases; None to shard them among more than NODE
+            processes if that sends less.
         model: the model, whole; its parameters may be on the meta device.
         settings: the settings of the run.
         size: number of processes.
@@ -217,7 +216,9 @@ def choose_sharding(
     width = PRECISIONS[settings.precision].itemsize
     ways = Parallelism(size, sharded=True), Parallelism(size)
     sharded, whole = (bytes_sent(trained, bases, mixtures, width, way) for way in ways)
-    shard = sharded < whole if requested is None else requested
+    # Within a node the network is fast, and a step without sharded bases is probably faster: it is a CUDA graph.
+    # This was measured for RemixDiT-S/2 with one process only.
+    shard = size > NODE and sharded < whole if requested is None else requested
     sent = [f"{sharded / 2**20:,.1f} MiB per step if they are", f"{whole / 2**20:,.1f} MiB if they are not"]
     return shard, [f"bases {'' if shard else 'not '}sharded: a process sends {', '.join(sent)}"]
 
@@ -399,14 +400,13 @@ def step_costs(
     # With R GPUs, each mixes 1/R of the rows for the groups of all GPUs: R times the groups on 1/R of the bases.
     own_bases = bases / parallelism.size if parallelism.sharded else bases
     owned = trained - bases + own_bases
-    n_products = (groups or 0) * (parallelism.size if parallelism.sharded else 1) * (bases // max(1, mixture))
     runs = 4 / 3 if parallelism.checkpoint_activations else 1
     per_microbatch = {
         "activations": activation_traffic(config, n_images, width, parallelism.checkpoint_activations),
         # Each is read in float32 and rounded, read in the forward and the backward pass, and its gradient is written,
         # read and stored in float32.
         "weights": (4 + 5 * width + 4) * (trained - bases),
-        "mixing": mixing_traffic(own_bases, mixture * groups, width, groups, n_products) if groups else 0,
+        "mixing": mixing_traffic(own_bases, mixture * groups, width, groups) if groups else 0,
     }
     traffic = {part: parallelism.grad_accum * size for part, size in per_microbatch.items() if size}
     # AdamW reads a parameter, its gradient and two moments, and writes all but the gradient. The EMA reads two and
@@ -436,7 +436,7 @@ def count_parameters(model: DiT | RemixDiT) -> tuple[int, int, int]:
 def activation_traffic(config: dict, n_images: int, width: int, twice: bool) -> float:
     """Count the bytes of activations that the kernels between the matrix products read and write in a step.
 
-    They are the kernels that the compiler would write for one block on a GPU (benchmarks/h100_kernels.py has the tool).
+    They are the kernels that the compiler of PyTorch 2.11 would write for one block on a GPU.
     Vectors that are the same for all tokens of an image do not count. Per token and channel of a block:
 
     forward: the two residual additions, normalizations and modulations (16 bytes of the float32 residual and 5
@@ -455,25 +455,21 @@ def activation_traffic(config: dict, n_images: int, width: int, twice: bool) -> 
     return tokens * config["depth"] * config["hidden_size"] * (forward * (2 if twice else 1) + backward)
 
 
-def mixing_traffic(bases: float, mixtures: float, width: int, groups: int, n_products: int) -> float:
+def mixing_traffic(bases: float, mixtures: float, width: int, groups: int) -> float:
     """Count the bytes that mixing reads and writes in a forward and backward pass.
 
-    The forward pass reads the bases in float32 and writes the mixtures, and a matrix product reads them. The backward
-    pass reads them again, or mixes again if there are many groups. It writes their gradients and reads them twice, for
-    the gradient of alpha, which also reads the bases, and for that of the bases, which it writes. For the gradient of
-    alpha, the compiler writes one kernel for up to FUSED_PRODUCTS numbers. Beyond it writes several, which read the
-    bases twice and the gradients five times (benchmarks/results/h100-kernels.md, K = 8, G = 16).
+    The forward pass reads the bases in float32 and writes the mixtures, and a matrix product reads them. In the
+    backward pass a matrix product reads them again, or they are mixed again if there are many groups. Another product
+    writes their gradients. These and the bases are read for the gradients of alpha and of the bases, which are written.
 
     Args:
         bases: parameters of the bases that a GPU mixes.
         mixtures: parameters of all mixtures that a GPU computes.
         width: bytes of a number of a mixture.
         groups: number of groups per GPU.
-        n_products: numbers of the gradient of alpha that a GPU computes.
     """
-    split = 4 * bases + 4 * width * mixtures if n_products > FUSED_PRODUCTS else 0
     again = 4 * bases + width * mixtures if groups >= RECOMPUTED_GROUPS else 0
-    return 3 * 4 * bases + 6 * width * mixtures + again + split
+    return 3 * 4 * bases + 5 * width * mixtures + again
 
 
 def bytes_sent(trained: int, bases: int, mixtures: int, width: int, parallelism: Parallelism) -> float:

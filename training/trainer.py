@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import CheckpointWriter, load_weights
 from diffusion import FlowMatching, GaussianDiffusion
 from distributed import World
-from grouped_linear import choose_attention, on_cpu
+from grouped_linear import choose_attention
 from models import DiT
 from posthoc_ema import decay_at
 from remix import RemixDiT
@@ -99,8 +99,8 @@ class Trainer:
         ema_decay: EMA decay per step.
         clip_grad: largest gradient norm; 0 for no clipping.
         precision: precision of the matrix products: "fp32" (TF32 on GPUs), "bf16" or "fp16".
-        compile: whether to compile the model with its losses. A RemixDiT with whole bases is compiled in parts on GPUs;
-            see `compile_parts`.
+        compile: whether to compile the model with its losses. On GPUs, forward and backward pass are then recorded as
+            CUDA graphs, unless the bases are sharded.
         checkpoint_activations: whether to store only the inputs of each block in the forward pass, and to compute its
             activations again in the backward pass.
         shard: whether to shard the bases over the processes; see sharding.py.
@@ -121,6 +121,9 @@ class Trainer:
         loss_names: names of the losses that are reported.
         stats: running sums of the losses, and the non-finite steps.
         optimize_ddp: whether a compiled graph is cut where DDP's buckets end.
+        cuda_graphs: whether the compiled forward and backward pass are recorded as CUDA graphs. A graph starts all its
+            kernels at once. Its results are overwritten when it runs again. It keeps the memory of its activations and
+            gradients between the steps.
         mark: callback mark(name), called at the end of each stage of a step. Benchmarks replace it.
     """
 
@@ -176,18 +179,15 @@ class Trainer:
         diffusion = diffusion.to(world.device)
         if compile:
             choose_attention(model, world.device)
-        # On GPUs, the mixing of one layer is hundreds of operations, and one graph of all layers compiles for minutes.
-        mixes_on_gpu = isinstance(model, RemixDiT) and model.rank is None and not on_cpu(model.logits)
-        in_parts = compile and mixes_on_gpu and not shard
-        # optimize_ddp cuts the graph where DDP's buckets end. With sharded bases the graph must stay whole: it has to
-        # wait for the exchanges that it starts, because the compiler may otherwise reuse their memory.
-        self.optimize_ddp = not shard and not in_parts
-        if in_parts:
-            diffusion = compile_parts(model, diffusion)
         self.loss = TrainingLoss(self.model, diffusion, self.loss_names, prior)
-        if compile and not in_parts:
+        # With sharded bases the graph must stay whole: it has to wait for the exchanges that it starts, because the
+        # compiler may otherwise reuse their memory. CUDA graphs that hold exchanges were not tested with several GPUs.
+        self.optimize_ddp = not shard
+        self.cuda_graphs = compile and world.device.type == "cuda" and not shard
+        if compile:
+            options = OVERLAP if shard else {"triton.cudagraphs": self.cuda_graphs}
             # The shapes do not change during a run, and symbolic sizes would be slower.
-            self.loss.compile(dynamic=False, options=OVERLAP if shard else None)
+            self.loss.compile(dynamic=False, options=options)
         if world.size > 1:
             names = [f"model.{name}" for name in self.shards]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.loss, names)
@@ -327,8 +327,13 @@ class Trainer:
 
     def _accumulate_gradients(self, microbatches: list, prior_weight: Tensor) -> Tensor:
         """Sum the gradients of the microbatches and return the mean losses, in the order of `loss_names`."""
-        # With several microbatches, the gradients stay parts of DDP's buckets.
-        self.optimizer.zero_grad(set_to_none=self.world.size == 1 or len(microbatches) == 1)
+        # A CUDA graph overwrites the gradients that it returned. Those of several microbatches are added to tensors
+        # that stay: parts of DDP's buckets, or tensors of their own.
+        keep = len(microbatches) > 1 and (self.world.size > 1 or self.cuda_graphs)
+        self.optimizer.zero_grad(set_to_none=not keep)
+        if keep and self.trained[0].grad is None:
+            for parameter in self.trained:
+                parameter.grad = torch.zeros_like(parameter)
         means = []
         for i, microbatch in enumerate(microbatches):
             # The processes exchange gradients once per step, after the last microbatch.
@@ -339,7 +344,8 @@ class Trainer:
                 self.mark("forward")
                 self.scaler.scale(loss / len(microbatches)).backward()
                 self.mark("backward")
-            means.append(losses)
+            # A CUDA graph overwrites its results when it runs again.
+            means.append(losses.clone())
         return torch.stack(means).mean(0)
 
     def _check_gradients(self) -> tuple[Tensor, Tensor]:
@@ -378,30 +384,6 @@ def save_checkpoint(writer: CheckpointWriter, trainer: Trainer, config: dict, st
     saved = {"config": config, "step": step, "window": trainer.stats.state_dict()} | trainer.state_dict()
     if trainer.world.is_main:
         writer.save(step, saved)
-
-
-def compile_parts(model: RemixDiT, diffusion: GaussianDiffusion | FlowMatching) -> GaussianDiffusion | FlowMatching:
-    """Compile the blocks and the final layer of a model one by one, and the losses of its output.
-
-    Blocks with the same shapes share the code that is compiled for the first one. The other parts of the model are
-    small and are not compiled. A step starts more kernels than with one graph, and the host needs more time for it.
-
-    Args:
-        model: the model, which is changed in place. Afterwards it can only be trained: copies of it would run the
-            blocks of the original.
-        diffusion: the diffusion process.
-
-    Returns:
-        A copy of the process with compiled losses.
-    """
-    blocks, config = model.backbone.blocks, torch._dynamo.config
-    # With coefficients of each block (scope "local"), each block has code of its own.
-    config.recompile_limit = max(config.recompile_limit, len(blocks))
-    for part in (*blocks, model.backbone.final_layer):
-        part.forward = torch.compile(part.forward, dynamic=False)
-    diffusion = copy.copy(diffusion)
-    diffusion.output_losses = torch.compile(diffusion.output_losses, dynamic=False)
-    return diffusion
 
 
 def recompute_blocks(model: DiT | RemixDiT, compile: bool):
