@@ -67,9 +67,8 @@ class MixedLinearFunction(torch.autograd.Function):
         if theta is None:
             theta = mix(in_backward(alpha, grad), weight, x.dtype)
         grad_x, grad_theta, grad_theta_bias = linear_per_group_backward(grad.to(x.dtype), x, theta)
-        grad_alpha, grad_weight = mix_backward(alpha, grad_theta, weight)  # [G, K], [K, out, in]
-        grad_alpha_bias, grad_bias = mix_backward(alpha, grad_theta_bias, bias)  # [G, K], [K, out]
-        return grad_x, grad_alpha + grad_alpha_bias, grad_weight, grad_bias
+        needs_alpha = ctx.needs_input_grad[1]
+        return grad_x, *mix_layer_backward(alpha, (grad_theta, grad_theta_bias), (weight, bias), needs_alpha)
 
 
 class LinearPerGroupFunction(torch.autograd.Function):
@@ -134,13 +133,34 @@ def mix(alpha: Tensor, tensors: Tensor, dtype: torch.dtype = torch.float32) -> T
     return sums.to(dtype)
 
 
-def mix_backward(alpha: Tensor, grads: Tensor, tensors: Tensor) -> tuple[Tensor, Tensor]:
+def mix_layer_backward(
+    alpha: Tensor, grads: tuple[Tensor, Tensor], bases: tuple[Tensor, Tensor], needs_alpha: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Compute the gradients of mixing the weights and the biases of a layer.
+
+    Args:
+        alpha: coefficients [G, K].
+        grads: gradients of the mixed weights [G, out, in] and biases [G, out].
+        bases: weights [K, out, in] and biases [K, out] of the bases.
+        needs_alpha: whether to compute the gradient of alpha.
+
+    Returns:
+        The gradients of alpha [G, K] (or None), of the weights [K, out, in] and of the biases [K, out], in float32.
+    """
+    (alpha_by_weight, grad_weight), (alpha_by_bias, grad_bias) = (
+        mix_backward(alpha, *pair, needs_alpha) for pair in zip(grads, bases, strict=True)
+    )
+    return alpha_by_weight + alpha_by_bias if needs_alpha else None, grad_weight, grad_bias
+
+
+def mix_backward(alpha: Tensor, grads: Tensor, tensors: Tensor, needs_alpha: bool) -> tuple[Tensor | None, Tensor]:
     """Compute the gradients of `mix` in float32.
 
     Args:
         alpha: coefficients [G, K].
         grads: gradients of the G sums [G, out, in] or [G, out].
         tensors: K weights [K, out, in] or K biases [K, out].
+        needs_alpha: whether the gradient of alpha is needed. Otherwise it may be None.
 
     Returns:
         The gradients of alpha [G, K], which are the inner products of each of `grads` with each of `tensors`, and of
@@ -149,7 +169,7 @@ def mix_backward(alpha: Tensor, grads: Tensor, tensors: Tensor) -> tuple[Tensor,
     if uses_triton(tensors):
         return mixing_kernels.mix_backward(alpha, grads, tensors)
     grads = grads.float()
-    return products(grads, tensors), mix(alpha.T, grads)
+    return products(grads, tensors) if needs_alpha else None, mix(alpha.T, grads)
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed import World
-from grouped_linear import LinearPerGroupFunction, mix, mix_backward, product_dtype
+from grouped_linear import LinearPerGroupFunction, mix, mix_layer_backward, product_dtype
 from models import DiT
 from remix import BatchCoefficients, RemixDiT, RemixLinear
 
@@ -185,9 +185,8 @@ class MixRowsFunction(torch.autograd.Function):
         # The gradient of alpha is from these rows and all groups, and DDP averages it over the processes. Those of the
         # bases are divided by the number of processes here: the loss of a step is the mean of the processes' losses.
         share = alpha / ctx.size
-        grad_alpha, grad_weight = mix_backward(share, grad_weight, weight)
-        grad_alpha_bias, grad_bias = mix_backward(share, grad_bias, bias)
-        return grad_alpha + grad_alpha_bias, grad_weight, grad_bias, None, None
+        needs_alpha = ctx.needs_input_grad[0]
+        return *mix_layer_backward(share, (grad_weight, grad_bias), (weight, bias), needs_alpha), None, None
 
 
 class StartExchange(torch.autograd.Function):
