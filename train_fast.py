@@ -113,11 +113,18 @@ def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
         raise UserError("--independent trains a plain DiT per interval: use it with --model DiT-... and no --timesteps")
     if args.resume not in (None, "auto"):
         raise UserError("--independent resumes its runs with --resume auto only")
-    boundaries = expert_boundaries(create_process(**process_options(args)), args.independent)
+    diffusion = create_process(**process_options(args))
+    boundaries = args.boundaries or expert_boundaries(diffusion, args.independent)
+    check_noise_levels("--boundaries", boundaries, args.process, diffusion, complete=True)
+    if len(boundaries) != args.independent + 1:
+        raise UserError(
+            f"--boundaries: {args.independent} experts need {args.independent + 1} of them, but there are {len(boundaries)}"
+        )
     prefix = args.prefix or default_prefix(args.model, None)
     runs = []
     for i, interval in enumerate(pairwise(boundaries)):
-        runs.append(argparse.Namespace(**vars(args) | {"timesteps": list(interval), "prefix": f"{prefix}-{i}"}))
+        values = {"timesteps": list(interval), "boundaries": None, "prefix": f"{prefix}-{i}"}
+        runs.append(argparse.Namespace(**vars(args) | values))
         if not args.resume:
             check_new(Path(args.results_dir) / runs[-1].prefix)
     # The dry runs of all experts are the same.
@@ -483,9 +490,9 @@ def make_parser() -> ArgumentParser:
         type=level_argument,
         nargs="+",
         metavar="LEVEL",
-        help="N + 1 increasing noise levels that bound the experts' intervals: timesteps from 0 to 1000, or from 0 to "
-        "1 for flows. Experts are sampled equally often: boundaries other than the default change the density of the "
-        "training times (default: intervals of equal probability)",
+        help="N + 1 increasing noise levels that bound the intervals of a RemixDiT's experts, or of --independent "
+        "experts: timesteps from 0 to 1000, or from 0 to 1 for flows. Experts are trained equally often: boundaries "
+        "other than the default change the density of the training times (default: intervals of equal probability)",
     )
     add(
         "--mixer",
@@ -520,8 +527,8 @@ def make_parser() -> ArgumentParser:
         "--independent",
         type=number(int, 2, 1000),
         metavar="N",
-        help="train N plain DiTs one after the other, on the noise levels that a RemixDiT's N experts would have; "
-        "--max-steps is the total, each trains for an N-th of it; their folders are <prefix>-0, <prefix>-1, ...",
+        help="train N plain DiTs one after the other, on the noise levels that a RemixDiT's N experts would have (see "
+        "--boundaries); --max-steps is the total, each trains for an N-th of it; their folders are <prefix>-0, <prefix>-1, ...",
     )
     add("--image-size", type=positive_int, metavar="PIXELS", help="side of the images, which the features must have")
     add("--num-classes", type=positive_int, metavar="N", help="number of classes (default: the features', or 1000)")

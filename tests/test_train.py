@@ -239,17 +239,21 @@ def test_new_classes_keep_the_embeddings_of_equal_names(trained):
     assert model.backbone_config["num_classes"] == model.num_classes == 4
 
 
-def test_independent_experts_in_one_command(features, tmp_path):
+@pytest.mark.parametrize("boundaries", [None, [0, 100, 400, 1000]])
+def test_independent_experts_in_one_command(features, tmp_path, boundaries):
     """Each is the run with its --timesteps alone. The second command continues what the first has not done."""
     flags = training_flags(features, tmp_path, "expert", "DiT-T/2")
     command = [*flags, "--independent=3", "--max-steps=7", "--sample-every=0"]
+    if boundaries:
+        command += ["--boundaries", *boundaries]
     run("train_fast.py", *command)
     files = [tmp_path / f"expert-{i}/checkpoints/0000002.pt" for i in range(3)]
+    _, first, last, _ = boundaries or [0, 333, 666, 1000]
     alone = training_flags(features, tmp_path, "alone", "DiT-T/2")
-    run("train_fast.py", *alone, "--timesteps", 333, 666, "--max-steps=2", "--sample-every=0")
+    run("train_fast.py", *alone, "--timesteps", first, last, "--max-steps=2", "--sample-every=0")
     assert_same_weights(files[1], tmp_path / "alone/checkpoints/0000002.pt")
     _, config = load_denoiser(files)
-    assert config["training"]["timesteps"] == [0, 333]
+    assert config["training"]["timesteps"] == [0, first]
 
     files[1].rename(tmp_path / "whole.pt")
     assert "expert-0 already holds a run" in run("train_fast.py", *command, expect=2).stderr
@@ -349,6 +353,12 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("weight", "velocity prediction takes none", "--process=flow", "--weight=likelihood"),
         wrong("independent Remix-DiTs", "trains a plain DiT per interval", "--independent", "2"),
         wrong("too few steps", "fewer steps than experts", "--independent", "3", model="DiT-T/2"),
+        wrong(
+            "boundaries of fewer experts",
+            "3 experts need 4 of them",
+            *("--independent=3", "--boundaries", "0", "500", "1000"),
+            model="DiT-T/2",
+        ),
         wrong("missing weights", "no such file", "--load-weight", "/nowhere.pt"),
         wrong("foreign weights", "number of heads", "--load-weight", str(GOLDEN / "remix_original_checkpoint.pt")),
         wrong("results", "Not a directory", "--results-dir", str(GOLDEN / "dit.pt")),
