@@ -128,7 +128,9 @@ VARIANTS = {
     **{f"remix-4-20-steps-{steps}": remix(4, 20, length=steps / STEPS) for steps in OTHER_STEPS},
     **{f"pretrained-width-{width}": dict(width=width) for width in OTHER_WIDTHS},
     **{f"continued-width-{width}": dict(width=width) for width in OTHER_WIDTHS},
+    **{f"independent-8-width-{width}": dict(width=width) for width in OTHER_WIDTHS},
     **{f"remix-4-20-width-{width}": remix(4, 20, width=width) for width in OTHER_WIDTHS},
+    **{f"bonus-8-width-{width}": remix(4, 20, prior_bonus=8, width=width) for width in OTHER_WIDTHS},
 }
 # The sizes of the scripts have one tiny model, of width 48. The scripts run in this process and find these too.
 for width, patch in itertools.product(OTHER_WIDTHS, (2, 4)):
@@ -348,7 +350,7 @@ def train(study: Study, name: str, seed: int) -> tuple[list[Path], int]:
     values = dict(global_batch_size=BATCH) | VARIANTS[name]
     width, length = values.pop("width", None), values.pop("length", 1)
     weights = study.weights(seed, width)
-    common = dict(data_path=study.features("train"), compile=study.compile)
+    common = dict(data_path=study.features("train"), compile=study.compile, precision="fp32")
     model = f"DiT-T{width or ''}/{SETTINGS[study.setting][1]}"
     prefix = f"{study.setting}-{name}-{seed}"
     if name.startswith("pretrained"):
@@ -425,10 +427,12 @@ def current_commit() -> str:
 
 
 def machine() -> str:
-    """Return the CPU, the number of its cores and the version of PyTorch."""
+    """Return the GPU, if there is one, the CPU, the number of its cores and the version of PyTorch."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}"
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    cpu = names[0] if names else platform.machine()
+    return ", ".join([*gpu, cpu, f"{os.cpu_count()} cores", f"PyTorch {torch.__version__}"])
 
 
 if __name__ == "__main__":
