@@ -419,7 +419,9 @@ def sample_and_score(study: Study, checkpoints: list[Path], name: str, seed: int
 
 
 def current_commit() -> str:
-    """Return the commit of the code, with "-dirty" if it was changed."""
+    """Return the commit of the code, with "-dirty" if it was changed; a copy without .git gets it from COMMIT."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!studies/results"]).returncode
