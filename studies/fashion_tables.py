@@ -22,6 +22,7 @@ these files.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -212,8 +213,9 @@ def main(args: argparse.Namespace):
         if unknown := set(args.variants) - {"pretrained", *names}:
             known = ", ".join(["pretrained", *names])
             raise UserError(f"--variants {' '.join(sorted(unknown))}: the variants of table {args.table} are {known}")
-        # The page shows no variant without its baseline.
-        chosen = {*args.variants, *map(baseline, args.variants)}
+        # The page shows no variant without its baseline, which is trained from a pretrained model of its width.
+        baselines = set(map(baseline, args.variants))
+        chosen = {*args.variants, *baselines, *(name.replace("continued", "pretrained") for name in baselines)}
         names = [name for name in names if name in chosen]
     with output_to(study.runs / "data.log"):
         prepare(study, args.source)
@@ -410,10 +412,11 @@ def sample_and_score(study: Study, checkpoints: list[Path], name: str, seed: int
         runs.run("evaluator.py", study.work / f"{split}-{study.side}.npz", samples, *output)
         scores = json.loads((folder / "scores.json").read_text())
         results |= {f"{kind}{key.lower().replace(' ', '_')}": value for key, value in scores.items()}
-    # The samples' features are in the cache, where the references' are older.
+    # The samples' features are in the cache, where the references' are older. Other processes delete there too.
     for entry in (study.work / "cache").glob("*.npz"):
-        if entry.stat().st_mtime > samples.stat().st_mtime:
-            entry.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if entry.stat().st_mtime > samples.stat().st_mtime:
+                entry.unlink()
     shutil.rmtree(folder)
     return {key: results[key] for key in SCORES if key in results}
 
