@@ -117,9 +117,8 @@ def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
     boundaries = args.boundaries or expert_boundaries(diffusion, args.independent)
     check_noise_levels("--boundaries", boundaries, args.process, diffusion, complete=True)
     if len(boundaries) != args.independent + 1:
-        raise UserError(
-            f"--boundaries: {args.independent} experts need {args.independent + 1} of them, but there are {len(boundaries)}"
-        )
+        needed = args.independent + 1
+        raise UserError(f"--boundaries: {needed - 1} experts need {needed} of them, but there are {len(boundaries)}")
     prefix = args.prefix or default_prefix(args.model, None)
     runs = []
     for i, interval in enumerate(pairwise(boundaries)):
@@ -528,7 +527,8 @@ def make_parser() -> ArgumentParser:
         type=number(int, 2, 1000),
         metavar="N",
         help="train N plain DiTs one after the other, on the noise levels that a RemixDiT's N experts would have (see "
-        "--boundaries); --max-steps is the total, each trains for an N-th of it; their folders are <prefix>-0, <prefix>-1, ...",
+        "--boundaries); --max-steps is the total, each trains for an N-th of it; their folders are <prefix>-0, "
+        "<prefix>-1, ...",
     )
     add("--image-size", type=positive_int, metavar="PIXELS", help="side of the images, which the features must have")
     add("--num-classes", type=positive_int, metavar="N", help="number of classes (default: the features', or 1000)")

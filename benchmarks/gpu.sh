@@ -37,7 +37,7 @@ run() {
 
 checks() {
   python -m pytest tests/test_grouped_linear.py tests/test_trainer.py tests/test_remix.py tests/test_models.py \
-    -vv -p no:cacheprovider 2>&1 | tee "$OUT/gpu-checks.txt"
+    tests/test_evaluator.py::test_an_exported_program_moves_to_a_device -vv -p no:cacheprovider 2>&1 | tee "$OUT/gpu-checks.txt"
 }
 
 measure() {

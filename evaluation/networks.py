@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 from tqdm import tqdm
 
 from common import UserError, atomic_write
@@ -89,6 +90,28 @@ class DinoV2(nn.Module):
         return self.dinov2(resize(images, [224, 224], InterpolationMode.BICUBIC, antialias=True))
 
 
+class ExportedNetwork(nn.Module):
+    """An exported program, which `nn.Module.to` alone cannot move: its code names devices, and checks its input's.
+
+    Args:
+        program: the program. Its tensors are moved with it.
+    """
+
+    def __init__(self, program: torch.export.ExportedProgram):
+        super().__init__()
+        self.program = program
+        self.module = program.module()
+
+    def to(self, device: torch.device) -> "ExportedNetwork":
+        """Move the program to a device, and return this module."""
+        self.module = move_to_device_pass(self.program, str(device)).module()
+        return self
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Run the program on images, uint8 [B, 3, H, W]."""
+        return self.module(images)
+
+
 def load_dinov2() -> DinoV2:
     """Load DINOv2, or raise UserError if torch.hub cannot."""
     try:
@@ -121,7 +144,7 @@ def load_network(weights: str | None) -> nn.Module:
             check_program(weights)
             # torch.export.load warns about read-only buffers, which it copies.
             with warnings.catch_warnings(action="ignore", category=UserWarning):
-                return torch.export.load(weights).module()
+                return ExportedNetwork(torch.export.load(weights))
         if weights:
             # torch-fidelity would run code that is stored in a pickle.
             torch.load(weights, map_location="cpu", weights_only=True)

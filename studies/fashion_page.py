@@ -27,7 +27,8 @@ from remix import RemixDiT_models
 SETTINGS = {"pixels": (16, 4), "latents": (32, 2)}
 # For each number that table 4 varies: its value in the other tables, and the others.
 STEPS, OTHER_STEPS = 5_000, (1_250, 2_500, 10_000, 20_000)
-WIDTH, OTHER_WIDTHS = 48, (24, 96)
+WIDTH, OTHER_WIDTHS = 48, (24, 96, 192)
+AT_EVERY_WIDTH = ("pretrained", "continued", "independent-8", "remix-4-20", "bonus-8")
 # For each table, its parts: title and variants. Every table also has the pretrained model and continued training.
 TABLES = {
     1: {
@@ -62,8 +63,8 @@ TABLES = {
             *(f"{name}-steps-{steps}" for steps in OTHER_STEPS for name in ("continued", "remix-4-20")),
         ],
         "Table 4: width of the model, elsewhere 48; the baseline is continued training of the same width": [
-            "remix-4-20",
-            *(f"{name}-width-{width}" for width in OTHER_WIDTHS for name in ("pretrained", "continued", "remix-4-20")),
+            *AT_EVERY_WIDTH[2:],
+            *(f"{name}-width-{width}" for width in OTHER_WIDTHS for name in AT_EVERY_WIDTH),
         ],
     },
     5: {

@@ -22,6 +22,7 @@ these files.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -128,7 +129,9 @@ VARIANTS = {
     **{f"remix-4-20-steps-{steps}": remix(4, 20, length=steps / STEPS) for steps in OTHER_STEPS},
     **{f"pretrained-width-{width}": dict(width=width) for width in OTHER_WIDTHS},
     **{f"continued-width-{width}": dict(width=width) for width in OTHER_WIDTHS},
+    **{f"independent-8-width-{width}": dict(width=width) for width in OTHER_WIDTHS},
     **{f"remix-4-20-width-{width}": remix(4, 20, width=width) for width in OTHER_WIDTHS},
+    **{f"bonus-8-width-{width}": remix(4, 20, prior_bonus=8, width=width) for width in OTHER_WIDTHS},
 }
 # The sizes of the scripts have one tiny model, of width 48. The scripts run in this process and find these too.
 for width, patch in itertools.product(OTHER_WIDTHS, (2, 4)):
@@ -210,8 +213,9 @@ def main(args: argparse.Namespace):
         if unknown := set(args.variants) - {"pretrained", *names}:
             known = ", ".join(["pretrained", *names])
             raise UserError(f"--variants {' '.join(sorted(unknown))}: the variants of table {args.table} are {known}")
-        # The page shows no variant without its baseline.
-        chosen = {*args.variants, *map(baseline, args.variants)}
+        # The page shows no variant without its baseline, which is trained from a pretrained model of its width.
+        baselines = set(map(baseline, args.variants))
+        chosen = {*args.variants, *baselines, *(name.replace("continued", "pretrained") for name in baselines)}
         names = [name for name in names if name in chosen]
     with output_to(study.runs / "data.log"):
         prepare(study, args.source)
@@ -348,7 +352,7 @@ def train(study: Study, name: str, seed: int) -> tuple[list[Path], int]:
     values = dict(global_batch_size=BATCH) | VARIANTS[name]
     width, length = values.pop("width", None), values.pop("length", 1)
     weights = study.weights(seed, width)
-    common = dict(data_path=study.features("train"), compile=study.compile)
+    common = dict(data_path=study.features("train"), compile=study.compile, precision="fp32")
     model = f"DiT-T{width or ''}/{SETTINGS[study.setting][1]}"
     prefix = f"{study.setting}-{name}-{seed}"
     if name.startswith("pretrained"):
@@ -408,16 +412,19 @@ def sample_and_score(study: Study, checkpoints: list[Path], name: str, seed: int
         runs.run("evaluator.py", study.work / f"{split}-{study.side}.npz", samples, *output)
         scores = json.loads((folder / "scores.json").read_text())
         results |= {f"{kind}{key.lower().replace(' ', '_')}": value for key, value in scores.items()}
-    # The samples' features are in the cache, where the references' are older.
+    # The samples' features are in the cache, where the references' are older. Other processes delete there too.
     for entry in (study.work / "cache").glob("*.npz"):
-        if entry.stat().st_mtime > samples.stat().st_mtime:
-            entry.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if entry.stat().st_mtime > samples.stat().st_mtime:
+                entry.unlink()
     shutil.rmtree(folder)
     return {key: results[key] for key in SCORES if key in results}
 
 
 def current_commit() -> str:
-    """Return the commit of the code, with "-dirty" if it was changed."""
+    """Return the commit of the code, with "-dirty" if it was changed; a copy without .git gets it from COMMIT."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!studies/results"]).returncode
@@ -425,10 +432,12 @@ def current_commit() -> str:
 
 
 def machine() -> str:
-    """Return the CPU, the number of its cores and the version of PyTorch."""
+    """Return the GPU, if there is one, the CPU, the number of its cores and the version of PyTorch."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}"
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    cpu = names[0] if names else platform.machine()
+    return ", ".join([*gpu, cpu, f"{os.cpu_count()} cores", f"PyTorch {torch.__version__}"])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from pathlib import Path
 
 # Models run in parallel, with one core each.
 os.environ["OMP_NUM_THREADS"] = "1"
+# GPUs compute in fp32 without TF32, as CPUs do.
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -83,9 +85,11 @@ def heldout_errors(paths: list[Path], split: Path, timesteps: range, per_timeste
     Returns:
         Mean squared errors with EMA weights [number of timesteps].
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, config = load_denoiser(paths)
-    x, y = shuffled_images(split)
-    return noise_errors(model, create_diffusion(**config["diffusion"]), x, y, timesteps, per_timestep)
+    x, y = (tensor.to(device) for tensor in shuffled_images(split))
+    diffusion = create_diffusion(**config["diffusion"])
+    return noise_errors(model.to(device), diffusion, x, y, timesteps, per_timestep).cpu()
 
 
 def shuffled_images(split: Path) -> tuple[torch.Tensor, torch.Tensor]:

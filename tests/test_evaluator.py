@@ -11,11 +11,11 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, ToyNetwork, export_network, file_limit, run
+from conftest import DEVICES, GOLDEN, ROOT, ToyNetwork, export_network, file_limit, relative, run
 from PIL import Image
 
 from evaluation.files import content_hash
-from evaluation.networks import AdmInception
+from evaluation.networks import AdmInception, load_network
 from evaluation.scores import GaussianStatistics, fid_bias, kernel_distance
 from evaluator import frechet_distance, inception_score, precision_recall
 
@@ -255,6 +255,29 @@ def toy_outputs(path) -> list[torch.Tensor]:
     """The toy network's outputs for the images of an .npz file."""
     with np.load(path) as file, torch.no_grad():
         return list(ToyNetwork()(torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)))
+
+
+@pytest.mark.parametrize("device", [*DEVICES, "meta"])
+def test_an_exported_program_moves_to_a_device(tmp_path, device):
+    """The code of a program names the device that it was exported on."""
+
+    class Network(ToyNetwork):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.rand(()))
+
+        def forward(self, images):
+            pool, *others = super().forward(images)
+            return self.scale * pool + torch.arange(pool.shape[1], device=images.device), *others
+
+    network = load_network(str(export_network(Network(), tmp_path / "network.pt2")))
+    images = torch.arange(2 * 3 * 8 * 8).remainder(256).to(torch.uint8).view(2, 3, 8, 8)
+    expected = network(images)
+    outputs = network.to(torch.device(device))(images.to(device))
+    for output, reference in zip(outputs, expected, strict=True):
+        assert (output.device.type, output.shape) == (device, reference.shape)
+        if device != "meta":
+            assert relative(output.cpu(), reference) < 1e-5
 
 
 def test_printed_scores_match_the_functions(files):
