@@ -197,12 +197,15 @@ def page_tables(out: Path) -> str:
         parts.append(f"## Results: {setting}")
         if not results:
             parts.append("There are no results yet.")
+        shown = {split: {"pretrained", "continued"} for split in compared}
         for table, title, names in ((table, *item) for table, items in TABLES.items() for item in items.items()):
-            rows = compared["validation" if table == ON_VALIDATION else "test"]
+            split = "validation" if table == ON_VALIDATION else "test"
+            rows = compared[split]
             present = [name for name in ("pretrained", "continued", *names) if any(r["variant"] == name for r in rows)]
-            # A part is shown if it has a result that is not in table 1.
-            if not set(present) & set(names) - (set(IN_TABLE_1) if table != 1 else set()):
+            # A part is shown if it has a result that no part before it has.
+            if shown[split].issuperset(present):
                 continue
+            shown[split].update(present)
             if table not in WITH_ALL_SEEDS:
                 seeds = common_seeds(present, rows)
                 rows = [row for row in rows if row["seed"] in seeds]
