@@ -114,11 +114,14 @@ def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
     if args.resume not in (None, "auto"):
         raise UserError("--independent resumes its runs with --resume auto only")
     diffusion = create_process(**process_options(args))
-    boundaries = args.boundaries or expert_boundaries(diffusion, args.independent)
+    boundaries = args.boundaries
+    if boundaries is None:
+        boundaries = expert_boundaries(diffusion, args.independent)
     check_noise_levels("--boundaries", boundaries, args.process, diffusion, complete=True)
     if len(boundaries) != args.independent + 1:
-        needed = args.independent + 1
-        raise UserError(f"--boundaries: {needed - 1} experts need {needed} of them, but there are {len(boundaries)}")
+        raise UserError(
+            f"--independent {args.independent} needs {args.independent + 1} --boundaries, not {len(boundaries)}"
+        )
     prefix = args.prefix or default_prefix(args.model, None)
     runs = []
     for i, interval in enumerate(pairwise(boundaries)):
@@ -348,7 +351,8 @@ def mixing_options(args: argparse.Namespace, diffusion: GaussianDiffusion | Flow
     if args.model not in RemixDiT_models:
         for name in ("boundaries", "rank", "freeze", "mix_modulation"):
             if getattr(args, name):
-                raise UserError(f"--{name.replace('_', '-')} needs a RemixDiT, not {args.model}")
+                other = " or --independent" if name == "boundaries" else ""
+                raise UserError(f"--{name.replace('_', '-')} needs a RemixDiT{other}, not {args.model}")
         return None
     boundaries = args.boundaries
     if boundaries:

@@ -91,7 +91,10 @@ class DinoV2(nn.Module):
 
 
 class ExportedNetwork(nn.Module):
-    """An exported program, which `nn.Module.to` alone cannot move: its code names devices, and checks its input's.
+    """An exported program on a device of choice.
+
+    The code of a program names the device that it was exported on, and checks the device of its input. `nn.Module.to`
+    moves tensors only.
 
     Args:
         program: the program. Its tensors are moved with it.
@@ -104,11 +107,13 @@ class ExportedNetwork(nn.Module):
 
     def to(self, device: torch.device) -> "ExportedNetwork":
         """Move the program to a device, and return this module."""
+        # With the index of the GPU, as the devices of tensors have it.
+        device = torch.empty(0, device=device).device
         self.module = move_to_device_pass(self.program, str(device)).module()
         return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Run the program on images, uint8 [B, 3, H, W]."""
+        """Return the program's outputs for images, uint8 [B, 3, H, W]."""
         return self.module(images)
 
 
@@ -236,10 +241,11 @@ class FeatureExtractor:
         Raises:
             UserError: if it cannot process the images, which `name` describes, or has other outputs than expected.
         """
-        network = self.network
         try:
-            outputs = self.run(network, images)
+            outputs = self.run(self.network, images)
             shapes = [tuple(output.shape) for output in outputs]
+        except UserError:
+            raise
         # An exported program raises errors of its own.
         except Exception as error:
             raise UserError(f"the network cannot process {name}: {str(error)[:200]}") from None

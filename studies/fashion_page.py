@@ -28,7 +28,8 @@ SETTINGS = {"pixels": (16, 4), "latents": (32, 2)}
 # For each number that table 4 varies: its value in the other tables, and the others.
 STEPS, OTHER_STEPS = 5_000, (1_250, 2_500, 10_000, 20_000)
 WIDTH, OTHER_WIDTHS = 48, (24, 96, 192)
-AT_EVERY_WIDTH = ("pretrained", "continued", "independent-8", "remix-4-20", "bonus-8")
+# The methods that table 4 compares with continued training of the same width.
+METHODS = ("independent-8", "remix-4-20", "bonus-8")
 # For each table, its parts: title and variants. Every table also has the pretrained model and continued training.
 TABLES = {
     1: {
@@ -63,8 +64,8 @@ TABLES = {
             *(f"{name}-steps-{steps}" for steps in OTHER_STEPS for name in ("continued", "remix-4-20")),
         ],
         "Table 4: width of the model, elsewhere 48; the baseline is continued training of the same width": [
-            *AT_EVERY_WIDTH[2:],
-            *(f"{name}-width-{width}" for width in OTHER_WIDTHS for name in AT_EVERY_WIDTH),
+            *METHODS,
+            *(f"{name}-width-{width}" for width in OTHER_WIDTHS for name in ("pretrained", "continued", *METHODS)),
         ],
     },
     5: {
@@ -180,6 +181,17 @@ def common_seeds(names: list[str], rows: list[dict]) -> set[int]:
     return {seed for _, seed in found if all((name, seed) in found for name in names)}
 
 
+def with_common_seeds(names: list[str], rows: list[dict]) -> list[dict]:
+    """Return the rows of these variants whose seeds all of the variants with the same baseline have."""
+    chosen = []
+    known = {row["variant"] for row in rows}
+    for reference in dict.fromkeys(map(baseline, names)):
+        compared = [name for name in names if name in known and baseline(name) == reference]
+        seeds = common_seeds(compared, rows)
+        chosen += [row for row in rows if row["variant"] in compared and row["seed"] in seeds]
+    return chosen
+
+
 def write_page(out: Path):
     """Write the tables of README.md, below MARK."""
     page = out / "README.md"
@@ -197,15 +209,17 @@ def page_tables(out: Path) -> str:
         parts.append(f"## Results: {setting}")
         if not results:
             parts.append("There are no results yet.")
+        shown = {split: {"pretrained", "continued"} for split in compared}
         for table, title, names in ((table, *item) for table, items in TABLES.items() for item in items.items()):
-            rows = compared["validation" if table == ON_VALIDATION else "test"]
-            present = [name for name in ("pretrained", "continued", *names) if any(r["variant"] == name for r in rows)]
-            # A part is shown if it has a result that is not in table 1.
-            if not set(present) & set(names) - (set(IN_TABLE_1) if table != 1 else set()):
-                continue
+            split = "validation" if table == ON_VALIDATION else "test"
+            rows = compared[split]
             if table not in WITH_ALL_SEEDS:
-                seeds = common_seeds(present, rows)
-                rows = [row for row in rows if row["seed"] in seeds]
+                rows = with_common_seeds(["pretrained", "continued", *names], rows)
+            present = [name for name in ("pretrained", "continued", *names) if any(r["variant"] == name for r in rows)]
+            # A part is shown if it has a result that no part before it has.
+            if shown[split].issuperset(present):
+                continue
+            shown[split].update(present)
             parts += [f"### {title}, {setting}", score_table(present, rows), fifths_table(present, rows)]
             others = {1: IN_TABLE_1, 2: names}.get(table, MAIN)
             parts += [paired_table(name, others, rows) for name in PAIRED.get(table, ()) if name in present]

@@ -121,7 +121,7 @@ VARIANTS = {
     "strength-1e-1": remix(4, 20, prior_strength=1e-1),
     # The lengths of the intervals of the least and of the most noise are 11 and 74 timesteps, or 136 and 34.
     "bonus-8-fine-at-low-noise": remix(4, 20, prior_bonus=8, boundaries=power_boundaries(20, 1.5)),
-    # A plain DiT with the same training times: with one basis, all experts are the same.
+    # A plain DiT with the same training times, in groups of one interval: with one basis, all experts are the same.
     "continued-fine-at-low-noise": remix(1, 20, boundaries=power_boundaries(20, 1.5)),
     "independent-8-fine-at-low-noise": dict(boundaries=power_boundaries(8, 1.5)),
     "bonus-8-fine-at-high-noise": remix(4, 20, prior_bonus=8, boundaries=power_boundaries(20, 1 / 1.5)),
@@ -422,7 +422,7 @@ def sample_and_score(study: Study, checkpoints: list[Path], name: str, seed: int
 
 
 def current_commit() -> str:
-    """Return the commit of the code, with "-dirty" if it was changed; a copy without .git gets it from COMMIT."""
+    """Return the variable COMMIT, for a copy without .git, or the commit of the code, with "-dirty" if it changed."""
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
     git = ["git", "-C", str(ROOT)]
@@ -454,7 +454,9 @@ if __name__ == "__main__":
         "--variants", nargs="+", metavar="NAME", help="variants of the table to compute now (default: all)"
     )
     parser.add_argument("--seeds", type=seed_int, nargs="+", default=[0, 1, 2], metavar="SEED", help="seeds")
-    parser.add_argument("--jobs", type=positive_int, default=2, help="models in parallel, with one core each")
+    parser.add_argument(
+        "--jobs", type=positive_int, default=2, help="models side by side, with one core each; they share a GPU"
+    )
     parser.add_argument("--source", metavar="FOLDER", help="the dataset's files, see fashion.py")
     parser.add_argument("--work", default="data/fashion", metavar="FOLDER", help="dataset, runs and samples")
     parser.add_argument("--out", default="studies/results/fashion", metavar="FOLDER", help="results")

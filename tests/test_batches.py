@@ -84,6 +84,7 @@ def test_timesteps_are_uniform_in_the_long_run(n_experts, per_batch):
 def test_timesteps_of_an_independent_expert():
     t = sample_timesteps(0, 0, 4000, timesteps=(125, 250))
     assert (t.min(), t.max()) == (125, 249)
+    assert set(sample_timesteps(0, 0, 4000, timesteps=(0.5, 3.5))) == {1, 2, 3}
 
 
 def owners(boundaries: list[float], t: np.ndarray) -> np.ndarray:

@@ -313,6 +313,17 @@ def test_the_gradients_are_measured_and_drawn(study, tmp_path, monkeypatch):
 # The page
 
 
+def test_a_variant_is_compared_on_the_seeds_of_its_baseline():
+    """A width of which only one seed is known does not leave out the seeds of the other widths."""
+    known = {"continued": (0, 1, 2), "remix-4-20": (0, 1), "continued-width-96": (5,), "remix-4-20-width-96": (5, 6)}
+    rows = [{"variant": name, "seed": seed} for name, seeds in known.items() for seed in seeds]
+    chosen = fashion_page.with_common_seeds(list(known), rows)
+    found = {(row["variant"], row["seed"]) for row in chosen}
+    common = {("continued", 0), ("continued", 1), ("remix-4-20", 0), ("remix-4-20", 1)}
+    assert found == common | {("continued-width-96", 5), ("remix-4-20-width-96", 5)}
+    assert len(chosen) == len(found)
+
+
 def test_the_page_holds_the_tables_of_the_results():
     page = (RESULTS / "README.md").read_text()
     assert page.partition(fashion_page.MARK)[2].strip() == fashion_page.page_tables(RESULTS)

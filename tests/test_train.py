@@ -355,7 +355,7 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("too few steps", "fewer steps than experts", "--independent", "3", model="DiT-T/2"),
         wrong(
             "boundaries of fewer experts",
-            "3 experts need 4 of them",
+            "--independent 3 needs 4 --boundaries, not 3",
             *("--independent=3", "--boundaries", "0", "500", "1000"),
             model="DiT-T/2",
         ),

@@ -241,7 +241,9 @@ def sample_timesteps(
         raise ValueError(f"{experts_per_batch} experts do not divide a batch of {batch_size}")
     experts = sample_experts(seed, step, n_experts, experts_per_batch).repeat(batch_size // experts_per_batch)
     generator = np.random.default_rng([seed, step, Stream.TIMESTEPS])
-    if boundaries is None:
+    if boundaries is None and n_experts == 1:
+        boundaries = timesteps
+    elif boundaries is None:
         parts = np.arange(n_experts + 1) * (timesteps[1] - timesteps[0])
         boundaries = timesteps[0] + (parts / n_experts if flow else parts // n_experts)
     boundaries = np.asarray(boundaries)
