@@ -121,7 +121,7 @@ VARIANTS = {
     "strength-1e-1": remix(4, 20, prior_strength=1e-1),
     # The lengths of the intervals of the least and of the most noise are 11 and 74 timesteps, or 136 and 34.
     "bonus-8-fine-at-low-noise": remix(4, 20, prior_bonus=8, boundaries=power_boundaries(20, 1.5)),
-    # A plain DiT with the same training times, in groups of one interval: with one basis, all experts are the same.
+    # A plain DiT with the same training timesteps, in groups of one interval: with one basis, all experts are the same.
     "continued-fine-at-low-noise": remix(1, 20, boundaries=power_boundaries(20, 1.5)),
     "independent-8-fine-at-low-noise": dict(boundaries=power_boundaries(8, 1.5)),
     "bonus-8-fine-at-high-noise": remix(4, 20, prior_bonus=8, boundaries=power_boundaries(20, 1 / 1.5)),
