@@ -117,7 +117,8 @@ def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
     boundaries = args.boundaries
     if boundaries is None:
         boundaries = expert_boundaries(diffusion, args.independent)
-    check_noise_levels("--boundaries", boundaries, args.process, diffusion, complete=True)
+    else:
+        check_noise_levels("--boundaries", boundaries, args.process, diffusion, complete=True)
     if len(boundaries) != args.independent + 1:
         raise UserError(
             f"--independent {args.independent} needs {args.independent + 1} --boundaries, not {len(boundaries)}"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from boundaries import equal_boundaries
 from diffusion import FlowMatching
 from distributed import World, ignore_signals, seed_for
 from features import FeatureDataset
@@ -225,7 +226,7 @@ def sample_timesteps(
         seed: global seed.
         step: the training step, from 0.
         batch_size: images per global batch.
-        n_experts: number of experts N, whose intervals divide `timesteps`.
+        n_experts: number of experts N, whose intervals divide the whole range of `timesteps`.
         experts_per_batch: number of groups.
         timesteps: lowest timestep, and highest timestep plus one; for a flow the lowest and highest noise level.
         boundaries: the N + 1 noise levels between which the experts' intervals lie; None for intervals of equal length.
@@ -241,11 +242,8 @@ def sample_timesteps(
         raise ValueError(f"{experts_per_batch} experts do not divide a batch of {batch_size}")
     experts = sample_experts(seed, step, n_experts, experts_per_batch).repeat(batch_size // experts_per_batch)
     generator = np.random.default_rng([seed, step, Stream.TIMESTEPS])
-    if boundaries is None and n_experts == 1:
-        boundaries = timesteps
-    elif boundaries is None:
-        parts = np.arange(n_experts + 1) * (timesteps[1] - timesteps[0])
-        boundaries = timesteps[0] + (parts / n_experts if flow else parts // n_experts)
+    if boundaries is None:
+        boundaries = timesteps if n_experts == 1 else equal_boundaries(n_experts, timesteps[1])
     boundaries = np.asarray(boundaries)
     if flow:
         return flow.sample_times(generator.random(batch_size), boundaries[experts], boundaries[experts + 1])
