@@ -44,7 +44,8 @@ SERIES = {
     "steps": ("fine-tuning steps", STEPS, OTHER_STEPS),
     "width": ("width of the model", WIDTH, OTHER_WIDTHS),
 }
-SERIES_VARIANTS = {"continued": "continued training", "remix-4-20": "Remix-DiT 4-20"}
+# A point of a series needs the first two variants. The others are drawn where they have results for all points.
+SERIES_VARIANTS = ("continued", "remix-4-20", "independent-8", "bonus-8")
 # For each key of a result, the title of its panel.
 SERIES_PANELS = {"fid": "FID", "fid_change": "change of FID", "error_change": "change of the test error, %"}
 # The errors are averaged over this number of neighbouring timesteps.
@@ -117,7 +118,7 @@ def draw(path: Path, changes: dict[str, np.ndarray]):
 
 
 def read_series(points: dict[int, str], rows: list[dict]) -> tuple[list[int], dict[str, list[list[dict]]]]:
-    """Select the results of continued training and of Remix-DiT 4-20 for several values of a number.
+    """Select the results of SERIES_VARIANTS for several values of a number.
 
     Args:
         points: for each value of the number, the end of the variants' names.
@@ -128,20 +129,21 @@ def read_series(points: dict[int, str], rows: list[dict]) -> tuple[list[int], di
         these values have. Different seeds cannot be compared, as they differ more than the values do.
     """
     found = {(row["variant"], row["seed"]): row for row in rows}
-    names = {name for name, _ in found}
-    points = {x: end for x, end in sorted(points.items()) if all(name + end in names for name in SERIES_VARIANTS)}
-    seeds = sorted(common_seeds([name + end for end in points.values() for name in SERIES_VARIANTS], rows))
+    known = {name for name, _ in found}
+    points = {x: end for x, end in sorted(points.items()) if all(name + end in known for name in SERIES_VARIANTS[:2])}
+    names = [name for name in SERIES_VARIANTS if all(name + end in known for end in points.values())]
+    seeds = sorted(common_seeds([name + end for end in points.values() for name in names], rows))
     return list(points), {
-        name: [[found[name + end, seed] for seed in seeds] for end in points.values()] for name in SERIES_VARIANTS
+        name: [[found[name + end, seed] for seed in seeds] for end in points.values()] for name in names
     }
 
 
-def draw_series(path: Path, label: str, points: list[int], series: dict[str, list[list[dict]]]):
-    """Draw FID of continued training and of Remix-DiT 4-20, and the changes of FID and error, against a number.
+def draw_series(path: Path, number: str, points: list[int], series: dict[str, list[list[dict]]]):
+    """Draw FID, and the changes of FID and error relative to continued training, against a number.
 
     Args:
         path: the file to write.
-        label: what the number is.
+        number: label of its axis.
         points: its values.
         series: from `read_series`.
     """
@@ -151,8 +153,9 @@ def draw_series(path: Path, label: str, points: list[int], series: dict[str, lis
         for name, results in series.items():
             values = np.array([[row[key] for row in rows] for rows in results])
             spread = values.std(1, ddof=1) if seeds > 2 else None
-            axes.errorbar(points, values.mean(1), spread, marker="o", capsize=3, label=SERIES_VARIANTS[name])
-        axes.set(xscale="log", xlabel=label, title=title)
+            label = VARIANTS.get(name, "continued training")
+            axes.errorbar(points, values.mean(1), spread, marker="o", capsize=3, label=label)
+        axes.set(xscale="log", xlabel=number, title=title)
         axes.set_xticks(points, [f"{x:,}" for x in points])
         axes.minorticks_off()
         axes.grid(alpha=0.3)

@@ -112,9 +112,15 @@ IN_TABLE_1 = ("pretrained", "continued", *itertools.chain(*TABLES[1].values()))
 # The variants of tables 1 and 6, which are scored with both networks.
 MAIN = tuple(dict.fromkeys([*IN_TABLE_1, *itertools.chain(*TABLES[6].values())]))
 # For each table, the variants that are compared with others seed by seed: in tables 1 and 2 with those of the same
-# part, in the other tables with those in MAIN.
+# part, in table 4 with those that have the same baseline, in the other tables with those in MAIN.
 BEST = ["bonus-8", "bonus-8-fine-at-low-noise", "bonus-8-weighted"]
-PAIRED = {1: ["remix-4-20"], 2: ["remix-4-20"], 5: BEST, 6: BEST}
+PAIRED = {
+    1: ["remix-4-20"],
+    2: ["remix-4-20"],
+    4: [f"{name}-width-{width}" for width in OTHER_WIDTHS for name in ("remix-4-20", "bonus-8")],
+    5: BEST,
+    6: BEST,
+}
 # The table that settings are chosen by.
 ON_VALIDATION = 5
 # In these tables, variants may have different numbers of seeds.
@@ -221,8 +227,10 @@ def page_tables(out: Path) -> str:
                 continue
             shown[split].update(present)
             parts += [f"### {title}, {setting}", score_table(present, rows), fifths_table(present, rows)]
-            others = {1: IN_TABLE_1, 2: names}.get(table, MAIN)
-            parts += [paired_table(name, others, rows) for name in PAIRED.get(table, ()) if name in present]
+            for name in filter(present.__contains__, PAIRED.get(table, ())):
+                same_baseline = [other for other in present if baseline(other) == baseline(name)]
+                others = {1: IN_TABLE_1, 2: names, 4: same_baseline}.get(table, MAIN)
+                parts.append(paired_table(name, others, rows))
             if table == 3 and setting == "pixels" and SPEED.exists():
                 parts.append(cost_table())
     return "\n\n".join(parts)

@@ -431,9 +431,15 @@ def test_a_series_has_the_seeds_of_all_its_points():
     rows += [{"variant": "continued-width-24", "seed": 0}]
     points, series = fashion_figures.read_series({24: "-width-24", 96: "-width-96", 48: ""}, rows)
     assert points == [48, 96]
+    assert list(series) == ["continued", "remix-4-20"]
     assert series["remix-4-20"] == [
         [{"variant": f"remix-4-20{end}", "seed": seed} for seed in (0, 2)] for end in ("", "-width-96")
     ]
+    rows += [{"variant": f"independent-8{end}", "seed": 2} for end in ("", "-width-96")]
+    rows += [{"variant": "bonus-8", "seed": 2}]
+    _, series = fashion_figures.read_series({96: "-width-96", 48: ""}, rows)
+    assert list(series) == ["continued", "remix-4-20", "independent-8"], "bonus-8 has no result for the width 96"
+    assert [row["seed"] for results in series.values() for rows in results for row in rows] == [2] * 6
 
 
 @pytest.mark.slow
