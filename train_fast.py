@@ -66,6 +66,7 @@ from training.previews import SamplePreview, choose_decoder
 from training.scoring import FID_SAMPLES, make_scorer
 from training.start import (
     advice,
+    check_interval,
     check_new,
     check_noise_levels,
     default_prefix,
@@ -128,8 +129,12 @@ def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
     for i, interval in enumerate(pairwise(boundaries)):
         values = {"timesteps": list(interval), "boundaries": None, "prefix": f"{prefix}-{i}"}
         runs.append(argparse.Namespace(**vars(args) | values))
-        if not args.resume:
-            check_new(Path(args.results_dir) / runs[-1].prefix)
+        # Check all experts before the first is trained.
+        folder = Path(args.results_dir) / runs[-1].prefix
+        if args.resume:
+            check_interval(folder, list(interval))
+        else:
+            check_new(folder)
     # The dry runs of all experts are the same.
     return runs[:1] if args.dry_run else runs
 

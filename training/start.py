@@ -1,5 +1,6 @@
 """The start of a run: its data, the model at step 0, its configuration, and the checkpoint to resume from."""
 
+import json
 import logging
 from dataclasses import asdict
 from itertools import pairwise, zip_longest
@@ -303,6 +304,19 @@ def check_new(folder: Path):
         raise UserError(
             f"{folder} already holds a run, up to {present[0].name}: "
             "use --resume auto to continue it, or another --prefix to start a new one"
+        )
+
+
+def check_interval(folder: Path, interval: list):
+    """Raise UserError if a folder holds the run of an independent expert that has another interval of timesteps."""
+    config = folder / "config.json"
+    if not (checkpoints(folder / "checkpoints") and config.exists()):
+        return
+    trained = json.loads(config.read_text())["training"]["timesteps"]
+    if trained != interval:
+        raise UserError(
+            f"--resume auto: {folder} was trained with the timesteps {trained}, this run asks for {interval}: "
+            "use the same --independent and --boundaries, or another --prefix to start new runs"
         )
 
 
