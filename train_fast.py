@@ -132,7 +132,7 @@ def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
         # Check all experts before the first is trained.
         folder = Path(args.results_dir) / runs[-1].prefix
         if args.resume:
-            check_interval(folder, list(interval))
+            check_interval(folder, list(interval), args.process)
         else:
             check_new(folder)
     # The dry runs of all experts are the same.

@@ -9,6 +9,7 @@ steps and for several widths of the model.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -44,7 +45,7 @@ SERIES = {
     "steps": ("fine-tuning steps", STEPS, OTHER_STEPS),
     "width": ("width of the model", WIDTH, OTHER_WIDTHS),
 }
-# A point of a series needs the first two variants. The others are drawn where they have results for all points.
+# The first two variants determine the points and seeds of a series. Others are drawn if they have results for all.
 SERIES_VARIANTS = ("continued", "remix-4-20", "independent-8", "bonus-8")
 # For each key of a result, the title of its panel.
 SERIES_PANELS = {"fid": "FID", "fid_change": "change of FID", "error_change": "change of the test error, %"}
@@ -131,8 +132,9 @@ def read_series(points: dict[int, str], rows: list[dict]) -> tuple[list[int], di
     found = {(row["variant"], row["seed"]): row for row in rows}
     known = {name for name, _ in found}
     points = {x: end for x, end in sorted(points.items()) if all(name + end in known for name in SERIES_VARIANTS[:2])}
-    names = [name for name in SERIES_VARIANTS if all(name + end in known for end in points.values())]
-    seeds = sorted(common_seeds([name + end for end in points.values() for name in names], rows))
+    seeds = sorted(common_seeds([name + end for end in points.values() for name in SERIES_VARIANTS[:2]], rows))
+    keys = list(itertools.product(points.values(), seeds))
+    names = [name for name in SERIES_VARIANTS if all((name + end, seed) in found for end, seed in keys)]
     return list(points), {
         name: [[found[name + end, seed] for seed in seeds] for end in points.values()] for name in names
     }

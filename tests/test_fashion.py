@@ -336,6 +336,12 @@ def test_the_numbers_in_the_text_of_the_page_are_those_of_its_tables():
     assert set(values) <= set(re.findall(r"-?[\d.]+ ± [\d.]+", tables))
 
 
+def test_the_methods_of_a_width_are_compared_with_each_other():
+    _, _, rest = fashion_page.page_tables(RESULTS).partition("| remix-4-20-width-96 compared with |")
+    names = [line.split("|")[1].strip() for line in rest.partition("\n\n")[0].splitlines()[2:]]
+    assert names == [f"{name}-width-96" for name in ("pretrained", "continued", "independent-8", "bonus-8")]
+
+
 def test_the_readme_holds_the_results_of_the_page():
     readme = (ROOT / "README.md").read_text().partition("| compared with continued training |")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.splitlines()[2:]]
@@ -435,11 +441,11 @@ def test_a_series_has_the_seeds_of_all_its_points():
     assert series["remix-4-20"] == [
         [{"variant": f"remix-4-20{end}", "seed": seed} for seed in (0, 2)] for end in ("", "-width-96")
     ]
-    rows += [{"variant": f"independent-8{end}", "seed": 2} for end in ("", "-width-96")]
-    rows += [{"variant": "bonus-8", "seed": 2}]
+    rows += [{"variant": f"independent-8{end}", "seed": seed} for end in ("", "-width-96") for seed in (2, 1, 0)]
+    rows += [{"variant": f"bonus-8{end}", "seed": 2} for end in ("", "-width-96")]
     _, series = fashion_figures.read_series({96: "-width-96", 48: ""}, rows)
-    assert list(series) == ["continued", "remix-4-20", "independent-8"], "bonus-8 has no result for the width 96"
-    assert [row["seed"] for results in series.values() for rows in results for row in rows] == [2] * 6
+    assert list(series) == ["continued", "remix-4-20", "independent-8"], "bonus-8 has no result of seed 0"
+    assert [row["seed"] for results in series.values() for rows in results for row in rows] == [0, 2] * 6
 
 
 @pytest.mark.slow

@@ -260,6 +260,8 @@ def test_independent_experts_in_one_command(features, tmp_path, boundaries):
     others = "--boundaries", 0, first, 900, 1000
     stderr = run("train_fast.py", *command, *others, "--resume=auto", "--max-steps=21", expect=2).stderr
     assert f"expert-2 was trained with the timesteps [{last}, 1000]" in stderr
+    stderr = run("train_fast.py", *flags, "--independent=3", "--process=flow", "--resume=auto", expect=2).stderr
+    assert "was trained with --process gaussian" in stderr
     assert not files[0].with_name("0000007.pt").exists(), "expert 0 has the same interval, but was not trained further"
     run("train_fast.py", *command, "--resume=auto")
     assert_same_weights(files[1], tmp_path / "whole.pt")

@@ -307,13 +307,17 @@ def check_new(folder: Path):
         )
 
 
-def check_interval(folder: Path, interval: list):
-    """Raise UserError if a folder holds the run of an independent expert that has another interval of timesteps."""
-    config = folder / "config.json"
-    if not (checkpoints(folder / "checkpoints") and config.exists()):
+def check_interval(folder: Path, interval: list, process: str):
+    """Raise UserError if a folder holds the run of an independent expert that has another interval of timesteps.
+
+    A run of another process is left to `read_resume`, because its intervals are not comparable.
+    """
+    path = folder / "config.json"
+    if not (checkpoints(folder / "checkpoints") and path.exists()):
         return
-    trained = json.loads(config.read_text())["training"]["timesteps"]
-    if trained != interval:
+    config = json.loads(path.read_text())
+    trained = config["training"]["timesteps"]
+    if trained != interval and process_name(config["diffusion"]) == process:
         raise UserError(
             f"--resume auto: {folder} was trained with the timesteps {trained}, this run asks for {interval}: "
             "use the same --independent and --boundaries, or another --prefix to start new runs"
