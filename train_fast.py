@@ -128,11 +128,12 @@ def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
     runs = []
     for i, interval in enumerate(pairwise(boundaries)):
         values = {"timesteps": list(interval), "boundaries": None, "prefix": f"{prefix}-{i}"}
-        runs.append(argparse.Namespace(**vars(args) | values))
+        run = argparse.Namespace(**vars(args) | values)
+        runs.append(run)
         # Check all experts before the first is trained.
-        folder = Path(args.results_dir) / runs[-1].prefix
-        if args.resume:
-            check_interval(folder, list(interval), args.process)
+        folder = Path(args.results_dir) / run.prefix
+        if run.resume:
+            check_interval(folder, run.timesteps, run.process)
         else:
             check_new(folder)
     # The dry runs of all experts are the same.

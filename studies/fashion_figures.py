@@ -9,7 +9,6 @@ steps and for several widths of the model.
 """
 
 import argparse
-import itertools
 from pathlib import Path
 
 import matplotlib
@@ -45,8 +44,12 @@ SERIES = {
     "steps": ("fine-tuning steps", STEPS, OTHER_STEPS),
     "width": ("width of the model", WIDTH, OTHER_WIDTHS),
 }
-# The first two variants determine the points and seeds of a series. Others are drawn if they have results for all.
-SERIES_VARIANTS = ("continued", "remix-4-20", "independent-8", "bonus-8")
+SERIES_VARIANTS = {
+    "continued": "continued training",
+    **{name: VARIANTS[name] for name in ("remix-4-20", "independent-8", "bonus-8")},
+}
+# These determine the points and seeds of a series. The other variants are drawn if they have results for all.
+REQUIRED = ("continued", "remix-4-20")
 # For each key of a result, the title of its panel.
 SERIES_PANELS = {"fid": "FID", "fid_change": "change of FID", "error_change": "change of the test error, %"}
 # The errors are averaged over this number of neighbouring timesteps.
@@ -131,21 +134,24 @@ def read_series(points: dict[int, str], rows: list[dict]) -> tuple[list[int], di
     """
     found = {(row["variant"], row["seed"]): row for row in rows}
     known = {name for name, _ in found}
-    points = {x: end for x, end in sorted(points.items()) if all(name + end in known for name in SERIES_VARIANTS[:2])}
-    seeds = sorted(common_seeds([name + end for end in points.values() for name in SERIES_VARIANTS[:2]], rows))
-    keys = list(itertools.product(points.values(), seeds))
-    names = [name for name in SERIES_VARIANTS if all((name + end, seed) in found for end, seed in keys)]
+    points = {x: end for x, end in sorted(points.items()) if all(name + end in known for name in REQUIRED)}
+    seeds = sorted(common_seeds([name + end for end in points.values() for name in REQUIRED], rows))
+    names = [
+        name
+        for name in SERIES_VARIANTS
+        if all((name + end, seed) in found for end in points.values() for seed in seeds)
+    ]
     return list(points), {
         name: [[found[name + end, seed] for seed in seeds] for end in points.values()] for name in names
     }
 
 
-def draw_series(path: Path, number: str, points: list[int], series: dict[str, list[list[dict]]]):
+def draw_series(path: Path, label: str, points: list[int], series: dict[str, list[list[dict]]]):
     """Draw FID, and the changes of FID and error relative to continued training, against a number.
 
     Args:
         path: the file to write.
-        number: label of its axis.
+        label: what the number is.
         points: its values.
         series: from `read_series`.
     """
@@ -155,9 +161,8 @@ def draw_series(path: Path, number: str, points: list[int], series: dict[str, li
         for name, results in series.items():
             values = np.array([[row[key] for row in rows] for rows in results])
             spread = values.std(1, ddof=1) if seeds > 2 else None
-            label = VARIANTS.get(name, "continued training")
-            axes.errorbar(points, values.mean(1), spread, marker="o", capsize=3, label=label)
-        axes.set(xscale="log", xlabel=number, title=title)
+            axes.errorbar(points, values.mean(1), spread, marker="o", capsize=3, label=SERIES_VARIANTS[name])
+        axes.set(xscale="log", xlabel=label, title=title)
         axes.set_xticks(points, [f"{x:,}" for x in points])
         axes.minorticks_off()
         axes.grid(alpha=0.3)

@@ -111,8 +111,8 @@ TABLES = {
 IN_TABLE_1 = ("pretrained", "continued", *itertools.chain(*TABLES[1].values()))
 # The variants of tables 1 and 6, which are scored with both networks.
 MAIN = tuple(dict.fromkeys([*IN_TABLE_1, *itertools.chain(*TABLES[6].values())]))
-# For each table, the variants that are compared with others seed by seed: in tables 1 and 2 with those of the same
-# part, in table 4 with those that have the same baseline, in the other tables with those in MAIN.
+# For each table, the variants that are compared seed by seed with others that have the same baseline: in tables 1, 2
+# and 4 with those of the same part, in the other tables with those in MAIN.
 BEST = ["bonus-8", "bonus-8-fine-at-low-noise", "bonus-8-weighted"]
 PAIRED = {
     1: ["remix-4-20"],
@@ -227,10 +227,8 @@ def page_tables(out: Path) -> str:
                 continue
             shown[split].update(present)
             parts += [f"### {title}, {setting}", score_table(present, rows), fifths_table(present, rows)]
-            for name in filter(present.__contains__, PAIRED.get(table, ())):
-                same_baseline = [other for other in present if baseline(other) == baseline(name)]
-                others = {1: IN_TABLE_1, 2: names, 4: same_baseline}.get(table, MAIN)
-                parts.append(paired_table(name, others, rows))
+            others = {1: IN_TABLE_1, 2: names, 4: names}.get(table, MAIN)
+            parts += [paired_table(name, others, rows) for name in PAIRED.get(table, ()) if name in present]
             if table == 3 and setting == "pixels" and SPEED.exists():
                 parts.append(cost_table())
     return "\n\n".join(parts)
@@ -319,7 +317,7 @@ def fifths_table(names: list[str], rows: list[dict]) -> str:
 
 
 def paired_table(own: str, others: Iterable[str], rows: list[dict]) -> str:
-    """Return the comparison of a variant with others, seed by seed, as a Markdown table."""
+    """Return the comparison of a variant with those of others that have its baseline, seed by seed, as Markdown."""
     by_name = {}
     for row in rows:
         by_name.setdefault(row["variant"], {})[row["seed"]] = row
@@ -330,7 +328,7 @@ def paired_table(own: str, others: Iterable[str], rows: list[dict]) -> str:
     ]
     for name in others:
         pairs = [(by_name[own][seed], row) for seed, row in by_name.get(name, {}).items() if seed in by_name[own]]
-        if name == own or not pairs:
+        if name == own or not pairs or baseline(name) != baseline(own):
             continue
         errors = [100 * (a["error"] / b["error"] - 1) for a, b in pairs]
         fids = [a["fid"] - b["fid"] for a, b in pairs]
