@@ -21,25 +21,19 @@ from pathlib import Path
 
 import torch
 
-from autoencoder import Latents, load_autoencoder
-from checkpoint import choose_process, find_checkpoint, load_models, model_config, save_safetensors
-from common import (
-    TIMESTEP_FREQUENCIES_FLAG,
-    ArgumentParser,
-    UserError,
-    counted,
-    frequency_override,
-    number,
-    positive_int,
-    run_script,
-    warn,
-)
+from checkpoint import load_models, model_config
 from diffusion import NOISE_LEVELS, process_name
-from figures import intervals
+from diffusion.intervals import intervals
+from features.autoencoder import Latents, load_autoencoder
 from interop import diffusers, dit, original, sit
+from interop.own import find_checkpoint, save_safetensors
+from interop.shapes import TIMESTEP_FREQUENCIES_FLAG, frequency_override
 from models import DiT
-from posthoc_ema import WIDEST, reconstruct
 from remix import RemixDiT
+from runtime.command_line import ArgumentParser, counted, number, positive_int, run_script
+from runtime.errors import UserError, warn
+from sampling.loading import choose_process
+from training.posthoc_ema import WIDEST, reconstruct
 
 # The formats whose files hold the EMA weights and the raw weights.
 FILE_FORMATS = {"original": original, "dit": dit, "sit": sit}

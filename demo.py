@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import ArgumentParser, flags, positive_int, run_script
+from runtime.command_line import ArgumentParser, flags, positive_int, run_script
 
 ROOT = Path(__file__).resolve().parent
 # Prefix of each run: its name in the table of scores, and its model.

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import ArgumentParser, UserError, atomic_write, cache_folder, positive_int, run_script, write_json
 from evaluation.files import STATISTICS, check_file, has_images, has_statistics, read_network
 from evaluation.networks import (
     FEATURE_BATCH,
@@ -28,7 +27,10 @@ from evaluation.networks import (
     network_name,
 )
 from evaluation.scores import fid_bias, frechet_distance, inception_score, kernel_distance, precision_recall
-from images import describe_kinds, is_image
+from features.images import describe_kinds, is_image
+from runtime.command_line import ArgumentParser, positive_int, run_script
+from runtime.errors import UserError
+from runtime.files import atomic_write, cache_folder, write_json
 
 # Names that other programs import from this file.
 __all__ = ["frechet_distance", "inception_score", "precision_recall"]

@@ -25,29 +25,26 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from autoencoder import Latents, Pixels, load_autoencoder, load_normalization
-from common import (
-    ArgumentParser,
-    LocalError,
-    UserError,
-    check_disk,
-    check_settings,
-    counted,
-    is_first_process,
-    lock_folder,
-    number,
-    positive_int,
-    remove_leftovers,
-    run_script,
-    seed_int,
-    write_json,
+from features.autoencoder import Latents, Pixels, load_autoencoder, load_normalization
+from features.dataset import (
+    DTYPES,
+    INDEX,
+    OMITTED,
+    SHARD_SIZE,
+    STORES,
+    read_skipped,
+    shard_path,
+    write_index,
+    write_shard,
 )
-from distributed import SampleGenerators, World, rank0_logger, setup
-from features import DTYPES, INDEX, OMITTED, SHARD_SIZE, STORES, read_skipped, shard_path, write_index, write_shard
-from image_data import LabelledImages, load_images
-from images import MAX_PIXELS, read_image
+from features.images import MAX_PIXELS, read_image
+from features.sources import LabelledImages, load_images
 from models import DiT_models
 from remix import RemixDiT_models
+from runtime.command_line import ArgumentParser, counted, number, positive_int, run_script, seed_int
+from runtime.errors import LocalError, UserError, is_first_process
+from runtime.files import check_disk, check_settings, lock_folder, remove_leftovers, write_json
+from runtime.processes import SampleGenerators, World, rank0_logger, setup
 
 # The file that records what made the features, so that features of different settings are never mixed.
 SETTINGS = "settings.json"
@@ -285,7 +282,7 @@ class Encoder:
 
     Attributes:
         autoencoder: the VAE, or pixels.
-        store: "draw" or "moments", see features.py.
+        store: "draw" or "moments", see features/dataset.py.
         mirror: also encode each image's mirror image.
         seed: seed of the draws from the posterior.
         device: device of the autoencoder.

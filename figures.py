@@ -1,14 +1,13 @@
 """Image grids and heat maps of mixing coefficients, saved as PNG."""
 
-import math
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common import atomic_write
+from diffusion.intervals import interval_labels, is_flow
 from remix import RemixDiT
+from runtime.files import atomic_write
 
 # Sizes in an image grid, in pixels.
 SMALLEST_TILE = 48
@@ -46,26 +45,6 @@ def save_grid(path, images: np.ndarray, captions: list[str], columns: int = 10, 
         grid.paste(tile, (left, top + CAPTION_HEIGHT))
     with atomic_write(Path(path)) as temporary:
         grid.save(temporary, format="PNG")
-
-
-def is_flow(model: RemixDiT) -> bool:
-    """Return whether the noise levels of a model are those of a flow, from 0 to 1, and not timesteps."""
-    return model.boundaries[-1] == 1
-
-
-def intervals(model: RemixDiT) -> list[tuple[float, float]]:
-    """Return the noise levels of each expert as (low, high): the timesteps from low to high - 1, or those of a flow."""
-    if is_flow(model):
-        return list(pairwise(model.boundaries))
-    # As in tensors, which hold the boundaries in float32.
-    return list(pairwise(math.ceil(np.float32(boundary)) for boundary in model.boundaries))
-
-
-def interval_labels(model: RemixDiT, separator: str = "-") -> list[str]:
-    """Return the lowest and the highest noise level of each expert as text."""
-    if is_flow(model):
-        return [f"{low:.3g}{separator}{high:.3g}" for low, high in intervals(model)]
-    return [f"{low}{separator}{high - 1}" for low, high in intervals(model)]
 
 
 def save_coefficients(path, model: RemixDiT, title: str):

@@ -42,6 +42,10 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(embedding.to(self.mlp[0].weight.dtype))  # [B, D]
 
 
+# Choices of --timestep-frequencies, and the `frequency_shift` of a DiT that they stand for.
+TIMESTEP_FREQUENCIES = {"published": 0, "diffusers": 1}
+
+
 def sinusoid_frequencies(n: int, device=None, shift: int = 0) -> Tensor:
     """Return the frequencies 10000^(-i / (n / 2 - shift)) of n sinusoids, the first half of which are cosines, [n / 2].
 

@@ -8,8 +8,7 @@ layers are shared by all experts. Once its layers are mixed, an expert has the s
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,12 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from boundaries import check_boundaries, check_levels, equal_boundaries, find_interval, inner_boundaries, noise_level
-from grouped_linear import mix, mixed_linear
-from low_rank import LowRankLinear
+from diffusion.intervals import (
+    check_boundaries,
+    check_levels,
+    equal_boundaries,
+    find_interval,
+    inner_boundaries,
+    noise_level,
+)
+from mixing.coefficients import BatchCoefficients
+from mixing.grouped_linear import mix, mixed_linear
+from mixing.low_rank import LowRankLinear
+from mixing.presets import complete_preset
+from mixing.wrapping import Arguments, block_name, find_linears, join_outputs
 from models import DiT, DiT_models, classifier_free_guidance
-from presets import complete_preset
-from wrapping import Arguments, block_name, find_linears, join_outputs
 
 
 class RemixLinear(nn.Module):
@@ -121,58 +128,6 @@ class RemixLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, n_basis={len(self.weight)}"
 
 
-class BatchCoefficients:
-    """The coefficients of the current batch, shared by all mixed layers.
-
-    sharding.py has a subclass for bases that are divided among several processes.
-    """
-
-    # [1 or depth, G, K] while Remix.forward runs
-    alpha: Tensor | None = None
-
-    def start(self, alpha: Tensor, experts: Tensor):
-        """Select the coefficients of the experts [G] of a batch from those of all experts [1 or depth, N, K]."""
-        self.alpha = alpha[:, experts]
-
-    def of(self, row: int) -> Tensor:
-        """Return the coefficients [G, K] of the current batch for the layers with this row.
-
-        Raises:
-            RuntimeError: if a layer runs outside `Remix.forward`.
-        """
-        if self.alpha is None:
-            raise RuntimeError(
-                "a mixed layer runs only while its Remix is called; a checkpoint of activations that repeats it later "
-                "needs context_fn=remix.batch_coefficients.contexts"
-            )
-        return self.alpha[row]
-
-    def end(self):
-        """Forget the batch."""
-        self.alpha = None
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum values over the processes that the bases are divided among."""
-        return values
-
-    def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """Return two contexts for activation checkpointing: one for the forward pass and one for its repetition.
-
-        The second one restores the batch.
-        """
-        return nullcontext(), self._restored(vars(self).copy())
-
-    @contextmanager
-    def _restored(self, batch: dict) -> Iterator[None]:
-        current = vars(self).copy()
-        vars(self).update(batch)
-        try:
-            yield
-        finally:
-            # PyTorch stops the repetition with an exception as soon as it has all activations.
-            vars(self).update(current)
-
-
 MIXERS = ("softmax", "raw", "one-hot")
 SCOPES = ("global", "local")
 RESTS = ("shared", "separate")
@@ -194,7 +149,8 @@ class Remix(nn.Module):
         module: the module. It is changed in place: its mixed layers are replaced. Every basis starts as a copy of the
             layer that it replaces.
         layers: names of the `nn.Linear` layers to mix, in which * stands for any text without a dot, such as
-            "blocks.*.mlp.fc1"; every name must match a layer. None: those that presets.py lists for the module's class.
+            "blocks.*.mlp.fc1"; every name must match a layer. None: those that mixing/presets.py lists for the module's
+            class.
         n_basis: number of bases K.
         n_experts: number of experts N, with equal intervals of the noise levels. It may be omitted with `boundaries`.
         boundaries: N + 1 increasing noise levels. Expert i denoises boundaries[i] <= level < boundaries[i + 1]. The
@@ -639,7 +595,7 @@ class RemixDiT(Remix):
         return dict(self.backbone.config)
 
     def noise_level(self, t: Tensor | float) -> Tensor | np.float32:
-        """See `boundaries.noise_level`."""
+        """See `diffusion.intervals.noise_level`."""
         return noise_level(self.boundaries, t)
 
     def forward_with_cfg(

@@ -27,39 +27,31 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import choose_process, find_checkpoint, fingerprint, load_denoiser
-from common import (
-    TIMESTEP_FREQUENCIES_FLAG,
-    ArgumentParser,
-    UserError,
-    atomic_write,
-    check_disk,
-    check_settings,
-    counted,
-    folder_name,
-    frequency_override,
-    is_first_process,
-    lock_folder,
-    name_write_errors,
-    number,
-    positive_int,
-    remove_leftovers,
-    run_script,
-    seed_int,
-    write_array,
-    write_json,
-)
 from diffusion import FLOW_SAMPLERS, PROCESS_SAMPLERS, SAMPLERS, process_name
 from diffusion.flow import LAST_STEPS
 from diffusion.interpolants import DIFFUSION_FORMS
-from distributed import PRECISIONS, World, rank0_logger, setup
-from experts import ExpertSwitch
 from figures import save_grid
-from guidance import parse_pieces
-from interop.shapes import flow_target
+from interop.own import find_checkpoint, fingerprint
+from interop.shapes import TIMESTEP_FREQUENCIES_FLAG, flow_target, frequency_override
 from models import DiT, DiT_models
 from remix import RemixDiT_models
-from sampling import SAMPLE_BATCH, Pipeline, SampleSettings, label_of, make_pipeline, sample, trained_classes
+from runtime.command_line import ArgumentParser, counted, folder_name, number, positive_int, run_script, seed_int
+from runtime.errors import UserError, is_first_process
+from runtime.files import (
+    atomic_write,
+    check_disk,
+    check_settings,
+    lock_folder,
+    name_write_errors,
+    remove_leftovers,
+    write_array,
+    write_json,
+)
+from runtime.processes import PRECISIONS, World, rank0_logger, setup
+from sampling.experts import ExpertSwitch
+from sampling.guidance import parse_pieces
+from sampling.loading import choose_process, load_denoiser
+from sampling.pipeline import SAMPLE_BATCH, Pipeline, SampleSettings, label_of, make_pipeline, sample, trained_classes
 
 GRID_IMAGES = 100
 # What a guide has in common with the model: the shape of the samples.

@@ -17,26 +17,17 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import CheckpointWriter
-from common import (
-    TIMESTEP_FREQUENCIES_FLAG,
-    ArgumentParser,
-    UserError,
-    counted,
-    folder_name,
-    frequency_override,
-    is_first_process,
-    lock_folder,
-    number,
-    positive_int,
-    remove_leftovers,
-    run_script,
-    seed_int,
-)
 from diffusion import NOISE_LEVELS, PROCESS_SAMPLERS, FlowMatching, GaussianDiffusion, create_process
 from diffusion.flow import FLOW_OPTIONS, PREDICTIONS, WEIGHTS
 from diffusion.interpolants import PATHS, TIME_SAMPLINGS
-from distributed import (
+from evaluation.scores import NEIGHBOURS
+from interop.shapes import TIMESTEP_FREQUENCIES_FLAG, frequency_override
+from models import DiT_models
+from remix import MIXED_LAYERS, MIXERS, MODULATION, PRIOR_BONUS, SCOPES, RemixDiT_models
+from runtime.command_line import ArgumentParser, counted, folder_name, number, positive_int, run_script, seed_int
+from runtime.errors import UserError, is_first_process
+from runtime.files import lock_folder, remove_leftovers
+from runtime.processes import (
     PRECISIONS,
     StopSignal,
     rank0_logger,
@@ -45,15 +36,9 @@ from distributed import (
     use_deterministic_algorithms,
     world_size,
 )
-from evaluation.scores import NEIGHBOURS
-from models import DiT_models
-from posthoc_ema import SNAPSHOT_DTYPES, TRACKED_STDS, count_snapshots, snapshot_folder
-from remix import MIXED_LAYERS, MIXERS, MODULATION, PRIOR_BONUS, SCOPES, RemixDiT_models
 from training.batches import default_experts_per_batch
-from training.loggers import MetricLogger, logger_names, open_loggers
-from training.plan import (
+from training.dry_run import (
     Parallelism,
-    RunSettings,
     check_checkpoint_space,
     choose_sharding,
     count_checkpoints,
@@ -62,8 +47,11 @@ from training.plan import (
     matmul_rate,
     training_flops,
 )
+from training.loggers import MetricLogger, logger_names, open_loggers
+from training.posthoc_ema import SNAPSHOT_DTYPES, TRACKED_STDS, count_snapshots, snapshot_folder
 from training.previews import SamplePreview, choose_decoder
 from training.scoring import FID_SAMPLES, make_scorer
+from training.settings import RunSettings
 from training.start import (
     advice,
     check_interval,
@@ -84,6 +72,7 @@ from training.start import (
 )
 from training.statistics import ThroughputTimer, build_metrics, explain_failure, report_line
 from training.trainer import Trainer, save_checkpoint
+from training.writer import CheckpointWriter
 
 # The values of flags that are not given, by --recipe; None: see `resolve_settings`. In the published runs, each of
 # eight processes drew one expert per step.

@@ -32,27 +32,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import find_checkpoint, load_model
-from common import (
-    TIMESTEP_FREQUENCIES_FLAG,
-    ArgumentParser,
-    UserError,
-    atomic_write,
-    frequency_override,
-    number,
-    positive_int,
-    run_script,
-    seed_int,
-)
+from checkpoint import load_model
 from diffusion import FlowMatching, GaussianDiffusion, create_process
-from distributed import World
+from diffusion.intervals import interval_labels, intervals, is_flow
 from evaluation.scores import NEIGHBOURS
-from experts import ExpertSwitch, for_sampling
-from features import FeatureDataset
-from figures import interval_labels, intervals, is_flow, save_coefficients, save_grid
+from features.dataset import FeatureDataset
+from figures import save_coefficients, save_grid
+from interop.own import find_checkpoint
+from interop.shapes import TIMESTEP_FREQUENCIES_FLAG, frequency_override
 from models import DiT
-from posthoc_ema import WIDEST, reconstruct
 from remix import RemixDiT
+from runtime.command_line import ArgumentParser, number, positive_int, run_script, seed_int
+from runtime.errors import UserError
+from runtime.files import atomic_write
+from runtime.processes import World
+from sampling.experts import ExpertSwitch, for_sampling
+from training.posthoc_ema import WIDEST, reconstruct
 from training.scoring import FID_SAMPLES, make_fid
 from training.statistics import grid_times, interval_times, noise_errors
 

@@ -31,15 +31,17 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import ArgumentParser, UserError, atomic_write, number, positive_int, run_script
 from diffusion import create_diffusion
-from distributed import PRECISIONS, World, setup, world_size
-from experts import FoldedRemix
-from features import DTYPES, SHARD_SIZE, FeatureDataset, write_index, write_shard
+from features.dataset import DTYPES, SHARD_SIZE, FeatureDataset, write_index, write_shard
 from models import DiT, DiT_models, classifier_free_guidance
 from remix import RemixDiT
+from runtime.command_line import ArgumentParser, number, positive_int, run_script
+from runtime.errors import UserError
+from runtime.files import atomic_write
+from runtime.processes import PRECISIONS, World, setup, world_size
+from sampling.experts import FoldedRemix
 from training.batches import BatchSampler, sample_timesteps
-from training.plan import Parallelism, StepCosts, matmul_rate, step_costs, training_flops
+from training.dry_run import Parallelism, StepCosts, matmul_rate, step_costs, training_flops
 from training.trainer import Trainer
 
 N_BASIS, N_EXPERTS = 4, 20
@@ -475,9 +477,9 @@ def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
     The shards all stay open, or one at a time, as with the thousands of shards of ImageNet. The features are stored as
     float32 or as float16.
     """
-    import features
+    from features import dataset
 
-    rows, default_open = [], features.OPEN_SHARDS
+    rows, default_open = [], dataset.OPEN_SHARDS
     with tempfile.TemporaryDirectory() as folder:
         shards = 2 if args.toy else 8
         shape = (4, args.input_size, args.input_size)
@@ -491,7 +493,7 @@ def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
         sampler = BatchSampler(0, args.data_batch_size, world)
         n = 5 if args.toy else 100
         for dtype, open_shards in product(DTYPES, (default_open, 1)):
-            features.OPEN_SHARDS = open_shards
+            dataset.OPEN_SHARDS = open_shards
             try:
                 with sampler.load(FeatureDataset(f"{folder}/{dtype}"), range(n + 10), num_workers=2) as batches:
                     for _ in range(10):
@@ -501,7 +503,7 @@ def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
                         sampler.microbatches(next(batches))
                     rate = n * args.data_batch_size / (time.perf_counter() - start)
             finally:
-                features.OPEN_SHARDS = default_open
+                dataset.OPEN_SHARDS = default_open
             case = "shards stay open" if open_shards > 1 else "each image opens its shard"
             gb_s = np.dtype(dtype).itemsize * int(np.prod(shape)) * rate / 1e9
             rows.append(
@@ -516,9 +518,9 @@ def extraction(args: argparse.Namespace, world: World, floors: dict) -> list[dic
     from PIL import Image
     from torch.utils.data import DataLoader
 
-    from autoencoder import load_autoencoder
     from extract_features import Crops, Encoder, encode_images, join
-    from image_data import load_images
+    from features.autoencoder import load_autoencoder
+    from features.sources import load_images
 
     small = args.toy or world.device.type == "cpu"
     n, size, batch = (8, 32, 4) if args.toy else (64, 64, 8) if small else (4096, 256, 64)

@@ -3,7 +3,7 @@
     python benchmarks/estimate.py
 
 The table has one row for each size and way of training: a DiT, a RemixDiT whose gradients all GPUs exchange (DDP), and
-a RemixDiT whose bases are sharded. The counts and the assumed rates are those of training/plan.py, as in the dry run of
+a RemixDiT whose bases are sharded. The counts and the assumed rates are those of training/dry_run.py, as of
 train_fast.py. No time was measured.
 """
 
@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import ArgumentParser, positive_int, run_script
 from diffusion import create_diffusion
 from models import DiT_models
 from remix import RemixDiT
+from runtime.command_line import ArgumentParser, positive_int, run_script
 from training.batches import count_groups
-from training.plan import CUDA_CONTEXT, Parallelism, memory_bytes, step_costs
+from training.dry_run import CUDA_CONTEXT, Parallelism, memory_bytes, step_costs
 
 SIZES = ("S/2", "B/2", "L/2", "XL/2")
 COLUMNS = ["model", "bases", "TFLOP", "GB: activations", "mixing", "optimizer and EMA", "other", "GB sent"]

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import ArgumentParser, UserError, run_script
+from runtime.command_line import ArgumentParser, run_script
+from runtime.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ["model", "device", "images per GPU", "images/s", "speed / DiT", "MFU", "GiB", "commit"]

@@ -24,7 +24,7 @@ FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "t
 FLOW_SAMPLERS = ("euler", "heun", "dopri5", "sde")
 LAST_STEPS = ("none", "mean", "euler", "tweedie")
 # Times keep this distance from the boundaries between experts, so that rounding to float32 does not move them across.
-# It is twice the distance by which `boundaries.inner_boundaries` lowers the boundaries.
+# It is twice the distance by which `intervals.inner_boundaries` lowers the boundaries.
 MARGIN = 2.0**-19
 
 

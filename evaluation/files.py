@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError
 from evaluation.scores import NEIGHBOURS
-from images import is_image, read_image
+from features.images import is_image, read_image
+from runtime.errors import UserError
 
 # The covariance matrix of more features would need more than 3 GB.
 MAX_FEATURES = 20_000

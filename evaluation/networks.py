@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 from tqdm import tqdm
 
-from common import UserError, atomic_write
 from evaluation.files import (
     INCEPTION,
     content_hash,
@@ -27,6 +26,8 @@ from evaluation.files import (
     read_statistics,
 )
 from evaluation.scores import GaussianStatistics, inception_score
+from runtime.errors import UserError
+from runtime.files import atomic_write
 
 # Images per batch. Rounding depends on it.
 FEATURE_BATCH = 64

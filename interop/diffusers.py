@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autoencoder import Normalization
-from common import TIMESTEP_FREQUENCIES, LocalError, UserError, first_line, name_write_errors, warn
 from diffusion.flow import FLOW_OPTIONS
-from hub import offline
+from features.autoencoder import Normalization
 from interop.shapes import backbone_from_shapes, flow_target, make_config
-from models import DiT, sincos_positions
+from models import TIMESTEP_FREQUENCIES, DiT, sincos_positions
 from remix import RemixDiT
+from runtime.errors import LocalError, UserError, first_line, warn
+from runtime.files import name_write_errors
+from runtime.hub import offline
 
 # Layers of a block: our name -> diffusers' names, whose tensors are concatenated.
 BLOCK_LAYERS = {

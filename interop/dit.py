@@ -6,9 +6,9 @@ This project's DiT has the same parameter names and shapes, so that the tensors 
 import torch
 from torch import Tensor
 
-from common import atomic_write
 from interop.shapes import backbone_from_shapes, find_state_dict, make_config, stored_model_name
 from models import DiT
+from runtime.files import atomic_write
 
 
 def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[str, Tensor]] | None:

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from boundaries import find_interval
-from common import UserError, atomic_write, write_json
+from diffusion.intervals import find_interval
 from remix import Remix
+from runtime.errors import UserError
+from runtime.files import atomic_write, write_json
 
 INDEX = "experts.json"
 # The parameters that a LoRA file represents: the low-rank bases and the coefficients.

@@ -7,10 +7,11 @@ more tensor holds the mixing logits pi [N, K].
 import torch
 from torch import Tensor
 
-from common import UserError, atomic_write
 from interop.shapes import backbone_from_shapes, find_state_dict, make_config, stored_model_name
 from models import DiT
 from remix import MIXED_LAYERS, RemixDiT
+from runtime.errors import UserError
+from runtime.files import atomic_write
 
 LOGITS = "coefficients.weight"
 

@@ -5,9 +5,9 @@ import re
 
 from torch import Tensor
 
-from common import UserError
-from models import SIZES, DiT_models
+from models import SIZES, TIMESTEP_FREQUENCIES, DiT_models
 from remix import RemixDiT_models
+from runtime.errors import UserError
 
 # The autoencoder of all published DiTs, and the factor by which they multiply its latents.
 PUBLISHED_VAE = {"vae": "stabilityai/sd-vae-ft-ema", "scale": 0.18215}
@@ -17,6 +17,11 @@ WRAPPER_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
 
 # Options of a DiT that tensor shapes do not show. An override replaces their values.
 HIDDEN_OPTIONS = ("num_heads", "class_dropout_prob", "frequency_shift")
+TIMESTEP_FREQUENCIES_FLAG = dict(
+    choices=[*TIMESTEP_FREQUENCIES],
+    help="frequencies of the timestep embedding that the weights were trained with: those of the published DiT, or "
+    "those of diffusers' DiTTransformer2DModel (default: the file's, or published)",
+)
 
 
 def find_state_dict(content: dict, ema: bool) -> dict[str, Tensor]:
@@ -167,3 +172,8 @@ def _guess_data(backbone: dict) -> dict:
 def assumed_vae(channels: int) -> dict:
     """Return the VAE and its normalization for data that do not record them: four channels are the published VAE's."""
     return PUBLISHED_VAE if channels == 4 else {"vae": "none", "scale": 1.0}
+
+
+def frequency_override(choice: str | None) -> dict[str, int]:
+    """Return the keyword argument of a DiT that a choice of --timestep-frequencies gives; none without the flag."""
+    return {} if choice is None else {"frequency_shift": TIMESTEP_FREQUENCIES[choice]}

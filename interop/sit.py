@@ -14,9 +14,10 @@ import argparse
 import torch
 from torch import Tensor
 
-from common import UserError, atomic_write, warn
 from interop.shapes import backbone_from_shapes, find_state_dict, flow_target, make_config
 from models import DiT, DiT_models, sinusoid_frequencies
+from runtime.errors import UserError, warn
+from runtime.files import atomic_write
 
 # Our names of the paths -> SiT's and REPA's. REPA's cosine path is the generalized variance-preserving one.
 SIT_PATHS = {"linear": "Linear", "GVP": "GVP", "VP": "VP"}

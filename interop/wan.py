@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import UserError, write_json
 from remix import Remix
+from runtime.errors import UserError
+from runtime.files import write_json
 
 INDEX = "model_index.json"
 

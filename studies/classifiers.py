@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import atomic_write
+from runtime.files import atomic_write
 
 
 class Classifier(nn.Module):

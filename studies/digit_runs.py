@@ -5,7 +5,7 @@ from pathlib import Path
 
 import runs
 
-from common import flags
+from runtime.command_line import flags
 
 
 def prepare(work: Path):

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from common import ArgumentParser, run_script
+from runtime.command_line import ArgumentParser, run_script
 
 SPLITS = {"train": 1197, "validation": 300, "heldout": 300}
 

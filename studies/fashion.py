@@ -25,7 +25,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import ArgumentParser, UserError, first_line, positive_int, run_script
+from runtime.command_line import ArgumentParser, positive_int, run_script
+from runtime.errors import UserError, first_line
 
 # The folder of Debian's package dataset-fashion-mnist.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

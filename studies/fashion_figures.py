@@ -25,7 +25,9 @@ from fashion_page import (
     read_results,
 )
 
-from common import ArgumentParser, UserError, atomic_write, counted, run_script
+from runtime.command_line import ArgumentParser, counted, run_script
+from runtime.errors import UserError
+from runtime.files import atomic_write
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -24,13 +24,14 @@ from fashion_tables import WEIGHTED
 from scipy.special import softmax
 from tqdm import tqdm
 
-from boundaries import equal_boundaries
 from checkpoint import load_model
-from common import ArgumentParser, UserError, positive_int, run_script
 from diffusion import GaussianDiffusion, create_diffusion
-from features import FeatureDataset
+from diffusion.intervals import equal_boundaries
+from features.dataset import FeatureDataset
 from models import DiT
 from remix import MIXED_LAYERS
+from runtime.command_line import ArgumentParser, positive_int, run_script
+from runtime.errors import UserError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -19,9 +19,9 @@ import torch
 from runs import mean_and_std
 from scipy.stats import ttest_1samp
 
-from common import atomic_write
 from models import DiT_models
 from remix import RemixDiT_models
+from runtime.files import atomic_write
 
 # For each setting: side of the images in pixels, and patch size of the models.
 SETTINGS = {"pixels": (16, 4), "latents": (32, 2)}

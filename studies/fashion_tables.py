@@ -58,12 +58,14 @@ from fashion_page import (
 from runs import ROOT, heldout_errors, output_to
 from tqdm import tqdm
 
-from common import ArgumentParser, UserError, atomic_write, flags, positive_int, run_script, seed_int
-from features import FeatureDataset
+from features.dataset import FeatureDataset
 from models import DiT, DiT_models
 from remix import RemixDiT_models, build_remix
+from runtime.command_line import ArgumentParser, flags, positive_int, run_script, seed_int
+from runtime.errors import UserError
+from runtime.files import atomic_write
 from training.batches import default_experts_per_batch
-from training.plan import mixing_flops, training_flops
+from training.dry_run import mixing_flops, training_flops
 
 BATCH = 128
 EMA_DECAY = 0.999

@@ -20,9 +20,9 @@ from digit_runs import prepare, sample_and_score, train
 from runs import mean_and_std, output_to, write_csv
 from tqdm import tqdm
 
-from checkpoint import load_denoiser
-from common import ArgumentParser, positive_int, run_script
 from diffusion import create_diffusion, create_process
+from runtime.command_line import ArgumentParser, positive_int, run_script
+from sampling.loading import load_denoiser
 from training.statistics import noise_errors
 
 matplotlib.use("Agg")

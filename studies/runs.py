@@ -18,10 +18,10 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from checkpoint import load_denoiser  # noqa: E402
-from common import flags  # noqa: E402
 from diffusion import create_diffusion  # noqa: E402
-from features import FeatureDataset  # noqa: E402
+from features.dataset import FeatureDataset  # noqa: E402
+from runtime.command_line import flags  # noqa: E402
+from sampling.loading import load_denoiser  # noqa: E402
 from training.statistics import noise_errors  # noqa: E402
 
 

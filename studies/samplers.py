@@ -17,7 +17,7 @@ from digit_runs import prepare, sample_and_score, train
 from runs import mean_and_std, output_to, write_csv
 from tqdm import tqdm
 
-from common import ArgumentParser, positive_int, run_script
+from runtime.command_line import ArgumentParser, positive_int, run_script
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

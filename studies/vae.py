@@ -22,8 +22,10 @@ from runs import run
 from torch import Tensor
 from tqdm import tqdm
 
-from common import ArgumentParser, UserError, atomic_write, flags, positive_int, run_script, write_json
 from figures import save_grid
+from runtime.command_line import ArgumentParser, flags, positive_int, run_script
+from runtime.errors import UserError
+from runtime.files import atomic_write, write_json
 
 BATCH = 32
 # The weight of the KL divergence, as small as in the VAEs of latent diffusion (arXiv 2112.10752).

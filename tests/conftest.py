@@ -25,7 +25,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from common import lock_folder  # noqa: E402
+from runtime.files import lock_folder  # noqa: E402
 
 torch.set_num_threads(1)
 GOLDEN = ROOT / "tests" / "golden"
@@ -158,7 +158,7 @@ def training_processes(prefix: str) -> list[int]:
 def no_hub():
     """The Hugging Face hub cannot be reached and its cache is empty, whether or not this is so."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hub.offline", lambda: True)
+        patch.setattr("runtime.hub.offline", lambda: True)
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/no/such/cache")
         yield
 
@@ -193,7 +193,7 @@ def losses(run_folder: Path) -> dict[int, float]:
 
 def assert_same_weights(a: Path, b: Path, exact: bool = True):
     """Check that two checkpoints have the same weights and EMA, bit for bit or within rounding."""
-    from checkpoint import read_checkpoint
+    from interop.own import read_checkpoint
 
     a, b = read_checkpoint(a), read_checkpoint(b)
     for part in ("model", "ema"):
@@ -284,7 +284,7 @@ def trained(tmp_path_factory, features) -> Path:
 @pytest.fixture(scope="session")
 def ckpt(trained, tmp_path_factory) -> Path:
     """The checkpoint of `trained` with noise added to its weights, so that the experts differ."""
-    from checkpoint import save_checkpoint
+    from interop.own import save_checkpoint
 
     state = torch.load(trained / "checkpoints/0000004.pt", weights_only=True)
     generator = torch.Generator().manual_seed(0)

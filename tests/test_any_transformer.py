@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from common import UserError
-from experts import FoldedRemix
 from interop.expert_folder import find_expert, write_experts
 from interop.wan import read_pair, write_pair
 from models import DiT
 from remix import MIXERS, SCOPES, Remix, RemixDiT
+from runtime.errors import UserError
+from sampling.experts import FoldedRemix
 
 HEADS = dict(num_attention_heads=2, attention_head_dim=12)
 

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from conftest import ROOT, run
 
-from common import flags
+from runtime.command_line import flags
 
 TOY = flags(toy=True, model="T/8", batch_size=4)
 

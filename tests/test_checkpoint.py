@@ -9,19 +9,11 @@ import pytest
 import torch
 from conftest import GOLDEN, assert_same_weights, disk_full_of, losses, run, training_flags
 
-from checkpoint import (
-    build_model,
-    checkpoints,
-    find_checkpoint,
-    find_corruption,
-    load_model,
-    model_config,
-    read_checkpoint,
-    save_checkpoint,
-)
-from common import UserError
+from checkpoint import build_model, load_model, model_config
+from interop.own import checkpoints, find_checkpoint, find_corruption, read_checkpoint, save_checkpoint
 from models import DiT_models
 from remix import RemixDiT_models
+from runtime.errors import UserError
 
 
 def save(path, model, name):
@@ -188,7 +180,7 @@ def test_a_run_that_cannot_save_its_last_checkpoint_fails(trained, features, tmp
 
     flags = [*training_flags(features, tmp_path, "run"), "--max-steps=4", "--keep=1"]
     with monkeypatch.context() as patch:
-        patch.setattr("checkpoint.save_checkpoint", save_first)
+        patch.setattr("training.writer.save_checkpoint", save_first)
         stderr = run("train_fast.py", *flags, "--ckpt-every=2", expect=1).stderr
     assert "COULD NOT SAVE" in stderr
     assert "free disk space" in stderr.splitlines()[-1]

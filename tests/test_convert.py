@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import file_limit, run, training_flags
 
-from checkpoint import load_model, model_config, save_checkpoint
-from common import UserError
+from checkpoint import load_model, model_config
 from diffusion import create_flow
+from interop.own import save_checkpoint
 from models import DiT, DiT_models
 from remix import RemixDiT_models
+from runtime.errors import UserError
 from training.start import make_model
 
 

@@ -13,9 +13,9 @@ import torch
 from conftest import PIXELS, disk_full_of, locked, make_images, make_vae, run
 from PIL import Image
 
-from autoencoder import Normalization, load_autoencoder
 from extract_features import center_crop, report_scale
-from features import FeatureDataset
+from features.autoencoder import Normalization, load_autoencoder
+from features.dataset import FeatureDataset
 
 
 def contents(folder) -> dict[str, bytes]:

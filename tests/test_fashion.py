@@ -24,11 +24,11 @@ import fashion_tables
 import runs
 import vae
 
-from autoencoder import Latents
 from checkpoint import load_model
-from common import UserError
-from features import FeatureDataset
+from features.autoencoder import Latents
+from features.dataset import FeatureDataset
 from models import DiT_models
+from runtime.errors import UserError
 from train_fast import independent_runs, make_parser
 
 RESULTS = ROOT / "studies" / "results" / "fashion"

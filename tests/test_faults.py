@@ -29,7 +29,7 @@ from conftest import (
     wait_for,
 )
 
-from checkpoint import checkpoints, find_corruption
+from interop.own import checkpoints, find_corruption
 
 pytestmark = pytest.mark.faults
 KILLS = 20

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from figures import CAPTION_HEIGHT, GAP, interval_labels, intervals, save_coefficients, save_grid
+from diffusion.intervals import interval_labels, intervals
+from figures import CAPTION_HEIGHT, GAP, save_coefficients, save_grid
 from models import DiT_models
 from remix import RemixDiT
 

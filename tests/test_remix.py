@@ -13,16 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from checkpoint import load_model
 from diffusion import create_diffusion
-from experts import FoldedRemix, IndependentExperts
+from mixing.coefficients import BatchCoefficients
 from models import DiT, DiT_models, classifier_free_guidance
-from remix import (
-    MIXED_LAYERS,
-    MODULATION,
-    BatchCoefficients,
-    RemixDiT,
-    RemixDiT_models,
-    RemixLinear,
-)
+from remix import MIXED_LAYERS, MODULATION, RemixDiT, RemixDiT_models, RemixLinear
+from sampling.experts import FoldedRemix, IndependentExperts
 from training.batches import sample_timesteps
 
 ORIGINAL = GOLDEN / "remix_original_checkpoint.pt"

@@ -20,13 +20,14 @@ from conftest import (
 from PIL import Image
 from torch._dynamo.utils import counters
 
-from checkpoint import load_model, save_checkpoint
+from checkpoint import load_model
 from diffusion import NOISE_LEVELS, create_diffusion, create_process
 from diffusion.solvers import SOLVERS
-from distributed import SampleGenerators
+from interop.own import save_checkpoint
 from models import DiT_models
+from runtime.processes import SampleGenerators
 from sample_ddp import label_list
-from sampling import label_of
+from sampling.pipeline import label_of
 
 
 def largest_difference(a: np.ndarray, b: np.ndarray) -> int:

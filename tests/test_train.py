@@ -11,12 +11,14 @@ import torch
 from conftest import GOLDEN, assert_same_weights, losses, run, training_flags
 
 import train_fast
-from checkpoint import checkpoints, find_corruption, load_denoiser, load_model, save_checkpoint
-from common import UserError
-from common import flags as flags_of
+from checkpoint import load_model
 from diffusion import create_flow, create_process
-from features import write_index, write_shard
+from features.dataset import write_index, write_shard
+from interop.own import checkpoints, find_corruption, save_checkpoint
 from models import DiT_models
+from runtime.command_line import flags as flags_of
+from runtime.errors import UserError
+from sampling.loading import load_denoiser
 from training.start import make_model
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 import visualize
 from checkpoint import build_model, load_model
 from diffusion import create_diffusion, create_process
-from features import FeatureDataset
+from features.dataset import FeatureDataset
 from remix import RemixDiT_models
 from training.statistics import noise_errors
 

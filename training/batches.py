@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from boundaries import equal_boundaries
 from diffusion import FlowMatching
-from distributed import World, ignore_signals, seed_for
-from features import FeatureDataset
+from diffusion.intervals import equal_boundaries
+from features.dataset import FeatureDataset
+from runtime.processes import World, ignore_signals, seed_for
 
 
 class Stream(IntEnum):

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import UserError, atomic_write, first_line
+from runtime.errors import UserError, first_line
+from runtime.files import atomic_write
 
 LOGGERS = ("tensorboard", "wandb")
 

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 
-from autoencoder import Normalization, Pixels, load_autoencoder
-from common import UserError, counted, first_line
 from diffusion import QUICK, make_sampler, process_name
-from distributed import SampleGenerators
-from features import FeatureDataset
+from features.autoencoder import Normalization, Pixels, load_autoencoder
+from features.dataset import FeatureDataset
 from figures import save_coefficients, save_grid
 from interop.shapes import PUBLISHED_VAE
 from models import DiT
 from remix import RemixDiT
+from runtime.command_line import counted
+from runtime.errors import UserError, first_line
+from runtime.processes import SampleGenerators
 
 # Number of images in a grid, and their guidance scale.
 SAMPLES = 16

@@ -15,18 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoencoder import Pixels
-from common import UserError, cache_folder, counted, first_line, is_first_process
 from diffusion import NOISE_LEVELS, QUICK, FlowMatching, GaussianDiffusion, process_name
-from distributed import StopSignal, World
 from evaluation.files import check_file, has_statistics, read_network, read_statistics
 from evaluation.networks import FEATURE_BATCH, FeatureExtractor, make_extractor, network_name
 from evaluation.scores import GaussianStatistics, frechet_distance
-from experts import ExpertSwitch, for_sampling
-from features import FeatureDataset
+from features.autoencoder import Pixels
+from features.dataset import FeatureDataset
 from models import DiT
 from remix import RemixDiT
-from sampling import SAMPLE_BATCH, Pipeline, SampleSettings, make_pipeline, sample
+from runtime.command_line import counted
+from runtime.errors import UserError, first_line, is_first_process
+from runtime.files import cache_folder
+from runtime.processes import StopSignal, World
+from sampling.experts import ExpertSwitch, for_sampling
+from sampling.pipeline import SAMPLE_BATCH, Pipeline, SampleSettings, make_pipeline, sample
 from training.loggers import MetricLogger
 from training.previews import GUIDANCE
 from training.statistics import grid_times, noise_errors

@@ -8,25 +8,21 @@ from pathlib import Path
 
 import numpy as np
 
-from boundaries import equal_boundaries
-from checkpoint import (
-    VERSION,
-    checkpoints,
-    find_checkpoint,
-    find_corruption,
-    load_model,
-    model_config,
-    read_checkpoint,
-)
-from common import UserError, is_first_process, number, write_json
+from checkpoint import load_model, model_config
 from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion, process_name
-from distributed import World
-from features import OMITTED, FeatureDataset
+from diffusion.intervals import equal_boundaries
+from features.dataset import OMITTED, FeatureDataset
+from interop.own import VERSION, checkpoints, find_checkpoint, find_corruption, read_checkpoint
 from interop.shapes import assumed_vae, flow_target
 from models import DiT, DiT_models
 from remix import RemixDiT, RemixDiT_models
+from runtime.command_line import number
+from runtime.errors import UserError, is_first_process
+from runtime.files import write_json
+from runtime.processes import World
 from training.batches import BatchSampler, sample_timesteps
-from training.plan import AssumedFeatures, RunSettings
+from training.dry_run import AssumedFeatures
+from training.settings import RunSettings
 
 # Options that may differ from those of the checkpoint that a run resumes from. `extend_schedule` checks two of them.
 MAY_DIFFER = ("training.load_weight", "training.max_steps", "training.schedule_steps")

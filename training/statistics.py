@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from boundaries import find_interval
-from common import counted
 from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
-from distributed import World, seed_for
+from diffusion.intervals import find_interval
 from models import DiT
 from remix import RemixDiT
+from runtime.command_line import counted
+from runtime.processes import World, seed_for
 from training.batches import BatchSampler
 
 # The parts of the loss of Gaussian diffusion, in the order of the tensors that hold them. "loss" is "mse", weighted
@@ -173,8 +173,8 @@ class ThroughputTimer:
 
     Args:
         device: the device that trains.
-        flops_per_image: FLOPs of a training step per image, from `plan.training_flops`.
-        peak_flops_per_s: FLOP/s of a large matrix product on all devices together, from `plan.matmul_rate`.
+        flops_per_image: FLOPs of a training step per image, from `dry_run.training_flops`.
+        peak_flops_per_s: FLOP/s of a large matrix product on all devices together, from `dry_run.matmul_rate`.
 
     Attributes:
         last_pause: seconds of the latest pause; 0 before the first.

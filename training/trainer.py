@@ -13,15 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import CheckpointWriter, load_weights
+from checkpoint import load_weights
 from diffusion import FlowMatching, GaussianDiffusion
-from distributed import World
-from grouped_linear import choose_attention
+from mixing.grouped_linear import choose_attention
 from models import DiT
-from posthoc_ema import decay_at
 from remix import RemixDiT
-from sharding import gather_model, gather_rows, own_rows, shard_bases, sharded_parameters
+from runtime.processes import World
+from training.posthoc_ema import decay_at
+from training.sharding import gather_model, gather_rows, own_rows, shard_bases, sharded_parameters
 from training.statistics import LOSSES, TrainingStats
+from training.writer import CheckpointWriter
 
 # DDP cuts a compiled graph where its buckets end, and exchanges a bucket while the next one is computed.
 BUCKETS = 4

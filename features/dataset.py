@@ -1,0 +1,304 @@
+"""The encoded-dataset format: packed shards that are memory-mapped, and an index.
+
+A folder of features holds for shard k (SHARD_SIZE images of the image list, in its order):
+
+- features-<k>.npy, float32 or float16 [images, views, C, H, W]. View 0 is the image; view 1, if stored, is its mirror
+  image.
+- labels-<k>.npy, int64 [images].
+- skipped-<k>.txt, one line per unreadable image, if there are any: its name (see sources.py), a tab, and why.
+
+index.json is written last. It records the VAE, its scale and shift, the image size, the classes, the counts, and what
+is stored in which type. "draw" is one draw from the VAE's posterior per view. "moments" are the posterior's mean and
+standard deviation, concatenated along the channels to [images, views, 2C, H, W].
+"""
+
+import hashlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from features.autoencoder import Normalization
+from runtime.errors import UserError
+from runtime.files import atomic_write, cache_folder, wait_for_lock, write_array, write_json
+from runtime.processes import seed_for
+
+STORES = ("draw", "moments")
+DTYPES = ("float32", "float16")
+# Entries of settings and configs that are omitted if they have these values, as in those of earlier versions.
+OMITTED = {"store": "draw", "dtype": "float32", "shift": 0.0}
+SHARD_SIZE = 1024
+INDEX = "index.json"
+# More labels of the original layout than this are kept in the cache: reading ImageNet's million files takes minutes.
+FEW_LABELS = 10_000
+# Every shard that is open holds a file descriptor, and systems limit these, often to 1024.
+OPEN_SHARDS = 128
+
+
+def shard_path(folder: Path, kind: str, shard: int) -> Path:
+    """Return the path of a shard's file; kind is "features", "labels" or "skipped"."""
+    return Path(folder) / f"{kind}-{shard:05d}.{'txt' if kind == 'skipped' else 'npy'}"
+
+
+def write_shard(
+    folder: Path, shard: int, features: np.ndarray, labels: np.ndarray, skipped: dict[str, str], dtype: str = "float32"
+):
+    """Write one shard. Its features file is written last, so that its presence means that the shard is complete.
+
+    Args:
+        folder: folder of features.
+        shard: index of the shard.
+        features: features [images, views, C, H, W].
+        labels: labels [images], stored as int64.
+        skipped: the reason for each unreadable image, by its name.
+        dtype: type in which the features are stored, one of DTYPES.
+    """
+    shard_path(folder, "skipped", shard).unlink(missing_ok=True)
+    if skipped:
+        with atomic_write(shard_path(folder, "skipped", shard)) as temporary:
+            temporary.write_text("".join(f"{name}\t{reason}\n" for name, reason in skipped.items()))
+    for kind, array in (("labels", labels.astype(np.int64)), ("features", features.astype(dtype))):
+        write_array(shard_path(folder, kind, shard), array)
+
+
+def read_skipped(folder: Path) -> dict[str, str]:
+    """Return the reason for each unreadable image of all shards, by its name."""
+    files = sorted(Path(folder).glob("skipped-*.txt"))
+    lines = [line for path in files for line in path.read_text().splitlines()]
+    return {name: reason for name, _, reason in (line.partition("\t") for line in lines)}
+
+
+def write_index(folder: Path, n_shards: int, **described) -> dict:
+    """Count the images of the shards and write the index.
+
+    Args:
+        folder: folder of features that holds all shards.
+        n_shards: number of shards.
+        **described: the index's entries vae, scale, shift (see `Normalization.record`), image_size, classes, store and
+            dtype.
+
+    Returns:
+        The index.
+
+    Raises:
+        UserError: if no shard holds any image.
+    """
+    counts = [len(np.load(shard_path(folder, "labels", shard))) for shard in range(n_shards)]
+    first = next((shard for shard, count in enumerate(counts) if count), None)
+    if first is None:
+        raise UserError("none of the images could be read")
+    _, views, channels, *sides = np.load(shard_path(folder, "features", first), mmap_mode="r").shape
+    shape = [channels // 2 if described.get("store") == "moments" else channels, *sides]
+    index = {
+        "format": "remix-dit-features",
+        "version": 1,
+        **described,
+        "shape": shape,
+        "views": views,
+        "images": sum(counts),
+        "skipped": len(read_skipped(folder)),
+        "shards": counts,
+    }
+    write_json(Path(folder) / INDEX, index)
+    return index
+
+
+class FeatureDataset(Dataset):
+    """Encoded images, from this project's packed shards or from the original layout of one .npy file per image.
+
+    An item is addressed as image, (image, view) or (image, view, draw); view and draw default to 0. If the VAE's
+    posterior is stored, `draw` selects one draw from it, which is a function of (draw, image, view) alone. Otherwise
+    `draw` has no effect.
+
+    Args:
+        path: folder of features. The original layout is a folder that holds *_features/ and *_labels/.
+
+    Attributes:
+        shape: shape (C, H, W) of an item.
+        views: number of stored views per image.
+        labels: labels [images], int64.
+        store: "draw" or "moments".
+        dtype: type in which the features are stored, "float32" or "float16". None if it is not recorded: earlier
+            versions always stored float32. An item is float32 in any case.
+        classes: class names. None for the original layout.
+        vae: name of the VAE. None for the original layout.
+        normalization: what was done to the VAE's latents. None for the original layout.
+        image_size: side of the images in pixels. None if the original layout does not record it.
+
+    Raises:
+        UserError: if the folder is missing, holds neither layout, or is damaged.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: no such folder of features")
+        if (self.path / INDEX).is_file():
+            self._open_packed()
+        elif folders := self._find_original():
+            self._open_original(*folders)
+        else:
+            raise UserError(
+                f"{self.path} holds no features: "
+                f"neither {INDEX} (run extract_features.py to its end) nor *_features/ and *_labels/"
+            )
+        self.size = len(self.labels)
+
+    def _open_packed(self):
+        """Open this project's layout."""
+        self.files = None
+        # Memory maps, opened on first use in each process, because they must not be copied to a DataLoader's worker.
+        self.open_shards = {}
+        self._read_index()
+        shards = range(len(self.starts) - 1)
+        self.labels = np.concatenate([np.array(self._load("labels", shard)) for shard in shards])
+        # A truncated file is reported now, not in the middle of a run.
+        for shard in shards:
+            self._load("features", shard)
+        if self.labels.min() < 0 or self.labels.max() >= len(self.classes):
+            raise UserError(f"{self.path}: the labels do not match {INDEX}")
+
+    def _read_index(self):
+        """Read what the index records; `starts` is the index of each shard's first image, and the number of images."""
+        try:
+            index = json.loads((self.path / INDEX).read_text())
+            self.vae = index["vae"]
+            self.normalization = Normalization.from_record(index)
+            self.image_size = index["image_size"]
+            self.classes = index["classes"]
+            self.shape = tuple(index["shape"])
+            self.views = index["views"]
+            self.store = index.get("store", "draw")
+            self.dtype = index.get("dtype")
+            self.starts = np.cumsum([0, *index["shards"]])
+            if self.store not in STORES or self.dtype not in (None, *DTYPES):
+                raise ValueError(f"store {self.store!r}, dtype {self.dtype!r}")
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{self.path / INDEX} is not an index of features ({error!r})") from None
+
+    def _find_original(self) -> tuple[Path, Path] | None:
+        """Return the original layout's folders of features and labels, or None."""
+        for features in sorted(self.path.glob("*_features"))[:1]:
+            labels = features.with_name(features.name.replace("_features", "_labels"))
+            if labels.is_dir():
+                return features, labels
+        return None
+
+    def _open_original(self, features: Path, labels: Path):
+        """Open the original layout: <n>.npy with features [views, C, H, W], and <n>.npy with one label."""
+        self.files = sorted(features.glob("*.npy"), key=lambda path: (len(path.stem), path.stem))
+        if not self.files or {path.name for path in self.files} != {path.name for path in labels.glob("*.npy")}:
+            raise UserError(f"{features} and {labels} do not hold one .npy file each for the same images")
+        names = [path.name for path in self.files]
+        self.labels = self._cached_labels(labels, names) if len(names) > FEW_LABELS else self._labels(labels, names)
+        self.views, *shape = self._load_file(self.files[0]).shape
+        if len(shape) != 3:
+            raise UserError(f"{self.files[0]} has shape {(self.views, *shape)}, not [views, C, H, W]")
+        image_size = re.search(r"(\d+)_features$", features.name)
+        self.shape = tuple(shape)
+        self.image_size = int(image_size[1]) if image_size else None
+        self.vae = None
+        self.normalization = None
+        self.classes = None
+        self.store = "draw"
+        self.dtype = None
+
+    def _cached_labels(self, folder: Path, names: list[str]) -> np.ndarray:
+        """Return the labels of many files, from the cache if possible.
+
+        The first process that needs them reads the files, while the others wait for it. The cache is valid for the same
+        names and the same time of the last change of the folder. Some labels are compared with their files, because
+        replacing the content of a file does not change that time.
+        """
+        key = hashlib.sha256("\n".join([str(folder.stat().st_mtime_ns), *names]).encode()).hexdigest()
+        where = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+        cache = cache_folder() / f"labels-{where}.npz"
+        some = np.linspace(0, len(names) - 1, 64).astype(int)
+        with wait_for_lock(cache.with_suffix(".lock")):
+            try:
+                with np.load(cache, allow_pickle=False) as saved:
+                    known, labels = str(saved["key"]) == key, saved["labels"]
+                if known and (labels[some] == self._labels(folder, [names[i] for i in some])).all():
+                    return labels
+            # There is none, or it is damaged.
+            except Exception:
+                pass
+            labels = self._labels(folder, names)
+            with suppress(OSError), atomic_write(cache) as temporary, open(temporary, "wb") as file:
+                np.savez(file, key=key, labels=labels)
+        return labels
+
+    def _labels(self, folder: Path, names: list[str]) -> np.ndarray:
+        """Read the labels of the original layout's files with these names."""
+        with ThreadPoolExecutor(16) as pool:
+            return np.array(list(pool.map(lambda name: int(self._load_file(folder / name).reshape(-1)[0]), names)))
+
+    def _load(self, kind: str, shard: int) -> np.ndarray:
+        """Map a shard's features or labels and check their shape against the index."""
+        count = self.starts[shard + 1] - self.starts[shard]
+        channels = self.shape[0] * (2 if self.store == "moments" else 1)
+        expected = (count, self.views, channels, *self.shape[1:]) if kind == "features" else (count,)
+        # A shard none of whose images could be read is stored with another shape.
+        if count == 0:
+            return np.zeros(expected, np.int64)
+        array = self._load_file(shard_path(self.path, kind, shard))
+        if array.shape != expected or (kind == "features" and self.dtype not in (None, array.dtype)):
+            raise UserError(f"{shard_path(self.path, kind, shard)} does not match {INDEX}")
+        return array
+
+    @staticmethod
+    def _load_file(path: Path) -> np.ndarray:
+        """Map a .npy file; the size in its header is compared with the file's length before any memory is allocated."""
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise ValueError("an archive")
+            return array
+        # A damaged header may cause any exception.
+        except Exception as error:
+            raise UserError(f"{path} is missing or not a complete .npy file: {error}") from None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, item: int | tuple[int, int] | tuple[int, int, int]) -> tuple[torch.Tensor, int]:
+        """Return the features [C, H, W] (float32) and the label of image, (image, view) or (image, view, draw)."""
+        image, view, draw = (*item, 0)[:3] if isinstance(item, tuple) else (item, 0, 0)
+        if not 0 <= image < self.size:
+            raise IndexError(image)
+        stored = self._original_image(image) if self.files else self._packed_image(image)
+        # A copy, because the file is mapped read-only. torch converts float16 three times as fast as numpy.
+        features = torch.from_numpy(np.array(stored[view])).float()
+        if self.store == "moments":
+            # [2C, H, W] -> [C, H, W] each
+            mean, std = features.chunk(2)
+            generator = torch.Generator().manual_seed(seed_for(draw, image, view))
+            features = mean + std * torch.randn(mean.shape, generator=generator)
+        return features, int(self.labels[image])
+
+    def _original_image(self, image: int) -> np.ndarray:
+        """Map an image's file [views, C, H, W]."""
+        features = self._load_file(self.files[image])
+        expected = (self.views, *self.shape)
+        if features.shape != expected:
+            raise UserError(f"{self.files[image]} has shape {features.shape}, but {self.files[0]} has {expected}")
+        return features
+
+    def _packed_image(self, image: int) -> np.ndarray:
+        """Return an image's part [views, channels, H, W] of its shard; the shard is opened if it is not open."""
+        shard = int(np.searchsorted(self.starts, image, side="right")) - 1
+        if shard not in self.open_shards:
+            if len(self.open_shards) == OPEN_SHARDS:
+                del self.open_shards[next(iter(self.open_shards))]
+            self.open_shards[shard] = self._load("features", shard)
+        return self.open_shards[shard][image - self.starts[shard]]
+
+    def __getitems__(self, items: list) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a batch: the features [B, C, H, W] (float32) and the labels [B] (int64) of a list of items."""
+        features, labels = zip(*(self[item] for item in items), strict=True)
+        return torch.stack(features), torch.tensor(labels)

@@ -1,0 +1,222 @@
+"""Labelled images in a fixed order: a folder with one folder of images per class, or a Hugging Face dataset."""
+
+import hashlib
+import io
+import os
+from pathlib import Path
+
+from torchvision.datasets import ImageFolder
+
+from features.images import describe_kinds, is_image
+from runtime import hub
+from runtime.errors import LocalError, UserError, first_line, is_first_process
+from runtime.hub import PREFIX
+
+# So many rows of a Hugging Face dataset, evenly spaced, tell it from another one with the same labels.
+SAMPLES = 64
+
+
+class LabelledImages:
+    """A list of images with labels.
+
+    Args:
+        labels: label of each image, an index of `classes`.
+        classes: names of the classes. Classes without images are left out, and the others are numbered from 0.
+
+    Attributes:
+        labels: label of each image.
+        classes: names of the classes that have images.
+        notes: remarks about what is left out.
+    """
+
+    def __init__(self, labels: list[int], classes: list[str]):
+        numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
+        empty = [name for label, name in enumerate(classes) if label not in numbers]
+        self.labels = [numbers[label] for label in labels]
+        self.classes = [classes[label] for label in numbers]
+        self.notes = [f"classes without images are left out: {', '.join(empty)}"] if empty else []
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, i: int) -> str:
+        """Return a name of image i for messages, which no other image has."""
+        raise NotImplementedError
+
+    def file(self, i: int) -> str | io.BytesIO:
+        """Return the path or the content of image i's file."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Return a hash that is equal for the same list of images."""
+        raise NotImplementedError
+
+    def samples(self) -> dict[str, str]:
+        """Return hashes of some images' contents by the images' names, if the fingerprint does not depend on them."""
+        return {}
+
+
+class FolderImages(LabelledImages):
+    """The images below a folder, in ImageFolder's order.
+
+    Args:
+        path: folder with one folder of images per class.
+
+    Raises:
+        UserError: if there are no images.
+    """
+
+    def __init__(self, path):
+        if not Path(path).is_dir():
+            raise UserError(f"--data-path {path}: no such folder")
+        others = [entry.name for entry in os.scandir(path) if entry.is_file()]
+
+        def select(name: str) -> bool:
+            if not is_image(name):
+                others.append(name)
+            return is_image(name)
+
+        try:
+            images = ImageFolder(path, is_valid_file=select, allow_empty=True)
+        except FileNotFoundError:
+            images = None
+        if images is None or not images.samples:
+            found = f", but {describe_kinds(others)}" if others else ""
+            if any(name.endswith((".arrow", ".parquet")) for name in others):
+                found += f": for a Hugging Face dataset use --data-path {PREFIX}{path}"
+            raise UserError(f"--data-path {path} does not hold one folder of images per class{found}")
+        super().__init__([label for _, label in images.samples], images.classes)
+        if others:
+            self.notes.append(f"files that are not images in class folders are left out: {describe_kinds(others)}")
+        self.path = path
+        self.files = [file for file, _ in images.samples]
+
+    def name(self, i: int) -> str:
+        return os.path.relpath(self.files[i], self.path)
+
+    def file(self, i: int) -> str:
+        return self.files[i]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr([self.name(i) for i in range(len(self))]).encode()).hexdigest()
+
+
+class TableImages(LabelledImages):
+    """The rows of one split of a Hugging Face dataset, in their order.
+
+    Args:
+        path: hf:NAME or hf:NAME@SPLIT, where NAME is a folder or a dataset on the Hugging Face hub. The default is the
+            only split, or "train".
+
+    Raises:
+        UserError: if the dataset cannot be loaded, or if it is not clear which split or columns to use.
+    """
+
+    def __init__(self, path: str):
+        table = _load_split(path)
+        # The package is installed, because _load_split has imported it.
+        from datasets import ClassLabel
+        from datasets import Image as ImageFeature
+
+        columns = {
+            kind: [name for name, feature in table.features.items() if isinstance(feature, kind)]
+            for kind in (ImageFeature, ClassLabel)
+        }
+        if any(len(names) != 1 for names in columns.values()):
+            types = (f"{name} ({_type_of(feature)})" for name, feature in table.features.items())
+            raise UserError(
+                f"--data-path {path} must have one column of type Image and one of type ClassLabel, "
+                f"but its columns are {', '.join(types)}"
+            )
+        (self.column,), (label_column,) = columns.values()
+        if not len(table):
+            raise UserError(f"--data-path {path} holds no rows")
+        labels = table.select_columns([label_column])[:][label_column]
+        missing = next((i for i, label in enumerate(labels) if label is None or label < 0), None)
+        if missing is not None:
+            raise UserError(f"--data-path {path}: row {missing} has no label in the column {label_column}")
+        super().__init__(labels, table.features[label_column].names)
+        self.table = table.select_columns([self.column]).cast_column(self.column, ImageFeature(decode=False))
+
+    def name(self, i: int) -> str:
+        return f"row {i}"
+
+    def file(self, i: int) -> str | io.BytesIO:
+        stored = self.table[i][self.column] or {}
+        if stored.get("bytes") is not None:
+            return io.BytesIO(stored["bytes"])
+        if stored.get("path") is None:
+            raise ValueError("the row has no image")
+        return stored["path"]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr((self.column, self.labels)).encode()).hexdigest()
+
+    def samples(self) -> dict[str, str]:
+        rows = sorted({i * (len(self) - 1) // (SAMPLES - 1) for i in range(SAMPLES)})
+        return {self.name(i): hashlib.sha256(self._content(i)).hexdigest()[:16] for i in rows}
+
+    def _content(self, i: int) -> bytes:
+        """Return the content of row i's image file, or its path if it cannot be read."""
+        try:
+            file = self.file(i)
+        except ValueError:
+            return b""
+        if isinstance(file, io.BytesIO):
+            return file.getvalue()
+        try:
+            return Path(file).read_bytes()
+        except OSError:
+            return file.encode()
+
+
+def load_images(path: str) -> LabelledImages:
+    """List the images of --data-path: a folder with one folder per class, or hf:NAME (see `TableImages`)."""
+    return TableImages(path) if str(path).startswith(PREFIX) else FolderImages(path)
+
+
+def _type_of(feature) -> str:
+    """Return the name of a feature's type: that of its class, or of its numbers."""
+    return getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else type(feature).__name__
+
+
+def _load_split(path: str):
+    """Load one split of a Hugging Face dataset as a datasets.Dataset. See `TableImages`."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"--data-path {path} needs the package datasets: pip install datasets") from None
+    name, split = path.removeprefix(PREFIX), ""
+    if "@" in name and not Path(name).is_dir():
+        name, _, split = name.rpartition("@")
+    if not name:
+        raise UserError(f"--data-path {path} needs a name, as in {PREFIX}NAME or {PREFIX}NAME@SPLIT")
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise UserError(f"--data-path {path}: no such folder")
+    if not is_first_process():
+        datasets.disable_progress_bars()
+    unreachable = not Path(name).is_dir() and hub.offline()
+    try:
+        if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            table = datasets.load_from_disk(name)
+        else:
+            # Without this, the library would retry for half a minute.
+            datasets.config.HF_HUB_OFFLINE = unreachable
+            table = datasets.load_dataset(name)
+    except IndexError:
+        # load_from_disk finds no file of a dataset without rows.
+        raise LocalError(f"--data-path {path} holds no rows") from None
+    except Exception as error:
+        # The network, the hub and the library raise errors of many kinds.
+        reason = "the hub cannot be reached, and the dataset is not in its cache" if unreachable else first_line(error)
+        failure = "not a Hugging Face dataset" if Path(name).is_dir() else "no such folder, and not found on the hub"
+        raise LocalError(f"--data-path {path}: {failure}: {reason}") from None
+    if not isinstance(table, dict):
+        table = {str(table.split or "train"): table}
+    if not split:
+        split = "train" if "train" in table else next(iter(table)) if len(table) == 1 else split
+    if split not in table:
+        raise UserError(
+            f"--data-path {path}: choose one of the splits {', '.join(table)}, as in {PREFIX}{name}@{next(iter(table))}"
+        )
+    return table[split]

@@ -1,0 +1,128 @@
+"""Models for sampling that run one plain model at a time, selected by the noise level."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.intervals import check_boundaries, find_interval, noise_level
+from models import DiT, classifier_free_guidance
+from remix import Remix
+
+
+class ExpertSwitch(nn.Module):
+    """Base class of models for sampling that run one plain model at a time, selected by the timestep.
+
+    It is called like the plain model, with a batch whose timesteps belong to one expert. A sampler that knows the
+    timestep calls `for_timestep` and runs the result, so that the host does not wait for the device.
+    """
+
+    def expert_index(self, t: float) -> int:
+        """Return the index of the expert that owns the time t: a timestep of the original process, or a flow's time."""
+        raise NotImplementedError
+
+    def select(self, i: int) -> nn.Module:
+        """Return expert i. It is valid until the next call."""
+        raise NotImplementedError
+
+    def times(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Return the times among the arguments of the plain model, by default a DiT."""
+        return t
+
+    def for_timestep(self, timestep: float) -> nn.Module:
+        """Return the expert that owns a time: a timestep of the original process, or a flow's time.
+
+        It is valid until the next call.
+        """
+        return self.select(self.expert_index(timestep))
+
+    def forward(self, *args, **kwargs) -> Any:
+        """Run the expert that owns the timesteps of the batch, with the arguments of the plain model.
+
+        Raises:
+            ValueError: if the timesteps belong to several experts.
+        """
+        times = self.times(*args, **kwargs)
+        first, last = map(self.expert_index, torch.stack(times.aminmax()).tolist())
+        if first != last:
+            raise ValueError(
+                f"all timesteps of a batch must belong to one expert, but they belong to experts {first} to {last}"
+            )
+        return self.select(first)(*args, **kwargs)
+
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = None
+    ) -> Tensor:
+        """See `models.classifier_free_guidance`."""
+        return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
+
+
+class FoldedRemix(ExpertSwitch):
+    """Runs a Remix as one plain model, whose weights are overwritten when the expert changes.
+
+    Args:
+        remix: the Remix. Its parameters must not change later, because its coefficients are copied to the host.
+    """
+
+    def __init__(self, remix: Remix):
+        super().__init__()
+        self.remix = remix
+        # On the host, so that a change of the expert does not wait for the device.
+        self.alpha = remix.coefficients_per_expert()
+        self.plain = remix._plain(0)
+        self.folded = None
+
+    def __getattr__(self, name: str) -> Any:
+        # Pipelines of diffusers read attributes of the plain model, such as its config.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "plain" or name.startswith("__"):
+                raise
+            return getattr(self.plain, name)
+
+    @property
+    def boundaries(self) -> list[float]:
+        """See `Remix`."""
+        return self.remix.boundaries
+
+    def times(self, *args, **kwargs) -> Tensor:
+        return self.remix.times(*args, **kwargs)
+
+    def expert_index(self, t: float) -> int:
+        return self.remix.expert_index(t)
+
+    def select(self, i: int) -> nn.Module:
+        if i != self.folded:
+            self.remix._fold(self.plain, self.alpha[i], i)
+            self.folded = i
+        return self.plain
+
+
+def for_sampling(model: DiT | Remix) -> DiT | ExpertSwitch:
+    """Return what runs the experts of a Remix one at a time, in eval mode; another model is returned as it is."""
+    return FoldedRemix(model).eval() if isinstance(model, Remix) else model
+
+
+class IndependentExperts(ExpertSwitch):
+    """Plain DiTs that were trained separately, each on its own interval of noise levels (a baseline of the paper).
+
+    Args:
+        models: the N experts.
+        boundaries: N + 1 increasing noise levels, as in `RemixDiT`.
+
+    Raises:
+        ValueError: if the boundaries do not fit.
+    """
+
+    def __init__(self, models: list[DiT], boundaries: list[float]):
+        super().__init__()
+        check_boundaries(boundaries, len(models), boundaries[-1])
+        self.models = nn.ModuleList(models)
+        self.boundaries = list(boundaries)
+
+    def expert_index(self, t: float) -> int:
+        return find_interval(self.boundaries, noise_level(self.boundaries, t))
+
+    def select(self, i: int) -> DiT:
+        return self.models[i]

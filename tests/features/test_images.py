@@ -1,0 +1,42 @@
+"""Which files are images, and how they become pixels of 8 bits."""
+
+import numpy as np
+import pytest
+from conftest import make_images
+from PIL import Image
+
+from evaluator import print_left_out
+from features.images import MAX_PIXELS, describe_kinds, is_image, read_image
+
+
+def test_16_bits_are_rounded_to_8(tmp_path):
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    pixels = np.asarray(read_image(tmp_path / "a.png"))
+    assert pixels.shape == (256, 256, 3)
+    assert np.abs(pixels[..., 0] - values / 257.0).max() <= 0.5
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_limit_of_pixels(tmp_path):
+    Image.new("L", (9, 12)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", "L", max_pixels=108).size == (9, 12)
+    with pytest.raises(ValueError, match="9 x 12 pixels exceed the limit of 107"):
+        read_image(tmp_path / "a.png", max_pixels=107)
+    read_image(tmp_path / "a.png")
+    assert Image.MAX_IMAGE_PIXELS == MAX_PIXELS
+
+
+def test_other_files_are_counted_by_kind(tmp_path, capsys):
+    assert describe_kinds(["a.GIF", "b.gif", "c", "d.txt", "x.gif"]) == "3 .gif, 1 without suffix, 1 .txt"
+    print_left_out(make_images(tmp_path))
+    assert capsys.readouterr().err == ""
+    (tmp_path / "class0/a.gif").touch()
+    print_left_out(tmp_path)
+    assert "left out: 1 .gif" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.png", "b.JPEG", "c.webp", "d.tiff", "e.bmp"])
+def test_images_are_recognized_by_their_suffix(name):
+    assert is_image(name)
+    assert not is_image(name + ".part")

@@ -1,0 +1,84 @@
+"""Files of facebookresearch/DiT: outputs equal the published ones, and what the tensors show is found."""
+
+import argparse
+
+import pytest
+import torch
+from conftest import golden, relative
+
+from checkpoint import load_model
+from interop import dit
+from models import DiT, DiT_models
+from runtime.errors import UserError
+
+
+@pytest.mark.parametrize("wrap", ["bare", "ema", "ddp"])
+@torch.no_grad()
+def test_published_files_give_published_outputs(tmp_path, wrap):
+    g = golden("dit.pt")
+    state = g["state_dict"]
+    if wrap == "ema":
+        state = {"ema": state, "model": {}, "opt": {}, "args": argparse.Namespace(model="an unregistered DiT-XL/2")}
+    elif wrap == "ddp":
+        state = {f"module.{key}": value for key, value in state.items()}
+    torch.save(state, tmp_path / "dit.pt")
+    model, config = load_model(tmp_path / "dit.pt", num_heads=4)
+    assert relative(model(g["x"], g["t"], g["y"]), g["out"]) < 1e-5
+    backbone = config["model"]["backbone"]
+    assert {key: backbone[key] for key in g["config"]} == g["config"]
+    assert (config["data"]["scale"], config["data"]["image_size"]) == (0.18215, 64)
+
+
+def test_registered_models_are_recognized(tmp_path):
+    torch.save(DiT_models["DiT-T/2"](input_size=8, num_classes=7).state_dict(), tmp_path / "t.pt")
+    model, config = load_model(tmp_path / "t.pt")
+    assert isinstance(model, DiT)
+    assert config["model"]["name"] == "DiT-T/2"
+    assert model.config["num_heads"] == 3
+    load_model(tmp_path / "t.pt", model="DiT-T/2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model": "RemixDiT-T/2"}, "holds DiT-T/2, not RemixDiT-T/2"),
+        ({"model": "DiT-S/2"}, "holds DiT-T/2, not DiT-S/2"),
+        ({"model": "DiT-U/2"}, "unknown model 'DiT-U/2'"),
+        ({"num_classes": 9}, "holds num_classes=7, not 9"),
+        ({"colour": 1}, "unknown model option colour"),
+    ],
+)
+def test_overrides_must_not_contradict_the_tensors(tmp_path, overrides, message):
+    torch.save(DiT_models["DiT-T/2"](input_size=8, num_classes=7).state_dict(), tmp_path / "t.pt")
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "t.pt", **overrides)
+
+
+def test_stored_training_arguments_name_the_model(tmp_path):
+    state = DiT_models["DiT-T/2"](input_size=8).state_dict()
+    torch.save({"ema": state, "args": argparse.Namespace(model="DiT-S/2")}, tmp_path / "t.pt")
+    with pytest.raises(UserError, match="holds DiT-T/2, not DiT-S/2"):
+        load_model(tmp_path / "t.pt")
+    load_model(tmp_path / "t.pt", model="DiT-T/2")
+
+
+def test_written_files_are_read(tmp_path):
+    models = {key: DiT_models["DiT-T/4"](input_size=8) for key in ("ema", "model")}
+    dit.write(tmp_path / "t.pt", models, {})
+    for key, model in models.items():
+        back, _ = load_model(tmp_path / "t.pt", ema=key == "ema")
+        for name, value in model.state_dict().items():
+            assert torch.equal(back.state_dict()[name], value)
+
+
+def test_content_of_other_formats_is_not_read():
+    state = DiT_models["DiT-T/4"](input_size=8).state_dict()
+    for content in (
+        {},
+        {"ema": None},
+        {"step": 3, "weight": torch.zeros(2)},
+        {"weight": torch.zeros(2)},
+        {**state, "pos_embed": torch.zeros(())},
+        {**state, "x_embedder.proj.weight": torch.zeros(0, 4, 0, 0)},
+    ):
+        assert dit.read("a.pt", content, True, {}) is None

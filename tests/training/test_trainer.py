@@ -1,0 +1,200 @@
+import copy
+from functools import partial
+
+import pytest
+import torch
+from conftest import DEVICES, random_microbatch, random_remix_dit
+from torch import nn
+from torch._dynamo.utils import counters
+
+from diffusion import create_diffusion, create_flow
+from models import DiT
+from remix import RemixDiT
+from runtime.processes import World
+from training.batches import BatchSampler, StepBatch
+from training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("exact_products")
+
+
+@pytest.fixture
+def compile_with(monkeypatch):
+    """Return a function that selects the backend of torch.compile."""
+    compiler = torch.compile
+    return lambda backend: monkeypatch.setattr(torch, "compile", partial(compiler, backend=backend))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_in_bf16_and_compiled_follows_fp32(device):
+    """After twenty steps the change of the weights and the loss are close to those of fp32 without compilation."""
+    changes, losses = [], []
+    for precision, compiled in (("fp32", False), ("bf16", True)):
+        model = random_remix_dit(device)
+        start = copy.deepcopy(model.state_dict())
+        world = World(0, 1, torch.device(device))
+        trainer = Trainer(model, create_diffusion(), world, lr=1e-3, precision=precision, compile=compiled)
+        for step in range(20):
+            trainer.step(step, [random_microbatch(step, device=device)], 1e-4)
+        changes.append(torch.cat([(model.state_dict()[key] - start[key]).flatten() for key in start]))
+        losses.append(trainer.stats.read()[0]["loss"])
+    # Adam's first steps are the signs of the gradients, and rounding changes some of the signs.
+    assert nn.functional.cosine_similarity(*changes, dim=0) > 0.9
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fifty_steps_with_changing_experts_and_weights_of_the_prior_compile_once(device):
+    world = World(0, 1, torch.device(device))
+    trainer = Trainer(random_remix_dit(device), create_diffusion(), world, lr=1e-4, precision="bf16", compile=True)
+    experts_seen = set()
+    for step in range(52):
+        batch = random_microbatch(step, device=device)
+        experts_seen.add(tuple(trainer.model.expert_index(batch[1]).tolist()))
+        trainer.step(step, [batch], prior_weight=1e-4 * (1 - step / 52))
+        if step == 1:
+            warm = counters["stats"]["unique_graphs"]
+    assert len(experts_seen) > 10
+    assert counters["stats"]["unique_graphs"] == warm == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_a_flow_compiles_to_one_graph(compile_with, checkpoint_activations):
+    compile_with("eager")
+    flow = create_flow()
+    model = RemixDiT(DiT(8, 2, 4, 32, 3, 2, num_classes=10), n_basis=4, n_experts=20, boundaries=flow.quantiles(20))
+    options = {"compile": True, "checkpoint_activations": checkpoint_activations}
+    trainer = Trainer(model, flow, World(0, 1, torch.device("cpu")), lr=1e-4, precision="bf16", **options)
+    for step in range(4):
+        x, t, conditions, noise = random_microbatch(step)
+        trainer.step(step, [(x, 1 - (t + 0.5) / 1000, conditions, noise)], prior_weight=1e-4 * (1 - step / 4))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert trainer.stats.read()[0]["loss"] > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_compiled_and_uncompiled_gradients_agree(device, microbatches):
+    gradients = []
+    for compiled in (False, True):
+        world = World(0, 1, torch.device(device))
+        trainer = Trainer(random_remix_dit(device), create_diffusion(), world, lr=0, compile=compiled)
+        # CUDA graphs are recorded in the second step and run from the third step on.
+        for step in range(4):
+            batches = [random_microbatch(2 * step + i, device=device) for i in range(microbatches)]
+            trainer.step(step, batches, prior_weight=1e-2)
+        gradients.append([p.grad.clone() for p in trainer.trained])
+    assert all(torch.allclose(*pair, rtol=1e-3, atol=1e-6) for pair in zip(*gradients, strict=True))
+
+
+@torch._dynamo.config.patch(optimize_ddp=True)
+def test_the_trainer_that_runs_decides_how_graphs_are_cut_for_ddp(compile_with):
+    """It is a setting of the process, and several trainers may have different ones."""
+    compile_with("eager")
+    world = World(0, 1, torch.device("cpu"))
+    first, second = (Trainer(random_remix_dit(), create_diffusion(), world, lr=1e-4, compile=True) for _ in range(2))
+    second.optimize_ddp = False
+    for trainer in (first, second, first):
+        trainer.step(0, [random_microbatch()])
+        assert torch._dynamo.config.optimize_ddp == trainer.optimize_ddp
+
+
+def test_each_number_of_groups_is_compiled_separately(compile_with):
+    """Otherwise the second number would become a symbolic size, be reused for the third, and be slower than both."""
+    compile_with("eager")
+    for groups in (2, 4, 8):
+        world = World(0, 1, torch.device("cpu"))
+        trainer = Trainer(random_remix_dit(depth=1), create_diffusion(), world, lr=1e-4, precision="bf16", compile=True)
+        trainer.step(0, [random_microbatch(size=16, groups=groups)])
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_recomputed_activations_give_the_same_steps_with_less_memory(compiled, compile_with):
+    """Two microbatches per step, each of other experts: the backward pass needs the coefficients of its own batch."""
+    # This backend chooses what to recompute as the default one does, but writes no kernels.
+    compile_with("aot_eager_decomp_partition")
+    weights, losses, stored = [], [], []
+    for recompute in (False, True):
+        model, sizes = random_remix_dit(), {}
+
+        def store(tensor: torch.Tensor, sizes: dict = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        world, options = World(0, 1, torch.device("cpu")), {"compile": compiled, "checkpoint_activations": recompute}
+        trainer = Trainer(model, create_diffusion(), world, lr=1e-3, **options)
+        for step in range(0, 6, 2):
+            trainer.step(step, [random_microbatch(step), random_microbatch(step + 1)], 1e-4)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        losses.append(trainer.stats.read()[0]["loss"])
+        with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
+            graph = trainer.loss(*random_microbatch(), torch.zeros(()))
+        parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        stored.append(sum(size for storage, size in sizes.items() if storage not in parameters))
+        del graph
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if compiled else 0)
+    assert torch.allclose(weights[1], weights[0], atol=1e-4 if compiled else 0)
+    # In this tiny model, a part of what compiled code stores does not depend on the number of images.
+    assert stored[1] < (0.75 if compiled else 0.5) * stored[0]
+
+
+def test_the_state_of_a_checkpoint_does_not_change_in_later_steps():
+    """A thread writes it while training continues."""
+    model = random_remix_dit("cpu")
+    trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-3)
+    trainer.step(0, [random_microbatch(0)])
+    state = trainer.state_dict()
+    moments = [tensor for tensors in state["optimizer"]["state"].values() for tensor in tensors.values()]
+    tensors = [*state["model"].values(), *state["ema"].values(), *moments]
+    before = copy.deepcopy(tensors)
+    trainer.step(1, [random_microbatch(1)])
+    assert not torch.equal(model.logits, state["model"]["logits"])
+    assert all(torch.equal(*pair) for pair in zip(tensors, before, strict=True))
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_but_the_statistics():
+    model = random_remix_dit()
+    trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-3)
+    before = copy.deepcopy(model.state_dict())
+    x, *rest = random_microbatch()
+    x[3, 0, 0, 0] = torch.inf
+    trainer.step(7, [random_microbatch(), (x, *rest)])
+    assert trainer.stats.longest_streak() == 1
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    losses, nonfinite = trainer.stats.read()
+    assert losses["loss"] is None
+    assert nonfinite.step == 7
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("bf16", True)])
+def test_a_training_step_does_not_wait_for_the_device(precision, compiled):
+    world = World(0, 1, torch.device("cuda"))
+    trainer = Trainer(
+        random_remix_dit("cuda"),
+        create_diffusion(),
+        world,
+        lr=1e-4,
+        clip_grad=1.0,
+        precision=precision,
+        compile=compiled,
+    )
+    sampler = BatchSampler(0, 8, world, n_experts=20, experts_per_batch=4)
+    x, y = torch.randn(8, 4, 8, 8), torch.zeros(8, dtype=torch.long)
+    batches = [StepBatch(*(part.pin_memory() for part in sampler.draw(number, x, y))) for number in range(8)]
+
+    def step(number: int):
+        trainer.step(number, sampler.microbatches(batches[number]))
+        trainer.stats.longest_streak()
+
+    # A CUDA graph is recorded in the second step.
+    for number in range(4):
+        step(number)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(4, 8):
+            step(number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
