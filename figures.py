@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusion.intervals import interval_labels, is_flow
+from diffusion.intervals import interval_labels, scale_of
 from remix import RemixDiT
 from runtime.files import atomic_write
 
@@ -69,7 +69,7 @@ def save_coefficients(path, model: RemixDiT, title: str):
         image = axis.imshow(values, cmap="viridis", vmin=min(0, alpha.min()), vmax=max(1, alpha.max()), aspect="auto")
         axis.set_yticks(range(n_basis), [f"basis {k}" for k in range(n_basis)])
         if labelled:
-            ticks = [f"{i}\n{label}" for i, label in enumerate(interval_labels(model))]
+            ticks = [f"{i}\n{label}" for i, label in enumerate(interval_labels(model.boundaries))]
             axis.set_xticks(range(n_experts), ticks, fontsize=6)
             middle = (image.norm.vmin + image.norm.vmax) / 2
             for (k, i), value in np.ndenumerate(values.numpy()):
@@ -77,8 +77,7 @@ def save_coefficients(path, model: RemixDiT, title: str):
                 axis.text(i, k, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
         if blocks > 1:
             axis.set_title(f"block {block}", fontsize=8)
-    levels = "noise levels" if is_flow(model) else "timesteps"
-    axes[-1, 0].set_xlabel(f"expert and its {levels} (expert 0: least noise)")
+    axes[-1, 0].set_xlabel(f"expert and its {scale_of(model.boundaries).unit}s (expert 0: least noise)")
     figure.suptitle(title, fontsize=10)
     figure.colorbar(image, ax=axes[:, 0].tolist(), label="coefficient")
     with atomic_write(Path(path)) as temporary:

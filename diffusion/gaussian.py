@@ -4,13 +4,16 @@ Equation numbers refer to DDPM (arXiv 2006.11239), Improved DDPM (arXiv 2102.096
 """
 
 import math
-from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from .intervals import TIMESTEPS, timestep_scale
+from .process import Process
+from .samplers import SOLVERS, Ancestral, ODESolver, as_denoiser, ddim, ddpm
 from .schedules import beta_schedule, respace, space_timesteps
 
 VARIANCES = ("learned_range", "fixed_large", "fixed_small")
@@ -25,7 +28,7 @@ def create_diffusion(
     predict_xstart: bool = False,
     learn_sigma: bool = True,
     rescale_learned_sigmas: bool = False,
-    diffusion_steps: int = 1000,
+    diffusion_steps: int = TIMESTEPS,
     min_snr: float | None = None,
     min_weight: float = 0.0,
 ) -> "GaussianDiffusion":
@@ -52,11 +55,9 @@ def create_diffusion(
     Raises:
         ValueError: if the schedule is unknown, or the respacing or the loss weight is invalid.
     """
-    betas = beta_schedule(noise_schedule, diffusion_steps)
-    timesteps = space_timesteps(diffusion_steps, timestep_respacing or [diffusion_steps])
     return GaussianDiffusion(
-        respace(betas, timesteps),
-        timestep_map=timesteps,
+        beta_schedule(noise_schedule, diffusion_steps),
+        timesteps=space_timesteps(diffusion_steps, timestep_respacing or [diffusion_steps]),
         predict_xstart=predict_xstart,
         variance="learned_range" if learn_sigma else "fixed_small" if sigma_small else "fixed_large",
         loss="kl" if use_kl else "rescaled_mse" if rescale_learned_sigmas else "mse",
@@ -65,15 +66,15 @@ def create_diffusion(
     )
 
 
-class GaussianDiffusion:
+class GaussianDiffusion(Process):
     """A diffusion process of S steps: forward process, training losses and samplers.
 
     The steps t of the methods are indices of this process, from 0 (least noise) to S - 1. The model is called with the
     timesteps of the original process, as model(x, timesteps, **model_kwargs).
 
     Args:
-        betas: variance of each step, float64 [S].
-        timestep_map: timestep of the original process for each step [S]. By default, the steps themselves.
+        betas: variance of each step of the original process, float64 [T].
+        timesteps: the timesteps of the original process that are kept [S]. By default, all of them.
         predict_xstart: the model predicts x_0 instead of the noise.
         variance: "learned_range" (the model has 2C output channels, Improved DDPM, eq. 15), "fixed_large" (beta_t) or
             "fixed_small" (the variance of the posterior).
@@ -87,11 +88,17 @@ class GaussianDiffusion:
         ValueError: if an argument is not one of the values above, or the loss has no squared error to weight.
     """
 
+    name = "gaussian"
+    loss_names = ("loss", "mse", "vb")
+    samplers: ClassVar = {"ddpm": ddpm, "ddim": ddim, **{solver: partial(ODESolver, solver) for solver in SOLVERS}}
+    # On handwritten digits, DPM-Solver++ in 20 steps had a lower FID than DDIM and DDPM in 50 (three of three models).
+    quick = ("dpmpp", "20")
+
     def __init__(
         self,
         betas: np.ndarray,
         *,
-        timestep_map: list[int] | None = None,
+        timesteps: list[int] | None = None,
         predict_xstart: bool = False,
         variance: str = "learned_range",
         loss: str = "mse",
@@ -113,14 +120,18 @@ class GaussianDiffusion:
             raise ValueError(f"min_weight must be from 0 to 1, but it is {min_weight}")
         if min_weight and min_snr is None:
             raise ValueError("min_weight needs min_snr")
-        self.num_timesteps = len(betas)
-        self.timestep_map = list(range(len(betas))) if timestep_map is None else list(timestep_map)
+        self.original_betas = betas
+        self.scale = timestep_scale(len(betas))
+        self.timestep_map = list(range(len(betas))) if timesteps is None else list(timesteps)
+        self.num_timesteps = len(self.timestep_map)
         self.predict_xstart = predict_xstart
         self.variance = variance
         self.loss = loss
+        self.min_snr = min_snr
+        self.min_weight = min_weight
 
         # Forward process (DDPM, eq. 4).
-        self.betas = betas
+        self.betas = betas = respace(betas, self.timestep_map)
         self.alphas_cumprod = np.cumprod(1.0 - betas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
@@ -148,6 +159,44 @@ class GaussianDiffusion:
         self._fixed_large_variance = np.append(floor, betas[1:])
         self._fixed_large_log_variance = np.log(self._fixed_large_variance)
         self._tensors = {}
+
+    @classmethod
+    def create(cls, **options) -> "GaussianDiffusion":
+        return create_diffusion(**options)
+
+    def respaced(self, spacing: str) -> "GaussianDiffusion":
+        """Return this process on some of the original timesteps; see `space_timesteps`, "" keeps all of them."""
+        timesteps = len(self.original_betas)
+        return GaussianDiffusion(
+            self.original_betas,
+            timesteps=space_timesteps(timesteps, spacing or [timesteps]),
+            predict_xstart=self.predict_xstart,
+            variance=self.variance,
+            loss=self.loss,
+            min_snr=self.min_snr,
+            min_weight=self.min_weight,
+        )
+
+    def __getstate__(self) -> dict:
+        # Processes that load data get a copy without the arrays on a device.
+        return vars(self) | {"_tensors": {}}
+
+    def sample_times(self, generator: np.random.Generator, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        # The first timestep of each interval, with boundaries rounded to float32 as in `Remix.expert_index`.
+        first, end = (np.ceil(np.asarray(levels, np.float32)).astype(np.int64) for levels in (low, high))
+        if (first >= end).any():
+            raise ValueError("an interval between boundaries contains no timestep")
+        return generator.integers(first, end)
+
+    def expert_boundaries(self, n: int) -> list[float]:
+        return self.scale.equal_boundaries(n)
+
+    def seed_numbers(self, times: Tensor) -> Tensor:
+        return times.long()
+
+    def held_out_errors(self, model, x: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+        """Return the squared errors of the predicted noise, like x. See `Process.held_out_errors`."""
+        return (model(self.q_sample(x, t, noise), t, y)[:, : x.shape[1]] - noise).square()
 
     def _extract(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """Return the array `name` at the steps t [B], float32, shaped to broadcast with `like` [B, ...]."""
@@ -306,16 +355,6 @@ class GaussianDiffusion:
             sample = sample + sigma * (torch.randn_like(x) if noise is None else noise)
         return {"sample": sample, "pred_xstart": x_start}
 
-    @torch.no_grad()
-    def _sample_loop(self, step: Callable, shape, noise: Tensor | None, device, progress: bool, step_noise) -> Tensor:
-        """Apply step(x, t, noise) -> x for every t from S - 1 to 0, starting from `noise`."""
-        x = torch.randn(*shape, device=device) if noise is None else noise
-        for i in tqdm(range(self.num_timesteps), desc="sampling", leave=False, disable=not progress):
-            t = torch.full((shape[0],), self.num_timesteps - 1 - i, device=x.device, dtype=torch.long)  # [B]
-            last = i == self.num_timesteps - 1
-            x = step(x, t, None if step_noise is None or last else step_noise(i))
-        return x
-
     def p_sample_loop(
         self,
         model,
@@ -341,11 +380,9 @@ class GaussianDiffusion:
         Returns:
             Samples of `shape`.
         """
-
-        def step(x: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
-            return self.p_sample(model, x, t, clip_denoised, model_kwargs, noise)["sample"]
-
-        return self._sample_loop(step, shape, noise, device, progress, step_noise)
+        x = torch.randn(*shape, device=device) if noise is None else noise
+        sampler = Ancestral(self, self.p_sample, noisy=True)
+        return sampler(as_denoiser(model, model_kwargs), x, clip_denoised, step_noise, progress)
 
     def ddim_sample_loop(
         self,
@@ -360,11 +397,9 @@ class GaussianDiffusion:
         eta: float = 0.0,
     ) -> Tensor:
         """Draw samples with DDIM. See `p_sample_loop` for the arguments and `ddim_sample` for eta."""
-
-        def step(x: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
-            return self.ddim_sample(model, x, t, clip_denoised, eta, model_kwargs, noise)["sample"]
-
-        return self._sample_loop(step, shape, noise, device, progress, step_noise if eta > 0 else None)
+        x = torch.randn(*shape, device=device) if noise is None else noise
+        sampler = Ancestral(self, partial(self.ddim_sample, eta=eta), noisy=eta > 0)
+        return sampler(as_denoiser(model, model_kwargs), x, clip_denoised, step_noise, progress)
 
     def _bound(self, out: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the term L_{t-1} (L_0 at t = 0) of the variational bound in bits per dimension [B] (DDPM, eq. 5)."""
@@ -414,7 +449,7 @@ class GaussianDiffusion:
             prediction, fraction = out.chunk(2, dim=1)  # [B, C, H, W] each
             losses["vb"] = self._bound(torch.cat([prediction.detach(), fraction], dim=1), x_start, x_t, t)
             if self.loss == "rescaled_mse":
-                losses["vb"] = losses["vb"] * (self.num_timesteps / 1000)
+                losses["vb"] = losses["vb"] * (self.num_timesteps / TIMESTEPS)
         target = x_start if self.predict_xstart else noise
         losses["mse"] = (target - prediction).square().flatten(1).mean(1)
         weighted = losses["mse"]

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from .intervals import TIMESTEPS
+
 
 def beta_schedule(name: str, steps: int) -> np.ndarray:
     """Return the variances beta_t of the steps of the forward process.
@@ -22,7 +24,7 @@ def beta_schedule(name: str, steps: int) -> np.ndarray:
     if steps < 1:
         raise ValueError(f"the number of diffusion steps must be at least 1, but it is {steps}")
     if name == "linear":
-        return np.linspace(0.0001, 0.02, steps, dtype=np.float64) * (1000 / steps)
+        return np.linspace(0.0001, 0.02, steps, dtype=np.float64) * (TIMESTEPS / steps)
     if name == "squaredcos_cap_v2":
         alpha_bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
         return np.array([min(1 - alpha_bar[i + 1] / alpha_bar[i], 0.999) for i in range(steps)], dtype=np.float64)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.intervals import check_boundaries, find_interval, noise_level
+from diffusion.intervals import check_boundaries, find_time
 from models import DiT, classifier_free_guidance
 from remix import Remix
 
@@ -122,7 +122,7 @@ class IndependentExperts(ExpertSwitch):
         self.boundaries = list(boundaries)
 
     def expert_index(self, t: float) -> int:
-        return find_interval(self.boundaries, noise_level(self.boundaries, t))
+        return find_time(self.boundaries, t)
 
     def select(self, i: int) -> DiT:
         return self.models[i]

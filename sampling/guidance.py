@@ -1,4 +1,4 @@
-"""Guidance in sampling: its scale at each noise level, and the function that a sampling loop calls.
+"""Guidance in sampling: its scale at each noise level, and the denoiser that a sampler calls.
 
 Classifier-free guidance (arXiv 2207.12598), guidance in an interval of noise levels (arXiv 2404.07724), and
 autoguidance, in which a weaker model takes the place of the model without a class (arXiv 2406.02507).
@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffusion.intervals import find_interval, noise_level
+from diffusion.intervals import find_time
+from diffusion.samplers import time_tensor
 from models import DiT, classifier_free_guidance, default_guided_channels
 from sampling.experts import ExpertSwitch
 
@@ -21,8 +22,8 @@ class GuidanceSchedule:
     """A guidance scale for each interval of noise levels.
 
     Attributes:
-        boundaries: n + 1 increasing noise levels, from 0 to 1000, or from 0 to 1 for a flow. Interval i holds the
-            levels with boundaries[i] <= level < boundaries[i + 1], the last interval also the highest level.
+        boundaries: n + 1 increasing noise levels, from 0 to the highest one of the process. Interval i holds the levels
+            with boundaries[i] <= level < boundaries[i + 1], the last interval also the highest level.
         scales: scale in each interval [n]; 1 for no guidance.
     """
 
@@ -36,7 +37,7 @@ class GuidanceSchedule:
 
     def scale_at(self, t: float) -> float:
         """Return the scale at a time that the network sees: a timestep of the original process, or a flow's time."""
-        return self.scales[find_interval(self.boundaries, noise_level(self.boundaries, t))]
+        return self.scales[find_time(self.boundaries, t)]
 
 
 def make_schedule(scale: float | str, interval: list[float] | None, highest: float) -> GuidanceSchedule:
@@ -45,7 +46,7 @@ def make_schedule(scale: float | str, interval: list[float] | None, highest: flo
     Args:
         scale: a scale for all noise levels, or text as in `parse_pieces`. Levels that the text leaves out are unguided.
         interval: lowest and highest noise level with guidance; None for all levels.
-        highest: highest noise level of the process, 1000 or 1.
+        highest: highest noise level of the process.
 
     Raises:
         ValueError: if the intervals overlap, or are not increasing numbers from 0 to `highest`.
@@ -99,19 +100,10 @@ def predict(network: DiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return network(x, t, y)
 
 
-def make_denoiser(
-    model: DiT | ExpertSwitch,
-    labels: Tensor,
-    null_label: int,
-    schedule: GuidanceSchedule,
-    guide: DiT | ExpertSwitch | None = None,
-    channels: int | None = None,
-    times: list[float] | None = None,
-    run: Callable[[DiT, Tensor, Tensor, Tensor], Tensor] = predict,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Make the function that a sampling loop calls: x [B, C, H, W], t [B] -> output [B, C or 2C, H, W].
+class GuidedDenoiser:
+    """The denoiser that a sampler calls, see `diffusion.samplers`.
 
-    The output is guide + scale (model - guide), in which the guide is the model without a class (arXiv 2207.12598, eq.
+    Its output is guide + scale (model - guide), in which the guide is the model without a class (arXiv 2207.12598, eq.
     6), or another model with the same class (arXiv 2406.02507, eq. 3). At noise levels with scale 1, only the model
     runs, on the batch with its classes.
 
@@ -122,26 +114,49 @@ def make_denoiser(
         schedule: guidance scale at each noise level.
         guide: the weaker model of autoguidance. None for classifier-free guidance.
         channels: number of leading channels that are guided. None for `models.default_guided_channels`.
-        times: the times for which the loop will call the function, in this order, so that the host does not wait for
-            the device. None if they are not known: then it reads each batch's first time from the device.
         run: `predict`, or its compiled form.
     """
-    requested = None if times is None else iter(times)
-    both_labels = torch.cat([labels, torch.full_like(labels, null_label)])  # [2B]
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        time = t[0].item() if requested is None else next(requested)
-        scale = schedule.scale_at(time)
-        network = partial(run, at_time(model, time))
+    def __init__(
+        self,
+        model: DiT | ExpertSwitch,
+        labels: Tensor,
+        null_label: int,
+        schedule: GuidanceSchedule,
+        guide: DiT | ExpertSwitch | None = None,
+        channels: int | None = None,
+        run: Callable[[DiT, Tensor, Tensor, Tensor], Tensor] = predict,
+    ):
+        self.model = model
+        self.labels = labels
+        self.both_labels = torch.cat([labels, torch.full_like(labels, null_label)])  # [2B]
+        self.schedule = schedule
+        self.guide = guide
+        self.channels = channels
+        self.run = run
+
+    def __call__(self, x: Tensor, time: float) -> Tensor:
+        """Denoise a batch at one time: a timestep of the original process, or a flow's time.
+
+        Args:
+            x: noisy images or latents [B, C, H, W].
+            time: the time, a number in host memory.
+
+        Returns:
+            Output [B, C or 2C, H, W].
+        """
+        t = time_tensor(x, time)  # [B]
+        scale = self.schedule.scale_at(time)
+        network = partial(self.run, at_time(self.model, time))
         if scale == 1:
-            return network(x, t, labels)
-        if guide is not None:
-            return autoguidance(network, partial(run, at_time(guide, time)), x, t, labels, scale, channels)
+            return network(x, t, self.labels)
+        if self.guide is not None:
+            out = network(x, t, self.labels)
+            weak = self.run(at_time(self.guide, time), x, t, self.labels)
+            return autoguidance(out, weak, scale, self.channels or default_guided_channels(x.shape[1]))
         # [B, ...] -> [2B, ...]: with the class, and without.
-        both = torch.cat([x, x]), torch.cat([t, t]), both_labels
-        return classifier_free_guidance(network, *both, scale, channels)[: len(x)]
-
-    return denoise
+        both = torch.cat([x, x]), torch.cat([t, t]), self.both_labels
+        return classifier_free_guidance(network, *both, scale, self.channels)[: len(x)]
 
 
 def at_time(model: DiT | ExpertSwitch, time: float) -> DiT:
@@ -149,24 +164,17 @@ def at_time(model: DiT | ExpertSwitch, time: float) -> DiT:
     return model.for_timestep(time) if isinstance(model, ExpertSwitch) else model
 
 
-def autoguidance(
-    model: Callable, guide: Callable, x: Tensor, t: Tensor, y: Tensor, scale: float, guided_channels: int | None = None
-) -> Tensor:
-    """Guide a model with a weaker one (Karras et al., arXiv 2406.02507, eq. 3).
+def autoguidance(out: Tensor, weak: Tensor, scale: float, guided_channels: int) -> Tensor:
+    """Guide the output of a model with that of a weaker one (Karras et al., arXiv 2406.02507, eq. 3).
 
     Args:
-        model: called as model(x, t, y).
-        guide: the weaker model, called likewise.
-        x: noisy images or latents [B, C, H, W].
-        t: timesteps [B] of the original process.
-        y: class labels [B].
-        scale: guidance scale. 1 gives the output of the model, 0 that of the guide.
-        guided_channels: number of leading channels that are guided. None for `models.default_guided_channels`.
+        out: output of the model [B, C or 2C, H, W].
+        weak: output of the weaker model for the same inputs, likewise.
+        scale: guidance scale. 1 gives the output of the model, 0 that of the weaker one.
+        guided_channels: number of leading channels that are guided, at most C.
 
     Returns:
-        Output [B, C or 2C, H, W]. The channels that are not guided are the model's.
+        Output, like `out`. The channels that are not guided are the model's.
     """
-    guided = min(guided_channels or default_guided_channels(x.shape[1]), x.shape[1])
-    out = model(x, t, y)  # [B, C or 2C, H, W]
-    weak = guide(x, t, y)[:, :guided]
-    return torch.cat([weak + scale * (out[:, :guided] - weak), out[:, guided:]], dim=1)
+    weak = weak[:, :guided_channels]
+    return torch.cat([weak + scale * (out[:, :guided_channels] - weak), out[:, guided_channels:]], dim=1)

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from diffusion import NOISE_LEVELS, make_sampler, process_name
-from features.autoencoder import Normalization, Pixels, load_autoencoder
+from diffusion import create_process
+from diffusion.samplers import Sampler
+from features.autoencoder import Autoencoder, Normalization, load_autoencoder
 from models import DiT
 from runtime.errors import UserError
 from runtime.processes import SampleGenerators, World
 from sampling.experts import ExpertSwitch
-from sampling.guidance import GuidanceSchedule, make_denoiser, make_schedule, predict
+from sampling.guidance import GuidanceSchedule, GuidedDenoiser, make_schedule, predict
 
 # Images per batch and process. Rounding depends on it.
 SAMPLE_BATCH = 32
@@ -55,9 +56,8 @@ class Pipeline:
         model: the network, or the switch between the networks of several experts.
         guide: the weaker model of autoguidance, if there is one.
         schedule: guidance scale at each noise level.
-        loop: sampling loop, see `diffusion.solvers.make_sampler`.
-        timesteps: timesteps, or times of a flow, in the order in which the loop requests them. None if the loop chooses
-            them while it runs.
+        loop: the sampler.
+        evaluations: number of times that the sampler calls the denoiser. None if it chooses it while it runs.
         autoencoder: decodes the samples.
         shape: shape (C, H, W) of a sample before it is decoded.
         classes: names of the classes, or None if they are not known.
@@ -69,9 +69,9 @@ class Pipeline:
     model: DiT | ExpertSwitch
     guide: DiT | ExpertSwitch | None
     schedule: GuidanceSchedule
-    loop: Callable[..., torch.Tensor]
-    timesteps: list[int] | list[float] | None
-    autoencoder: Pixels
+    loop: Sampler | Callable[..., torch.Tensor]
+    evaluations: int | None
+    autoencoder: Autoencoder
     shape: tuple[int, int, int]
     classes: list[str] | None
     n_classes: int
@@ -108,24 +108,22 @@ def make_pipeline(
     backbone = config["model"]["backbone"]
     if isinstance(settings.labels, list) and max(settings.labels) >= trained_classes(config):
         raise UserError(f"--labels {max(settings.labels)}: {ckpt} has the classes 0 to {trained_classes(config) - 1}")
-    process = process_name(config["diffusion"])
+    process = create_process(**config["diffusion"])
     try:
-        schedule = make_schedule(settings.cfg_scale, settings.guidance_interval, NOISE_LEVELS[process][1])
+        schedule = make_schedule(settings.cfg_scale, settings.guidance_interval, process.scale.highest)
     except ValueError as error:
         raise UserError(f"--cfg-scale or --guidance-interval: {error}") from None
     if not schedule.guides and (guide is not None or settings.guidance_interval):
         raise UserError("--guide-ckpt and --guidance-interval need a --cfg-scale other than 1 within the interval")
-    solver = None
+    options = {}
     if settings.sampler == "sde":
-        solver = {"form": settings.diffusion_form, "last_step": settings.last_step}
-        solver["last_step_size"] = settings.last_step_size
+        options = {"form": settings.diffusion_form, "last_step": settings.last_step}
+        options["last_step_size"] = settings.last_step_size
     elif settings.sampler == "dopri5":
         switches = [network.boundaries for network in (model, guide) if isinstance(network, ExpertSwitch)]
-        solver = {"boundaries": {level for levels in (schedule.boundaries, *switches) for level in levels}}
+        options = {"boundaries": {level for levels in (schedule.boundaries, *switches) for level in levels}}
     try:
-        loop, timesteps = make_sampler(
-            settings.sampler, settings.num_sampling_steps, solver=solver, **config["diffusion"]
-        )
+        sampler = process.make_sampler(settings.sampler, settings.num_sampling_steps, **options)
     except ValueError as error:
         raise UserError(f"--sampler {settings.sampler}: {error}") from None
     autoencoder = load_autoencoder(vae)
@@ -141,8 +139,8 @@ def make_pipeline(
         model=model,
         guide=guide,
         schedule=schedule,
-        loop=loop,
-        timesteps=timesteps,
+        loop=sampler,
+        evaluations=sampler.evaluations,
         autoencoder=autoencoder,
         shape=(backbone["in_channels"], backbone["input_size"], backbone["input_size"]),
         classes=config["data"]["classes"],
@@ -179,29 +177,26 @@ def sample(
     seed = settings.global_seed
     generators = SampleGenerators(seed, numbers, world.device)
     labels = [label_of(seed, i, pipeline.n_classes, settings.labels) for i in numbers]
-    denoiser = make_denoiser(
+    denoiser = GuidedDenoiser(
         pipeline.model,
         torch.tensor(labels, device=world.device),
         pipeline.null_label,
         pipeline.schedule,
         pipeline.guide,
         channels=pipeline.shape[0] if settings.cfg_all_channels else None,
-        times=pipeline.timesteps,
         run=torch.compile(predict, dynamic=False) if compiled else predict,
     )
 
-    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def denoise(x: torch.Tensor, time: float) -> torch.Tensor:
         with world.autocast(settings.precision):
-            return denoiser(x, t)
+            return denoiser(x, time)
 
     samples = pipeline.loop(
         denoise,
-        (len(numbers), *pipeline.shape),
-        noise=generators.randn(pipeline.shape),
+        generators.randn(pipeline.shape),
         clip_denoised=pipeline.autoencoder.bounded,
-        device=world.device,
-        progress=show_steps,
         step_noise=lambda step: generators.randn(pipeline.shape),
+        progress=show_steps,
     )
     finite = samples[:n].isfinite().flatten(1).all(1)
     images = pipeline.autoencoder.decode(samples[:n]).cpu().numpy()

@@ -1,10 +1,8 @@
-"""Image grids and the intervals of heat maps."""
+"""Image grids and heat maps."""
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from diffusion.intervals import interval_labels, intervals
 from figures import CAPTION_HEIGHT, GAP, save_coefficients, save_grid
 from models import DiT_models
 from remix import RemixDiT
@@ -30,29 +28,6 @@ def test_captions_are_cut_at_the_width_of_their_tile(tmp_path):
     clipped, continued = (np.asarray(Image.open(tmp_path / f"{clip}.png"))[:, second] for clip in (True, False))
     assert (clipped == 255).all()
     assert (continued < 255).any()
-
-
-@pytest.mark.parametrize(
-    ("n_experts", "boundaries"), [(1, None), (6, None), (20, None), (4, [0, 1, 100.5, 333.3333, 1000]), (1, [0, 1000])]
-)
-def test_intervals_hold_the_timesteps_of_their_expert(n_experts, boundaries):
-    dit = DiT_models["DiT-T/4"](input_size=8, num_classes=2)
-    model = RemixDiT(dit, n_basis=2, n_experts=n_experts, boundaries=boundaries)
-    timesteps = [(i, t) for i, (low, high) in enumerate(intervals(model)) for t in range(low, high)]
-    assert [t for _, t in timesteps] == list(range(1000))
-    assert all(model.expert_index(t) == i for i, t in timesteps)
-
-
-@pytest.mark.parametrize("boundaries", [[0, 0.125, 0.875, 1], [0, 12.5, 875, 1000]])
-def test_intervals_are_those_between_the_boundaries(boundaries):
-    model = RemixDiT(DiT_models["DiT-T/4"](8), n_basis=2, n_experts=3, boundaries=boundaries)
-    if boundaries[-1] == 1:
-        assert intervals(model) == [(0, 0.125), (0.125, 0.875), (0.875, 1)]
-        assert interval_labels(model) == ["0-0.125", "0.125-0.875", "0.875-1"]
-    else:
-        assert intervals(model) == [(0, 13), (13, 875), (875, 1000)]
-        assert interval_labels(model) == ["0-12", "13-874", "875-999"]
-        assert [model.expert_index(t) for t in (12, 13, 874, 875)] == [0, 1, 1, 2]
 
 
 def test_the_coefficients_of_a_flow_are_drawn(tmp_path):

@@ -1,0 +1,99 @@
+"""Scales of noise levels, and the intervals that experts own."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion import create_diffusion, create_flow
+from diffusion.intervals import (
+    FLOW_LEVELS,
+    equal_boundaries,
+    find_interval,
+    find_time,
+    inner_boundaries,
+    interval_labels,
+    intervals,
+    scale_of,
+    timestep_scale,
+)
+from models import DiT_models
+from remix import RemixDiT
+
+
+def test_the_last_boundary_tells_the_scale():
+    assert scale_of([0, 0.5, 1]) == FLOW_LEVELS == create_flow(shift=3.0).scale
+    assert scale_of([0, 500, 1000]) == timestep_scale(1000) == create_diffusion("ddim50").scale
+    assert create_diffusion(diffusion_steps=400).scale == scale_of([0, 400]) != timestep_scale(1000)
+    assert (FLOW_LEVELS.range, FLOW_LEVELS.dtype) == ([0, 1], torch.float32)
+    assert (timestep_scale(400).range, timestep_scale(400).dtype) == ([0, 400], torch.long)
+
+
+@pytest.mark.parametrize("scale", [timestep_scale(1000), FLOW_LEVELS])
+def test_times_and_levels_of_a_scale_are_inverse(scale):
+    levels = np.array([0, 0.25, 0.5, 1]) * scale.highest
+    times = scale.time(levels)
+    assert np.array_equal(scale.level(torch.from_numpy(times)).numpy(), levels.astype(np.float32))
+    assert [scale.level(time) for time in times] == levels.tolist(), "a number has the level of a tensor"
+    # Higher levels are noisier, whatever the direction of time.
+    assert scale.time(scale.highest) == (0 if scale is FLOW_LEVELS else 1000)
+
+
+def test_a_flows_level_on_a_boundary_belongs_to_the_expert_above():
+    boundaries = [0, 0.15, 0.7, 1]
+    assert inner_boundaries(boundaries) == [0.15 - 2**-20, 0.7 - 2**-20]
+    assert [find_time(boundaries, np.float32(1 - level)) for level in (0.14, 0.15, 0.69, 0.7)] == [0, 1, 1, 2]
+    assert inner_boundaries([0, 150, 700, 1000]) == [150, 700]
+    assert [find_time([0, 150, 700, 1000], t) for t in (149, 150, 699, 700)] == [0, 1, 1, 2]
+    with pytest.raises(ValueError, match="must be from 0 to 1, but they are from 2 to 2"):
+        find_interval(boundaries, 2)
+
+
+@pytest.mark.parametrize(
+    ("n_experts", "boundaries"), [(1, None), (6, None), (20, None), (4, [0, 1, 100.5, 333.3333, 1000]), (1, [0, 1000])]
+)
+def test_intervals_hold_the_timesteps_of_their_expert(n_experts, boundaries):
+    dit = DiT_models["DiT-T/4"](input_size=8, num_classes=2)
+    model = RemixDiT(dit, n_basis=2, n_experts=n_experts, boundaries=boundaries)
+    timesteps = [(i, t) for i, (low, high) in enumerate(intervals(model.boundaries)) for t in range(low, high)]
+    assert [t for _, t in timesteps] == list(range(1000))
+    assert all(model.expert_index(t) == i for i, t in timesteps)
+
+
+def test_the_noise_levels_between_boundaries():
+    flow, timesteps = [0, 0.125, 0.875, 1], [0, 12.5, 875, 1000]
+    assert intervals(flow) == [(0, 0.125), (0.125, 0.875), (0.875, 1)]
+    assert interval_labels(flow) == ["0-0.125", "0.125-0.875", "0.875-1"]
+    assert intervals(timesteps) == [(0, 13), (13, 875), (875, 1000)]
+    assert interval_labels(timesteps, "_") == ["0_12", "13_874", "875_999"]
+    assert [find_interval(timesteps, t) for t in (12, 13, 874, 875)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("boundaries", [[0, 0.125, 0.875, 1], [0, 12.5, 875, 1000]])
+def test_times_between_boundaries_belong_to_their_interval(boundaries):
+    scale = scale_of(boundaries)
+    for i in range(3):
+        times = scale.times_between(boundaries[i], boundaries[i + 1], 5)
+        assert {find_time(boundaries, time) for time in times} == {i}
+        levels = scale.level(torch.from_numpy(times)).numpy()
+        assert np.allclose(np.diff(levels, 2), 0, atol=1 if scale.whole else 1e-6), "evenly spaced"
+
+
+@pytest.mark.parametrize("scale", [timestep_scale(1000), FLOW_LEVELS])
+def test_the_grids_of_experts_are_parts_of_the_whole_grid(scale):
+    boundaries = scale.equal_boundaries(7)
+    assert boundaries == equal_boundaries(7, scale.highest)
+    whole = scale.grid(50)
+    parts = [scale.grid(50, pair) for pair in pairwise(boundaries)]
+    assert np.array_equal(np.concatenate(parts), whole)
+    assert all(find_time(boundaries, time) == i for i, part in enumerate(parts) for time in part)
+    # An interval between two points of the grid has its middle.
+    low, high = 0.001 * scale.highest, 0.003 * scale.highest
+    [time] = scale.grid(50, (low, high))
+    assert low <= scale.level(time) < high
+
+
+def test_the_range_of_times_as_text():
+    assert timestep_scale(1000).describe(np.array([7, 3, 12])) == "timesteps 3 to 12"
+    assert FLOW_LEVELS.describe(np.array([0.25, 0.9], np.float32)) == "noise levels 0.1000 to 0.7500"
