@@ -3,33 +3,46 @@
 import torch
 from torch import Tensor, nn
 
-from interop import diffusers
-from interop.own import READERS, find_checkpoint, read_checkpoint
-from models import DiT
-from remix import RemixDiT
+from interop import FORMATS, diffusers
+from interop.own import find_checkpoint, read_checkpoint
+from models import BACKBONES, find_backbone
+from remix import Remix, RemixDiT
 from runtime.errors import UserError, first_line
 
 
-def build_model(config: dict) -> DiT | RemixDiT:
-    """Build the model that the "model" part of a config specifies, with newly initialized weights."""
-    backbone = DiT(**config["backbone"])
+def build_model(config: dict) -> nn.Module:
+    """Build the model that the "model" part of a config specifies, with newly initialized weights.
+
+    Raises:
+        ValueError: if there is no such backbone, or an argument is out of range.
+    """
+    name = config["architecture"]
+    if name not in BACKBONES:
+        raise ValueError(f"its architecture is {name!r}, which is none of {', '.join(BACKBONES)}")
+    backbone = BACKBONES[name].module(**config["backbone"])
     return RemixDiT(backbone, **config["remix"]) if config["remix"] else backbone
 
 
-def model_config(name: str, model: DiT | RemixDiT) -> dict:
+def model_config(name: str, model: nn.Module) -> dict:
     """Return the "model" part of a config, from which `build_model` builds the same architecture.
 
     Args:
-        name: the model's name in the registry, such as "RemixDiT-S/2".
-        model: the model.
+        name: the model's name, such as "RemixDiT-S/2".
+        model: one of the backbones of models.py, or a Remix of one.
     """
-    remix = model.config if isinstance(model, RemixDiT) else None
-    return {"name": name, "backbone": model.backbone_config, "remix": remix}
+    remix = isinstance(model, Remix)
+    backbone = model.backbone if remix else model
+    return {
+        "name": name,
+        "architecture": find_backbone(backbone).name,
+        "backbone": dict(backbone.config),
+        "remix": dict(model.mixing_config) if remix else None,
+    }
 
 
 def load_model(
     path, ema: bool = True, allow_pickle: bool = False, verify: bool = False, **overrides
-) -> tuple[DiT | RemixDiT, dict]:
+) -> tuple[nn.Module, dict]:
     """Load a model for inference.
 
     Args:
@@ -58,7 +71,7 @@ def load_model(
 
 def load_models(
     path, keys: tuple[str, ...], allow_pickle: bool = False, verify: bool = False, **overrides
-) -> tuple[dict[str, DiT | RemixDiT], dict]:
+) -> tuple[dict[str, nn.Module], dict]:
     """Load models from one file, as `load_model` does: for the key "ema" with the EMA, for "model" with raw weights.
 
     The file is read once. Only the keys that are given are in the result.
@@ -78,14 +91,16 @@ def load_models(
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} specifies a model that cannot be built: {error}") from None
         load_weights(model, state, path)
+        # Files of other projects do not give all arguments.
+        config["model"] = model_config(config["model"]["name"], model)
         models[key] = model.eval()
     return models, config
 
 
 def _read_any(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[str, Tensor]]:
     """Return the config and the state dict of a file of any known format."""
-    for read in READERS:
-        if found := read(path, content, ema, overrides):
+    for format in FORMATS.values():
+        if found := format.module.read(path, content, ema, overrides):
             return found
     raise UserError(f"{path} holds no state dict of a DiT or RemixDiT in a known format")
 
@@ -102,7 +117,7 @@ def check_shapes(path, config: dict, state: dict[str, Tensor]):
         UserError: if a tensor has another shape than in the model, or if the model has more blocks than the file has
             tensors.
     """
-    depth = config["backbone"]["depth"]
+    depth = sum(value for key, value in config["backbone"].items() if key.endswith("depth"))
     if depth > len(state):
         raise UserError(f"{path} does not fit the model: {depth} blocks, but {len(state)} tensors")
     with torch.device("meta"):

@@ -20,23 +20,20 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from checkpoint import load_models, model_config
-from diffusion import NOISE_LEVELS, process_name
+from diffusion import PROCESSES
 from diffusion.intervals import intervals
 from features.autoencoder import Latents, load_autoencoder
-from interop import diffusers, dit, original, sit
-from interop.own import find_checkpoint, save_safetensors
+from interop import FORMATS, diffusers
+from interop.own import find_checkpoint
 from interop.shapes import TIMESTEP_FREQUENCIES_FLAG, frequency_override
-from models import DiT
-from remix import RemixDiT
+from remix import Remix, RemixDiT
 from runtime.command_line import ArgumentParser, counted, number, positive_int, run_script
-from runtime.errors import UserError, warn
+from runtime.errors import UserError
 from sampling.loading import choose_process
 from training.posthoc_ema import WIDEST, reconstruct
-
-# The formats whose files hold the EMA weights and the raw weights.
-FILE_FORMATS = {"original": original, "dit": dit, "sit": sit}
 
 
 def main(args: argparse.Namespace):
@@ -44,11 +41,12 @@ def main(args: argparse.Namespace):
         raise UserError(f"{args.out} exists: choose another name")
     if args.vae and args.to != "diffusers":
         raise UserError(f"--vae is stored in a pipeline: use it with --to diffusers, not --to {args.to}")
+    format = FORMATS[args.to]
     chosen = args.expert is not None or args.merge is not None
-    if chosen and args.to == "original":
-        raise UserError("--expert and --merge give a DiT: use another format, not --to original")
+    if chosen and format.experts == "all":
+        raise UserError(f"--expert and --merge give a plain model: use another format, not --to {args.to}")
 
-    keys = ("ema", "model") if args.to in FILE_FORMATS else ("ema",)
+    keys = ("ema", "model") if format.raw_weights else ("ema",)
     overrides = {"num_heads": args.num_heads} if args.num_heads else {}
     overrides |= frequency_override(args.timestep_frequencies)
     models, config = load_models(args.ckpt, keys, args.trust_pickle, **overrides)
@@ -57,47 +55,43 @@ def main(args: argparse.Namespace):
         models["ema"].load_state_dict(ema)
         config["source"] = f"post-hoc EMA of relative standard deviation {args.ema_std} of {args.ckpt}"
     choose_process(args.ckpt, config, args.process)
-    if args.to in ("original", "dit") and process_name(config["diffusion"]) == "flow":
-        warn(f"{args.out} does not say that the model is a flow, a file of --to sit does")
-    if args.to in ("dit", "sit") and config["model"]["backbone"].get("frequency_shift"):
-        warn(f"{args.out} cannot record the timestep frequencies: load it with --timestep-frequencies diffusers")
-    if args.to in ("dit", "sit") or chosen:
-        models = {key: fold_experts(model, args.expert, args.merge, args.ckpt) for key, model in models.items()}
-        config["model"] = model_config(config["model"]["name"].removeprefix("Remix"), models["ema"])
+    name, architecture = config["model"]["name"], config["model"]["architecture"]
+    if format.backbones and architecture not in format.backbones:
+        raise UserError(f"--to {args.to} is for a {' or '.join(format.backbones)}, {args.ckpt} holds a {architecture}")
+    if chosen or format.experts == "one":
+        if config["model"]["remix"]:
+            models = {key: fold_experts(model, args.expert, args.merge, args.ckpt) for key, model in models.items()}
+        elif chosen:
+            flag = "--merge" if args.merge else f"--expert {args.expert}"
+            raise UserError(f"{flag}: {args.ckpt} holds a plain {architecture}, which has no experts")
+        name = name.removeprefix("Remix")
         if args.merge:
             config["source"] = f"experts of {args.ckpt}, merged with the weights {args.merge}"
-
-    if args.to in ("original", "diffusers"):
+    elif config["model"]["remix"] and config["model"]["remix"]["rank"] and not format.low_rank:
         models = {key: whole_bases(model, args.to) for key, model in models.items()}
-    if args.to in FILE_FORMATS:
-        FILE_FORMATS[args.to].write(args.out, models, config)
-    elif args.to == "safetensors":
-        save_safetensors(args.out, models["ema"], config)
-    else:
-        if args.vae and not diffusers.is_pipeline(models["ema"], config):
+    config["model"] = model_config(name, models["ema"])
+
+    options = {}
+    if args.vae:
+        if not diffusers.is_pipeline(config):
             raise UserError("--vae is stored in the pipeline of a RemixDiT or a flow, this is the folder of one DiT")
-        diffusers.write(args.out, models, config, load_vae(args.vae))
+        options = {"vae": load_vae(args.vae)}
+    format.module.write(args.out, models, config, **options)
     print(f"wrote {args.out}")
 
 
-def fold_experts(model: DiT | RemixDiT, expert: int | None, merge: str | None, path: str) -> DiT:
-    """Fold experts of a RemixDiT into one plain DiT.
+def fold_experts(model: Remix, expert: int | None, merge: str | None, path: str) -> nn.Module:
+    """Fold experts into one plain model.
 
     Args:
-        model: the model; a plain DiT is returned as it is.
+        model: the model.
         expert: index of the expert.
         merge: take all experts instead: "mean" with equal weights, or "interval" with the lengths of their intervals of
             noise levels as weights.
         path: the checkpoint, for error messages.
     """
-    if isinstance(model, DiT):
-        if merge:
-            raise UserError(f"--merge: {path} holds a plain DiT, not the experts of a RemixDiT")
-        if expert is not None:
-            raise UserError(f"--expert {expert}: {path} holds a plain DiT, which has no experts")
-        return model
     if merge:
-        return model.merge([high - low for low, high in intervals(model)] if merge == "interval" else None)
+        return model.merge([high - low for low, high in intervals(model.boundaries)] if merge == "interval" else None)
     if expert is None:
         raise UserError(f"{path} holds {counted(model.n_experts, 'expert')}: choose one with --expert, or use --merge")
     if expert >= model.n_experts:
@@ -105,20 +99,18 @@ def fold_experts(model: DiT | RemixDiT, expert: int | None, merge: str | None, p
     return model.expert(expert)
 
 
-def whole_bases(model: DiT | RemixDiT, format: str) -> DiT | RemixDiT:
-    """Return a RemixDiT with low-rank bases as an equal one with whole bases; other models are returned as they are.
+def whole_bases(model: Remix, format: str) -> RemixDiT:
+    """Return a Remix with low-rank bases as an equal one with whole bases.
 
     The weight of basis k is W + B_k A_k. The coefficients of an expert must add up to 1.
     """
-    if isinstance(model, DiT) or model.rank is None:
-        return model
     if model.mixer == "raw":
         raise UserError(
             f"--to {format} has no low-rank bases, and raw coefficients do not fit whole ones: "
             "use --to safetensors, or fold an expert with --expert"
         )
     plain = model.expert(0)
-    whole = RemixDiT(plain, **{key: value for key, value in model.config.items() if key != "rank"})
+    whole = RemixDiT(plain, **model.mixing_config | {"rank": None})
     whole.load_state_dict({"logits": model.logits}, strict=False)
     with torch.no_grad():
         for k, alpha in enumerate(torch.eye(model.n_basis).tolist()):
@@ -142,10 +134,9 @@ if __name__ == "__main__":
     parser.add_argument("out", help="the file to write, or the folder for diffusers")
     parser.add_argument(
         "--to",
-        choices=[*FILE_FORMATS, "safetensors", "diffusers"],
+        choices=[*FORMATS],
         required=True,
-        help="the format: of the original Remix-DiT, facebookresearch/DiT, willisma/SiT, safetensors, or a folder for "
-        "diffusers",
+        help="the format: " + "; ".join(f"{name}: {format.description}" for name, format in FORMATS.items()),
     )
     parser.add_argument(
         "--trust-pickle",
@@ -169,7 +160,7 @@ if __name__ == "__main__":
     )
     parser.add_argument(
         "--process",
-        choices=[*NOISE_LEVELS],
+        choices=PROCESSES,
         help="what the model was trained for, if the file does not say it: a bare state dict of SiT is a flow",
     )
     parser.add_argument(

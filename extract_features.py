@@ -25,11 +25,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from features.autoencoder import Latents, Pixels, load_autoencoder, load_normalization
+from features.autoencoder import Autoencoder, Latents, load_autoencoder, load_normalization
 from features.dataset import (
     DTYPES,
     INDEX,
-    OMITTED,
     SHARD_SIZE,
     STORES,
     read_skipped,
@@ -64,12 +63,9 @@ def main(args: argparse.Namespace):
         grayscale=args.grayscale,
         seed=args.global_seed,
         names=images.fingerprint(),
+        store=args.store,
+        dtype=args.dtype,
     )
-    # Omitted for the defaults, so that settings written by earlier versions still match.
-    if args.store != "draw":
-        settings["store"] = args.store
-    if args.dtype != "float32":
-        settings["dtype"] = args.dtype
     # Pixels have none.
     if args.vae != "none":
         settings |= load_normalization(args.vae).record()
@@ -119,7 +115,7 @@ def main(args: argparse.Namespace):
     # Encode this process's share of the missing shards.
     autoencoder = autoencoder.to(world.device)
     encoder = Encoder(autoencoder, args.store, args.mirror, args.global_seed, world.device, args.dtype)
-    encode_shards(crops, encoder, missing, folder, world, args.batch_size, args.num_workers, logger)
+    encode_shards(crops, encoder, missing, args, world, logger)
     world.barrier()
 
     # Write the index, which marks the features as complete.
@@ -146,12 +142,8 @@ def finished(folder: Path, settings: dict) -> bool:
     """Return whether a folder holds all features of these settings. Raises UserError if it holds other features."""
     record = folder / SETTINGS
     if record.exists():
-        defaults = dict(OMITTED)
-        # Earlier versions did not record the scale, and knew no other than one for all channels.
-        if isinstance(settings.get("scale"), float):
-            defaults["scale"] = settings["scale"]
         # A row that could not be read may have been repaired.
-        check_settings(record, settings, "choose another --features-path", read_skipped(folder), defaults)
+        check_settings(record, settings, "choose another --features-path", read_skipped(folder))
     if not (folder / INDEX).exists():
         return False
     if not record.exists():
@@ -171,7 +163,7 @@ def repaired_shards(folder: Path, crops: "Crops") -> set[int]:
     }
 
 
-def features_side(image_size: int, autoencoder: Pixels, model: str | None) -> int:
+def features_side(image_size: int, autoencoder: Autoencoder, model: str | None) -> int:
     """Return the side of the features. Raises UserError if the image size does not suit the VAE or the model."""
     if image_size % autoencoder.factor:
         raise UserError(f"--image-size {image_size} is not a multiple of the VAE's factor {autoencoder.factor}")
@@ -289,7 +281,7 @@ class Encoder:
         dtype: type of the features, one of features.DTYPES.
     """
 
-    autoencoder: Pixels
+    autoencoder: Autoencoder
     store: str
     mirror: bool
     seed: int
@@ -360,21 +352,19 @@ def encode_shards(
     crops: Crops,
     encoder: Encoder,
     missing: list[int],
-    folder: Path,
+    args: argparse.Namespace,
     world: World,
-    batch_size: int,
-    n_workers: int,
     logger: logging.Logger,
 ):
-    """Encode this process's share of the missing shards and write them to `folder`."""
+    """Encode this process's share of the missing shards and write them to the folder that the flags name."""
     total = len(crops)
     mine = {shard: shard_images(shard, crops.images) for shard in missing[world.rank :: world.size]}
-    batches = [part for indices in mine.values() for part in split(indices, batch_size)]
+    batches = [part for indices in mine.values() for part in split(indices, args.batch_size)]
     # One loader reads all shards, so that its workers read ahead across the boundaries between shards.
     loader = DataLoader(
         crops,
         batch_sampler=batches,
-        num_workers=n_workers,
+        num_workers=args.num_workers,
         collate_fn=join,
         pin_memory=world.device.type == "cuda",
     )
@@ -382,9 +372,9 @@ def encode_shards(
         bar.update(total - sum(len(shard_images(shard, crops.images)) for shard in missing))
         loaded = iter(loader)
         for shard, indices in mine.items():
-            own = islice(loaded, len(split(indices, batch_size)))
+            own = islice(loaded, len(split(indices, args.batch_size)))
             features, labels, skipped = encode_images(crops, own, encoder)
-            write_shard(folder, shard, features, labels, skipped, encoder.dtype)
+            write_shard(Path(args.features_path), shard, features, labels, skipped, encoder.dtype)
             if shard == missing[0] and isinstance(encoder.autoencoder, Latents) and len(features):
                 report_scale(features, encoder.store, logger)
             bar.update(min(len(indices) * world.size, bar.total - bar.n))

@@ -1,17 +1,24 @@
-"""The diffusion transformer (DiT, Peebles & Xie, arXiv 2212.09748) and classifier-free guidance.
+"""The backbones: the diffusion transformer (DiT, Peebles & Xie, arXiv 2212.09748), and one record for each backbone.
 
-Parameter names and shapes are those of facebookresearch/DiT, so its checkpoints load unchanged. Patch embedding,
+A record (`Backbone`) says everything that the rest of the code needs to know about a backbone. To add one, write its
+class and a record.
+
+DiT's parameter names and shapes are those of facebookresearch/DiT, so its checkpoints load unchanged. Patch embedding,
 attention and MLP come from timm. Shapes in comments: B samples, L tokens, D hidden size, C channels, P patch size.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
 from timm.layers.attention import Attention
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -67,8 +74,12 @@ class LabelEmbedder(nn.Module):
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
-        self.num_classes = num_classes
         self.dropout_prob = dropout_prob
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, without the null class."""
+        return self.embedding_table.num_embeddings - (self.dropout_prob > 0)
 
     def forward(self, y: Tensor, label_drop: Tensor | None = None) -> Tensor:
         """Embed the labels y [B] -> [B, D]. See `DiT.forward` for `label_drop` [B]."""
@@ -136,6 +147,39 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+def default_guided_channels(channels: int) -> int:
+    """Return how many channels are guided by default: three of four latent channels, as in DiT; otherwise all.
+
+    With the 16 channels of other VAEs, three guided ones would leave most of the latent unguided.
+    """
+    return 3 if channels == 4 else channels
+
+
+def classifier_free_guidance(
+    model: nn.Module, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = None
+) -> Tensor:
+    """Run a model with classifier-free guidance as DiT applies it (Ho & Salimans, arXiv 2207.12598, eq. 6).
+
+    Args:
+        model: called as model(x, t, y).
+        x: noisy images or latents [2B, C, H, W]. The second half is ignored and the first half used twice.
+        t: timesteps [2B] of the original process.
+        y: class labels [2B]. The first half holds the classes, the second half the null class.
+        cfg_scale: guidance scale. 1 means no guidance.
+        guided_channels: number of leading noise channels that are guided. None for `default_guided_channels`.
+
+    Returns:
+        Output [2B, C or 2C, H, W]. The guided channels are the same in both halves, the others are the model's.
+    """
+    x = x[: len(x) // 2]  # [B, C, H, W]
+    out = model(torch.cat([x, x]), t, y)  # [2B, C or 2C, H, W]
+    guided = min(guided_channels or default_guided_channels(x.shape[1]), x.shape[1])
+    noise, rest = out[:, :guided], out[:, guided:]
+    conditional, unconditional = noise.chunk(2)  # [B, guided, H, W] each
+    noise = unconditional + cfg_scale * (conditional - unconditional)
+    return torch.cat([torch.cat([noise, noise]), rest], dim=1)
+
+
 class DiT(nn.Module):
     """A class-conditional diffusion transformer.
 
@@ -189,13 +233,10 @@ class DiT(nn.Module):
             class_dropout_prob=class_dropout_prob,
             num_classes=num_classes,
             learn_sigma=learn_sigma,
+            frequency_shift=frequency_shift,
         )
-        # Omitted for the default, so that configs written by earlier versions still match.
-        if frequency_shift:
-            self.config["frequency_shift"] = frequency_shift
         self.patch_size = patch_size
         self.in_channels = in_channels
-        self.num_classes = num_classes
         self.frequency_shift = frequency_shift
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
 
@@ -231,29 +272,9 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
 
     @property
-    def backbone_config(self) -> dict:
-        """The keyword arguments that build this model; a RemixDiT has those of its backbone under the same name."""
-        return dict(self.config)
-
-    @torch.no_grad()
-    def reset_classes(self, num_classes: int, kept: dict[int, int]):
-        """Replace the table of the class embeddings by a newly initialized one for other classes.
-
-        The embedding of the null class is kept.
-
-        Args:
-            num_classes: number of new classes.
-            kept: old label of each new class whose embedding is kept.
-        """
-        old = self.y_embedder
-        size = old.embedding_table.embedding_dim
-        new = LabelEmbedder(num_classes, size, old.dropout_prob).to(old.embedding_table.weight)
-        nn.init.normal_(new.embedding_table.weight, std=0.02)
-        rows = kept | ({num_classes: self.num_classes} if old.dropout_prob > 0 else {})
-        for row, old_row in rows.items():
-            new.embedding_table.weight[row] = old.embedding_table.weight[old_row]
-        self.y_embedder = new
-        self.num_classes = self.config["num_classes"] = num_classes
+    def num_classes(self) -> int:
+        """Number of classes, without the null class."""
+        return self.config["num_classes"]
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Arrange the patches x [B, L, P * P * out_channels] as images [B, out_channels, H, W]."""
@@ -282,44 +303,7 @@ class DiT(nn.Module):
         x = self.final_layer(x, c)  # [B, L, P * P * out_channels]
         return self.unpatchify(x)  # [B, out_channels, H, W]
 
-    def forward_with_cfg(
-        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = None
-    ) -> Tensor:
-        """See `classifier_free_guidance`."""
-        return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
-
-
-def default_guided_channels(channels: int) -> int:
-    """Return how many channels are guided by default: three of four latent channels, as in DiT; otherwise all.
-
-    With the 16 channels of other VAEs, three guided ones would leave most of the latent unguided.
-    """
-    return 3 if channels == 4 else channels
-
-
-def classifier_free_guidance(
-    model: nn.Module, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = None
-) -> Tensor:
-    """Run a model with classifier-free guidance as DiT applies it (Ho & Salimans, arXiv 2207.12598, eq. 6).
-
-    Args:
-        model: called as model(x, t, y).
-        x: noisy images or latents [2B, C, H, W]. The second half is ignored and the first half used twice.
-        t: timesteps [2B] of the original process.
-        y: class labels [2B]. The first half holds the classes, the second half the null class.
-        cfg_scale: guidance scale. 1 means no guidance.
-        guided_channels: number of leading noise channels that are guided. None for `default_guided_channels`.
-
-    Returns:
-        Output [2B, C or 2C, H, W]. The guided channels are the same in both halves, the others are the model's.
-    """
-    x = x[: len(x) // 2]  # [B, C, H, W]
-    out = model(torch.cat([x, x]), t, y)  # [2B, C or 2C, H, W]
-    guided = min(guided_channels or default_guided_channels(x.shape[1]), x.shape[1])
-    noise, rest = out[:, :guided], out[:, guided:]
-    conditional, unconditional = noise.chunk(2)  # [B, guided, H, W] each
-    noise = unconditional + cfg_scale * (conditional - unconditional)
-    return torch.cat([torch.cat([noise, noise]), rest], dim=1)
+    forward_with_cfg = classifier_free_guidance
 
 
 def sincos_positions(dim: int, side: int) -> Tensor:
@@ -337,15 +321,172 @@ def sincos_positions(dim: int, side: int) -> Tensor:
     return torch.cat([along_x, along_y], dim=1).float()
 
 
-SIZES = {
+@dataclass(frozen=True)
+class Backbone:
+    """What the rest of the code knows about a backbone: its class, its sizes, and where its parts are.
+
+    The class is called as `DiT` is, model(x, t, y, label_drop=None), with an output of C or 2C channels. Its attribute
+    `config` is a dict of the keyword arguments that build it, in plain types. Each class has the arguments input_size,
+    in_channels, num_classes and class_dropout_prob, with the meanings that they have for `DiT`. The number of its
+    blocks, if it is an argument, is called depth, or has a name that ends so.
+
+    Attributes:
+        name: name of the backbone, such as "DiT". Its models are named after it and their size: "DiT-S/2", and with
+            experts "RemixDiT-S/2".
+        module: the class.
+        sizes: keyword arguments of each size, by its name such as "S/2".
+        mixed_layers: names of the `nn.Linear` layers that a Remix mixes, in which * stands for text without a dot.
+        modulation: names of layers that --mix-modulation mixes too. They start at zero.
+        blocks: name of the list of blocks. Their activations can be computed again in the backward pass.
+        class_embedding: name of the `nn.Embedding` of the classes. The null class, if there is one, is its last row.
+        before_compile: function that is called with a model that will be compiled, and the device that it will run on,
+            and changes the model in place; None if nothing changes.
+    """
+
+    name: str
+    module: type[nn.Module]
+    sizes: dict[str, dict]
+    mixed_layers: tuple[str, ...]
+    modulation: tuple[str, ...] = ()
+    blocks: str = "blocks"
+    class_embedding: str = "y_embedder.embedding_table"
+    before_compile: Callable[[nn.Module, torch.device], None] | None = None
+
+    def models(self) -> dict[str, Callable[..., nn.Module]]:
+        """Return what builds the model of each size, by the model's name. It takes further keyword arguments."""
+        return {f"{self.name}-{size}": partial(self.module, **arguments) for size, arguments in self.sizes.items()}
+
+    def find_size(self, config: dict) -> str | None:
+        """Return the name of the size that has these keyword arguments, or None. Those that are missing match any."""
+        for size, arguments in self.sizes.items():
+            if all(config.get(key, value) == value for key, value in arguments.items()):
+                return size
+        return None
+
+    def find_blocks(self, module: nn.Module) -> list[nn.Module]:
+        """Return the blocks of a model of this class."""
+        return list(module.get_submodule(self.blocks))
+
+    def count_flops(self, config: dict) -> int:
+        """Count the FLOPs of the matrix products of one forward pass, per image.
+
+        Args:
+            config: the keyword arguments of the class.
+        """
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            model = self.module(**config).eval()
+            x = torch.empty(1, config["in_channels"], config["input_size"], config["input_size"])
+            model(x, torch.empty(1), torch.empty(1, dtype=torch.long))
+        return counter.get_total_flops()
+
+    @torch.no_grad()
+    def reset_classes(self, module: nn.Module, num_classes: int, kept: dict[int, int]):
+        """Replace the table of the class embeddings by a newly initialized one for other classes.
+
+        The embedding of the null class is kept.
+
+        Args:
+            module: a model of this class, which is changed in place.
+            num_classes: number of new classes.
+            kept: old label of each new class whose embedding is kept.
+        """
+        old, old_classes = module.get_submodule(self.class_embedding), module.config["num_classes"]
+        null_classes = old.num_embeddings - old_classes
+        new = nn.Embedding(num_classes + null_classes, old.embedding_dim).to(old.weight)
+        nn.init.normal_(new.weight, std=0.02)
+        rows = kept | {num_classes + i: old_classes + i for i in range(null_classes)}
+        for row, old_row in rows.items():
+            new.weight[row] = old.weight[old_row]
+        module.set_submodule(self.class_embedding, new)
+        module.config["num_classes"] = num_classes
+
+
+def choose_attention(model: nn.Module, device: torch.device):
+    """Select the faster attention for a model that will be compiled.
+
+    On CPUs, two matrix products with a compiled softmax between them are faster than PyTorch's fused attention kernel.
+
+    Args:
+        model: its timm `Attention` modules are changed in place.
+        device: the device the model will run on. Nothing changes unless it is a CPU.
+    """
+    if device.type != "cpu":
+        return
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.fused_attn = False
+
+
+DIT_SIZES = {
     "XL": dict(depth=28, hidden_size=1152, num_heads=16),
     "L": dict(depth=24, hidden_size=1024, num_heads=16),
     "B": dict(depth=12, hidden_size=768, num_heads=12),
     "S": dict(depth=12, hidden_size=384, num_heads=6),
     "T": dict(depth=3, hidden_size=48, num_heads=3),  # tiny, trains on a laptop
 }
-DiT_models = {
-    f"DiT-{size}/{patch}": partial(DiT, **shape, patch_size=patch)
-    for size, shape in SIZES.items()
-    for patch in (2, 4, 8)
-}
+DIT = Backbone(
+    name="DiT",
+    module=DiT,
+    sizes={f"{size}/{p}": dict(**shape, patch_size=p) for size, shape in DIT_SIZES.items() for p in (2, 4, 8)},
+    mixed_layers=("blocks.*.attn.qkv", "blocks.*.attn.proj", "blocks.*.mlp.fc1", "blocks.*.mlp.fc2"),
+    modulation=("blocks.*.adaLN_modulation.1",),
+    before_compile=choose_attention,
+)
+# Every backbone, by its name.
+BACKBONES = {backbone.name: backbone for backbone in (DIT,)}
+DiT_models = DIT.models()
+
+
+def find_backbone(module: nn.Module) -> Backbone:
+    """Return the record of a module's class.
+
+    Raises:
+        ValueError: if the class has none.
+    """
+    # PyTorch's wrappers, such as fully_shard, make subclasses.
+    for kind in type(module).__mro__:
+        for backbone in BACKBONES.values():
+            if backbone.module is kind:
+                return backbone
+    raise ValueError(f"a {type(module).__name__} is none of the backbones {', '.join(BACKBONES)}")
+
+
+def model_names() -> list[str]:
+    """Return the names of all models: those of the backbones, and then those with experts, such as "RemixDiT-S/2"."""
+    names = [name for backbone in BACKBONES.values() for name in backbone.models()]
+    return [*names, *(f"Remix{name}" for name in names)]
+
+
+class ModelName(NamedTuple):
+    """What the name of a model says: its backbone, its size such as "S/2", and whether it has experts."""
+
+    backbone: Backbone
+    size: str
+    with_experts: bool
+
+
+def find_model(name: str) -> ModelName:
+    """Look up the name of a model, one of `model_names`.
+
+    Raises:
+        KeyError: if no model has this name.
+    """
+    kind, _, size = name.removeprefix("Remix").partition("-")
+    backbone = BACKBONES[kind]
+    if size not in backbone.sizes:
+        raise KeyError(name)
+    return ModelName(backbone, size, name.startswith("Remix"))
+
+
+def build_plain(name: str, **options) -> nn.Module:
+    """Build a plain backbone.
+
+    Args:
+        name: name of the model, such as "DiT-S/2", or that of its model with experts, "RemixDiT-S/2".
+        **options: further arguments of its class, such as `input_size`.
+
+    Raises:
+        ValueError: see the class.
+    """
+    backbone, size, _ = find_model(name)
+    return backbone.module(**backbone.sizes[size] | options)

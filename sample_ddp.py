@@ -25,16 +25,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
-from diffusion import FLOW_SAMPLERS, PROCESS_SAMPLERS, SAMPLERS, process_name
+from diffusion import PROCESSES, Process, create_process
 from diffusion.flow import LAST_STEPS
 from diffusion.interpolants import DIFFUSION_FORMS
+from diffusion.intervals import TIMESTEPS
 from figures import save_grid
 from interop.own import find_checkpoint, fingerprint
 from interop.shapes import TIMESTEP_FREQUENCIES_FLAG, flow_target, frequency_override
-from models import DiT, DiT_models
-from remix import RemixDiT_models
+from models import model_names
 from runtime.command_line import ArgumentParser, counted, folder_name, number, positive_int, run_script, seed_int
 from runtime.errors import UserError, is_first_process
 from runtime.files import (
@@ -48,7 +49,6 @@ from runtime.files import (
     write_json,
 )
 from runtime.processes import PRECISIONS, World, rank0_logger, setup
-from sampling.experts import ExpertSwitch
 from sampling.guidance import parse_pieces
 from sampling.loading import choose_process, load_denoiser
 from sampling.pipeline import SAMPLE_BATCH, Pipeline, SampleSettings, label_of, make_pipeline, sample, trained_classes
@@ -70,22 +70,24 @@ def main(args: argparse.Namespace):
     choose_process(args.ckpt[0], config, args.process)
     check_data_flags(args.image_size, args.num_classes, config, args.ckpt[0])
     check_original_flags(args.n_basis, args.n_experts, args.tf32, config, args.ckpt[0])
-    settings = sample_settings(args, process_name(config["diffusion"]))
+    settings = sample_settings(args, create_process(**config["diffusion"]))
     vae = args.vae or config["data"]["vae"]
     guide = load_guide(args, config) if args.guide_ckpt else None
     pipeline = make_pipeline(model, guide, config, settings, vae, args.ckpt[0])
     folder = Path(args.sample_dir) / (args.name or default_name(args.ckpt[0], args.guide_ckpt, settings))
     fingerprints = [fingerprint(path) for path in args.ckpt]
-    used = {name: value for name, value in asdict(settings).items() if value is not None}
-    record = {"ckpt": args.ckpt, "ckpt_fingerprint": fingerprints, "vae": vae, **used}
-    if args.guide_ckpt:
-        record |= {"guide_ckpt": args.guide_ckpt, "guide_fingerprint": fingerprint(args.guide_ckpt)}
-    # Omitted for the default, as in the config.
-    if shift := config["model"]["backbone"].get("frequency_shift"):
-        record["frequency_shift"] = shift
-    if config["diffusion"].get("process"):
-        record["process"] = config["diffusion"]["process"]
-    if pipeline.timesteps is None:
+    record = {
+        "ckpt": args.ckpt,
+        "ckpt_fingerprint": fingerprints,
+        "backbone": config["model"]["backbone"],
+        "process": config["diffusion"]["process"],
+        "vae": vae,
+        **asdict(settings),
+        "guide_ckpt": args.guide_ckpt,
+        "guide_fingerprint": args.guide_ckpt and fingerprint(args.guide_ckpt),
+        "step_sizes": None,
+    }
+    if pipeline.evaluations is None:
         record["step_sizes"] = "adaptive, common to each batch: the samples depend on per_proc_batch_size"
     if finished(folder, record):
         return
@@ -97,7 +99,7 @@ def main(args: argparse.Namespace):
     disk = check_space(folder, pipeline, settings, sum(map(len, missing))) if is_first_process() else None
     compiled = args.compile
     if compiled is None:
-        evaluations = ADAPTIVE_EVALUATIONS if pipeline.timesteps is None else len(pipeline.timesteps)
+        evaluations = pipeline.evaluations or ADAPTIVE_EVALUATIONS
         compiled = torch.cuda.is_available() and len(missing) * evaluations >= 1000
 
     # Set up the processes, the device and the folder.
@@ -113,7 +115,7 @@ def main(args: argparse.Namespace):
     if world.is_main:
         write_json(folder / "settings.json", record)
     world.barrier()
-    steps = "adaptive" if pipeline.timesteps is None else f"{len(pipeline.timesteps):,}"
+    steps = "adaptive" if pipeline.evaluations is None else f"{pipeline.evaluations:,}"
     sampler = f"{settings.sampler}, {steps} network evaluations per sample, guidance scale {settings.cfg_scale}"
     if settings.guidance_interval:
         sampler += " at noise levels {:g} to {:g}".format(*settings.guidance_interval)
@@ -130,21 +132,21 @@ def main(args: argparse.Namespace):
         logger.info(f"wrote {folder / 'samples.npz'} and {folder / 'grid.png'}")
 
 
-def sample_settings(args: argparse.Namespace, process: str) -> SampleSettings:
+def sample_settings(args: argparse.Namespace, process: Process) -> SampleSettings:
     """Return the settings that the flags give, with the defaults of the sampler.
 
     Args:
         args: the flags.
-        process: "gaussian" or "flow", the process of the checkpoint.
+        process: the process of the checkpoint.
 
     Raises:
         UserError: if the sampler is not one of the process, or if a flag has no meaning for the sampler.
     """
     values = {field.name: getattr(args, field.name) for field in fields(SampleSettings)}
-    sampler = args.sampler or PROCESS_SAMPLERS[process][0]
-    if sampler not in PROCESS_SAMPLERS[process]:
-        names = ", ".join(PROCESS_SAMPLERS[process])
-        raise UserError(f"--sampler {sampler}: {args.ckpt[0]} is a model of the process {process}: use one of {names}")
+    sampler = args.sampler or next(iter(process.samplers))
+    if sampler not in process.samplers:
+        kind, names = f"a model of the process {process.name}", ", ".join(process.samplers)
+        raise UserError(f"--sampler {sampler}: {args.ckpt[0]} is {kind}: use one of {names}")
     defaults = {} if sampler == "dopri5" else {"num_sampling_steps": "250"}
     if sampler == "sde":
         defaults |= {"diffusion_form": "sigma", "last_step": "mean", "last_step_size": 0.04}
@@ -158,7 +160,7 @@ def sample_settings(args: argparse.Namespace, process: str) -> SampleSettings:
     return SampleSettings(**values | {"sampler": sampler})
 
 
-def load_guide(args: argparse.Namespace, config: dict) -> DiT | ExpertSwitch:
+def load_guide(args: argparse.Namespace, config: dict) -> nn.Module:
     """Load the guide, and check that it denoises the same data, classes and process as the model of this config."""
     guide, guide_config = load_denoiser([args.guide_ckpt], args.ema, args.trust_pickle)
     choose_process(args.guide_ckpt, guide_config, args.process)
@@ -344,14 +346,14 @@ if __name__ == "__main__":
     )
     group.add_argument(
         "--model",
-        choices=[*DiT_models, *RemixDiT_models],
+        choices=model_names(),
         metavar="NAME",
         help="name of the architecture, such as RemixDiT-S/2; required only if the checkpoint does not record it, "
         "otherwise compared with the checkpoint",
     )
     group.add_argument(
         "--process",
-        choices=PROCESS_SAMPLERS,
+        choices=PROCESSES,
         help="process of the model in a file of another project that does not say it: flow for a SiT of linear path "
         "and velocity prediction (default: the checkpoint's, or gaussian)",
     )
@@ -390,7 +392,7 @@ if __name__ == "__main__":
     )
     group.add_argument(
         "--sampler",
-        choices=list(dict.fromkeys((*SAMPLERS, *FLOW_SAMPLERS))),
+        choices=list(dict.fromkeys(name for process in PROCESSES.values() for name in process.samplers)),
         help="for Gaussian diffusion ddpm (the default); ddim, without noise (eta 0); or a solver of diffusers: dpmpp "
         "(DPM-Solver++), unipc or euler. For flows euler (the default); heun, with two network evaluations per step; "
         "dopri5, with adaptive steps that are common to a batch, so that the samples depend on the batch size; or sde, "
@@ -419,7 +421,7 @@ if __name__ == "__main__":
     )
     group.add_argument(
         "--guidance-interval",
-        type=number(float, 0, 1000),
+        type=number(float, 0, TIMESTEPS),
         nargs=2,
         metavar=("LO", "HI"),
         help="guide only at these noise levels, and run the model without guidance at the others (arXiv 2404.07724)",

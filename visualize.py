@@ -19,7 +19,7 @@ import csv
 import json
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import matplotlib
@@ -29,27 +29,26 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import load_model
-from diffusion import FlowMatching, GaussianDiffusion, create_process
-from diffusion.intervals import interval_labels, intervals, is_flow
+from diffusion import create_process
+from diffusion.intervals import interval_labels, scale_of
 from evaluation.scores import NEIGHBOURS
 from features.dataset import FeatureDataset
 from figures import save_coefficients, save_grid
 from interop.own import find_checkpoint
 from interop.shapes import TIMESTEP_FREQUENCIES_FLAG, frequency_override
-from models import DiT
-from remix import RemixDiT
+from remix import Remix
 from runtime.command_line import ArgumentParser, number, positive_int, run_script, seed_int
 from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.processes import World
-from sampling.experts import ExpertSwitch, for_sampling
+from sampling.experts import for_sampling
 from training.posthoc_ema import WIDEST, reconstruct
-from training.scoring import FID_SAMPLES, make_fid
-from training.statistics import grid_times, interval_times, noise_errors
+from training.scoring import FID_SAMPLES, ScoreSettings, make_fid
+from training.statistics import HeldOutErrors
 
 # Evenly spaced noise levels at which the error of an EMA is measured.
 EMA_LEVELS = 50
@@ -73,14 +72,17 @@ def main(args: argparse.Namespace):
             raise UserError("--weights, --score-samples and --vae need --score-against")
         measures = {}
         if args.data_path:
-            x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, model)
+            shape = config["model"]["backbone"]
+            x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, shape)
             diffusion = create_process(**config["diffusion"])
-            measures["error"] = partial(held_out_error, diffusion, x.to(device()), y.to(device()), args.global_seed)
+            errors = HeldOutErrors(diffusion, x.to(device()), y.to(device()), min(32, len(x)), args.global_seed)
+            measures["error"] = partial(held_out_error, errors)
         if args.score_against:
             if not config["training"]:
                 raise UserError(f"{args.ckpt} is no checkpoint of a run with --ema-snapshots")
-            samples = args.score_against, args.weights, args.score_samples, args.vae or config["data"]["vae"]
-            fid = make_fid(*samples, config, model, args.ckpt)
+            vae = args.vae or config["data"]["vae"]
+            scores = ScoreSettings(None, args.score_against, args.weights, args.score_samples, vae=vae)
+            fid = make_fid(scores, config, model, args.ckpt)
             fid.start(World(0, 1, device()))
             measures["FID"] = fid.evaluate
         draw_ema(out, ema_scores(args.ckpt, model, args.stds, measures), config["model"]["name"])
@@ -89,19 +91,21 @@ def main(args: argparse.Namespace):
         overrides = {"num_heads": args.num_heads} if args.num_heads else {}
         overrides |= frequency_override(args.timestep_frequencies)
         model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **overrides)
-        if not isinstance(model, RemixDiT):
-            raise UserError(f"{args.ckpt} holds a plain DiT, which has no mixing coefficients")
-        name = config["model"]["name"]
+        name, architecture = config["model"]["name"], config["model"]["architecture"]
+        if not config["model"]["remix"]:
+            raise UserError(f"{args.ckpt} holds a plain {architecture}, which has no mixing coefficients")
         if args.figure == "coefficients":
             draw_coefficients(out, model, name)
         else:
-            pretrained, _ = load_model(args.pretrained, allow_pickle=args.trust_pickle, **overrides)
-            if not isinstance(pretrained, DiT) or pretrained.backbone_config != model.backbone_config:
-                raise UserError(f"{args.pretrained} is not the plain DiT that {args.ckpt} was trained from")
-            x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, model)
-            timesteps = interval_times(intervals(model), args.per_interval, is_flow(model))
-            diffusion = create_process(**config["diffusion"])
-            reference, errors = expert_errors(model, pretrained, diffusion, x, y, timesteps, args.global_seed)
+            pretrained, pretrained_config = load_model(args.pretrained, allow_pickle=args.trust_pickle, **overrides)
+            plain = config["model"] | {"name": pretrained_config["model"]["name"], "remix": None}
+            if pretrained_config["model"] != plain:
+                raise UserError(f"{args.pretrained} is not the plain {architecture} that {args.ckpt} was trained from")
+            x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, plain["backbone"])
+            measure = HeldOutErrors(
+                create_process(**config["diffusion"]), x.to(device()), y.to(device()), min(32, len(x)), args.global_seed
+            )
+            reference, errors = expert_errors(model, pretrained, measure, args.per_interval)
             draw_losses(out, reference, errors, model, name)
 
     written = [path for path in (out, out.with_suffix(".csv")) if path.exists()]
@@ -122,14 +126,14 @@ def default_out(args: argparse.Namespace) -> Path:
     return Path(args.ckpt).with_name(f"{Path(args.ckpt).stem}-{args.figure}.png")
 
 
-def draw_coefficients(out: Path, model: RemixDiT, name: str):
+def draw_coefficients(out: Path, model: Remix, name: str):
     """Draw a heat map of alpha. Columns are experts with their noise levels, rows are bases."""
     save_coefficients(out, model, f"{name}: mixing coefficients")
     alpha = model.coefficients().detach().view(-1, model.n_experts, model.n_basis)
     blocks, _, n_basis = alpha.shape
-    names = ["lowest_noise_level", "highest_noise_level"] if is_flow(model) else ["first_timestep", "last_timestep"]
-    ends = intervals(model) if is_flow(model) else [(low, high - 1) for low, high in intervals(model)]
-    header = ["block", "expert", *names, *(f"basis_{k}" for k in range(n_basis))]
+    scale = scale_of(model.boundaries)
+    ends = [scale.ends(low, high) for low, high in pairwise(model.boundaries)]
+    header = ["block", "expert", *scale.columns, *(f"basis_{k}" for k in range(n_basis))]
     rows = []
     for block, experts in enumerate(alpha.tolist()):
         for i, (levels, values) in enumerate(zip(ends, experts, strict=True)):
@@ -172,55 +176,48 @@ def draw_training(out: Path, run: Path):
     write_csv(out, header, [[step, *row.ravel()] for step, row in zip(steps, alpha, strict=True)])
 
 
-def load_features(data_path: str, count: int, seed: int, ckpt: str, model: DiT | RemixDiT) -> tuple[Tensor, Tensor]:
+def load_features(data_path: str, count: int, seed: int, ckpt: str, config: dict) -> tuple[Tensor, Tensor]:
     """Return up to `count` random encoded images [n, C, H, W] and their labels [n].
 
     Raises:
-        UserError: if the images do not have the shape that the model of the checkpoint `ckpt` takes.
+        UserError: if the images do not have the shape that the model of the checkpoint `ckpt`, whose backbone has the
+            arguments `config`, takes.
     """
     dataset = FeatureDataset(data_path)
-    config = model.backbone_config
     if dataset.shape != (config["in_channels"], config["input_size"], config["input_size"]):
         raise UserError(f"{data_path} holds features of shape {dataset.shape}, which {ckpt} cannot process")
     return dataset.__getitems__(np.random.default_rng(seed).permutation(len(dataset))[:count].tolist())
 
 
 def expert_errors(
-    remix: RemixDiT,
-    pretrained: DiT,
-    diffusion: GaussianDiffusion | FlowMatching,
-    x: Tensor,
-    y: Tensor,
-    timesteps: np.ndarray,
-    seed: int,
+    remix: Remix, pretrained: nn.Module, measure: HeldOutErrors, per_interval: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measure the error of the prediction in every interval: of the predicted noise, or of what a flow predicts.
 
     Args:
         remix: model with N experts.
-        pretrained: plain DiT of the same architecture.
-        diffusion: process of both models.
-        x: encoded images, [n, C, H, W].
-        y: labels, [n].
-        timesteps: timesteps or times of each interval, [N, per_interval].
-        seed: seed of the noise, which is the same for all models.
+        pretrained: plain model of the same architecture.
+        measure: measures the error of a model, on the device of the models.
+        per_interval: number of evenly spaced times in each interval.
 
     Returns:
         Mean squared error of the pretrained model in each interval, [N], and the error of each expert in each interval
         relative to it, minus 1, [N experts, N intervals].
     """
-    x, y, remix, pretrained = (part.to(device()) for part in (x, y, remix, pretrained))
+    remix, pretrained = remix.to(device()), pretrained.to(device())
+    scale = scale_of(remix.boundaries)
+    times = np.concatenate([scale.times_between(*pair, per_interval) for pair in pairwise(remix.boundaries)])
 
-    def interval_errors(model: DiT) -> np.ndarray:
-        errors = noise_errors(model, diffusion, x, y, timesteps.ravel(), min(32, len(x)), seed, timesteps_per_batch=8)
-        return errors.view(len(timesteps), -1).mean(1).cpu().numpy()
+    def interval_errors(model: nn.Module) -> np.ndarray:
+        errors = measure(model, times, times_per_batch=8)
+        return errors.view(remix.n_experts, -1).mean(1).cpu().numpy()
 
     models = chain([pretrained], map(remix.expert, range(remix.n_experts)))
     errors = [interval_errors(model) for model in tqdm(models, total=1 + remix.n_experts, desc="models")]
     return errors[0], np.stack(errors[1:]) / errors[0] - 1
 
 
-def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, model: RemixDiT, name: str):
+def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, model: Remix, name: str):
     """Draw the results of expert_errors as two heat maps. Rows are experts, columns are intervals.
 
     The left one is relative to the pretrained model, the right one to the best expert of each interval. Where the
@@ -234,33 +231,30 @@ def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, model: Rem
         (100 * errors, "RdBu_r", scale(vmin=-100), "the pretrained model", [-100, -10, -1, 0, 1, 10, 100]),
         (100 * above_best, "viridis_r", scale(vmin=0), "the best expert of the interval", [0, 1, 10, 100]),
     )
-    levels = "noise levels" if is_flow(model) else "timesteps"
+    noise_scale = scale_of(model.boundaries)
     for axis, (values, colors, norm, baseline, ticks) in zip(axes, maps, strict=True):
         image = axis.imshow(values, cmap=colors, norm=norm)
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-        axis.set_xlabel(f"interval of {levels} (interval 0: least noise)")
+        axis.set_xlabel(f"interval of {noise_scale.unit}s (interval 0: least noise)")
         axis.set_ylabel("expert")
         figure.colorbar(image, ax=axis, label=f"error relative to {baseline}, %", ticks=ticks, format="%d")
     own_is_best = float((errors.argmin(0) == np.arange(model.n_experts)).mean())
     figure.suptitle(f"{name}: the interval's own expert has the lowest error in {own_is_best:.0%}", fontsize=10)
     save_png(figure, out)
 
-    header = ["expert", *(f"{'u' if is_flow(model) else 't'}_{label}" for label in interval_labels(model, "_"))]
+    header = ["expert", *(f"{noise_scale.symbol}_{label}" for label in interval_labels(model.boundaries, "_"))]
     rows = [["pretrained, absolute", *reference], *([i, *row] for i, row in enumerate(errors.tolist()))]
     write_csv(out, header, rows)
 
 
-def held_out_error(
-    diffusion: GaussianDiffusion | FlowMatching, x: Tensor, y: Tensor, seed: int, model: DiT | ExpertSwitch
-) -> float:
-    """Return the mean error of a model over evenly spaced noise levels, on encoded images x with the labels y."""
-    times = grid_times(EMA_LEVELS, "flow" if isinstance(diffusion, FlowMatching) else "gaussian")
-    return noise_errors(model, diffusion, x, y, times, min(32, len(x)), seed).mean().item()
+def held_out_error(errors: HeldOutErrors, model: nn.Module) -> float:
+    """Return the mean error of a model over evenly spaced noise levels."""
+    return errors(model, errors.process.scale.grid(EMA_LEVELS)).mean().item()
 
 
 def ema_scores(
-    ckpt: str, model: DiT | RemixDiT, stds: list[float], measures: dict[str, Callable[[DiT | ExpertSwitch], float]]
+    ckpt: str, model: nn.Module, stds: list[float], measures: dict[str, Callable[[nn.Module], float]]
 ) -> dict[float | None, dict[str, float]]:
     """Measure averages of the weights of several widths.
 

@@ -57,15 +57,12 @@ class Normalization:
 
     @classmethod
     def from_record(cls, data: Mapping) -> "Normalization":
-        """Read the normalization from an index of features or from the "data" part of a checkpoint's config.
-
-        Earlier versions recorded no shift.
-        """
-        return cls(data["scale"], data.get("shift", 0.0))
+        """Read the normalization from an index of features or from the "data" part of a checkpoint's config."""
+        return cls(data["scale"], data["shift"])
 
     def record(self) -> dict:
         """Return the entries for an index of features or a config."""
-        return {"scale": self.scale} | ({"shift": self.shift} if self.shift else {})
+        return {"scale": self.scale, "shift": self.shift}
 
     def vae_config(self) -> dict:
         """Return the entries for the config of a diffusers.AutoencoderKL."""
@@ -94,47 +91,61 @@ def _per_channel(value: float | list[float], like: Tensor) -> float | Tensor:
     return like.new_tensor(value)[:, None, None] if isinstance(value, list) else value
 
 
-class Pixels:
-    """No autoencoder: the model denoises pixels in [-1, 1].
+class Autoencoder:
+    """Base class of what turns images into the data that a model denoises, and its samples into images.
 
     Attributes:
-        factor: image pixels per latent pixel, along each side.
-        normalization: what is done to the VAE's latents.
-        bounded: whether the model's data lie in [-1, 1].
+        factor: image pixels per pixel of the data, along each side.
+        normalization: what is done to the latents.
+        bounded: whether the data lie in [-1, 1].
         channels: numbers of channels that a model may have.
     """
 
-    factor = 1
+    factor: int
     normalization = Normalization()
-    bounded = True
-    channels = (1, 3)
+    bounded: bool
+    channels: tuple[int, ...]
 
-    def to(self, device: torch.device) -> "Pixels":
+    def to(self, device: torch.device) -> "Autoencoder":
         """Move the weights to a device and return self."""
         return self
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and the standard deviation of the encoded images: the images themselves and zeros.
+        """Return the mean and the standard deviation of encoded images, each [B, C, H / factor, W / factor].
 
         Args:
             images: images [B, C, H, W] in [-1, 1].
         """
-        return images, torch.zeros_like(images)
+        raise NotImplementedError
 
     def decode(self, samples: Tensor) -> Tensor:
         """Convert samples to images.
 
         Args:
-            samples: samples [B, C, H, W]; one channel is repeated to give three.
+            samples: samples [B, C, H, W].
 
         Returns:
-            RGB images [B, H, W, 3], uint8.
+            RGB images [B, H * factor, W * factor, 3], uint8.
         """
-        samples = samples.expand(-1, 3, -1, -1) if samples.shape[1] == 1 else samples
-        return (127.5 * samples + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        raise NotImplementedError
 
 
-class Latents(Pixels):
+class Pixels(Autoencoder):
+    """No autoencoder: the model denoises pixels in [-1, 1], of one or three channels."""
+
+    factor = 1
+    bounded = True
+    channels = (1, 3)
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images themselves, and zeros."""
+        return images, torch.zeros_like(images)
+
+    def decode(self, samples: Tensor) -> Tensor:
+        return to_uint8(samples)
+
+
+class Latents(Autoencoder):
     """diffusers' AutoencoderKL, whose latents are normalized as its config says (times 0.18215 for DiT's VAEs).
 
     Args:
@@ -162,20 +173,22 @@ class Latents(Pixels):
         return self
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and the standard deviation of the normalized latents, each [B, C, H / factor, W / factor].
-
-        Args:
-            images: images [B, 3, H, W] in [-1, 1].
-        """
+        """Return those of the normalized latents, see `Autoencoder.moments`."""
         posterior = self.vae.encode(images).latent_dist
         return self.normalization.apply(posterior.mean, posterior.std)
 
     def decode(self, samples: Tensor) -> Tensor:
-        """Convert normalized latents [B, C, h, w] to RGB images [B, h * factor, w * factor, 3], uint8."""
-        return super().decode(self.vae.decode(self.normalization.invert(samples)).sample)
+        """Convert normalized latents to images, see `Autoencoder.decode`."""
+        return to_uint8(self.vae.decode(self.normalization.invert(samples)).sample)
 
 
-def load_autoencoder(name: str) -> Pixels:
+def to_uint8(images: Tensor) -> Tensor:
+    """Convert images [B, 1 or 3, H, W] in [-1, 1] to [B, H, W, 3], uint8; one channel is repeated to give three."""
+    images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def load_autoencoder(name: str) -> Autoencoder:
     """Load an autoencoder by name.
 
     Args:
@@ -197,7 +210,7 @@ def load_normalization(name: str) -> Normalization:
         UserError: if the config cannot be read, or is not that of an AutoencoderKL.
     """
     if name == "none":
-        return Pixels.normalization
+        return Normalization()
     # The import takes seconds, and runs on pixels never need it.
     from diffusers import AutoencoderKL
     from diffusers.utils import logging

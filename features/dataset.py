@@ -30,8 +30,6 @@ from runtime.processes import seed_for
 
 STORES = ("draw", "moments")
 DTYPES = ("float32", "float16")
-# Entries of settings and configs that are omitted if they have these values, as in those of earlier versions.
-OMITTED = {"store": "draw", "dtype": "float32", "shift": 0.0}
 SHARD_SIZE = 1024
 INDEX = "index.json"
 # More labels of the original layout than this are kept in the cache: reading ImageNet's million files takes minutes.
@@ -79,8 +77,8 @@ def write_index(folder: Path, n_shards: int, **described) -> dict:
     Args:
         folder: folder of features that holds all shards.
         n_shards: number of shards.
-        **described: the index's entries vae, scale, shift (see `Normalization.record`), image_size, classes, store and
-            dtype.
+        **described: the index's entries vae, scale, shift (see `Normalization.record`; by default 0), image_size,
+            classes, store (by default "draw") and dtype (by default "float32").
 
     Returns:
         The index.
@@ -93,7 +91,8 @@ def write_index(folder: Path, n_shards: int, **described) -> dict:
     if first is None:
         raise UserError("none of the images could be read")
     _, views, channels, *sides = np.load(shard_path(folder, "features", first), mmap_mode="r").shape
-    shape = [channels // 2 if described.get("store") == "moments" else channels, *sides]
+    described = {"shift": 0.0, "store": "draw", "dtype": "float32"} | described
+    shape = [channels // 2 if described["store"] == "moments" else channels, *sides]
     index = {
         "format": "remix-dit-features",
         "version": 1,
@@ -123,8 +122,8 @@ class FeatureDataset(Dataset):
         views: number of stored views per image.
         labels: labels [images], int64.
         store: "draw" or "moments".
-        dtype: type in which the features are stored, "float32" or "float16". None if it is not recorded: earlier
-            versions always stored float32. An item is float32 in any case.
+        dtype: type in which the features are stored, "float32" or "float16"; None for the original layout. An item is
+            float32 in any case.
         classes: class names. None for the original layout.
         vae: name of the VAE. None for the original layout.
         normalization: what was done to the VAE's latents. None for the original layout.
@@ -173,10 +172,10 @@ class FeatureDataset(Dataset):
             self.classes = index["classes"]
             self.shape = tuple(index["shape"])
             self.views = index["views"]
-            self.store = index.get("store", "draw")
-            self.dtype = index.get("dtype")
+            self.store = index["store"]
+            self.dtype = index["dtype"]
             self.starts = np.cumsum([0, *index["shards"]])
-            if self.store not in STORES or self.dtype not in (None, *DTYPES):
+            if self.store not in STORES or self.dtype not in DTYPES:
                 raise ValueError(f"store {self.store!r}, dtype {self.dtype!r}")
         except (ValueError, KeyError) as error:
             raise UserError(f"{self.path / INDEX} is not an index of features ({error!r})") from None

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.flow import FLOW_OPTIONS
 from features.autoencoder import Normalization
 from interop.shapes import backbone_from_shapes, flow_target, make_config
-from models import TIMESTEP_FREQUENCIES, DiT, sincos_positions
-from remix import RemixDiT
+from mixing.presets import inside
+from models import TIMESTEP_FREQUENCIES, sincos_positions
+from remix import Remix
 from runtime.errors import LocalError, UserError, first_line, warn
 from runtime.files import name_write_errors
 from runtime.hub import offline
@@ -58,8 +59,6 @@ OLD_CLASS = "Transformer2DModel"
 # The class in the file that is exported with a RemixDiT.
 REMIX_CLASS = "RemixDiTTransformer2DModel"
 CLASSES = ("DiTTransformer2DModel", OLD_CLASS, REMIX_CLASS)
-# Options that an exported RemixDiT and its config have in common.
-REMIX_OPTIONS = ("n_basis", "n_experts", "mixer", "scope", "num_timesteps", "boundaries")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # In patches. It limits the memory that a config with wrong numbers can take, as the position embedding is computed.
 LARGEST_SIDE = 256
@@ -171,8 +170,8 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
 def _read_mixing(stored: dict, content: dict[str, Tensor]) -> tuple[dict, Tensor]:
     """Return the keyword arguments of a RemixDiT and its logits, which are removed from `content`."""
     layer_of = {parts[0]: layer for layer, parts in BLOCK_LAYERS.items()}
-    remix = {name: stored[name] for name in REMIX_OPTIONS if stored.get(name) is not None}
-    remix["mixed_layers"] = [layer_of[name] for name in stored["mixed_layers"] if name in layer_of]
+    remix = {name: stored[name] for name in ("n_basis", "n_experts", "mixer", "scope", "boundaries")}
+    remix["layers"] = inside("blocks", *(layer_of[name] for name in stored["mixed_layers"] if name in layer_of))
     logits = content.pop("logits")
     return remix, logits if remix["scope"] == "local" else logits.squeeze(0)
 
@@ -299,7 +298,7 @@ def _rename_to_theirs(state: dict[str, Tensor], embedders: list[str]) -> dict[st
     return theirs
 
 
-def write(path, models: dict[str, DiT | RemixDiT], config: dict, vae=None):
+def write(path, models: dict[str, nn.Module], config: dict, vae=None):
     """Write the EMA model as a folder for diffusers.
 
     A DiT becomes the folder of a DiTTransformer2DModel. A RemixDiT or a flow becomes the folder of a pipeline, which
@@ -315,20 +314,18 @@ def write(path, models: dict[str, DiT | RemixDiT], config: dict, vae=None):
         UserError: if diffusers cannot represent the model, or the VAE has another number of channels.
     """
     model = models["ema"]
-    if isinstance(model, RemixDiT):
-        transformer = _mixed_transformer(model, config)
-    else:
-        transformer = _plain_transformer(model, config)
-    if is_pipeline(model, config):
+    make_transformer = _mixed_transformer if config["model"]["remix"] else _plain_transformer
+    transformer = make_transformer(model, config)
+    if is_pipeline(config):
         _write_pipeline(path, transformer, config, vae)
     else:
         with _new_folder(path) as folder:
             transformer.save_pretrained(folder)
 
 
-def is_pipeline(model: DiT | RemixDiT, config: dict) -> bool:
+def is_pipeline(config: dict) -> bool:
     """Return whether `write` writes a pipeline, because the model needs more than diffusers' own DiT pipeline."""
-    return isinstance(model, RemixDiT) or _flow(config) is not None
+    return config["model"]["remix"] is not None or _flow(config) is not None
 
 
 def _flow(config: dict) -> dict | None:
@@ -339,7 +336,7 @@ def _flow(config: dict) -> dict | None:
     return {key: settings[key] for key in FLOW_OPTIONS if key in settings}
 
 
-def _plain_transformer(dit: DiT, config: dict):
+def _plain_transformer(dit: nn.Module, config: dict):
     """Return a DiTTransformer2DModel with the weights of a DiT.
 
     The timestep embedding of diffusers' class has other frequencies than the published DiT. The class in the exported
@@ -383,15 +380,20 @@ def _write_pipeline(path, transformer, config: dict, vae):
         RemixDiTPipeline(transformer, scheduler, vae).save_pretrained(folder)
 
 
-def _mixed_transformer(remix: RemixDiT, config: dict):
-    """Return a RemixDiTTransformer2DModel with the weights of a RemixDiT."""
+def _mixed_transformer(remix: Remix, config: dict):
+    """Return a RemixDiTTransformer2DModel with the weights of a Remix of a DiT."""
     # diffusers takes seconds to import.
     from interop.diffusers_files.remix_transformer import RemixDiTTransformer2DModel
 
+    layers = [name.removeprefix("blocks.*.") for name in remix.mixing_config["layers"]]
     transformer = RemixDiTTransformer2DModel(
         **_transformer_arguments(remix.backbone, config),
-        **{name: remix.config.get(name) for name in REMIX_OPTIONS},
-        mixed_layers=[part for layer in remix.config["mixed_layers"] for part in BLOCK_LAYERS[layer]],
+        n_basis=remix.n_basis,
+        n_experts=remix.n_experts,
+        mixer=remix.mixer,
+        scope=remix.scope,
+        mixed_layers=[part for layer in layers for part in BLOCK_LAYERS[layer]],
+        boundaries=remix.boundaries,
         frequency_shift=remix.backbone.frequency_shift,
         flow=_flow(config),
     )
@@ -401,7 +403,7 @@ def _mixed_transformer(remix: RemixDiT, config: dict):
     return transformer
 
 
-def _transformer_arguments(dit: DiT, config: dict) -> dict:
+def _transformer_arguments(dit: nn.Module, config: dict) -> dict:
     """Return DiTTransformer2DModel's keyword arguments for a DiT. Raises UserError if diffusers cannot represent it."""
     shape = dit.config
     if shape["mlp_ratio"] != 4 or not shape["class_dropout_prob"]:
@@ -412,7 +414,7 @@ def _transformer_arguments(dit: DiT, config: dict) -> dict:
     flow = _flow(config)
     if flow and (flow["path"], flow["prediction"]) != ("linear", "velocity"):
         raise UserError("of flows, only those with a linear path and a velocity prediction can be exported")
-    if flow is None and (changed := set(config["diffusion"]) - {"learn_sigma"}):
+    if flow is None and (changed := set(config["diffusion"]) - {"process", "learn_sigma"}):
         raise UserError(
             f"only models of the published diffusion process can be exported, this one has another {', '.join(changed)}"
         )

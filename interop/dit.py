@@ -4,10 +4,16 @@ This project's DiT has the same parameter names and shapes, so that the tensors 
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from interop.shapes import backbone_from_shapes, find_state_dict, make_config, stored_model_name
-from models import DiT
+from interop.shapes import (
+    backbone_from_shapes,
+    find_state_dict,
+    make_config,
+    stored_model_name,
+    warn_of_flow,
+    warn_of_frequencies,
+)
 from runtime.files import atomic_write
 
 
@@ -20,7 +26,9 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     return make_config(path, backbone, None, stored_model_name(content) | overrides), state
 
 
-def write(path, models: dict[str, DiT], config: dict):
+def write(path, models: dict[str, nn.Module], config: dict):
     """Write plain DiTs as one file, their state dicts under the keys of `models`. `interop` documents the arguments."""
+    warn_of_flow(path, config)
+    warn_of_frequencies(path, config)
     with atomic_write(path) as temporary:
         torch.save({key: model.state_dict() for key, model in models.items()}, temporary)

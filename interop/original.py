@@ -5,11 +5,12 @@ more tensor holds the mixing logits pi [N, K].
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from interop.shapes import backbone_from_shapes, find_state_dict, make_config, stored_model_name
-from models import DiT
-from remix import MIXED_LAYERS, RemixDiT
+from diffusion.intervals import equal_boundaries
+from interop.shapes import backbone_from_shapes, find_state_dict, make_config, stored_model_name, warn_of_flow
+from models import DIT
+from remix import Remix
 from runtime.errors import UserError
 from runtime.files import atomic_write
 
@@ -28,29 +29,29 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     return make_config(path, backbone, remix, stored_model_name(content) | overrides), renamed
 
 
-def write(path, models: dict[str, DiT | RemixDiT], config: dict):
+def write(path, models: dict[str, nn.Module], config: dict):
     """Write models as one file, their state dicts under the keys of `models`. `interop` documents the arguments."""
-    states = {key: _state_dict(model) for key, model in models.items()}
+    warn_of_flow(path, config)
+    to_state_dict = _mixed_state_dict if config["model"]["remix"] else nn.Module.state_dict
+    states = {key: to_state_dict(model) for key, model in models.items()}
     with atomic_write(path) as temporary:
         torch.save(states, temporary)
 
 
-def _state_dict(model: DiT | RemixDiT) -> dict[str, Tensor]:
-    """Return the weights under the original repository's names."""
-    if not isinstance(model, RemixDiT):
-        return model.state_dict()
-    mixed_layers = tuple(model.config["mixed_layers"])
-    if (model.mixer, model.scope, mixed_layers) != ("softmax", "global", MIXED_LAYERS):
+def _mixed_state_dict(model: Remix) -> dict[str, Tensor]:
+    """Return the weights of a Remix of a DiT under the original repository's names."""
+    layers = tuple(model.mixing_config["layers"])
+    if (model.mixer, model.scope, layers) != ("softmax", "global", DIT.mixed_layers):
         raise UserError(
             "the original Remix-DiT supports softmax mixers of global scope over attention and MLP layers only"
         )
     numbers = f"K={model.n_basis}, N={model.n_experts}"
-    if "boundaries" in model.config:
+    if model.boundaries != equal_boundaries(model.n_experts, 1000):
         raise UserError(f"the original Remix-DiT supports only intervals of equal length, not these of {numbers}")
     # Its experts have T // N timesteps each, and its prior gives N // K experts to every basis.
-    if model.num_timesteps % model.n_experts or model.n_experts % model.n_basis:
+    if model.highest_level % model.n_experts or model.n_experts % model.n_basis:
         raise UserError(
-            f"the original needs an N that divides {model.num_timesteps}, and a K that divides N, not {numbers}"
+            f"the original needs an N that divides {model.highest_level}, and a K that divides N, not {numbers}"
         )
     if model.backbone.frequency_shift:
         raise UserError("the original Remix-DiT supports only the timestep frequencies of the published DiT")

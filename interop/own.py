@@ -4,16 +4,22 @@ A checkpoint is a dict of plain types and tensors, written by torch.save and rea
 
     format, version     identify the format
     config              everything that is needed to build the model again, in parts:
-        model           the argument of `checkpoint.build_model`
-        diffusion       the keyword arguments of `diffusion.create_process`; without "process" it is Gaussian diffusion
-        data            image size, classes, autoencoder and scale of the latents
-        training        the options of the training run
+        model           the argument of `checkpoint.build_model`, with all arguments, also those with default values:
+            name            name of the model, such as "RemixDiT-S/2", or "custom"
+            architecture    name of the backbone's record in models.py, such as "DiT"
+            backbone        the keyword arguments of its class
+            remix           the keyword arguments of `remix.RemixDiT`; None for a plain model
+        diffusion       the keyword arguments of `diffusion.create_process`
+        data            images, image size, classes, autoencoder and normalization of the latents
+        training        the options of the training run; None for a file of another project
         source          only if the weights were changed when a file of another project was read, or by convert.py
     step                number of completed training steps
     model, ema          state dicts of the raw weights and of their exponential moving average (EMA)
     optimizer, scaler   state of the optimizer and of the gradient scaler
     averages            only with --ema-snapshots: the power-function averages of the trained tensors
     window              sums of the metrics since the last log line
+
+A .safetensors file holds one state dict, and format, version and config in its metadata, as text.
 """
 
 import argparse
@@ -28,14 +34,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from interop import diffusers, dit, original, sit
+from interop import diffusers
 from runtime.errors import UserError, first_line
 from runtime.files import atomic_write
 from runtime.hub import local_file
 
 FORMAT = "remix-dit"
-# Version 2 changed the random draws of training: a file of version 1 has the same content, but cannot be resumed from.
-VERSION = 2
+# Since version 3, the config names its backbone and is complete.
+VERSION = 3
 
 
 def save_checkpoint(path, state: dict):
@@ -47,7 +53,13 @@ def save_checkpoint(path, state: dict):
 def save_safetensors(path, model: nn.Module, config: dict):
     """Write the weights of a model as a .safetensors file with the config in its metadata, atomically."""
     with atomic_write(path) as temporary:
-        save_file(model.state_dict(), temporary, metadata={"config": json.dumps(config)})
+        metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(config)}
+        save_file(model.state_dict(), temporary, metadata=metadata)
+
+
+def write(path, models: dict[str, nn.Module], config: dict):
+    """Write the EMA weights with `save_safetensors`. `interop` documents the arguments."""
+    save_safetensors(path, models["ema"], config)
 
 
 def read_checkpoint(path, allow_pickle: bool = False, verify: bool = False) -> dict:
@@ -67,18 +79,17 @@ def read_checkpoint(path, allow_pickle: bool = False, verify: bool = False) -> d
         The content of the file.
 
     Raises:
-        UserError: if the file is missing, damaged, from a newer version of this code, or not a dict.
+        UserError: if the file is missing, damaged, from another version of this code, or not a dict.
     """
     path = Path(local_file(path))
     if not path.is_file():
         raise UserError(f"{path} is a folder without checkpoints" if path.is_dir() else f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    content = _read_torch(path, allow_pickle, verify)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, allow_pickle, verify)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    if content.get("format") == FORMAT and content.get("version", 0) > VERSION:
-        raise UserError(f"{path} was written by a newer version of this code (format {content['version']})")
+    if content.get("format") == FORMAT and (version := content.get("version")) != VERSION:
+        age = "a newer" if version and version > VERSION else "an earlier"
+        raise UserError(f"{path} was written by {age} version of this code, in format {version} instead of {VERSION}")
     if content.get("format") == FORMAT and not {"config", "model", "ema"} <= content.keys():
         raise UserError(f"{path} is a checkpoint without its config or weights")
     return content
@@ -113,10 +124,14 @@ def _read_safetensors(path: Path) -> dict:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, `file` is not a dict
         config = json.loads(metadata["config"]) if "config" in metadata else None
+        # Earlier versions wrote no version.
+        version = int(metadata.get("version", 2))
     except Exception as error:
         # A damaged file can cause errors of any kind.
         raise UserError(f"{path} is not a complete .safetensors file: {first_line(error)}") from None
-    return {"format": FORMAT, "config": config, "model": state, "ema": state} if config else state
+    if config is None:
+        return state
+    return {"format": FORMAT, "version": version, "config": config, "model": state, "ema": state}
 
 
 def checkpoints(folder) -> list[Path]:
@@ -186,14 +201,8 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     if content.get("format") != FORMAT:
         return None
     config = content["config"]
-    # Omitted options of the model have their default.
-    known = {"frequency_shift": 0, "model": config["model"]["name"]}
-    known |= config["model"]["backbone"] | (config["model"]["remix"] or {})
+    known = {"model": config["model"]["name"]} | config["model"]["backbone"] | (config["model"]["remix"] or {})
     for key, value in overrides.items():
         if known.get(key) != value:
             raise UserError(f"{path} holds {key}={known.get(key)}, not {value}")
     return config, content["ema" if ema else "model"]
-
-
-# Files of an original Remix-DiT and of SiT have all the tensor names of a published DiT, and are tried before it.
-READERS = (diffusers.read, read, original.read, sit.read, dit.read)

@@ -5,12 +5,11 @@ import re
 
 from torch import Tensor
 
-from models import SIZES, TIMESTEP_FREQUENCIES, DiT_models
-from remix import RemixDiT_models
-from runtime.errors import UserError
+from models import DIT, TIMESTEP_FREQUENCIES, model_names
+from runtime.errors import UserError, warn
 
 # The autoencoder of all published DiTs, and the factor by which they multiply its latents.
-PUBLISHED_VAE = {"vae": "stabilityai/sd-vae-ft-ema", "scale": 0.18215}
+PUBLISHED_VAE = {"vae": "stabilityai/sd-vae-ft-ema", "scale": 0.18215, "shift": 0.0}
 
 # DistributedDataParallel and torch.compile put these before every parameter name.
 WRAPPER_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
@@ -45,8 +44,7 @@ def find_state_dict(content: dict, ema: bool) -> dict[str, Tensor]:
 def stored_model_name(content: dict) -> dict[str, str]:
     """Return {"model": name} if the training arguments in a file name a registered model, otherwise {}."""
     name = getattr(content.get("args"), "model", None)
-    known = isinstance(name, str) and (name in DiT_models or name in RemixDiT_models)
-    return {"model": name} if known else {}
+    return {"model": name} if name in model_names() else {}
 
 
 def backbone_from_shapes(state: dict[str, Tensor]) -> dict | None:
@@ -85,34 +83,32 @@ def make_config(path, backbone: dict, remix: dict | None, overrides: dict) -> di
     Args:
         path: the file, for error messages.
         backbone: the result of `backbone_from_shapes`.
-        remix: the keyword arguments of `remix.RemixDiT` that the tensors show, or None for a plain DiT.
+        remix: the keyword arguments of `remix.RemixDiT` that the file shows, or None for a plain DiT.
         overrides: the overrides of `checkpoint.load_model`. Those of HIDDEN_OPTIONS are used as given. `model`, the
             expected name, and all other options are compared with the tensors.
 
     Returns:
-        The config (see checkpoint.py). Its part "training" is None.
+        The config (see own.py). Its part "training" is None.
 
     Raises:
         UserError: if an override contradicts the tensors or is unknown, or if the number of heads is not known.
     """
-    size = _find_size(backbone)
     backbone = dict(backbone)
-    if size:
-        backbone["num_heads"] = SIZES[size]["num_heads"]
-    name = f"{'RemixDiT' if remix else 'DiT'}-{size}/{backbone['patch_size']}" if size else None
+    size = DIT.find_size(backbone)
+    # The number of heads does not depend on the patch size.
+    if similar := DIT.find_size({key: value for key, value in backbone.items() if key != "patch_size"}):
+        backbone["num_heads"] = DIT.sizes[similar]["num_heads"]
+    name = f"{'RemixDiT' if remix else 'DiT'}-{size}" if size else None
     options = {key: value for key, value in overrides.items() if key != "model"}
     _check_name(path, overrides.get("model", name), name, backbone, remix)
     _check_options(path, options, backbone, remix)
     backbone |= {key: options[key] for key in HIDDEN_OPTIONS if key in options}
-    if not backbone.get("frequency_shift"):
-        # A DiT's config omits the default.
-        backbone.pop("frequency_shift", None)
     if "num_heads" not in backbone:
         shape = f"width {backbone['hidden_size']}, depth {backbone['depth']}"
         raise UserError(f"{path} fits no registered model ({shape}): specify its number of heads (num_heads)")
     return {
-        "model": {"name": name or "custom", "backbone": backbone, "remix": remix},
-        "diffusion": {} if backbone["learn_sigma"] else {"learn_sigma": False},
+        "model": {"name": name or "custom", "architecture": DIT.name, "backbone": backbone, "remix": remix},
+        "diffusion": {"process": "gaussian"} | ({} if backbone["learn_sigma"] else {"learn_sigma": False}),
         "data": _guess_data(backbone),
         "training": None,
     }
@@ -133,20 +129,24 @@ def flow_target(process: dict) -> dict[str, str]:
     }
 
 
-def _find_size(backbone: dict) -> str | None:
-    """Return the registered size, such as "XL", with the width and depth of a backbone, or None."""
-    for size, shape in SIZES.items():
-        if all(backbone[key] == shape[key] for key in ("hidden_size", "depth")):
-            return size
-    return None
+def warn_of_flow(path, config: dict):
+    """Print a warning if a file cannot say that its model is a flow."""
+    if flow_target(config["diffusion"]):
+        warn(f"{path} does not say that the model is a flow, a file of --to sit does")
+
+
+def warn_of_frequencies(path, config: dict):
+    """Print a warning if a file cannot say that its model has other timestep frequencies than the published DiT."""
+    if config["model"]["backbone"]["frequency_shift"]:
+        warn(f"{path} cannot record the timestep frequencies: load it with --timestep-frequencies diffusers")
 
 
 def _check_name(path, expected: str | None, name: str | None, backbone: dict, remix: dict | None):
     """Raise UserError if the user expects another model than the one that the tensors belong to."""
     if expected == name:
         return
-    if expected not in DiT_models and expected not in RemixDiT_models:
-        raise UserError(f"unknown model {expected!r}: use one of {', '.join([*DiT_models, *RemixDiT_models])}")
+    if expected not in model_names():
+        raise UserError(f"unknown model {expected!r}: use one of {', '.join(model_names())}")
     kind = "RemixDiT" if remix else "DiT"
     shape = "width {hidden_size}, depth {depth} and patch size {patch_size}".format(**backbone)
     raise UserError(f"{path} holds {name or f'a {kind} of {shape}'}, not {expected}")
@@ -171,7 +171,7 @@ def _guess_data(backbone: dict) -> dict:
 
 def assumed_vae(channels: int) -> dict:
     """Return the VAE and its normalization for data that do not record them: four channels are the published VAE's."""
-    return PUBLISHED_VAE if channels == 4 else {"vae": "none", "scale": 1.0}
+    return PUBLISHED_VAE if channels == 4 else {"vae": "none", "scale": 1.0, "shift": 0.0}
 
 
 def frequency_override(choice: str | None) -> dict[str, int]:

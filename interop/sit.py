@@ -12,10 +12,10 @@ the same flow has the velocity v(x, t) = -v_REPA(x, 1 - t). Both changes are lin
 import argparse
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from interop.shapes import backbone_from_shapes, find_state_dict, flow_target, make_config
-from models import DiT, DiT_models, sinusoid_frequencies
+from interop.shapes import backbone_from_shapes, find_state_dict, flow_target, make_config, warn_of_frequencies
+from models import DiT_models, sinusoid_frequencies
 from runtime.errors import UserError, warn
 from runtime.files import atomic_write
 
@@ -77,7 +77,7 @@ def _repa_to_sit(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state | negated | {"t_embedder.mlp.0.weight": rotated.to(first.dtype)}
 
 
-def write(path, models: dict[str, DiT], config: dict):
+def write(path, models: dict[str, nn.Module], config: dict):
     """Write flow DiTs as a training checkpoint of SiT. `interop` documents the arguments.
 
     The arguments of the training run are stored as a dict, which torch.load reads without further permission.
@@ -86,6 +86,7 @@ def write(path, models: dict[str, DiT], config: dict):
     target = flow_target(process)
     if not target:
         raise UserError("a file of SiT holds a flow, and this model was trained with Gaussian diffusion")
+    warn_of_frequencies(path, config)
     if process.get("shift", 1) != 1:
         warn(f"{path} cannot record the shift {process['shift']:g} of the noise levels, which sampling would use")
     weight = process.get("weight", "none")

@@ -28,10 +28,10 @@ def read_pair(source, dtype: torch.dtype = torch.float32) -> Remix:
     Raises:
         UserError: if the pipeline has no pair, or its transformers differ in their shapes or dtypes.
     """
-    if hasattr(source, "transformer_2"):
-        high, low, ratio = source.transformer, source.transformer_2, source.config.boundary_ratio
-    else:
+    if isinstance(source, str | Path):
         high, low, ratio = _load(Path(source), dtype)
+    else:
+        high, low, ratio = source.transformer, source.transformer_2, source.config.boundary_ratio
     if high is None or low is None or ratio is None:
         raise UserError(
             "a pair needs transformer, transformer_2 and boundary_ratio, but "

@@ -1,9 +1,50 @@
-"""The coefficients of the batch in flight, which all mixed layers share."""
+"""The mixing coefficients: their initial logits, and those of the batch in flight, which all mixed layers share."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def prior_bases(n_basis: int, n_experts: int, device: torch.device | None = None) -> Tensor:
+    """Return the basis of each expert in the one-hot prior [N]: floor(i K / N) for expert i."""
+    return torch.arange(n_experts, device=device) * n_basis // n_experts
+
+
+def initial_logits(n_basis: int, n_experts: int, depth: int | None, mixer: str, prior_bonus: float) -> Tensor:
+    """Return the initial logits pi of the experts.
+
+    Args:
+        n_basis: number of bases K.
+        n_experts: number of experts N.
+        depth: number of blocks that have logits of their own; None for one pi for all blocks.
+        mixer: see `remix.Remix`.
+        prior_bonus: number added to the logit of each expert's basis in the prior.
+
+    Returns:
+        pi [N, K], or [depth, N, K].
+    """
+    logits = F.one_hot(prior_bases(n_basis, n_experts), n_basis).float()  # [N, K]
+    if depth is not None:
+        logits = logits.expand(depth, -1, -1)  # [depth, N, K]
+    if mixer != "one-hot":
+        logits = torch.randn(logits.shape) + prior_bonus * logits
+    # With "raw", the rows are non-negative and sum to 1: these experts also start as averages of the bases.
+    return logits.softmax(-1) if mixer == "raw" else logits
+
+
+def expert_weights(weights: list[float] | None, n_experts: int) -> Tensor:
+    """Return weights of the experts that sum to 1 [N], float64: in proportion to `weights`, or equal ones for None.
+
+    Raises:
+        ValueError: if there are not N weights, or one of them is negative, or all are 0.
+    """
+    weights = torch.ones(n_experts) if weights is None else torch.tensor(weights)
+    if len(weights) != n_experts or not weights.min() >= 0 or not weights.sum() > 0:
+        raise ValueError(f"expected {n_experts} weights of at least 0, not all of them 0")
+    return weights.double() / weights.double().sum()
 
 
 class BatchCoefficients:

@@ -8,8 +8,7 @@ import os
 import shutil
 
 import torch
-from timm.layers.attention import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
 # PyTorch for GPUs comes with Triton on Linux. Triton needs a C compiler. Counting the GPUs does not start CUDA.
 TRITON = (
@@ -133,6 +132,26 @@ def mix(alpha: Tensor, tensors: Tensor, dtype: torch.dtype = torch.float32) -> T
     return sums.to(dtype)
 
 
+def mix_into(alpha: list[float], pairs: list[tuple[Tensor, Tensor]]):
+    """Write weighted sums of K tensors into tensors, in place.
+
+    The sums are elementwise in float32, because GPUs may compute matrix products in TF32. For tensors in float32, no
+    temporary copy is made.
+
+    Args:
+        alpha: coefficients [K].
+        pairs: K tensors [K, ...], and the tensor [...] that their sum overwrites.
+    """
+    if any(tensor.dtype.itemsize < 4 for _, tensor in pairs):
+        for bases, tensor in pairs:
+            tensor.copy_(mix(torch.tensor([alpha], device=bases.device), bases)[0])
+        return
+    sums = [tensor for _, tensor in pairs]
+    torch._foreach_zero_(sums)
+    for k, coefficient in enumerate(alpha):
+        torch._foreach_add_(sums, [bases[k] for bases, _ in pairs], alpha=coefficient)
+
+
 def mix_layer_backward(
     alpha: Tensor, grads: tuple[Tensor, Tensor], bases: tuple[Tensor, Tensor], needs_alpha: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -239,19 +258,3 @@ def _(x, weight, bias):
 @linear_per_group_backward.register_fake
 def _(grad, x, weight):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2], dtype=torch.float32)
-
-
-def choose_attention(model: nn.Module, device: torch.device):
-    """Select the faster attention for a model that will be compiled.
-
-    On CPUs, two matrix products with a compiled softmax between them are faster than PyTorch's fused attention kernel.
-
-    Args:
-        model: its timm `Attention` modules are changed in place.
-        device: the device the model will run on. Nothing changes unless it is a CPU.
-    """
-    if device.type != "cpu":
-        return
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.fused_attn = False

@@ -102,7 +102,7 @@ def complete_preset(
         if layers is None or timestep is None:
             raise ValueError(f"layers and timestep must be given for a {name}; presets exist for {', '.join(PRESETS)}")
         if highest_level is None and boundaries is None:
-            raise ValueError(f"num_timesteps or boundaries must be given for a {name}: its highest noise level")
+            raise ValueError(f"highest_level or boundaries must be given for a {name}: its highest noise level")
         known = Preset(layers, highest_level=float(boundaries[-1]) if highest_level is None else highest_level)
     return Preset(
         known.layers if layers is None else layers,

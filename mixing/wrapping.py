@@ -12,6 +12,11 @@ from torch.utils._pytree import tree_map
 from runtime.command_line import counted
 
 
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether a name matches one of some patterns, in which * stands for any text without a dot."""
+    return any(re.fullmatch(re.escape(pattern).replace(r"\*", "[^.]*"), name) for pattern in patterns)
+
+
 def find_linears(
     module: nn.Module, patterns: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[nn.Linear, list[str]]:
@@ -26,20 +31,19 @@ def find_linears(
         ValueError: if one of `patterns` matches no layer, or a layer is no `nn.Linear`.
     """
     modules = dict(module.named_modules(remove_duplicate=False))
-    matches = set()
+    found = set()
     if isinstance(patterns, str) or not patterns:
         raise ValueError(f"layers must be a list of names of nn.Linear layers, but it is {patterns!r}")
     for pattern in (*patterns, *optional):
-        expression = re.compile(re.escape(pattern).replace(r"\*", "[^.]*"))
-        matched = {name for name in modules if expression.fullmatch(name)}
+        matched = {name for name in modules if matches(name, [pattern])}
         if not matched and pattern not in optional:
             examples = [name for name, layer in modules.items() if isinstance(layer, nn.Linear)]
             some = f"linear layers such as {', '.join(examples[:4])}" if examples else "no linear layer"
             raise ValueError(f"layers: nothing matches {pattern!r} in {type(module).__name__}, which has {some}")
-        matches |= matched
-    for name in matches:
+        found |= matched
+    for name in found:
         check_linear(name, modules)
-    matched, names = {modules[name] for name in matches}, {}
+    matched, names = {modules[name] for name in found}, {}
     for name, layer in modules.items():
         if layer in matched:
             names.setdefault(layer, []).append(name)
@@ -59,6 +63,14 @@ def check_linear(name: str, modules: dict[str, nn.Module]):
         raise ValueError(
             f"layers: {name} is in an nn.TransformerEncoderLayer, which reads its weight without calling it"
         )
+
+
+def plain_linear(layer: nn.Module) -> nn.Linear:
+    """Return a plain linear layer with the shape of a mixed layer, not initialized."""
+    has_bias = isinstance(layer.bias, nn.Parameter)
+    options = dict(bias=has_bias, device=layer.weight.device, dtype=layer.weight.dtype)
+    linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, **options)
+    return linear.requires_grad_(layer.weight.requires_grad)
 
 
 def block_name(layer: str) -> str:
@@ -91,6 +103,27 @@ def join_outputs(outputs: list, order: Tensor) -> Any:
         )
 
     return tree_map(join, *outputs)
+
+
+# Methods of diffusers' modules that would read the weights of the mixed layers as those of one plain model.
+NOT_OF_A_REMIX = {
+    "save_pretrained": "a Remix is saved with torch.save(remix.state_dict(), path)",
+    "fuse_qkv_projections": "only the projections of a plain expert can be fused: remix.expert(i)",
+}
+
+
+class TransparentModule(nn.Module):
+    """A module with another one as `backbone`, whose attributes are also attributes of this one."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "backbone" or name.startswith("__"):
+                raise
+            if name in NOT_OF_A_REMIX:
+                raise AttributeError(NOT_OF_A_REMIX[name]) from None
+            return getattr(self.backbone, name)
 
 
 class Arguments:

@@ -186,9 +186,7 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def check_settings(
-    record: Path, settings: dict, remedy: str, ignored: Iterable[str] = (), defaults: dict | None = None
-):
+def check_settings(record: Path, settings: dict, remedy: str, ignored: Iterable[str] = ()):
     """Check that a folder's results were made with the same settings, so that different results are never mixed.
 
     Args:
@@ -196,12 +194,11 @@ def check_settings(
         settings: settings of this run.
         remedy: what the user can do, for the error message.
         ignored: names of settings that may differ.
-        defaults: values of settings that may be omitted.
 
     Raises:
         UserError: if any other setting differs.
     """
-    saved, settings = ({**(defaults or {}), **given} for given in (json.loads(record.read_text()), settings))
+    saved = json.loads(record.read_text())
     for key in sorted(settings.keys() | saved.keys()):
         if key not in ignored and saved.get(key) != settings.get(key):
             before, now = str(saved.get(key)), str(settings.get(key))

@@ -7,7 +7,8 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, assert_same_weights, disk_full_of, losses, run, training_flags
+from conftest import assert_same_weights, disk_full_of, losses, run, training_flags
+from safetensors.torch import save_file
 
 from checkpoint import build_model, load_model, model_config
 from interop.own import checkpoints, find_checkpoint, find_corruption, read_checkpoint, save_checkpoint
@@ -37,7 +38,8 @@ def test_round_trip(tmp_path, mixer, scope):
     for key, value in model.state_dict().items():
         assert torch.equal(raw.state_dict()[key], value)
         assert torch.equal(ema.state_dict()[key], value + 1)
-    assert build_model(config["model"]).config == model.config
+    assert build_model(config["model"]).mixing_config == model.mixing_config
+    assert config["model"] == model_config("RemixDiT-T/2", model), "nothing is left out"
 
 
 def test_overrides_must_not_contradict_the_config(tmp_path):
@@ -78,7 +80,7 @@ def test_a_config_must_fit_the_tensors(tmp_path):
     save(tmp_path / "good.pt", DiT_models["DiT-T/2"](input_size=8), "DiT-T/2")
     state = read_checkpoint(tmp_path / "good.pt")
     state["config"]["model"]["backbone"]["hidden_size"] = 96
-    save_checkpoint(tmp_path / "wrong.pt", {**state, "version": 1})
+    save_checkpoint(tmp_path / "wrong.pt", state)
     with pytest.raises(UserError, match="does not fit the model"):
         load_model(tmp_path / "wrong.pt")
 
@@ -219,15 +221,17 @@ def test_resume_refuses_damaged_checkpoints_only(features, tmp_path):
     assert "is not a complete checkpoint" in stderr
 
 
-def test_files_of_version_1_can_be_loaded_but_not_resumed_from(features, tmp_path):
-    """Version 1 drew other random numbers in training, so a resumed run would be neither the old run nor a new one."""
-    path = GOLDEN / "version1.pt"
-    model, config = load_model(path)
-    ema = torch.load(path, weights_only=True)["ema"]
-    assert all(torch.equal(value, ema[key]) for key, value in model.state_dict().items())
-    assert config["training"]["max_steps"] == 10
-    stderr = run("train_fast.py", *training_flags(features, tmp_path, "run"), "--resume", path, expect=2).stderr
+def test_files_of_an_earlier_version_are_refused(features, tmp_path):
+    """Earlier versions left defaults out of the config."""
+    model = DiT_models["DiT-T/2"](input_size=8)
+    save(tmp_path / "a.pt", model, "DiT-T/2")
+    save_checkpoint(tmp_path / "earlier.pt", torch.load(tmp_path / "a.pt", weights_only=True) | {"version": 2})
+    save_file(model.state_dict(), tmp_path / "earlier.safetensors", metadata={"config": "{}"})
+    for name in ("earlier.pt", "earlier.safetensors"):
+        with pytest.raises(UserError, match=f"{name} was written by an earlier version of this code, in format 2"):
+            load_model(tmp_path / name)
+    flags = [*training_flags(features, tmp_path, "run"), "--resume", tmp_path / "earlier.pt"]
+    stderr = run("train_fast.py", *flags, expect=2).stderr
     assert "earlier version" in stderr
-    assert "--load-weight" in stderr
     assert stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()

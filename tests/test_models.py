@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import golden, relative
 
-from models import DiT, DiT_models
+from models import DIT, DiT, DiT_models, choose_attention
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_invalid_sizes(sizes):
 def test_new_classes_keep_embeddings_by_label():
     dit = DiT(input_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=3)
     old = dit.y_embedder.embedding_table.weight.clone()
-    dit.reset_classes(5, {4: 0, 1: 2})
+    DIT.reset_classes(dit, 5, {4: 0, 1: 2})
     new = dit.y_embedder.embedding_table.weight
     assert new.shape == (6, 16)
     assert torch.equal(new[[4, 1, 5]], old[[0, 2, 3]]), "two classes and the null class"
@@ -79,3 +79,12 @@ def test_new_classes_keep_embeddings_by_label():
     assert dit.config["num_classes"] == 5
     x, t, y = torch.zeros(1, 4, 4, 4), torch.zeros(1), torch.tensor([5])
     assert dit.eval()(x, t, y).shape == (1, 8, 4, 4)
+
+
+def test_attention_is_fused_except_on_a_cpu():
+    model = DiT_models["DiT-T/2"](input_size=8)
+    fused = [block.attn.fused_attn for block in model.blocks]
+    choose_attention(model, torch.device("cuda"))
+    assert [block.attn.fused_attn for block in model.blocks] == fused
+    choose_attention(model, torch.device("cpu"))
+    assert not any(block.attn.fused_attn for block in model.blocks)

@@ -11,7 +11,7 @@ from checkpoint import build_model, load_model
 from diffusion import create_diffusion, create_process
 from features.dataset import FeatureDataset
 from remix import RemixDiT_models
-from training.statistics import noise_errors
+from training.statistics import HeldOutErrors
 
 
 def rows_of(path) -> list[list[str]]:
@@ -58,11 +58,10 @@ def test_losses_of_the_experts_are_drawn(ckpt, features, tmp_path):
     assert len(rows) == 2 + 6
     model, _ = load_model(ckpt)
     x, y = FeatureDataset(features).__getitems__(np.random.default_rng(0).permutation(24)[:8].tolist())
-    diffusion = create_diffusion()
-    timesteps = [500, 582, 665]
-    expert_error = noise_errors(model.expert(3), diffusion, x, y, timesteps, per_timestep=8).mean()
+    measure, timesteps = HeldOutErrors(create_diffusion(), x, y, per_time=8), [500, 582, 665]
+    expert_error = measure(model.expert(3), timesteps).mean()
     base, _ = load_model(tmp_path / "dit.pt")
-    base_error = noise_errors(base, diffusion, x, y, timesteps, per_timestep=8).mean()
+    base_error = measure(base, timesteps).mean()
     assert float(rows[2 + 3][1 + 3]) == pytest.approx(float(expert_error / base_error - 1), abs=1e-4)
     wrong = run("visualize.py", "losses", ckpt, *flags, f"--pretrained={ckpt}", expect=2).stderr
     assert "not the plain DiT" in wrong
@@ -86,8 +85,8 @@ def test_figures_of_a_flow_name_its_noise_levels(features, tmp_path):
     rows = rows_of(tmp_path / "losses.csv")
     assert rows[0] == ["expert", "u_0_0.875", "u_0.875_1"]
     x, y = FeatureDataset(features).__getitems__(np.random.default_rng(0).permutation(24)[:8].tolist())
-    flow, times = create_process(**config["diffusion"]), [1 - 0.875 / 4, 1 - 0.875 * 3 / 4]
-    errors = [noise_errors(each, flow, x, y, times, per_timestep=8).mean() for each in (model.expert(1), base)]
+    measure = HeldOutErrors(create_process(**config["diffusion"]), x, y, per_time=8)
+    errors = [measure(each, [1 - 0.875 / 4, 1 - 0.875 * 3 / 4]).mean() for each in (model.expert(1), base)]
     assert float(rows[2 + 1][1]) == pytest.approx(float(errors[0] / errors[1] - 1), abs=1e-4)
 
 
@@ -124,13 +123,6 @@ def test_losses_are_relative_to_the_pretrained_model_and_to_the_best_expert(figu
     np.testing.assert_allclose(left, 100 * errors)
     assert right.diagonal().tolist() == [0, 0, 0]
     assert right[2].tolist() == pytest.approx([200, 100 * (1.3 / 0.9 - 1), 0])
-
-
-def test_timesteps_can_be_batched(ckpt, features):
-    model, diffusion = load_model(ckpt)[0].expert(2), create_diffusion()
-    x, y = FeatureDataset(features).__getitems__(list(range(6)))
-    one, several = (noise_errors(model, diffusion, x, y, [3, 500, 999], 4, 0, n) for n in (1, 2))
-    torch.testing.assert_close(one, several)
 
 
 def test_grids_side_by_side(sampled, tmp_path):

@@ -115,19 +115,17 @@ class Conditioning(nn.Module):
 class RemixDiTTransformer2DModel(SavedWithCode, DiTTransformer2DModel):
     """Remix-DiT (arXiv 2412.05628) for inference: N experts that are weighted averages of K basis DiTs.
 
-    Expert i denoises the timesteps t with floor(i T / N) <= t < floor((i + 1) T / N), or those from boundary i to
-    boundary i + 1. All timesteps of a call must belong to the same expert, as they do in the steps of a sampler.
+    Expert i denoises the timesteps from boundary i to boundary i + 1. All timesteps of a call must belong to the same
+    expert, as they do in the steps of a sampler.
 
     Args:
         n_basis: the number K of basis models.
         n_experts: the number N of experts.
-        num_timesteps: the number T of timesteps of the diffusion process.
         mixer: "softmax" if the mixing coefficients are the softmax of the logits; "raw" or "one-hot" if they are the
             logits.
         scope: "local" if every block has mixing coefficients of its own, otherwise "global".
         mixed_layers: names of the mixed linear layers within a block. All other layers are shared by the experts.
-        boundaries: N + 1 increasing timesteps from 0 to T, or noise levels from 0 to 1 for a flow, or None for equal
-            intervals of the timesteps.
+        boundaries: N + 1 increasing timesteps from 0 to T, or noise levels from 0 to 1 for a flow.
         frequency_shift: the shift s of the timestep frequencies 10000^(-i/(128 - s)).
         flow: the settings of a flow, whose timesteps are 1 minus the noise level; None for Gaussian diffusion.
 
@@ -148,11 +146,10 @@ class RemixDiTTransformer2DModel(SavedWithCode, DiTTransformer2DModel):
         norm_eps: float,
         n_basis: int,
         n_experts: int,
-        num_timesteps: int,
         mixer: str,
         scope: str,
         mixed_layers: list[str],
-        boundaries: list[float] | None = None,
+        boundaries: list[float],
         frequency_shift: int = 0,
         flow: dict | None = None,
     ):
@@ -185,8 +182,6 @@ class RemixDiTTransformer2DModel(SavedWithCode, DiTTransformer2DModel):
     def expert_index(self, timestep: float) -> int:
         """Return the index of the expert that a timestep belongs to."""
         config = self.config
-        if config.boundaries is None:
-            return (config.n_experts * (int(timestep) + 1) - 1) // config.num_timesteps
         inner, level = torch.tensor(config.boundaries[1:-1]), torch.tensor(timestep, dtype=torch.float32)
         if config.flow:
             # Steps on a boundary belong to the expert above, although the noise level is rounded.

@@ -162,17 +162,18 @@ def test_training_on_float16_features_gives_nearly_the_same_losses(features, tmp
     config = json.loads((tmp_path / "half/config.json").read_text())
     assert config["data"]["dtype"] == "float16"
     checkpoint = tmp_path / features.name / "checkpoints/0000020.pt"
-    assert "dtype" not in load_model(checkpoint)[1]["data"], "as in earlier versions"
+    assert load_model(checkpoint)[1]["data"]["dtype"] == "float32"
 
 
-def test_an_index_of_an_earlier_version_does_not_say_the_type(features, tmp_path):
-    folder = shutil.copytree(features, tmp_path / "earlier")
+def test_an_index_must_say_the_type_that_is_stored(features, tmp_path):
+    folder = shutil.copytree(features, tmp_path / "other")
     index = json.loads((folder / "index.json").read_text())
-    assert index.pop("dtype") == "float32"
-    (folder / "index.json").write_text(json.dumps(index))
-    assert torch.equal(FeatureDataset(folder)[9, 1][0], FeatureDataset(features)[9, 1][0])
     (folder / "index.json").write_text(json.dumps(index | {"dtype": "float16"}))
     with pytest.raises(UserError, match=r"does not match index\.json"):
+        FeatureDataset(folder)
+    index.pop("dtype")
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="not an index of features"):
         FeatureDataset(folder)
 
 

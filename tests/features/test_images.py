@@ -36,7 +36,6 @@ def test_other_files_are_counted_by_kind(tmp_path, capsys):
     assert "left out: 1 .gif" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["a.png", "b.JPEG", "c.webp", "d.tiff", "e.bmp"])
-def test_images_are_recognized_by_their_suffix(name):
-    assert is_image(name)
-    assert not is_image(name + ".part")
+def test_images_are_recognized_by_their_suffix():
+    assert all(is_image(name) for name in ("a.png", "b.JPEG", "c.webp", "d.tiff", "e.bmp"))
+    assert not any(is_image(name) for name in ("a.png.part", "png", "b.gif"))

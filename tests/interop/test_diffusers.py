@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
@@ -15,16 +14,16 @@ from conftest import ROOT, relative, run, training_flags
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_model, model_config
-from diffusion.solvers import make_sampler
+from diffusion import as_denoiser, create_process
 from features.autoencoder import Normalization, load_autoencoder
 from interop import diffusers
 from interop.own import fingerprint, save_checkpoint
-from models import DiT, DiT_models
-from remix import MIXED_LAYERS, MIXERS, MODULATION, SCOPES, RemixDiT_models
+from models import DIT, DiT, DiT_models
+from remix import RemixDiT_models
 from runtime.errors import UserError
 from runtime.processes import seed_for
 from sampling.experts import FoldedRemix
-from sampling.guidance import make_denoiser, make_schedule
+from sampling.guidance import GuidedDenoiser, make_schedule
 from sampling.loading import load_denoiser
 
 LABELS = [2, 0, 1]
@@ -125,6 +124,7 @@ def test_a_folder_starts_training_and_sampling(transformer, features, vae, tmp_p
         "classes": None,
         "vae": str(folder / "vae"),
         "scale": 0.5,
+        "shift": 0.0,
     }
     few = ("--num-fid-samples=4", "--num-sampling-steps=3", f"--sample-dir={tmp_path / 'samples'}")
     run("sample_ddp.py", "--ckpt", folder, *few)
@@ -207,8 +207,8 @@ def exported(ckpt, vae, tmp_path_factory):
     path = tmp_path_factory.mktemp("exported")
     dit = perturbed(DiT_models["DiT-T/4"](input_size=8, in_channels=4, num_classes=3, learn_sigma=False))
     shape = dict(input_size=8, in_channels=4, num_classes=3, n_basis=3, n_experts=7, scope="local")
-    latent = perturbed(RemixDiT_models["RemixDiT-T/2"](**shape, mixed_layers=[*MIXED_LAYERS, MODULATION]))
-    data = {"vae": "somewhere", "scale": 0.7, "image_size": 16, "classes": None}
+    latent = perturbed(RemixDiT_models["RemixDiT-T/2"](**shape, layers=[*DIT.mixed_layers, *DIT.modulation]))
+    data = {"vae": "somewhere", "scale": 0.7, "shift": 0.0, "image_size": 16, "classes": None}
     save(path / "dit.pt", dit, "DiT-T/4", data)
     save(path / "latent.pt", latent, "RemixDiT-T/2", data)
     run("convert.py", path / "dit.pt", path / "dit", "--to", "diffusers")
@@ -397,9 +397,8 @@ def test_exported_pipelines_give_our_samples(exported, results, ckpt, name, samp
     noise = draw(None)
     # diffusers' solvers do not clip.
     clip = pixels and sampler in ("ddpm", "ddim")
-    ours = make_sampler(sampler, SCHEDULERS[sampler][0])[0](
-        denoise, noise.shape, noise=noise, clip_denoised=clip, step_noise=draw
-    )
+    sample = create_process().make_sampler(sampler, SCHEDULERS[sampler][0])
+    ours = sample(as_denoiser(denoise), noise, clip_denoised=clip, step_noise=draw)
     theirs = results[f"{name}-{sampler}"]
     assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
     assert ours.std() > 0.1
@@ -410,15 +409,13 @@ def test_exported_pipelines_give_our_samples(exported, results, ckpt, name, samp
 def test_exported_flows_give_our_samples(exported, results, name):
     model, config = load_denoiser([exported / f"{name}.pt"])
     labels, noise = torch.tensor(LABELS), draw_all(4)(None)
-    loop, times = make_sampler("euler", "10", **config["diffusion"])
-    requested = iter(times)
 
-    def denoise(x, t):
-        both = [torch.cat(pair) for pair in ((x, x), (t, t), (labels, torch.full_like(labels, 3)))]
-        network = model.for_timestep(next(requested)) if name == "flow-remix" else model
-        return network.forward_with_cfg(*both, 1.5)[:3]
+    def denoise(x, time):
+        t = torch.full((6,), time)
+        network = model.for_timestep(time) if name == "flow-remix" else model
+        return network.forward_with_cfg(torch.cat([x, x]), t, torch.cat([labels, torch.full_like(labels, 3)]), 1.5)[:3]
 
-    ours = loop(denoise, noise.shape, noise=noise)
+    ours = create_process(**config["diffusion"]).make_sampler("euler", "10")(denoise, noise)
     theirs = results[name]
     assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
     assert (ours - noise).std() > 0.1
@@ -431,9 +428,8 @@ def test_exported_pipelines_guide_in_intervals_as_we_do(exported, results, ckpt,
     model, config = load_denoiser([ckpt if name == "pixels" else exported / f"{name}.pt"])
     guidance = (2.5, [200, 800], 1000) if name == "pixels" else ("1@0:0.3,2@0.3:0.5,2.5@0.5:1", None, 1)
     noise = draw_all(3 if name == "pixels" else 4)(None)
-    loop, times = make_sampler("euler", "10", **config["diffusion"])
-    denoise = make_denoiser(model, torch.tensor(LABELS), 3, make_schedule(*guidance), times=times)
-    ours = loop(denoise, noise.shape, noise=noise, clip_denoised=False)
+    denoise = GuidedDenoiser(model, torch.tensor(LABELS), 3, make_schedule(*guidance))
+    ours = create_process(**config["diffusion"]).make_sampler("euler", "10")(denoise, noise, clip_denoised=False)
     theirs = results["pixels-interval" if name == "pixels" else f"{name}-pieces"]
     assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
     if name == "pixels":
@@ -461,8 +457,8 @@ def test_exported_pipelines_decode_as_we_do(exported, results, vae):
     assert results["label -1"] == "class_labels must be from 0 to 2, but -1 is among them"
     model, _ = load_denoiser([exported / "latent.pt"])
     noise = draw_all(4)(None)
-    loop, _ = make_sampler("euler", "10")
-    x = loop(partial(model, y=torch.tensor(LABELS)), noise.shape, noise=noise, clip_denoised=False)
+    denoise = as_denoiser(model, {"y": torch.tensor(LABELS)})
+    x = create_process().make_sampler("euler", "10")(denoise, noise, clip_denoised=False)
     autoencoder = load_autoencoder(str(vae))
     # The checkpoint's scale, which differs from the one in the VAE's config.
     autoencoder.normalization = Normalization(0.7)
@@ -478,25 +474,24 @@ def test_a_pipeline_stores_the_bases_once(exported, ckpt):
     assert not (exported / "pixels" / "vae").exists()
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(("mixer", "scope"), [("softmax", "global"), ("raw", "global"), ("one-hot", "local")])
 def test_a_remix_dit_is_read_back(tmp_path, mixer, scope):
     """Bit for bit and with its config, by load_model and through convert.py."""
     options = dict(mixer=mixer, scope=scope, frequency_shift=int(scope == "local"))
     if mixer == "raw":
-        options |= dict(mixed_layers=[*MIXED_LAYERS, MODULATION], boundaries=[0, 100.5, 333.3, 800, 1000])
+        options |= dict(layers=[*DIT.mixed_layers, *DIT.modulation], boundaries=[0, 100.5, 333.3, 800, 1000])
     shape = dict(input_size=8, in_channels=3, num_classes=3, n_basis=2, n_experts=4)
     model = perturbed(RemixDiT_models["RemixDiT-T/4"](**shape, **options))
-    ours = save(tmp_path / "a.pt", model, "RemixDiT-T/4", {"vae": "none", "scale": 1.0})
+    ours = save(tmp_path / "a.pt", model, "RemixDiT-T/4", {"vae": "none", "scale": 1.0, "shift": 0.0})
     run("convert.py", ours, tmp_path / "folder", "--to=diffusers")
     run("convert.py", tmp_path / "folder", tmp_path / "b.safetensors", "--to=safetensors")
     for path in (tmp_path / "folder", tmp_path / "folder/transformer", tmp_path / "b.safetensors"):
         back, config = load_model(path)
         assert config["model"] == model_config("RemixDiT-T/4", model)
-        assert back.config == model.config
+        assert back.mixing_config == model.mixing_config
         assert all(torch.equal(value, back.state_dict()[key]) for key, value in model.state_dict().items())
     for key, value in (("mixer", "softmax"), ("n_experts", 5), ("frequency_shift", 2)):
-        if {**model.config, **options}[key] != value:
+        if {**model.mixing_config, **options}[key] != value:
             with pytest.raises(UserError, match=key):
                 load_model(tmp_path / "folder", **{key: value})
 
@@ -573,7 +568,7 @@ def test_models_that_diffusers_cannot_represent(tmp_path):
         (DiT_models["DiT-T/4"](**shape), {"process": "flow", "path": "GVP"}, "linear path and a velocity"),
         (DiT_models["DiT-T/4"](**shape), {"process": "flow", "prediction": "noise"}, "linear path and a velocity"),
     ):
-        config = {"diffusion": diffusion, "data": {"vae": "none"}}
+        config = {"model": model_config("DiT-T/4", model), "diffusion": diffusion, "data": {"vae": "none"}}
         with pytest.raises(UserError, match=message):
             diffusers.write(tmp_path / "out", {"ema": model}, config)
     assert not list(tmp_path.iterdir())

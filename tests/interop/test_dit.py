@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import golden, relative
 
-from checkpoint import load_model
+from checkpoint import load_model, model_config
 from interop import dit
 from models import DiT, DiT_models
 from runtime.errors import UserError
@@ -64,7 +64,7 @@ def test_stored_training_arguments_name_the_model(tmp_path):
 
 def test_written_files_are_read(tmp_path):
     models = {key: DiT_models["DiT-T/4"](input_size=8) for key in ("ema", "model")}
-    dit.write(tmp_path / "t.pt", models, {})
+    dit.write(tmp_path / "t.pt", models, {"model": model_config("DiT-T/4", models["ema"]), "diffusion": {}})
     for key, model in models.items():
         back, _ = load_model(tmp_path / "t.pt", ema=key == "ema")
         for name, value in model.state_dict().items():

@@ -9,6 +9,7 @@ from conftest import golden, relative, run, training_flags
 from checkpoint import load_model
 from diffusion import create_process
 from interop import sit
+from interop.shapes import PUBLISHED_VAE
 from models import DiT, DiT_models
 from remix import RemixDiT
 from runtime.errors import UserError
@@ -52,7 +53,7 @@ def test_published_files_give_published_outputs(tmp_path, wrap):
     assert relative(model(g["x"], g["t"], g["y"])[:, :4], g["out"]) < 1e-5
     flow = create_process(**config["diffusion"])
     assert (flow.path, flow.prediction, flow.weight) == ("linear", "velocity", "none")
-    assert config["data"] == {"image_size": 64, "classes": None, "vae": "stabilityai/sd-vae-ft-ema", "scale": 0.18215}
+    assert config["data"] == {"image_size": 64, "classes": None, **PUBLISHED_VAE}
 
 
 def test_the_weight_of_a_velocity_prediction_is_ignored():

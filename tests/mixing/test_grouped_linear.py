@@ -5,12 +5,10 @@ from conftest import DEVICES, relative
 from mixing import grouped_linear
 from mixing.grouped_linear import (
     RECOMPUTED_GROUPS,
-    choose_attention,
     linear_per_group,
     linear_per_group_backward,
     mixed_linear,
 )
-from models import DiT_models
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -78,18 +76,12 @@ def test_output_and_gradients_are_those_of_the_equations(device, dtype, groups):
 
 
 # The compiled layers take 5 to 30 seconds each.
-def precision_cases() -> list:
-    cases = []
-    for compiled in (False, True):
-        for n_basis in (4, 8):
-            for groups in (1, 4, 16):
-                quick = not compiled or (n_basis, groups) == (4, 4)
-                cases.append(pytest.param(compiled, n_basis, groups, marks=() if quick else pytest.mark.slow))
-    return cases
+PRECISION_CASES = [(False, 4, 1), (False, 4, 4), (False, 8, 16), (True, 4, 4)]
+PRECISION_CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 4, 1), (True, 8, 16))]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("compiled", "n_basis", "groups"), precision_cases())
+@pytest.mark.parametrize(("compiled", "n_basis", "groups"), PRECISION_CASES)
 def test_gradients_in_bf16_are_accurate_for_nearly_equal_bases(device, compiled, n_basis, groups):
     """The gradient of pi depends on the differences of the bases, which any product in bf16 would lose."""
     function = torch.compile(mix_and_apply, fullgraph=True, dynamic=False) if compiled else mix_and_apply
@@ -150,12 +142,3 @@ def test_gradients_are_contiguous_for_an_input_that_is_not(device):
     x = torch.randn(2, 8, 5, device=device).transpose(1, 2)
     weight, grad = torch.randn(2, 6, 8, device=device), torch.randn(2, 5, 6, device=device)
     assert all(gradient.is_contiguous() for gradient in linear_per_group_backward(grad, x, weight))
-
-
-def test_attention_is_fused_except_on_a_cpu():
-    model = DiT_models["DiT-T/2"](input_size=8)
-    fused = [block.attn.fused_attn for block in model.blocks]
-    choose_attention(model, torch.device("cuda"))
-    assert [block.attn.fused_attn for block in model.blocks] == fused
-    choose_attention(model, torch.device("cpu"))
-    assert not any(block.attn.fused_attn for block in model.blocks)

@@ -1,0 +1,89 @@
+"""The intervals of noise levels of the experts, and how different the experts are."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.intervals import check_levels, find_interval, inner_boundaries
+from mixing.coefficients import prior_bases
+
+
+class ExpertIntervals(nn.Module):
+    """The intervals of noise levels of N experts.
+
+    Args:
+        boundaries: N + 1 increasing noise levels. Expert i denoises boundaries[i] <= level < boundaries[i + 1].
+        n_basis: number of bases K.
+        device: device of the tensors.
+
+    Attributes:
+        inner: the N - 1 boundaries between experts, for comparison with noise levels.
+        prior: the basis of each expert in the prior [N].
+    """
+
+    def __init__(self, boundaries: list[float], n_basis: int, device: torch.device):
+        super().__init__()
+        self.boundaries = boundaries
+        self.n_basis = n_basis
+        self._register(device)
+
+    def _register(self, device: torch.device):
+        """Create the buffers on a device."""
+        prior = prior_bases(self.n_basis, len(self.boundaries) - 1, device)
+        inner = torch.tensor(inner_boundaries(self.boundaries), dtype=torch.float32, device=device)
+        self.register_buffer("prior", prior, persistent=False)
+        self.register_buffer("inner", inner, persistent=False)
+
+    def _apply(self, *args, **kwargs) -> "ExpertIntervals":
+        """Move the buffers, and keep the boundaries in float32."""
+        super()._apply(*args, **kwargs)
+        # They may come from the meta device, where they have no values.
+        self._register(self.inner.device)
+        return self
+
+    def find(self, level: Tensor | float) -> Tensor | int:
+        """Return the index of the expert that denoises each noise level, a tensor or a number."""
+        if isinstance(level, Tensor):
+            return torch.bucketize(level.contiguous(), self.inner, right=True)
+        return find_interval(self.boundaries, level)
+
+    def check(self, level: Tensor):
+        """Raise ValueError if a noise level is outside the boundaries. The host waits for the device."""
+        check_levels(self.boundaries, *torch.stack(level.aminmax()).tolist())
+
+
+def centered_gram(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the inner products [K, K] of K weights [K, ...] minus their mean, and the mean squared norm of one []."""
+    bases = weight.flatten(1)
+    norm = bases.square().sum() / len(bases)
+    # Bases are nearly equal: their products are accurate only after subtracting the mean.
+    bases = bases - bases.mean(0)
+    return bases @ bases.T, norm
+
+
+def measure_distances(layers: list[nn.Module], alpha: Tensor, add: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Measure how different the bases are and how different the experts are. A distance of 0 means equal weights.
+
+    Args:
+        layers: the mixed layers.
+        alpha: coefficients [1 or depth, N, K].
+        add: sums numbers over the processes that the bases are divided among.
+
+    Returns:
+        The distances [K, K] between the bases, and the root mean square distance of the experts from their mean (a
+        scalar). Both are over the mixed weights, relative to the root mean square norm of the bases.
+    """
+    squared_distances, squared_spread, squared_norm = 0, 0, 0
+    alpha = alpha - alpha.mean(1, keepdim=True)  # [1 or depth, N, K]
+    for layer in layers:
+        gram, norm = layer.gram()  # [K, K], []
+        squared_norm = squared_norm + norm
+        squared_distances = squared_distances + gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
+        row = alpha[layer.row]  # [N, K]
+        squared_spread = squared_spread + ((row @ gram) * row).sum(1).mean()
+    sums = torch.cat([squared_distances.flatten(), squared_spread.view(1), squared_norm.view(1)])  # [K * K + 2]
+    *_, squared_spread, squared_norm = sums = add(sums)
+    n_basis = alpha.shape[-1]
+    distances = (sums[:-2].clamp(min=0) / squared_norm).sqrt().view(n_basis, n_basis)
+    return distances, (squared_spread / squared_norm).sqrt()
