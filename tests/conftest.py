@@ -338,7 +338,7 @@ def exact_products():
     torch.set_float32_matmul_precision(before)
 
 
-def random_remix_dit(device: str = "cpu", depth: int = 2, width: int = 32, side: int = 8):
+def random_remix_dit(device: str = "cpu", depth: int = 2, width: int = 32, side: int = 8, boundaries=None):
     """A RemixDiT with K = 4 and N = 20 in which every parameter is random, so that all of them affect the output.
 
     Its coefficients are mixed. Nearly one-hot ones would have gradients of little more than rounding errors.
@@ -351,20 +351,37 @@ def random_remix_dit(device: str = "cpu", depth: int = 2, width: int = 32, side:
     for parameter in dit.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    remix = RemixDiT(dit, n_basis=4, n_experts=20, prior_bonus=3)
+    remix = RemixDiT(dit, n_basis=4, n_experts=20, prior_bonus=3, boundaries=boundaries)
     for module in remix.modules():
         if isinstance(module, RemixLinear):
             module.weight.data += 0.1 * torch.randn_like(module.weight)
     return remix.to(device)
 
 
+def make_trainer(model: torch.nn.Module, process=None, world=None, lr: float = 1e-4, **options):
+    """A Trainer with the settings and the execution that `options` name, and equal peak rates of weights and logits."""
+    from dataclasses import fields
+
+    from diffusion import create_diffusion
+    from runtime.processes import World
+    from training.settings import Execution, RunSettings
+    from training.trainer import Trainer
+
+    execution = {field.name: options.pop(field.name) for field in fields(Execution) if field.name in options}
+    settings = RunSettings(lr=lr, **{"coeff_lr": lr} | options)
+    world = world or World(0, 1, torch.device("cpu"))
+    return Trainer(model, process or create_diffusion(), world, settings, Execution(**execution))
+
+
 def random_microbatch(step: int = 0, size: int = 8, groups: int = 4, device: str = "cpu", side: int = 8):
-    """One microbatch for `random_remix_dit`, as `Trainer.step` takes it: (x, t, conditions, noise)."""
-    from training.batches import sample_timesteps
+    """One microbatch for `random_remix_dit`, as `Trainer.step` takes it."""
+    from diffusion import create_process
+    from training.batches import Microbatch, draw_times
 
     generator = torch.Generator().manual_seed(1)
-    t = torch.from_numpy(sample_timesteps(0, step, size, 20, groups))
+    process = create_process()
+    t = torch.from_numpy(draw_times(0, step, size, process, process.expert_boundaries(20), groups))
     x, noise = torch.randn(2, size, 4, side, side, generator=generator)
     y, label_drop = torch.arange(size) % 10, torch.zeros(size, dtype=torch.bool)
     x, noise, t, y, label_drop = (tensor.to(device) for tensor in (x, noise, t, y, label_drop))
-    return x, t, {"y": y, "label_drop": label_drop, "groups": groups}, noise
+    return Microbatch(x, t, {"y": y, "label_drop": label_drop, "groups": groups}, noise)

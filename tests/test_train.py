@@ -10,22 +10,25 @@ import pytest
 import torch
 from conftest import GOLDEN, assert_same_weights, losses, run, training_flags
 
-import train_fast
 from checkpoint import load_model
 from diffusion import create_flow, create_process
 from features.dataset import write_index, write_shard
-from interop.own import checkpoints, find_corruption, save_checkpoint
+from interop.own import checkpoints, find_corruption
 from models import DiT_models
 from runtime.command_line import flags as flags_of
 from runtime.errors import UserError
 from sampling.loading import load_denoiser
-from training.start import make_model
+from training.flags import make_parser
+from training.resolve import resolve_settings
+from training.start import InitialWeights, make_model
 
 
 def test_the_files_of_a_run(trained, features):
     assert sorted(path.name for path in trained.iterdir()) == ["checkpoints", "config.json", "log.txt", "metrics.jsonl"]
     state = torch.load(trained / "checkpoints" / "0000004.pt", weights_only=True)
-    assert state["config"] == json.loads((trained / "config.json").read_text())
+    config = json.loads((trained / "config.json").read_text())
+    assert config.pop("flags")["lr"] == 1e-3
+    assert state["config"] == config
     assert state["config"]["data"]["classes"] == ["class0", "class1", "class2"]
     assert set(losses(trained)) == {1, 2, 3, 4}
     model, _ = load_model(trained / "checkpoints" / "0000004.pt")
@@ -97,7 +100,7 @@ def test_a_flow_trains_and_resumes(features, tmp_path, model, options, flags):
     run("train_fast.py", *training_flags(features, tmp_path, "resumed", model), *schedule, "--resume=auto")
     assert losses(tmp_path / "whole") == losses(tmp_path / "resumed"), "bit for bit"
     assert_same_weights(tmp_path / "whole/checkpoints/0000006.pt", tmp_path / "resumed/checkpoints/0000006.pt")
-    # An expert for a part of the noise levels cannot sample alone.
+    # A model of some noise levels cannot generate samples.
     assert (tmp_path / "whole/samples/0000006.png").exists() == ("--timesteps" not in flags)
     metrics = json.loads((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[-1])
     assert metrics["loss"] > 0
@@ -146,8 +149,8 @@ def test_the_loss_weight_is_a_setting_of_the_run(trained, features, tmp_path):
 
 def test_a_recipe_gives_the_settings_that_the_flags_leave_open():
     def settings(*flags):
-        args = train_fast.make_parser().parse_args(["--data-path=-", *flags])
-        return train_fast.resolve_settings(args, n_images=1000, diffusion=create_process())
+        args = make_parser().parse_args(["--data-path=-", *flags])
+        return resolve_settings(args, 1000, create_process())
 
     names = ("experts_per_batch", "lr", "coeff_lr", "coeff_lr_end", "prior_strength", "prior_bonus")
     published = dict(zip(names, (8, 2e-5, 1e-2, 1e-5, 1e-4, 3), strict=True))
@@ -163,20 +166,16 @@ def test_a_recipe_gives_the_settings_that_the_flags_leave_open():
         settings("--recipe=paper", "--global-batch-size=12")
 
 
-def test_runs_of_earlier_versions_resume_with_their_learning_rates(features, tmp_path):
-    """They had no --coeff-lr-end: the logits' learning rate fell to half of its peak. The prior's bonus was 3."""
-    flags = [*training_flags(features, tmp_path, "old"), "--max-steps=2", "--ckpt-every=1"]
-    run("train_fast.py", *flags, "--coeff-lr-end=5e-3")
-    (tmp_path / "old/checkpoints/0000002.pt").rename(tmp_path / "whole.pt")
-    state = torch.load(tmp_path / "old/checkpoints/0000001.pt", weights_only=True)
-    del state["config"]["training"]["coeff_lr_end"]
-    state["config"]["training"]["prior_bonus"] = 3.0
-    save_checkpoint(tmp_path / "old/checkpoints/0000001.pt", state)
+def test_a_run_resumes_with_its_learning_rates_and_its_prior(features, tmp_path):
+    """The prior's bonus has no effect after step 0: it need not be given again."""
+    flags = [*training_flags(features, tmp_path, "run"), "--max-steps=2", "--ckpt-every=1"]
+    run("train_fast.py", *flags, "--coeff-lr-end=5e-3", "--prior-bonus=3")
+    (tmp_path / "run/checkpoints/0000002.pt").rename(tmp_path / "whole.pt")
     refused = run("train_fast.py", *flags, "--resume=auto", expect=2).stderr
     assert "coeff_lr_end=0.005, this run asks for 0.0005" in refused
     run("train_fast.py", *flags, "--resume=auto", "--coeff-lr-end=5e-3")
-    assert_same_weights(tmp_path / "whole.pt", tmp_path / "old/checkpoints/0000002.pt")
-    assert json.loads((tmp_path / "old/config.json").read_text())["training"]["prior_bonus"] == 3
+    assert_same_weights(tmp_path / "whole.pt", tmp_path / "run/checkpoints/0000002.pt")
+    assert json.loads((tmp_path / "run/config.json").read_text())["training"]["prior_bonus"] == 3
 
 
 def test_a_finished_run_is_extended(features, tmp_path):
@@ -226,19 +225,18 @@ def test_starting_from_a_pretrained_dit(features, tmp_path):
 def test_new_classes_keep_the_embeddings_of_equal_names(trained):
     path = str(trained / "checkpoints/0000004.pt")
     shape = dict(input_size=8, in_channels=3, num_classes=4)
-    mixing = {key: value for key, value in load_model(path)[0].config.items() if key != "num_timesteps"}
+    mixing = load_model(path)[0].mixing_config
     new = ["cat", "class2", "dog", "class0"]
     with pytest.raises(UserError, match="has 3 classes, this run has 4: --new-classes"):
-        make_model("RemixDiT-T/2", shape, mixing, 3.0, path, classes=new)
+        make_model("RemixDiT-T/2", shape, mixing, 3.0, InitialWeights(path, classes=new))
     with pytest.raises(UserError, match="its class 0 is class0, in the features it is class1: --new-classes"):
-        make_model(
-            "RemixDiT-T/2", shape | {"num_classes": 3}, mixing, 3.0, path, classes=["class1", "class0", "class2"]
-        )
-    model = make_model("RemixDiT-T/2", shape, mixing, 3.0, path, classes=new, new_classes=True)
+        start = InitialWeights(path, classes=["class1", "class0", "class2"])
+        make_model("RemixDiT-T/2", shape | {"num_classes": 3}, mixing, 3.0, start)
+    model = make_model("RemixDiT-T/2", shape, mixing, 3.0, InitialWeights(path, classes=new, new_classes=True))
     before = load_model(path)[0].backbone.y_embedder.embedding_table.weight
     after = model.backbone.y_embedder.embedding_table.weight
     assert torch.equal(after[[1, 3, 4]], before[[2, 0, 3]])
-    assert model.backbone_config["num_classes"] == model.num_classes == 4
+    assert model.config["num_classes"] == model.num_classes == 4
 
 
 @pytest.mark.parametrize("boundaries", [None, [0, 100, 400, 1000]])
@@ -276,13 +274,12 @@ def test_low_precision_learns_the_same(trained, features, tmp_path, precision):
     assert list(losses(tmp_path / precision).values()) == pytest.approx(list(losses(trained).values()), rel=0.05)
 
 
-@pytest.mark.parametrize("mixer", ["softmax", "raw", "one-hot"])
-@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize(("mixer", "scope"), [("softmax", "local"), ("raw", "global"), ("one-hot", "local")])
 def test_every_mixer_and_scope_trains_and_resumes(features, tmp_path, mixer, scope):
     flags = [*training_flags(features, tmp_path, "run"), "--mixer", mixer, "--mixer-scope", scope, "--mix-modulation"]
     run("train_fast.py", *flags, "--max-steps", 2, "--ckpt-every", 1)
     model, _ = load_model(tmp_path / "run/checkpoints/0000002.pt")
-    assert (model.mixer, model.scope, len(model.config["mixed_layers"])) == (mixer, scope, 5)
+    assert (model.mixer, model.scope, len(model.mixing_config["layers"])) == (mixer, scope, 5)
     (tmp_path / "run/checkpoints/0000002.pt").rename(tmp_path / "whole.pt")
     run("train_fast.py", *flags, "--max-steps", 2, "--resume", "auto")
     assert_same_weights(tmp_path / "whole.pt", tmp_path / "run/checkpoints/0000002.pt")
@@ -332,30 +329,21 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("no features", "holds no features", "--data-path", str(GOLDEN)),
         wrong("image size", "holds features of 8-pixel images", "--image-size", "16"),
         wrong("classes", "labels from 0 to 2", "--num-classes", "2"),
-        wrong("K", "at least 1", "--n-basis", "0"),
         wrong("N", "at least 1 and at most 1000", "--n-experts", "1001"),
         wrong("groups", "does not divide", "--experts-per-batch", "5"),
         wrong("prefix", "plain folder name", "--prefix", "../escape"),
         wrong("learning rate", "above 0", "--lr", "nan"),
         wrong("timesteps", "must increase", "--timesteps", "500", "500", model="DiT-T/2"),
         wrong("timesteps of a RemixDiT", "trains on all timesteps", "--timesteps", "0", "500"),
-        wrong("boundaries", "must increase", "--boundaries", "0", "500", "500", "1000"),
         wrong("range of boundaries", "run from 0 to 1000", "--boundaries", "0", "0.5", "1"),
         wrong("number of boundaries", "6 experts need 7 boundaries", "--boundaries", "0", "500", "1000"),
         wrong("boundaries without timesteps", "no timestep", "--boundaries", "0", "0.1", "0.2", "1000"),
         wrong("boundaries of a DiT", "needs a RemixDiT", "--boundaries", "0", "1000", model="DiT-T/2"),
-        wrong("mixed modulation of a DiT", "needs a RemixDiT", "--mix-modulation", model="DiT-T/2"),
         wrong("boundaries of a flow", "run from 0 to 1", "--process=flow", "--boundaries", "0", "875", "1000"),
-        wrong(
-            "noise levels of a flow", "run from 0 to 1", "--process=flow", "--timesteps", "0", "125", model="DiT-T/2"
-        ),
-        wrong("shift", "above 0", "--process=flow", "--time-shift=0"),
         wrong("experts without times", "6 experts of equal probability", "--process=flow", "--time-shift=1e6"),
         wrong("path", "need --process flow", "--path=VP"),
         wrong("loss weight of a flow", "need --process gaussian", "--process=flow", "--min-snr=5"),
-        wrong("loss weight", "above 0", "--min-snr=0"),
         wrong("bound of no loss weight", "needs --min-snr", "--min-weight=0.2"),
-        wrong("bound of the loss weight", "at most 1", "--min-snr=5", "--min-weight=2"),
         wrong("bound of 1", "makes every weight 1", "--min-snr=5", "--min-weight=1"),
         wrong("mean of uniform times", "need --time-sampling logit-normal", "--process=flow", "--time-mean=1"),
         wrong("weight", "velocity prediction takes none", "--process=flow", "--weight=likelihood"),
@@ -375,7 +363,6 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("resume nothing", "no such file", "--resume", "/nowhere.pt"),
         wrong("resume a folder", "is a folder without checkpoints", "--resume", str(GOLDEN)),
         wrong("resume weights", "no training state", "--resume", str(GOLDEN / "dit.pt")),
-        wrong("model", "invalid choice", model="DiT-Q/2"),
         wrong("world", "cannot be divided equally among 2 processes", "--global-batch-size", "11", processes=2),
     ],
 )

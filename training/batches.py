@@ -8,19 +8,19 @@ processes that read the images.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from diffusion import FlowMatching
-from diffusion.intervals import equal_boundaries
+from diffusion import Process, create_process
 from features.dataset import FeatureDataset
 from runtime.processes import World, ignore_signals, seed_for
+from training.settings import Execution, RunSettings
 
 
 class Stream(IntEnum):
@@ -44,6 +44,24 @@ class Stream(IntEnum):
     NOISE = 4
 
 
+class Microbatch(NamedTuple):
+    """What the losses of B images are computed from.
+
+    Attributes:
+        x: features [B, C, H, W], float32.
+        t: timesteps [B], int64, or the times of a flow [B], float32.
+        conditions: the keyword arguments of the model: the labels "y" [B], "label_drop" [B], and "groups" of a Remix.
+        noise: standard normal noise [B, C, H, W], float32.
+        extras: further tensors by name, see `StepBatch`.
+    """
+
+    x: Tensor
+    t: Tensor
+    conditions: dict[str, Any]
+    noise: Tensor
+    extras: dict[str, Tensor] = {}  # noqa: RUF012, it is not changed
+
+
 class StepBatch(NamedTuple):
     """What one process trains on in one step: its rows of the global batch, R in number.
 
@@ -53,6 +71,7 @@ class StepBatch(NamedTuple):
         t: timesteps [R], int64, or the times of a flow [R], float32.
         label_drop: whether the label is replaced by the null class [R], bool.
         noise: standard normal noise [R, C, H, W], float32.
+        extras: further tensors [R, ...] by name, which a term of the loss needs; see training/terms.py.
     """
 
     x: Tensor
@@ -60,6 +79,7 @@ class StepBatch(NamedTuple):
     t: Tensor
     label_drop: Tensor
     noise: Tensor
+    extras: dict[str, Tensor] = {}  # noqa: RUF012, it is not changed
 
 
 def row_generators(seed: int, step: int, rows: range, stream: Stream) -> Iterator[np.random.Generator]:
@@ -205,53 +225,37 @@ def sample_experts(seed: int, step: int, n_experts: int, experts_per_batch: int)
     return permutation[np.arange(first, first + experts_per_batch) % n_experts]
 
 
-def sample_timesteps(
-    seed: int,
-    step: int,
-    batch_size: int,
-    n_experts: int = 1,
-    experts_per_batch: int = 1,
-    timesteps: tuple[float, float] = (0, 1000),
-    boundaries: Sequence[float] | None = None,
-    flow: FlowMatching | None = None,
+def draw_times(
+    seed: int, step: int, batch_size: int, process: Process, boundaries: Sequence[float], experts_per_batch: int = 1
 ) -> np.ndarray:
-    """Draw the timesteps of a global batch (arXiv 2412.05628, algorithm 2, with several experts per batch).
+    """Draw the times of a global batch (arXiv 2412.05628, algorithm 2, with several experts per batch).
 
-    The batch consists of `experts_per_batch` equal contiguous groups. Each group's timesteps are drawn uniformly from
-    the interval of one expert. If the intervals cannot be equal, their lengths differ by one timestep. With one expert
-    this is the usual uniform draw. The times of a flow are drawn in the same way from its distribution of times,
-    restricted to the interval of the group's expert.
+    The batch consists of `experts_per_batch` equal contiguous groups. Each group's times are drawn from the interval of
+    one expert: whole timesteps uniformly, those of a flow from its distribution of times, restricted to the interval.
+    With one expert this is the usual draw.
 
     Args:
         seed: global seed.
         step: the training step, from 0.
         batch_size: images per global batch.
-        n_experts: number of experts N, whose intervals divide the whole range of `timesteps`.
+        process: the process.
+        boundaries: the N + 1 noise levels between which the experts' intervals lie; for a plain DiT the lowest and the
+            highest noise level that it is trained on.
         experts_per_batch: number of groups.
-        timesteps: lowest timestep, and highest timestep plus one; for a flow the lowest and highest noise level.
-        boundaries: the N + 1 noise levels between which the experts' intervals lie; None for intervals of equal length.
-        flow: the process, if it is a flow.
 
     Returns:
-        Timesteps [batch_size], int64, or the times of a flow as the network sees them [batch_size], float32.
+        The times that the network sees [batch_size]: int64 timesteps, or the float32 times of a flow.
 
     Raises:
         ValueError: if `experts_per_batch` does not divide `batch_size`, or if an expert's interval is empty.
     """
     if batch_size % experts_per_batch:
         raise ValueError(f"{experts_per_batch} experts do not divide a batch of {batch_size}")
-    experts = sample_experts(seed, step, n_experts, experts_per_batch).repeat(batch_size // experts_per_batch)
-    generator = np.random.default_rng([seed, step, Stream.TIMESTEPS])
-    if boundaries is None:
-        boundaries = timesteps if n_experts == 1 else equal_boundaries(n_experts, timesteps[1])
+    experts = sample_experts(seed, step, len(boundaries) - 1, experts_per_batch)
+    experts = experts.repeat(batch_size // experts_per_batch)
     boundaries = np.asarray(boundaries)
-    if flow:
-        return flow.sample_times(generator.random(batch_size), boundaries[experts], boundaries[experts + 1])
-    # The first timestep of each expert, with boundaries rounded to float32 as in `Remix.expert_index`.
-    first = np.ceil(boundaries.astype(np.float32)).astype(np.int64)
-    if (first[:-1] >= first[1:]).any():
-        raise ValueError("an interval between boundaries contains no timestep")
-    return generator.integers(first[experts], first[experts + 1])
+    generator = np.random.default_rng([seed, step, Stream.TIMESTEPS])
+    return process.sample_times(generator, boundaries[experts], boundaries[experts + 1])
 
 
 def count_groups(n_images: int, group_size: int) -> int:
@@ -267,6 +271,20 @@ def count_groups(n_images: int, group_size: int) -> int:
     return n_images // math.gcd(n_images, group_size)
 
 
+def microbatch_shape(settings: RunSettings, execution: Execution, n_experts: int | None) -> tuple[int, int | None]:
+    """Return the images of a microbatch and the number of its groups, which is None for a plain model.
+
+    Args:
+        settings: the settings of the run.
+        execution: how the work is divided.
+        n_experts: number of experts; None for a plain model.
+    """
+    n_images = settings.global_batch_size // execution.processes // execution.grad_accum
+    if n_experts is None:
+        return n_images, None
+    return n_images, count_groups(n_images, settings.global_batch_size // settings.experts_per_batch)
+
+
 @dataclass(frozen=True)
 class BatchSampler:
     """Draws the global batch of every step and returns this process's rows of it.
@@ -277,11 +295,11 @@ class BatchSampler:
         world: this process's place among all processes.
         n_experts: number of experts of a RemixDiT; None for a plain DiT.
         experts_per_batch: experts per global batch.
-        timestep_range: lowest timestep, and highest timestep plus one; for a flow the lowest and highest noise level.
+        timestep_range: lowest and highest noise level of a plain DiT; None for the whole range.
         label_dropout: probability that a label is replaced by the null class.
         grad_accum: microbatches per process and step.
         boundaries: the noise levels between the experts' intervals; None for intervals of equal length.
-        flow: the process, if it is a flow.
+        process: the process.
     """
 
     seed: int
@@ -289,11 +307,11 @@ class BatchSampler:
     world: World
     n_experts: int | None = None
     experts_per_batch: int = 1
-    timestep_range: tuple[float, float] = (0, 1000)
+    timestep_range: tuple[float, float] | None = None
     label_dropout: float = 0.0
     grad_accum: int = 1
     boundaries: Sequence[float] | None = None
-    flow: FlowMatching | None = None
+    process: Process = field(default_factory=create_process)
 
     @property
     def rows(self) -> slice:
@@ -333,43 +351,49 @@ class BatchSampler:
                 batches._shutdown_workers()
 
     def timesteps(self, step: int) -> np.ndarray:
-        """Draw the timesteps of a step's global batch: [batch_size], see `sample_timesteps`."""
-        experts = self.n_experts or 1, self.experts_per_batch
-        intervals = self.timestep_range, self.boundaries
-        return sample_timesteps(self.seed, step, self.batch_size, *experts, *intervals, self.flow)
+        """Draw the times of a step's global batch: [batch_size], see `draw_times`."""
+        boundaries = self.boundaries
+        if boundaries is None and self.n_experts is None:
+            boundaries = self.timestep_range or self.process.scale.range
+        elif boundaries is None:
+            boundaries = self.process.scale.equal_boundaries(self.n_experts)
+        return draw_times(self.seed, step, self.batch_size, self.process, boundaries, self.experts_per_batch)
 
-    def draw(self, step: int, x: Tensor, y: Tensor) -> StepBatch:
+    def draw(self, step: int, x: Tensor, y: Tensor, extras: dict[str, Tensor] | None = None) -> StepBatch:
         """Add a step's random draws to this process's images.
 
         Args:
             step: the training step, from 0.
             x: features [R, C, H, W] of this process's rows.
             y: labels [R].
+            extras: further tensors of these rows by name, if the dataset has any.
         """
         rows = range(self.batch_size)[self.rows]
         label_drop = draw_label_dropout(self.seed, step, rows, self.label_dropout)
         noise = draw_noise(self.seed, step, rows, x.shape[1:])
         # The copy does not keep the other processes' rows in memory.
         t = self.timesteps(step)[self.rows].copy()
-        return StepBatch(x, y, *map(torch.from_numpy, (t, label_drop, noise)))
+        return StepBatch(x, y, *map(torch.from_numpy, (t, label_drop, noise)), extras or {})
 
-    def microbatches(self, batch: StepBatch) -> list[tuple[Tensor, Tensor, dict, Tensor]]:
-        """Divide a step's batch into microbatches on the device. The host does not wait for the device.
+    def microbatches(self, batch: StepBatch) -> list[Microbatch]:
+        """Divide a step's batch into `grad_accum` microbatches on the device. The host does not wait for the device.
 
         Args:
             batch: this process's part of the step, from `load` or `draw`.
-
-        Returns:
-            For each of the `grad_accum` microbatches (x, t, conditions, noise), as `training_losses` takes them:
-            x [B, C, H, W], t [B], the model's keyword arguments, noise [B, C, H, W].
         """
-        parts = (part.to(self.world.device, non_blocking=True).chunk(self.grad_accum) for part in batch)
+
+        def divide(part: Tensor) -> tuple[Tensor, ...]:
+            return part.to(self.world.device, non_blocking=True).chunk(self.grad_accum)
+
+        *tensors, extras = batch
+        rows = zip(*map(divide, tensors), strict=True)
+        extras = {name: divide(part) for name, part in extras.items()}
         microbatches = []
-        for x, y, t, label_drop, noise in zip(*parts, strict=True):
+        for i, (x, y, t, label_drop, noise) in enumerate(rows):
             conditions = {"y": y, "label_drop": label_drop}
             if self.n_experts is not None:
                 conditions["groups"] = count_groups(len(x), self.batch_size // self.experts_per_batch)
-            microbatches.append((x, t, conditions, noise))
+            microbatches.append(Microbatch(x, t, conditions, noise, {name: parts[i] for name, parts in extras.items()}))
         return microbatches
 
 

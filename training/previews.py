@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from diffusion import QUICK, make_sampler, process_name
-from features.autoencoder import Normalization, Pixels, load_autoencoder
+from diffusion import Process
+from diffusion.samplers import time_tensor
+from features.autoencoder import Autoencoder, Normalization, Pixels, load_autoencoder
 from features.dataset import FeatureDataset
 from figures import save_coefficients, save_grid
 from interop.shapes import PUBLISHED_VAE
-from models import DiT
-from remix import RemixDiT
+from models import classifier_free_guidance
+from remix import Remix
 from runtime.command_line import counted
 from runtime.errors import UserError, first_line
 from runtime.processes import SampleGenerators
+from training.experts import experts_of
 
 # Number of images in a grid, and their guidance scale.
 SAMPLES = 16
@@ -37,7 +40,7 @@ class SamplePreview:
         seed: global seed of the run.
         class_names: names of the classes; None to show their numbers.
         autoencoder: decodes the samples; None to show three latent channels as colours.
-        process: keyword arguments of `create_process`; None to draw no samples.
+        process: the process; None to draw no samples.
         autocast: function that returns the context the model runs in.
         device: device that the model runs on.
         log: the run's logger, which reports pictures that cannot be drawn.
@@ -47,13 +50,13 @@ class SamplePreview:
     model_name: str
     seed: int
     class_names: list[str] | None
-    autoencoder: Pixels | None
-    process: dict | None
+    autoencoder: Autoencoder | None
+    process: Process | None
     autocast: Callable[[], AbstractContextManager]
     device: torch.device
     log: logging.Logger
 
-    def draw(self, step: int, model: DiT | RemixDiT) -> dict[str, Path]:
+    def draw(self, step: int, model: nn.Module) -> dict[str, Path]:
         """Draw the pictures of a step.
 
         Args:
@@ -66,7 +69,7 @@ class SamplePreview:
         kinds = {}
         if self.process is not None:
             kinds["samples"] = self._draw_samples
-        if isinstance(model, RemixDiT):
+        if experts_of(model).n_experts:
             kinds["coefficients"] = self._draw_coefficients
         pictures = {}
         for kind, draw in kinds.items():
@@ -79,29 +82,30 @@ class SamplePreview:
                 self.log.error(f"COULD NOT DRAW {path}: {first_line(error)}; training continues")
         return pictures
 
-    def _draw_coefficients(self, path: Path, model: RemixDiT):
+    def _draw_coefficients(self, path: Path, model: Remix):
         """Draw the heat map of the mixing coefficients."""
         save_coefficients(path, model, f"{self.model_name}: mixing coefficients")
 
     @torch.no_grad()
-    def _draw_samples(self, path: Path, model: DiT | RemixDiT):
+    def _draw_samples(self, path: Path, model: nn.Module):
         """Draw the grid of samples, with classifier-free guidance and few sampling steps."""
-        backbone = model.backbone_config
+        backbone = experts_of(model).backbone.config
         device = self.device
         model.to(device)
         shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
         noise = SampleGenerators(self.seed, range(SAMPLES)).randn(shape).to(device)
-        classes = torch.arange(SAMPLES) * model.num_classes // SAMPLES
+        classes = torch.arange(SAMPLES) * backbone["num_classes"] // SAMPLES
         # For guidance, the second half of the batch has the null class.
-        labels = torch.cat([classes, torch.full_like(classes, model.num_classes)]).to(device)
+        labels = torch.cat([classes, torch.full_like(classes, backbone["num_classes"])]).to(device)
 
-        def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        def denoise(x: torch.Tensor, time: float) -> torch.Tensor:
+            both = torch.cat([x, x])
             with self.autocast():
-                return model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), labels, GUIDANCE)[: len(x)]
+                return classifier_free_guidance(model, both, time_tensor(both, time), labels, GUIDANCE)[: len(x)]
 
-        sample, _ = make_sampler(*QUICK[process_name(self.process)], **self.process)
+        sample = self.process.make_sampler(*self.process.quick)
         bounded = self.autoencoder is not None and self.autoencoder.bounded
-        samples = sample(denoise, noise.shape, noise=noise, clip_denoised=bounded, device=device)
+        samples = sample(denoise, noise, clip_denoised=bounded)
         captions = [self.class_names[c] if self.class_names else str(c) for c in classes.tolist()]
         save_grid(path, self._decode(samples).cpu().numpy(), captions, columns=8)
 
@@ -116,8 +120,8 @@ class SamplePreview:
 
 
 def choose_decoder(
-    sample_every: int, can_sample: bool, vae: str | None, dataset: FeatureDataset, loaded: Pixels | None = None
-) -> tuple[Pixels | None, str]:
+    sample_every: int, can_sample: bool, vae: str | None, dataset: FeatureDataset, loaded: Autoencoder | None = None
+) -> tuple[Autoencoder | None, str]:
     """Choose what decodes the samples that are drawn while training.
 
     Args:
@@ -134,7 +138,7 @@ def choose_decoder(
         return None, "no pictures (--sample-every 0)"
     when = f"pictures every {counted(sample_every, 'step')}"
     if not can_sample:
-        return None, f"{when}, without samples: an expert for a part of the timesteps cannot sample alone"
+        return None, f"{when}, without samples: the model is trained on some noise levels only"
     name = vae or ("none" if dataset.vae == "none" else None)
     if name is None:
         return None, f"{when}; samples show three latent channels as colours (--vae decodes them)"

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -13,25 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusion import NOISE_LEVELS, QUICK, FlowMatching, GaussianDiffusion, process_name
+from diffusion import Process, create_process
 from evaluation.files import check_file, has_statistics, read_network, read_statistics
 from evaluation.networks import FEATURE_BATCH, FeatureExtractor, make_extractor, network_name
 from evaluation.scores import GaussianStatistics, frechet_distance
-from features.autoencoder import Pixels
+from features.autoencoder import Autoencoder
 from features.dataset import FeatureDataset
-from models import DiT
-from remix import RemixDiT
 from runtime.command_line import counted
 from runtime.errors import UserError, first_line, is_first_process
 from runtime.files import cache_folder
 from runtime.processes import StopSignal, World
-from sampling.experts import ExpertSwitch, for_sampling
+from sampling.experts import for_sampling
 from sampling.pipeline import SAMPLE_BATCH, Pipeline, SampleSettings, make_pipeline, sample
+from training.experts import experts_of
 from training.loggers import MetricLogger
 from training.previews import GUIDANCE
-from training.statistics import grid_times, noise_errors
+from training.statistics import HeldOutErrors
 
 # The held-out error is measured on this many images, at this many noise levels, with 32 images per noise level.
 HELD_OUT_IMAGES = 1024
@@ -88,7 +87,7 @@ class FidScore:
             statistics = read_statistics(self.reference) if stored else self.extractor(self.reference)
             self.statistics = statistics["mu"], statistics["sigma"]
 
-    def measure(self, numbers: range, model: DiT | ExpertSwitch) -> Tensor:
+    def measure(self, numbers: range, model: nn.Module) -> Tensor:
         """Return the pooled features [n, D], in host memory, of the samples with these numbers."""
         pipeline = replace(self.pipeline, model=model, loop=self.loop)
         # The same batches as in sample_ddp.py and evaluator.py, because rounding depends on them.
@@ -113,7 +112,7 @@ class FidScore:
             raise UserError(f"the FID against {self.reference} is not finite")
         return {self.name: fid}
 
-    def evaluate(self, model: DiT | ExpertSwitch) -> float:
+    def evaluate(self, model: nn.Module) -> float:
         """Return the FID of a model, measured by this process alone."""
         return self.combine([self.measure(numbers, model) for numbers in self.parts])[self.name]
 
@@ -128,7 +127,7 @@ class HeldOutLoss:
 
     Args:
         dataset: the held-out images.
-        diffusion: the process.
+        process: the process.
         times: timesteps, or a flow's times, [n].
         owners: index of the expert that owns each time; None if there are no experts.
         seed: seed of the choice of images and of the noise, which are the same for all models and in all steps.
@@ -139,27 +138,25 @@ class HeldOutLoss:
     def __init__(
         self,
         dataset: FeatureDataset,
-        diffusion: GaussianDiffusion | FlowMatching,
+        process: Process,
         times: np.ndarray,
         owners: list[int] | None,
         seed: int,
     ):
         self.path = dataset.path
-        self.diffusion = diffusion
         self.parts = times.tolist()
         self.owners = owners
-        self.seed = seed
         rows = np.random.default_rng(seed).permutation(len(dataset))[:HELD_OUT_IMAGES]
-        self.x, self.y = dataset.__getitems__(rows.tolist())
+        x, y = dataset.__getitems__(rows.tolist())
+        self.errors = HeldOutErrors(process, x, y, min(IMAGES_PER_LEVEL, len(x)), seed)
 
     def start(self, world: World, stop: StopSignal):
         """Move the images to the device."""
-        self.x, self.y = self.x.to(world.device), self.y.to(world.device)
+        self.errors = replace(self.errors, x=self.errors.x.to(world.device), y=self.errors.y.to(world.device))
 
-    def measure(self, t: float, model: DiT | ExpertSwitch) -> float:
+    def measure(self, t: float, model: nn.Module) -> float:
         """Return the error at one time."""
-        n = min(IMAGES_PER_LEVEL, len(self.x))
-        return noise_errors(model, self.diffusion, self.x, self.y, [t], n, self.seed).item()
+        return self.errors(model, [t]).item()
 
     def combine(self, errors: list[float]) -> dict[str, float]:
         """Return the mean error, and that of each expert that owns some of the noise levels."""
@@ -170,7 +167,7 @@ class HeldOutLoss:
         return scores
 
     def __str__(self) -> str:
-        return f"held-out loss on {counted(len(self.x), 'image')} of {self.path}"
+        return f"held-out loss on {counted(len(self.errors.x), 'image')} of {self.path}"
 
 
 class Scorer:
@@ -195,7 +192,7 @@ class Scorer:
         return f"scores every {counted(self.every, 'step')}: {'; '.join(map(str, self.scores))}"
 
     @property
-    def decoder(self) -> Pixels | None:
+    def decoder(self) -> Autoencoder | None:
         """What decodes the samples; None if none are drawn."""
         return next((score.pipeline.autoencoder for score in self.scores if isinstance(score, FidScore)), None)
 
@@ -221,7 +218,7 @@ class Scorer:
         """Return the seconds that the scores of the later steps will take, as long as the latest."""
         return self.seconds * (-(-self.max_steps // self.every) - step // self.every)
 
-    def score(self, step: int, model: DiT | RemixDiT) -> bool:
+    def score(self, step: int, model: nn.Module) -> bool:
         """Score a model and log the results. Every process must call this.
 
         Args:
@@ -252,7 +249,7 @@ class Scorer:
             self.log.info(score_line(results, step, self.max_steps, self.seconds))
         return True
 
-    def _measure(self, score: FidScore | HeldOutLoss, step: int, model: DiT | ExpertSwitch) -> dict[str, float]:
+    def _measure(self, score: FidScore | HeldOutLoss, step: int, model: nn.Module) -> dict[str, float]:
         """Measure one score, and return the results; they are empty on all processes but rank 0."""
         rank, size = self.world.rank, self.world.size
         values = []
@@ -290,12 +287,12 @@ class Scorer:
         return result
 
 
-def prepare(model: DiT | RemixDiT, device: torch.device) -> DiT | ExpertSwitch:
+def prepare(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the network that computes the scores of a model, on a device."""
     return for_sampling(model.to(device))
 
 
-def measure_parts(score: FidScore | HeldOutLoss, parts: list, model: DiT | ExpertSwitch) -> list:
+def measure_parts(score: FidScore | HeldOutLoss, parts: list, model: nn.Module) -> list:
     """Measure some parts of a score."""
     return [score.measure(part, model) for part in parts]
 
@@ -333,72 +330,82 @@ def score_line(results: dict[str, float], step: int, max_steps: int, seconds: fl
     return "  ".join([*parts, f"scored in {timedelta(seconds=round(seconds))}"])
 
 
-def make_scorer(
-    every: int | None,
-    reference: str | None,
-    weights: str | None,
-    n_samples: int | None,
-    held_out: str | None,
-    vae: str | None,
-    dataset: FeatureDataset,
-    config: dict,
-    model: DiT | RemixDiT,
-    diffusion: GaussianDiffusion | FlowMatching,
-) -> Scorer | None:
-    """Check the flags of the scores and the files that they name.
+@dataclass(frozen=True)
+class ScoreSettings:
+    """What a run scores, as its flags say.
 
-    Args:
+    Attributes:
         every: steps between scores; None for no scores.
         reference: what FID compares the samples with, as in evaluator.py; None for no FID.
         weights: feature network of FID; None for Inception.
         n_samples: number of samples of FID; None for FID_SAMPLES.
         held_out: folder of held-out features; None for no held-out loss.
         vae: name of the VAE that decodes the samples; None for the pixels of a dataset of pixels.
+    """
+
+    every: int | None = None
+    reference: str | None = None
+    weights: str | None = None
+    n_samples: int | None = None
+    held_out: str | None = None
+    vae: str | None = None
+
+    def check(self):
+        """Raise UserError if settings are missing or need others."""
+        if self.every is None:
+            if self.reference or self.weights or self.n_samples or self.held_out:
+                raise UserError("--score-against, --weights, --score-samples and --held-out need --score-every")
+        elif not self.reference and not self.held_out:
+            raise UserError(
+                "--score-every needs --score-against for FID, --held-out for the loss on other images, or both"
+            )
+        for flag, value in (("--weights", self.weights), ("--score-samples", self.n_samples)):
+            if value and not self.reference:
+                raise UserError(f"{flag} needs --score-against")
+
+
+def make_scorer(
+    settings: ScoreSettings,
+    dataset: FeatureDataset,
+    config: dict,
+    model: nn.Module,
+    process: Process,
+) -> Scorer | None:
+    """Check what a run scores, and the files that it needs.
+
+    Args:
+        settings: what is scored.
         dataset: the encoded images of the run.
         config: configuration of the run.
         model: the model in training.
-        diffusion: its process.
+        process: its process.
 
     Returns:
-        What scores the run; None without `every`.
+        What scores the run; None if nothing is scored.
 
     Raises:
-        UserError: if a flag is missing or wrong, or if a file is.
+        UserError: if a setting is missing or wrong, or if a file is.
     """
-    if every is None:
-        if reference or weights or n_samples or held_out:
-            raise UserError("--score-against, --weights, --score-samples and --held-out need --score-every")
+    settings.check()
+    if settings.every is None:
         return None
-    if not reference and not held_out:
-        raise UserError("--score-every needs --score-against for FID, --held-out for the loss on other images, or both")
-    for flag, value in (("--weights", weights), ("--score-samples", n_samples)):
-        if value and not reference:
-            raise UserError(f"{flag} needs --score-against")
     training = config["training"]
     scores = []
-    if held_out:
-        images = open_held_out(held_out, dataset, config["model"]["backbone"]["num_classes"])
-        times = grid_times(HELD_OUT_LEVELS, process_name(config["diffusion"]), training["timesteps"])
-        owners = [model.expert_index(t) for t in times.tolist()] if isinstance(model, RemixDiT) else None
-        scores.append(HeldOutLoss(images, diffusion, times, owners, training["global_seed"]))
-    if reference:
-        scores.append(make_fid(reference, weights, n_samples, vae, config, model, "this run"))
-    return Scorer(every, training["max_steps"], scores)
+    if settings.held_out:
+        images = open_held_out(settings.held_out, dataset, config["model"]["backbone"]["num_classes"])
+        times = process.scale.grid(HELD_OUT_LEVELS, training["timesteps"])
+        owners = experts_of(model).owners(times.tolist())
+        scores.append(HeldOutLoss(images, process, times, owners, training["global_seed"]))
+    if settings.reference:
+        scores.append(make_fid(settings, config, model, "this run"))
+    return Scorer(settings.every, training["max_steps"], scores)
 
 
-def make_fid(
-    reference: str,
-    weights: str | None,
-    n_samples: int | None,
-    vae: str | None,
-    config: dict,
-    model: DiT | RemixDiT,
-    name: str,
-) -> FidScore:
+def make_fid(settings: ScoreSettings, config: dict, model: nn.Module, name: str) -> FidScore:
     """Check what FID needs, and load its networks.
 
     Args:
-        reference, weights, n_samples, vae: see `make_scorer`.
+        settings: what is scored; `every` has no effect.
         config: config of the model.
         model: the model.
         name: what the model is called in error messages.
@@ -406,16 +413,17 @@ def make_fid(
     Raises:
         UserError: if a file is missing or wrong, or if the model cannot sample alone.
     """
-    training, process = config["training"], process_name(config["diffusion"])
-    if training["timesteps"] != NOISE_LEVELS[process]:
-        raise UserError("--score-against: an expert for some of the timesteps cannot sample alone")
-    decoder = vae or ("none" if config["data"]["vae"] == "none" else None)
+    training, process = config["training"], create_process(**config["diffusion"])
+    if training["timesteps"] != process.scale.range:
+        raise UserError("--score-against needs a model that is trained on all noise levels")
+    decoder = settings.vae or ("none" if config["data"]["vae"] == "none" else None)
     if decoder is None:
         raise UserError("--score-against needs --vae, which decodes the samples")
-    settings = SampleSettings(
-        num_fid_samples=n_samples or FID_SAMPLES,
-        sampler=QUICK[process][0],
-        num_sampling_steps=QUICK[process][1],
+    sampler, steps = process.quick
+    sampling = SampleSettings(
+        num_fid_samples=settings.n_samples or FID_SAMPLES,
+        sampler=sampler,
+        num_sampling_steps=steps,
         diffusion_form=None,
         last_step=None,
         last_step_size=None,
@@ -429,8 +437,8 @@ def make_fid(
         precision=training["precision"],
         labels=None,
     )
-    pipeline = make_pipeline(model, None, config, settings, decoder, name)
-    return FidScore(pipeline, settings, open_network(reference, weights, pipeline), reference)
+    pipeline = make_pipeline(model, None, config, sampling, decoder, name)
+    return FidScore(pipeline, sampling, open_network(settings, pipeline), settings.reference)
 
 
 def open_held_out(path: str, dataset: FeatureDataset, num_classes: int) -> FeatureDataset:
@@ -457,22 +465,22 @@ def open_held_out(path: str, dataset: FeatureDataset, num_classes: int) -> Featu
     return held_out
 
 
-def open_network(reference: str, weights: str | None, pipeline: Pipeline) -> FeatureExtractor:
+def open_network(settings: ScoreSettings, pipeline: Pipeline) -> FeatureExtractor:
     """Load the feature network of FID, and check it and the reference.
 
     Args:
-        reference: file of images or statistics.
-        weights: file of the network; None for Inception.
+        settings: what is scored.
         pipeline: what the run determines about sampling.
 
     Raises:
         UserError: if a file is missing or wrong, or if the reference is of another network.
     """
+    reference = settings.reference
     check_file(reference)
-    network = network_name(weights)
+    network = network_name(settings.weights)
     if has_statistics(reference) and (other := read_network(reference)) != network:
         raise UserError(f"--score-against {reference} holds statistics of another network than --weights: {other}")
-    extractor = make_extractor(weights, cache_folder(), FEATURE_BATCH, torch.device("cpu"))
+    extractor = make_extractor(settings.weights, cache_folder(), FEATURE_BATCH, torch.device("cpu"))
     side = pipeline.shape[-1] * pipeline.autoencoder.factor
     width = extractor.check_network(np.zeros((2, side, side, 3), np.uint8), "samples of this run")
     if not has_statistics(reference):

@@ -10,6 +10,7 @@ backward pass each layer starts its exchange, and the mixing at the end waits fo
 """
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,21 +19,26 @@ from torch import Tensor, nn
 
 from mixing.coefficients import BatchCoefficients
 from mixing.grouped_linear import LinearPerGroupFunction, mix, mix_layer_backward, product_dtype
-from models import DiT
-from remix import RemixDiT, RemixLinear
-from runtime.processes import World
+from remix import Remix, RemixLinear
+from runtime.errors import UserError
+from runtime.processes import PRECISIONS, World
+from training.batches import microbatch_shape
+from training.experts import NoExperts
+from training.settings import Execution, RunSettings
 
 # The functional collectives return at once. `wait_tensor` makes the device wait, and the compiler keeps all of them.
 collectives = torch.ops._c10d_functional
+# GPUs per node.
+NODE = 8
 
 
-def shard_bases(model: RemixDiT, world: World):
+def shard_bases(model: Remix, world: World):
     """Divide the bases of a model among the processes, in place. Afterwards it can only be trained.
 
     Args:
         model: the model, the same on every process. Its forward pass then needs `groups`, and every process must take
             part in it with equally many groups.
-        world: this process's place among all processes. `can_shard` must hold.
+        world: this process's place among all processes. `choose_sharding` must allow it.
     """
     coefficients = ShardedCoefficients(world.size)
     for name, layer in model.mixed():
@@ -42,17 +48,68 @@ def shard_bases(model: RemixDiT, world: World):
     model.batch_coefficients = coefficients
 
 
-def sharded_parameters(model: DiT | RemixDiT) -> dict[str, nn.Parameter]:
+def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of which this process owns a part, by their names in the model."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, ShardedRemixLinear)}
     return {f"{name}.{part}": getattr(module, part) for name, module in modules.items() for part in ("weight", "bias")}
 
 
-def can_shard(model: DiT | RemixDiT, size: int) -> bool:
-    """Return whether the rows of every mixed layer can be divided equally among `size` processes."""
-    if not isinstance(model, RemixDiT) or model.rank is not None:
-        return False
-    return all(layer.out_features % size == 0 for _, layer in model.mixed())
+def choose_sharding(
+    requested: bool | None, experts: NoExperts, settings: RunSettings, execution: Execution
+) -> tuple[bool, list[str]]:
+    """Decide whether the bases are sharded over the processes.
+
+    Args:
+        requested: --shard-bases or --no-shard-bases; None to shard them among more than NODE processes if that sends
+            less.
+        experts: the experts of the model, whose parameters may be on the meta device.
+        settings: the settings of the run.
+        execution: how the work is divided; whether it is sharded has no effect.
+
+    Returns:
+        The decision, and a line that gives what is sent; no line for one process or a plain model.
+
+    Raises:
+        UserError: if sharding is requested but not possible.
+    """
+    size = execution.processes
+    if size == 1 or not experts.n_experts:
+        if requested and size > 1:
+            raise UserError("--shard-bases: a plain model has no bases")
+        return False, []
+    if not experts.count_parameters().bases:
+        if requested:
+            raise UserError("--shard-bases: low-rank bases are not sharded")
+        return False, []
+    if any(layer.out_features % size for layer in experts.layers.values()):
+        if requested:
+            raise UserError(f"--shard-bases: {size} processes do not divide the outputs of every mixed layer")
+        return False, []
+    sharded, whole = (bytes_sent(experts, settings, replace(execution, shard=shard)) for shard in (True, False))
+    # Within a node the network is fast, and a step without sharded bases is probably faster: it is a CUDA graph.
+    # This was measured for Remix-S/2 with one process only.
+    shard = size > NODE and sharded < whole if requested is None else requested
+    sent = [f"{sharded / 2**20:,.1f} MiB per step if they are", f"{whole / 2**20:,.1f} MiB if they are not"]
+    return shard, [f"bases {'' if shard else 'not '}sharded: a process sends {', '.join(sent)}"]
+
+
+def bytes_sent(experts: NoExperts, settings: RunSettings, execution: Execution) -> float:
+    """Count the bytes that a process sends in a step.
+
+    A ring reduces gradients in float32, and sharded mixtures go there and back.
+
+    Args:
+        experts: the experts of the model, whose parameters may be on the meta device.
+        settings: the settings of the run.
+        execution: how the work is divided.
+    """
+    trained, bases, mixture = experts.count_parameters()
+    reduced, exchanged = trained, 0
+    if execution.shard:
+        _, groups = microbatch_shape(settings, execution, experts.n_experts)
+        reduced, exchanged = trained - bases, mixture * groups * execution.grad_accum
+    numbers = 4 * reduced + PRECISIONS[settings.precision].itemsize * exchanged
+    return 2 * numbers * (execution.processes - 1) / execution.processes
 
 
 class ShardedCoefficients(BatchCoefficients):
@@ -142,7 +199,7 @@ def gather_rows(rows: Tensor, rank: int, size: int, everywhere: bool = False) ->
     return torch.cat(parts, dim=1).cpu() if parts else None
 
 
-def gather_model(model: RemixDiT, world: World, everywhere: bool = False) -> RemixDiT | None:
+def gather_model(model: Remix, world: World, everywhere: bool = False) -> Remix | None:
     """Return a copy of a sharded model with whole bases in host memory, in eval mode.
 
     Every process must call this. The result is on rank 0 only, or on every process if `everywhere`.

@@ -2,30 +2,57 @@
 
 import json
 import logging
-from dataclasses import asdict
-from itertools import pairwise, zip_longest
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
+import torch
+from torch import nn
 
 from checkpoint import load_model, model_config
-from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion, process_name
-from diffusion.intervals import equal_boundaries
-from features.dataset import OMITTED, FeatureDataset
-from interop.own import VERSION, checkpoints, find_checkpoint, find_corruption, read_checkpoint
+from diffusion import Process
+from diffusion.intervals import TIMESTEPS
+from features.dataset import FeatureDataset
+from interop.own import checkpoints, find_checkpoint, find_corruption, read_checkpoint
 from interop.shapes import assumed_vae, flow_target
-from models import DiT, DiT_models
-from remix import RemixDiT, RemixDiT_models
+from models import build_plain, find_backbone
+from remix import RemixDiT, build_remix
 from runtime.command_line import number
 from runtime.errors import UserError, is_first_process
 from runtime.files import write_json
 from runtime.processes import World
-from training.batches import BatchSampler, sample_timesteps
-from training.dry_run import AssumedFeatures
+from training.batches import BatchSampler
+from training.experts import NoExperts, experts_of
 from training.settings import RunSettings
 
 # Options that may differ from those of the checkpoint that a run resumes from. `extend_schedule` checks two of them.
 MAY_DIFFER = ("training.load_weight", "training.max_steps", "training.schedule_steps")
+
+
+class AssumedFeatures:
+    """Features that do not exist yet, for a dry run: ImageNet's training set, encoded by the published VAE.
+
+    Args:
+        path: the folder that does not exist.
+        image_size: side of the images in pixels.
+
+    Raises:
+        UserError: if the VAE cannot encode images of that size.
+    """
+
+    def __init__(self, path: str, image_size: int):
+        if image_size % 8:
+            raise UserError(f"--image-size {image_size} is not a multiple of 8, which the VAE needs")
+        self.path = Path(path)
+        self.image_size = image_size
+        self.shape = (4, image_size // 8, image_size // 8)
+        self.labels = torch.tensor([0, 999])
+        self.classes = None
+        self.vae, self.store, self.dtype = None, "draw", "float32"
+
+    def __len__(self) -> int:
+        return 1_281_167
 
 
 def open_features(path: str, image_size: int | None, assume: bool) -> FeatureDataset | AssumedFeatures:
@@ -75,54 +102,60 @@ def model_shape(dataset: FeatureDataset | AssumedFeatures, num_classes: int | No
 
 def level_argument(text: str) -> float:
     """Convert a string to a noise level, as an argparse type; whole numbers become integers."""
-    value = number(float, 0, 1000)(text)
+    value = number(float, 0, TIMESTEPS)(text)
     return int(value) if value.is_integer() else value
 
 
-def expert_boundaries(diffusion: GaussianDiffusion | FlowMatching, n_experts: int) -> list[float]:
-    """Return the default boundaries between experts: N + 1 noise levels, which bound intervals of equal probability.
+def expert_boundaries(process: Process, n_experts: int, given: list[float] | None) -> list[float]:
+    """Return the boundaries between experts: those that the user gives, or those of intervals of equal probability.
 
     Raises:
-        UserError: if an interval of a flow contains no training times.
+        UserError: if an interval contains no training times, or if the given ones are not those of all noise levels.
     """
-    if isinstance(diffusion, FlowMatching):
-        # Rounded, so that other versions of SciPy give the same.
-        levels = [round(level, 9) for level in diffusion.quantiles(n_experts)]
-        try:
-            diffusion.sample_times(np.zeros(n_experts), np.array(levels[:-1]), np.array(levels[1:]))
-        except ValueError as error:
-            raise UserError(f"{n_experts} experts of equal probability: {error}") from None
-        return levels
-    return equal_boundaries(n_experts, diffusion.num_timesteps)
+    if given:
+        check_noise_levels("--boundaries", given, process, complete=True)
+        return given
+    try:
+        return process.expert_boundaries(n_experts)
+    except ValueError as error:
+        raise UserError(f"{n_experts} experts of equal probability: {error}") from None
 
 
-def check_noise_levels(
-    flag: str, levels: list[float], process: str, diffusion: GaussianDiffusion | FlowMatching, complete: bool = False
-):
+def check_noise_levels(flag: str, levels: list[float], process: Process, complete: bool = False):
     """Check the noise levels that a flag gives.
 
     Args:
         flag: the flag, for error messages.
         levels: the noise levels.
-        process: "gaussian" or "flow".
-        diffusion: the process of that name.
+        process: the process.
         complete: whether they must begin and end with the lowest and the highest noise level.
 
     Raises:
         UserError: unless they increase, are in the process's range, and each interval between them contains times.
     """
-    given = f"{flag} {' '.join(f'{level:g}' for level in levels)}"
-    if any(low >= high for low, high in pairwise(levels)):
-        raise UserError(f"{given}: the noise levels must increase")
-    lowest, highest = NOISE_LEVELS[process]
-    if levels[-1] > highest or (complete and [levels[0], levels[-1]] != [lowest, highest]):
-        raise UserError(f"{given}: the noise levels run from {lowest} to {highest} with --process {process}")
-    n = len(levels) - 1
     try:
-        flow = diffusion if process == "flow" else None
-        sample_timesteps(0, 0, n, n, n, boundaries=levels, flow=flow)
+        process.check_levels(levels, complete)
     except ValueError as error:
-        raise UserError(f"{given}: {error}") from None
+        raise UserError(f"{flag} {' '.join(f'{level:g}' for level in levels)}: {error}") from None
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """The file that a run starts from, and what it has to fit.
+
+    Attributes:
+        path: the file.
+        allow_pickle: whether it may run code.
+        process: keyword arguments of `create_process`, which a file that is a flow must fit.
+        classes: names of the dataset's classes; None if they are not known.
+        new_classes: whether the file may be a model of other classes, whose embeddings are initialized again.
+    """
+
+    path: str
+    allow_pickle: bool = False
+    process: dict = field(default_factory=dict)
+    classes: list[str] | None = None
+    new_classes: bool = False
 
 
 def make_model(
@@ -130,38 +163,29 @@ def make_model(
     shape: dict,
     mixing: dict | None,
     prior_bonus: float,
-    load_weight: str | None = None,
-    allow_pickle: bool = False,
-    process: dict | None = None,
-    classes: list[str] | None = None,
-    new_classes: bool = False,
+    start: InitialWeights | None = None,
     freeze: bool = False,
-) -> DiT | RemixDiT:
+) -> nn.Module:
     """Build the model at step 0.
 
     Args:
-        name: name of the model, of DiT_models or RemixDiT_models.
-        shape: keyword arguments of the DiT, from `model_shape`, and its frequency_shift if the user gives one.
-        mixing: keyword arguments of the RemixDiT, from `mixing_options`; None for a plain DiT.
+        name: name of the model, one of `models.model_names`.
+        shape: keyword arguments of the backbone, from `model_shape`, and its frequency_shift if the user gives one.
+        mixing: keyword arguments of the RemixDiT, from `mixing_options`; None for a plain model.
         prior_bonus: initial lead of the prior's basis in the mixing logits.
-        load_weight: file of the initial weights; None for random weights.
-        allow_pickle: whether that file may run code.
-        process: keyword arguments of `create_process`, which a file that is a flow must fit.
-        classes: names of the dataset's classes; None if they are not known.
-        new_classes: whether the file may be a model of other classes, whose embeddings are initialized again.
+        start: file of the initial weights; None for random weights.
         freeze: whether only the bases and the coefficients are trained.
 
     Raises:
         UserError: if the options do not fit together, or the file is missing or damaged or does not fit them.
     """
     try:
-        if load_weight:
-            known = process or {}, classes, new_classes
-            model = load_initial_model(name, shape, mixing, prior_bonus, load_weight, allow_pickle, *known)
+        if start:
+            model = load_initial_model(name, shape, mixing, prior_bonus, start)
         elif mixing:
-            model = RemixDiT_models[name](**shape, **mixing, prior_bonus=prior_bonus)
+            model = build_remix(name, **shape, **mixing, prior_bonus=prior_bonus)
         else:
-            model = DiT_models[name](**shape)
+            model = build_plain(name, **shape)
     except UserError:
         raise
     except ValueError as error:
@@ -172,71 +196,63 @@ def make_model(
 
 
 def load_initial_model(
-    name: str,
-    shape: dict,
-    mixing: dict | None,
-    prior_bonus: float,
-    path: str,
-    allow_pickle: bool,
-    process: dict,
-    classes: list[str] | None,
-    new_classes: bool,
-) -> DiT | RemixDiT:
+    name: str, shape: dict, mixing: dict | None, prior_bonus: float, start: InitialWeights
+) -> nn.Module:
     """Load the weights at step 0 and check that they fit the run; the arguments are those of `make_model`."""
+    path = start.path
     overrides = {key: value for key, value in shape.items() if key == "frequency_shift"}
-    loaded, config = load_model(path, allow_pickle=allow_pickle, verify=True, **overrides)
+    loaded, config = load_model(path, allow_pickle=start.allow_pickle, verify=True, **overrides)
     # A flow may start from a DiT, which has learned other features of the same images. The reverse is a mistake.
     for key, trained in flow_target(config["diffusion"]).items():
-        if trained != process.get(key):
-            run = process.get(key, "gaussian")
+        if trained != start.process.get(key):
+            run = start.process.get(key, "gaussian")
             raise UserError(f"--load-weight {path} was trained with {key}={trained}, this run has {run}")
-    choose_classes(loaded, path, config["data"].get("classes"), classes, shape["num_classes"], new_classes)
-    loaded_config = loaded.backbone_config
-    needed_config = DiT_models[name.removeprefix("Remix")](**shape).config
-    for key, value in needed_config.items():
-        # Flows do not use the variance half of the output, which REPA's networks do not have.
-        if loaded_config[key] != value and not (process and key == "learn_sigma"):
-            raise UserError(f"--load-weight {path} has {key}={loaded_config[key]}, this run needs {value}")
-    if not isinstance(loaded, RemixDiT):
+    backbone = loaded.backbone if config["model"]["remix"] else loaded
+    choose_classes(backbone, start, config["data"].get("classes"), shape["num_classes"])
+    # The draws of these weights, which are not used, precede those of the mixing logits.
+    needed = model_config(name, build_plain(name, **shape))
+    if (architecture := config["model"]["architecture"]) != needed["architecture"]:
+        raise UserError(f"--load-weight {path} holds a {architecture}, this run trains a {needed['architecture']}")
+    for key, value in needed["backbone"].items():
+        # Flows do not use the variance half of the output, which REPA's networks do not have. The frequencies are those
+        # of the file, which `load_model` has compared with the user's.
+        ignored = key == "frequency_shift" or (key == "learn_sigma" and flow_target(start.process))
+        if backbone.config[key] != value and not ignored:
+            raise UserError(f"--load-weight {path} has {key}={backbone.config[key]}, this run needs {value}")
+    if not config["model"]["remix"]:
         return RemixDiT(loaded, **mixing, prior_bonus=prior_bonus) if mixing else loaded
     if not mixing:
         raise UserError(f"--load-weight {path} holds a RemixDiT, which cannot start a {name}")
-    for key, value in mixing.items():
-        # A config without boundaries or rank has the default.
-        if loaded.config.get(key) != value:
-            raise UserError(f"--load-weight {path} has {key}={loaded.config.get(key)}, this run asks for {value}")
+    with torch.device("meta"):
+        asked = RemixDiT(build_plain(name, **shape), **mixing).mixing_config
+    for key, value in asked.items():
+        if (found := loaded.mixing_config[key]) != value:
+            raise UserError(f"--load-weight {path} has {key}={found}, this run asks for {value}")
     return loaded
 
 
-def choose_classes(
-    model: DiT | RemixDiT,
-    path: str,
-    old: list[str] | None,
-    new: list[str] | None,
-    num_classes: int,
-    new_classes: bool,
-):
+def choose_classes(backbone: nn.Module, start: InitialWeights, old: list[str] | None, num_classes: int):
     """Check that a loaded model has the classes of the dataset, or initialize their embeddings again.
 
     Args:
-        model: the loaded model. Its embeddings are replaced if `new_classes` is true.
-        path: its file, for error messages.
+        backbone: the loaded model, or what its Remix wraps. Its embeddings are replaced if `start.new_classes`, except
+            those of classes with equal names.
+        start: its file, and the names of the dataset's classes.
         old: names of the model's classes; None if they are not known.
-        new: names of the dataset's classes; None if they are not known.
         num_classes: number of classes of the run.
-        new_classes: replace the embeddings, except those of classes with equal names.
 
     Raises:
-        UserError: if the classes differ and `new_classes` is false.
+        UserError: if the classes differ and `start.new_classes` is false.
     """
-    if new_classes:
-        backbone = model.backbone if isinstance(model, RemixDiT) else model
+    path, new = start.path, start.classes
+    if start.new_classes:
         kept = {new.index(name): old.index(name) for name in {*(old or [])} & {*(new or [])}}
-        backbone.reset_classes(num_classes, kept)
+        find_backbone(backbone).reset_classes(backbone, num_classes, kept)
         return
+    has = backbone.config["num_classes"]
     remedy = "--new-classes initializes the embeddings of classes with other names again"
-    if model.num_classes != num_classes:
-        raise UserError(f"--load-weight {path} has {model.num_classes} classes, this run has {num_classes}: {remedy}")
+    if has != num_classes:
+        raise UserError(f"--load-weight {path} has {has} classes, this run has {num_classes}: {remedy}")
     for i, (before, now) in enumerate(zip_longest(old or [], new or [])):
         if old and new and before != now:
             raise UserError(f"--load-weight {path}: its class {i} is {before}, in the features it is {now}: {remedy}")
@@ -244,7 +260,7 @@ def choose_classes(
 
 def run_config(
     name: str,
-    model: DiT | RemixDiT,
+    model: nn.Module,
     dataset: FeatureDataset,
     image_size: int | None,
     settings: RunSettings,
@@ -263,34 +279,29 @@ def run_config(
     vae = {"vae": dataset.vae, **dataset.normalization.record()} if dataset.vae else assumed_vae(dataset.shape[0])
     image_size = dataset.image_size or image_size or 256
     data = dict(images=len(dataset), image_size=image_size, classes=dataset.classes, **vae)
-    # Omitted for the default, so that checkpoints written by earlier versions still match.
-    if dataset.store != "draw":
-        data["store"] = dataset.store
-    if dataset.dtype not in (None, "float32"):
-        data["dtype"] = dataset.dtype
+    data |= dict(store=dataset.store, dtype=dataset.dtype)
     return {"model": model_config(name, model), "diffusion": process, "data": data, "training": asdict(settings)}
 
 
 def make_batch_sampler(
     settings: RunSettings,
-    model: DiT | RemixDiT,
-    diffusion: GaussianDiffusion | FlowMatching,
+    experts: NoExperts,
+    process: Process,
     world: World,
     grad_accum: int,
 ) -> BatchSampler:
     """Return what draws the batches of the run."""
-    remix = isinstance(model, RemixDiT)
     return BatchSampler(
         settings.global_seed,
         settings.global_batch_size,
         world,
-        n_experts=model.n_experts if remix else None,
+        process=process,
+        n_experts=experts.n_experts,
         experts_per_batch=settings.experts_per_batch,
         timestep_range=tuple(settings.timesteps),
-        label_dropout=model.backbone_config["class_dropout_prob"],
+        label_dropout=experts.backbone.config["class_dropout_prob"],
         grad_accum=grad_accum,
-        boundaries=model.boundaries if remix else None,
-        flow=diffusion if isinstance(diffusion, FlowMatching) else None,
+        boundaries=experts.boundaries,
     )
 
 
@@ -313,16 +324,36 @@ def check_interval(folder: Path, interval: list, process: str):
         return
     config = json.loads(path.read_text())
     trained = config["training"]["timesteps"]
-    if trained != interval and process_name(config["diffusion"]) == process:
+    if trained != interval and config["diffusion"]["process"] == process:
         raise UserError(
             f"--resume auto: {folder} was trained with the timesteps {trained}, this run asks for {interval}: "
             "use the same --independent and --boundaries, or another --prefix to start new runs"
         )
 
 
-def find_resume(
-    resume: str | None, folder: Path, config: dict, extend: str
-) -> tuple[Path | str | None, dict | None, dict[Path, str]]:
+class Resume(NamedTuple):
+    """How a run begins.
+
+    Attributes:
+        config: the configuration of the run. If it resumes, schedule_steps and prior_bonus are those that it goes on
+            with.
+        path: the checkpoint to resume from; None for a new run.
+        state: its content, mapped into memory; None for a new run.
+        damaged: the newer checkpoints that are damaged, each with a description of the damage.
+    """
+
+    config: dict
+    path: Path | str | None = None
+    state: dict | None = None
+    damaged: dict[Path, str] = {}  # noqa: RUF012, it is not changed
+
+    @property
+    def step(self) -> int:
+        """The number of steps that are done."""
+        return self.state["step"] if self.state else 0
+
+
+def find_resume(resume: str | None, folder: Path, config: dict, extend: str) -> Resume:
     """Find and read the checkpoint to resume from, and check that it belongs to the same run.
 
     The whole file is read to compare it with its checksums. Therefore only the first process does this. The others get
@@ -331,20 +362,19 @@ def find_resume(
     Args:
         resume: a checkpoint, or "auto" for the newest undamaged one of the run; None for a new run.
         folder: the run's folder.
-        config: configuration of this run. Its schedule_steps is set if the run has been extended, or is now.
+        config: configuration of this run.
         extend: what happens to the schedules if a finished run gets more steps: "hold" keeps their final values, and
             "stretch" lets them fall over all steps of the longer run.
 
     Returns:
-        The checkpoint's path and content, both None for a new run and on all processes but the first; and the newer
-        checkpoints that are damaged, each with a description of the damage.
+        How the run begins; on all processes but the first, as a new run.
 
     Raises:
         UserError: if the folder holds another run, or the checkpoint has another configuration or an earlier
             version, or cannot be read.
     """
     if not is_first_process():
-        return None, None, {}
+        return Resume(config)
     present = checkpoints(folder / "checkpoints")
     path, damaged = resume, {}
     if resume == "auto":
@@ -353,20 +383,19 @@ def find_resume(
         path = find_checkpoint(resume)
     if path is None:
         check_new(folder)
-        return None, None, {}
+        return Resume(config)
     if present and present[0].parent.resolve() != Path(path).resolve().parent:
         raise UserError(f"{folder} already holds a different run from that of --resume {path}: use another --prefix")
     # The newest checkpoint has been compared with its checksums already.
-    return path, read_resume(path, config, extend, verify=resume != "auto"), damaged
+    return read_resume(path, config, extend, verify=resume != "auto")._replace(damaged=damaged)
 
 
-def read_resume(path: Path | str, config: dict, extend: str, verify: bool = False) -> dict:
+def read_resume(path: Path | str, config: dict, extend: str, verify: bool = False) -> Resume:
     """Read the checkpoint to resume from, mapped into memory, and check that it belongs to the same run.
 
     Args:
         path: the checkpoint.
-        config: configuration of this run. Its schedule_steps is set, see `find_resume`, and its prior_bonus becomes
-            that of the checkpoint.
+        config: configuration of this run.
         extend: see `find_resume`.
         verify: compare all parts of the file with their checksums first.
 
@@ -379,33 +408,31 @@ def read_resume(path: Path | str, config: dict, extend: str, verify: bool = Fals
     state = read_checkpoint(path, verify=verify)
     if not {"config", "step", "model", "ema", "optimizer", "scaler", "window"} <= state.keys():
         raise UserError(f"--resume {path} holds weights but no training state: use it with --load-weight")
-    if state.get("version", 0) < VERSION:
-        raise UserError(
-            f"--resume {path} was written by an earlier version of this code, which drew other random numbers: "
-            "use --load-weight with another --prefix to start a new run from its weights"
-        )
-    trained, asked = (process_name(part["diffusion"]) for part in (state["config"], config))
+    trained, asked = (part["diffusion"]["process"] for part in (state["config"], config))
     if trained != asked:
         raise UserError(f"--resume {path} was trained with --process {trained}, this run asks for {asked}")
-    extend_schedule(path, state, config["training"], extend)
-    # It has no effect after step 0, and its default was 3 in earlier versions.
-    config["training"]["prior_bonus"] = state["config"]["training"]["prior_bonus"]
-    omitted = {f"data.{name}": value for name, value in OMITTED.items()}
-    before, now = omitted | flatten(state["config"]), omitted | flatten(config)
-    if "training.coeff_lr_end" not in before and config["model"]["remix"]:
-        # Earlier versions had no such option.
-        before["training.coeff_lr_end"] = before["training.coeff_lr"] / 2
+    # The prior's bonus has no effect after step 0.
+    kept = {"prior_bonus": state["config"]["training"]["prior_bonus"]}
+    kept["schedule_steps"] = schedule_steps(path, state, config["training"], extend)
+    config = config | {"training": config["training"] | kept}
+    before, now = flatten(state["config"]), flatten(config)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and key not in MAY_DIFFER:
             raise UserError(
                 f"--resume {path} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}: "
                 "use the same settings, or start a new run with --load-weight and another --prefix"
             )
-    return state
+    return Resume(config, path, state)
 
 
-def extend_schedule(path, state: dict, training: dict, extend: str):
-    """Set schedule_steps in the "training" part of a config that resumes from `state`. See `find_resume` for `extend`.
+def schedule_steps(path, state: dict, training: dict, extend: str) -> int | None:
+    """Return the schedule_steps of a run that resumes from `state`.
+
+    Args:
+        path: the checkpoint, for error messages.
+        state: its content.
+        training: the "training" part of the run's config.
+        extend: see `find_resume`.
 
     Raises:
         UserError: if the number of steps differs from that of the checkpoint, and the checkpoint is not that of a
@@ -413,15 +440,14 @@ def extend_schedule(path, state: dict, training: dict, extend: str):
     """
     before = state["config"]["training"]
     steps, more_steps = before["max_steps"], training["max_steps"]
-    training["schedule_steps"] = before.get("schedule_steps")
     if more_steps == steps:
-        return
+        return before["schedule_steps"]
     if more_steps < steps or state["step"] < steps:
         raise UserError(
             f"--resume {path} belongs to a run of {steps} steps, this run asks for {more_steps}: "
             "only a finished run can be extended, with more steps"
         )
-    training["schedule_steps"] = (before.get("schedule_steps") or steps) if extend == "hold" else None
+    return (before["schedule_steps"] or steps) if extend == "hold" else None
 
 
 def newest_checkpoint(present: list[Path]) -> tuple[Path | None, dict[Path, str]]:
@@ -462,10 +488,10 @@ def default_prefix(name: str, mixing: dict | None) -> str:
     return f"{name.replace('/', '-')}-{mixing['n_basis']}-{mixing['n_experts']}{rank}"
 
 
-def advice(model: DiT | RemixDiT, settings: RunSettings) -> list[str]:
+def advice(model: nn.Module, settings: RunSettings) -> list[str]:
     """Return advice about the settings, if there is any."""
-    if isinstance(model, RemixDiT) and settings.experts_per_batch < min(8, model.n_experts):
-        return ["fewer than 8 experts per batch: in studies/README.md, the error was higher than with 8 or more"]
+    if settings.experts_per_batch < min(8, experts_of(model).n_experts or 0):
+        return ["fewer than 8 experts per batch: in studies/results/fashion, the error was higher than with 8 or more"]
     return []
 
 

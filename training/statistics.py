@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -13,17 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import NOISE_LEVELS, FlowMatching, GaussianDiffusion
-from diffusion.intervals import find_interval
-from models import DiT
-from remix import RemixDiT
+from diffusion import Process
 from runtime.command_line import counted
 from runtime.processes import World, seed_for
 from training.batches import BatchSampler
-
-# The parts of the loss of Gaussian diffusion, in the order of the tensors that hold them. "loss" is "mse", weighted
-# if the run has a loss weight, plus "vb".
-LOSSES = ("loss", "mse", "vb", "prior")
+from training.experts import NoExperts
 
 
 class NonFiniteSteps(NamedTuple):
@@ -57,7 +52,7 @@ class TrainingStats:
         names: names of the losses.
     """
 
-    def __init__(self, world: World, names: tuple[str, ...] = LOSSES):
+    def __init__(self, world: World, names: tuple[str, ...]):
         self.world = world
         self.names = names
         # Of this process: the sum of each part of the loss, and the number of steps that were added.
@@ -215,53 +210,6 @@ class ThroughputTimer:
         return {"images_per_s": images_per_s, "mfu": mfu, "memory_gib": memory_gib(self.device)}
 
 
-def build_metrics(
-    step: int,
-    losses: dict[str, float | None],
-    nonfinite: NonFiniteSteps,
-    model: DiT | RemixDiT,
-    schedule: dict[str, float],
-    performance: dict[str, float],
-) -> dict:
-    """Return everything that is reported for a step, under its name in metrics.jsonl.
-
-    Args:
-        step: number of steps done.
-        losses: mean losses since the last report, from `TrainingStats.read`.
-        nonfinite: non-finite steps so far, from `TrainingStats.read`.
-        model: the model in training.
-        schedule: values that change during the run: "lr", "coeff_lr" and "prior_weight".
-        performance: "images_per_s", "mfu" and "memory_gib", from `ThroughputTimer.read`.
-    """
-    metrics = {"step": step, **losses, "bad_steps": int(nonfinite.count), **schedule, **performance}
-    if isinstance(model, RemixDiT):
-        return metrics | mixing_metrics(model)
-    # A plain DiT has no mixing logits and no prior.
-    return {name: value for name, value in metrics.items() if name not in ("prior", "coeff_lr", "prior_weight")}
-
-
-@torch.no_grad()
-def mixing_metrics(model: RemixDiT) -> dict:
-    """Return numbers that show how the experts mix the bases, and whether they have become equal.
-
-    Returns:
-        A dict of nested lists and numbers:
-        "coefficients": alpha [N, K], or [depth, N, K] if the scope is local.
-        "entropy": entropy of each expert's coefficients [N], in nats; 0 is one-hot.
-        "basis_distances": relative distances between the bases [K, K]; all 0 if the bases are equal.
-        "expert_spread": relative distance of the experts from their mean; 0 if the experts are equal.
-    """
-    alpha = model.coefficients()
-    entropy = -(alpha * alpha.clamp(min=1e-12).log()).sum(-1)
-    basis_distances, expert_spread = model.distances()
-    return {
-        "coefficients": alpha.tolist(),
-        "entropy": entropy.view(-1, model.n_experts).mean(0).tolist(),
-        "basis_distances": basis_distances.tolist(),
-        "expert_spread": expert_spread.item(),
-    }
-
-
 def memory_gib(device: torch.device) -> float:
     """Return the largest memory that this process has used so far, of the GPU or else of the host, in GiB."""
     if device.type == "cuda":
@@ -274,12 +222,13 @@ def report_line(metrics: dict, max_steps: int, batch_size: int, pause_s: float =
     """Return the line of log.txt for the metrics of a step.
 
     Args:
-        metrics: metrics from `build_metrics`.
+        metrics: the metrics, see `training.outputs.Outputs.report`.
         max_steps: number of steps of the run.
         batch_size: images per global batch.
         pause_s: seconds that the remaining pictures and scores will take.
     """
-    means = [f"{name} {metrics[name]:.4f}" for name in ("loss", "mse") if metrics.get(name) is not None]
+    terms = [name for name in metrics if f"{name}_weight" in metrics]
+    means = [f"{name} {metrics[name]:.4f}" for name in ("loss", "mse", *terms) if metrics.get(name) is not None]
     parts = [f"step {metrics['step']:07d}/{max_steps:07d}", *(means or ["no finite loss"])]
     if "entropy" in metrics:
         parts += [f"entropy {np.mean(metrics['entropy']):.3f}", f"spread {metrics['expert_spread']:.4f}"]
@@ -296,107 +245,57 @@ def report_line(metrics: dict, max_steps: int, batch_size: int, pause_s: float =
     return "  ".join(parts)
 
 
-def explain_failure(nonfinite: NonFiniteSteps, sampler: BatchSampler, model: DiT | RemixDiT) -> str:
+def explain_failure(nonfinite: NonFiniteSteps, sampler: BatchSampler, experts: NoExperts) -> str:
     """Return a description of the non-finite steps that ended the run."""
     t = sampler.timesteps(int(nonfinite.step))
-    times = (
-        f"noise levels {1 - t.max():.4f} to {1 - t.min():.4f}" if sampler.flow else f"timesteps {t.min()} to {t.max()}"
-    )
-    experts = ""
-    if isinstance(model, RemixDiT):
-        experts = f"experts {sorted(set(model.expert_index(torch.from_numpy(t)).tolist()))}, "
+    owners = experts.owners(t.tolist())
+    who = f"experts {sorted(set(owners))}, " if owners else ""
     return (
         f"{counted(int(nonfinite.longest_streak), 'step')} in a row had a loss or gradient that is not finite; "
-        f"the last, step {nonfinite.step:.0f}: {experts}{times}, "
+        f"the last, step {nonfinite.step:.0f}: {who}{sampler.process.scale.describe(t)}, "
         f"loss {nonfinite.loss}, gradient norm {nonfinite.norm}. These steps did not change the weights. The run ends. "
         "--resume repeats these steps. To change a setting, start a new run from a checkpoint with --load-weight"
     )
 
 
-def interval_times(intervals: list[tuple[float, float]], per_interval: int, flow: bool) -> np.ndarray:
-    """Return evenly spaced timesteps, or a flow's times, in each of N intervals of noise levels [N, per_interval].
+@dataclass(frozen=True)
+class HeldOutErrors:
+    """Measures the error of a model's prediction at some times: the squared error of the noise, or the loss of a flow.
 
-    Args:
-        intervals: lowest and highest noise level of each, as in `figures.intervals`.
-        per_interval: number of times in each.
-        flow: whether the noise levels are those of a flow.
-    """
-    if flow:
-        parts = (np.arange(per_interval) + 0.5) / per_interval
-        return np.stack([1 - (low + (high - low) * parts) for low, high in intervals])
-    return np.stack([np.linspace(low, high - 1, per_interval).round().astype(int) for low, high in intervals])
+    Each time uses `per_time` of the images, in turn, and noise that depends only on the seed and the time, see
+    `Process.seed_numbers`. Therefore two models are evaluated on the same noisy images.
 
-
-def grid_times(count: int, process: str, interval: list[float] | None = None) -> np.ndarray:
-    """Return a fixed grid of timesteps, or of a flow's times, at which all models are measured.
-
-    The noise levels are the midpoints of `count` equal parts of the whole range. They do not depend on the model.
-
-    Args:
-        count: number of parts.
-        process: name of the process, as in `diffusion.process_name`.
-        interval: lowest and highest noise level of an expert that is measured alone; None for the whole range.
-
-    Returns:
-        Timesteps [n], int64, or times [n], float64, in increasing noise. Those in the interval, or the middle of the
-        interval if there are none.
-    """
-    is_flow, (_, last) = process == "flow", NOISE_LEVELS[process]
-    levels = (np.arange(count) + 0.5) * last / count
-    if not is_flow:
-        levels = levels.astype(np.int64)
-    if interval is not None:
-        low, high = interval
-        # The rule by which a RemixDiT's experts own noise levels.
-        inside = [find_interval([0, low, high, last], level) == 1 for level in levels.astype(np.float32)]
-        middle = (low + high) / 2 if is_flow else (math.ceil(low) + math.ceil(high) - 1) // 2
-        levels = levels[inside] if any(inside) else np.array([middle])
-    return 1 - levels if is_flow else levels
-
-
-@torch.no_grad()
-def noise_errors(
-    model,
-    diffusion: GaussianDiffusion | FlowMatching,
-    x: Tensor,
-    y: Tensor,
-    timesteps: Iterable[float],
-    per_timestep: int = 32,
-    seed: int = 0,
-    timesteps_per_batch: int = 1,
-) -> Tensor:
-    """Compute the mean squared error of the predicted noise at each of some timesteps.
-
-    Each timestep uses `per_timestep` of the images, in turn, and noise that depends only on (seed, timestep). Therefore
-    two models are evaluated on the same noisy images. For a flow the error is the training loss, and the noise depends
-    on the noise level in thousandths.
-
-    Args:
-        model: a network called as model(x, t, y). By default every batch has one timestep, so it may be a folded
-            RemixDiT.
-        diffusion: the process that adds the noise.
+    Attributes:
+        process: the process that adds the noise.
         x: images [n, C, H, W], usually held out from training.
         y: labels [n], int64.
-        timesteps: timesteps, or times of a flow, to evaluate.
-        per_timestep: images per timestep.
+        per_time: images per time.
         seed: seed of the noise.
-        timesteps_per_batch: timesteps that the model processes at once.
-
-    Returns:
-        Errors [number of timesteps], float32.
     """
-    errors = []
-    is_flow = isinstance(diffusion, FlowMatching)
-    for chunk in torch.as_tensor(list(timesteps)).split(timesteps_per_batch):
-        numbers = (1000 * (1 - chunk)).round().long() if is_flow else chunk.long()
-        rows = (torch.arange(per_timestep) + numbers[:, None] * per_timestep).flatten() % len(x)
-        generators = (torch.Generator().manual_seed(seed_for(seed, number)) for number in numbers.tolist())
-        noise = torch.cat([torch.randn(per_timestep, *x.shape[1:], generator=g) for g in generators]).to(x.device)
-        ts = (chunk.float() if is_flow else numbers).repeat_interleave(per_timestep).to(x.device)
-        if is_flow:
-            error = diffusion.training_losses(model, x[rows], ts, {"y": y[rows]}, noise)["loss"]
-        else:
-            noisy = diffusion.q_sample(x[rows], ts, noise)
-            error = (model(noisy, ts, y[rows])[:, : x.shape[1]] - noise).square()
-        errors.append(error.view(len(chunk), -1).mean(1))
-    return torch.cat(errors)
+
+    process: Process
+    x: Tensor
+    y: Tensor
+    per_time: int = 32
+    seed: int = 0
+
+    @torch.no_grad()
+    def __call__(self, model, times: Iterable[float], times_per_batch: int = 1) -> Tensor:
+        """Return the error at each time, float32 [number of times].
+
+        Args:
+            model: a network called as model(x, t, y). By default every batch has one time, so it may be a folded
+                RemixDiT.
+            times: timesteps, or times of a flow.
+            times_per_batch: times that the model processes at once.
+        """
+        x, y, errors = self.x, self.y, []
+        for chunk in torch.as_tensor(list(times)).split(times_per_batch):
+            numbers = self.process.seed_numbers(chunk)
+            rows = (torch.arange(self.per_time) + numbers[:, None] * self.per_time).flatten() % len(x)
+            generators = (torch.Generator().manual_seed(seed_for(self.seed, number)) for number in numbers.tolist())
+            noise = torch.cat([torch.randn(self.per_time, *x.shape[1:], generator=g) for g in generators]).to(x.device)
+            ts = chunk.to(self.process.scale.dtype).repeat_interleave(self.per_time).to(x.device)
+            error = self.process.held_out_errors(model, x[rows], ts, y[rows], noise)
+            errors.append(error.view(len(chunk), -1).mean(1))
+        return torch.cat(errors)

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
 
 from checkpoint import load_weights
-from diffusion import FlowMatching, GaussianDiffusion
-from mixing.grouped_linear import choose_attention
-from models import DiT
-from remix import RemixDiT
+from diffusion import Process
+from models import find_backbone
 from runtime.processes import World
+from training.batches import Microbatch
+from training.experts import experts_of
 from training.posthoc_ema import decay_at
+from training.settings import Execution, RunSettings
 from training.sharding import gather_model, gather_rows, own_rows, shard_bases, sharded_parameters
-from training.statistics import LOSSES, TrainingStats
+from training.statistics import TrainingStats
+from training.terms import LossTerm, StepTensors, loss_terms
 from training.writer import CheckpointWriter
 
 # DDP cuts a compiled graph where its buckets end, and exchanges a bucket while the next one is computed.
@@ -45,43 +46,39 @@ class TrainingLoss(nn.Module):
 
     Args:
         model: the model in training.
-        diffusion: the process that gives the training losses.
-        names: names of the losses to report.
-        prior: whether to add the prior's cross-entropy of a RemixDiT to the loss.
+        process: the process, which gives the loss that the terms are added to.
+        terms: the terms.
+
+    Attributes:
+        names: names of the losses that are reported: those of the process, then those of the terms.
     """
 
-    def __init__(
-        self,
-        model: DiT | RemixDiT,
-        diffusion: GaussianDiffusion | FlowMatching,
-        names: tuple[str, ...],
-        prior: bool,
-    ):
+    def __init__(self, model: nn.Module, process: Process, terms: list[LossTerm]):
         super().__init__()
-        self.names = names
         self.model = model
-        self.diffusion = diffusion
-        self.prior = prior
+        self.process = process
+        self.terms = terms
+        self.names = (*process.loss_names, *(term.name for term in terms))
 
-    def forward(
-        self, x: Tensor, t: Tensor, conditions: dict, noise: Tensor, prior_weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Microbatch, weights: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Compute the losses of a microbatch.
 
         Args:
-            x, t, conditions, noise: see `BatchSampler.microbatches`.
-            prior_weight: weight of the prior's cross-entropy in the loss [].
+            batch: see `BatchSampler.microbatches`.
+            weights: weight of each term [].
 
         Returns:
             The loss to differentiate [], and the mean losses without gradient, in the order of `names`. If a mean loss
             is not finite, every gradient is NaN.
         """
-        losses = self.diffusion.training_losses(self.model, x, t, conditions, noise)
+        x, t, conditions, noise, extras = batch
+        losses = self.process.training_losses(self.model, x, t, conditions, noise)
         means = {name: values.mean() for name, values in losses.items()}  # [B] -> []
         total = means["loss"]
-        if self.prior:
-            means["prior"] = self.model.prior_loss()
-            total = total + prior_weight * means["prior"]
+        step = StepTensors(self.model, x, t, conditions, noise, extras)
+        for term, weight in zip(self.terms, weights, strict=True):
+            means[term.name] = term.value(step)
+            total = total + weight * means[term.name]
         means = torch.stack([means.get(name, torch.zeros_like(total)) for name in self.names]).detach()
         # After the exchange, the gradients are then NaN on all processes, so that all of them skip the step.
         return total * torch.where(means.isfinite().all(), 1.0, math.nan), means
@@ -92,34 +89,24 @@ class Trainer:
 
     Args:
         model: the model at step 0. It is moved to the device of `world` and trained in place.
-        diffusion: the diffusion process, which computes the losses.
+        process: the process, which gives the losses.
         world: the processes of the run, and the rank and device of this one.
-        lr: peak learning rate of the bases and shared weights, which a cosine lowers to half of this value.
-        coeff_lr: peak learning rate of the mixing logits.
-        coeff_lr_end: final learning rate of the mixing logits; None for half of `lr`, as published.
-        ema_decay: EMA decay per step.
-        clip_grad: largest gradient norm; 0 for no clipping.
-        precision: precision of the matrix products: "fp32" (TF32 on GPUs), "bf16" or "fp16".
-        compile: whether to compile the model with its losses. On GPUs, forward and backward pass are then recorded as
-            CUDA graphs, unless the bases are sharded.
-        checkpoint_activations: whether to store only the inputs of each block in the forward pass, and to compute its
-            activations again in the backward pass.
-        shard: whether to shard the bases over the processes; see sharding.py.
-        ema_stds: relative standard deviations of the power-function averages for post-hoc EMA; see posthoc_ema.py.
+        settings: the settings of the run.
+        execution: how the work of a step is divided and computed.
 
     Attributes:
         model: the model in training.
         loss: `model` with its losses, wrapped in DistributedDataParallel if there are several processes.
+        experts: the experts of the model, if it has any.
+        terms: the terms that are added to the loss of the process.
         ema: copy of the model with the EMA of the weights, in eval mode.
         trained: the parameters that are trained.
         shards: the sharded parameters in `trained`, by their names in `model`. This process holds a part of each.
         replicated: the other parameters in `trained`, which DDP keeps equal on all processes.
-        averages: for each of `ema_stds`, the average of each parameter of `trained`.
+        averages: for each width of the settings, the average of each parameter of `trained`.
         ema_params: the parameters of `ema` that correspond to `trained`.
-        logit_params: the mixing logits if they are trained, as a list of one parameter; otherwise an empty list.
         optimizer: AdamW, with one group for the weights and one for the mixing logits.
         scaler: gradient scaler of fp16; it does nothing in other precisions.
-        loss_names: names of the losses that are reported.
         stats: running sums of the losses, and the non-finite steps.
         optimize_ddp: whether a compiled graph is cut where DDP's buckets end.
         cuda_graphs: whether the compiled forward and backward pass are recorded as CUDA graphs. A graph starts all its
@@ -130,63 +117,49 @@ class Trainer:
 
     def __init__(
         self,
-        model: DiT | RemixDiT,
-        diffusion: GaussianDiffusion | FlowMatching,
+        model: nn.Module,
+        process: Process,
         world: World,
-        lr: float,
-        coeff_lr: float = 1e-2,
-        coeff_lr_end: float | None = None,
-        ema_decay: float = 0.9999,
-        clip_grad: float = 0.0,
-        precision: str = "fp32",
-        compile: bool = False,
-        checkpoint_activations: bool = False,
-        shard: bool = False,
-        ema_stds: Iterable[float] = (),
+        settings: RunSettings,
+        execution: Execution = Execution(),  # noqa: B008, it cannot be changed
     ):
         self.world = world
-        self.clip_grad = clip_grad
-        self.precision = precision
-        # The loss of a flow has no parts "mse" and "vb".
-        self.loss_names = ("loss", "prior") if isinstance(diffusion, FlowMatching) else LOSSES
-        self.stats = TrainingStats(world, self.loss_names)
+        self.settings = settings
         self.mark = lambda stage: None
 
-        if shard:
+        if execution.shard:
             shard_bases(model, world)
         self.model = model.to(world.device).train()
+        self.experts = experts_of(model)
+        self.terms = loss_terms(self.experts, settings)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         pairs = zip(model.parameters(), self.ema.parameters(), strict=True)
         self.shards = sharded_parameters(model)
         self.replicated = [p for p in self.trained if all(p is not shard for shard in self.shards.values())]
         self.ema_params = [ema for parameter, ema in pairs if parameter.requires_grad]
-        self.update_ema = get_ema_multi_avg_fn(ema_decay)
-        self.averages = {std: [p.detach().clone() for p in self.trained] for std in ema_stds}
+        self.update_ema = get_ema_multi_avg_fn(settings.ema_decay)
+        self.averages = {std: [p.detach().clone() for p in self.trained] for std in settings.ema_stds or ()}
 
-        # One-hot coefficients are fixed: their logits are not trained.
-        self.logit_params = [model.logits] if isinstance(model, RemixDiT) and model.logits.requires_grad else []
-        weights = [p for p in self.trained if not any(p is logits for logits in self.logit_params)]
-        groups = [{"params": weights}, {"params": self.logit_params}]
-        # set_progress sets the learning rates before each step.
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0, fused=True)
-        # First and last learning rate of each group.
-        self.lr_ranges = [(lr, lr / 2), (coeff_lr, lr / 2 if coeff_lr_end is None else coeff_lr_end)]
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+        weights = [p for p in self.trained if not any(p is logits for logits in self.experts.logits)]
+        groups = [{"params": weights}, {"params": self.experts.logits}]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0, fused=True)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
 
-        if checkpoint_activations:
-            recompute_blocks(model, compile)
-        prior = bool(self.logit_params)
-        diffusion = diffusion.to(world.device)
-        if compile:
-            choose_attention(model, world.device)
-        self.loss = TrainingLoss(self.model, diffusion, self.loss_names, prior)
+        if execution.checkpoint_activations:
+            self.experts.recompute_blocks(execution.compile)
+        if execution.compile:
+            before_compile = find_backbone(self.experts.backbone).before_compile
+            if before_compile is not None:
+                before_compile(model, world.device)
+        self.loss = TrainingLoss(self.model, process.to(world.device), self.terms)
+        self.stats = TrainingStats(world, self.loss.names)
         # With sharded bases the graph must stay whole: it has to wait for the exchanges that it starts, because the
         # compiler may otherwise reuse their memory. CUDA graphs that hold exchanges were not tested with several GPUs.
-        self.optimize_ddp = not shard
-        self.cuda_graphs = compile and world.device.type == "cuda" and not shard
-        if compile:
-            options = OVERLAP if shard else {"triton.cudagraphs": self.cuda_graphs}
+        self.optimize_ddp = not execution.shard
+        self.cuda_graphs = execution.compile and world.device.type == "cuda" and not execution.shard
+        if execution.compile:
+            options = OVERLAP if execution.shard else {"triton.cudagraphs": self.cuda_graphs}
             # The shapes do not change during a run, and symbolic sizes would be slower.
             self.loss.compile(dynamic=False, options=options)
         if world.size > 1:
@@ -199,6 +172,7 @@ class Trainer:
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=bucket_mib(self.replicated),
             )
+        self.set_progress(0)
 
     def state_dict(self) -> dict[str, dict]:
         """Return the weights, the EMA, the optimizer and the scaler for a checkpoint, as copies in host memory.
@@ -245,7 +219,7 @@ class Trainer:
             moments[i] = {name: functions[name](tensor) for name, tensor in tensors.items()}
         return state | {"state": moments}
 
-    def whole_ema(self, everywhere: bool = False) -> DiT | RemixDiT | None:
+    def whole_ema(self, everywhere: bool = False) -> nn.Module | None:
         """Return the EMA model with whole bases, on rank 0 only, or on every process. Every process must call this.
 
         If the bases are sharded, it is a copy that has them in host memory.
@@ -278,33 +252,37 @@ class Trainer:
         self.stats.load_state_dict(state["window"])
 
     def set_progress(self, progress: float):
-        """Set the learning rates by a cosine schedule, from their first to their last value.
+        """Set the learning rates, by a cosine from their first to their last value, and the weights of the terms.
 
         Args:
             progress: completed fraction of the schedule, from 0 to 1.
         """
-        for group, (first, last) in zip(self.optimizer.param_groups, self.lr_ranges, strict=True):
+        settings = self.settings
+        last_coeff_lr = settings.lr / 2 if settings.coeff_lr_end is None else settings.coeff_lr_end
+        ranges = [(settings.lr, settings.lr / 2), (settings.coeff_lr, last_coeff_lr)]
+        for group, (first, last) in zip(self.optimizer.param_groups, ranges, strict=True):
             group["lr"] = last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+        self.term_weights = {term.name: term.weight(progress) for term in self.terms}
 
-    def learning_rates(self) -> dict[str, float]:
-        """Return the current learning rates: "lr" of the bases and shared weights, "coeff_lr" of the mixing logits."""
-        weights, logits = self.optimizer.param_groups
-        return {"lr": weights["lr"], "coeff_lr": logits["lr"]}
+    def schedule(self) -> dict[str, float]:
+        """Return what `set_progress` has set: "lr" of the bases and shared weights, "coeff_lr" of the mixing logits if
+        they are trained, and the weight of each term, as "prior_weight".
+        """
+        rates = [group["lr"] for group in self.optimizer.param_groups if group["params"]]
+        weights = {f"{name}_weight": weight for name, weight in self.term_weights.items()}
+        return dict(zip(("lr", "coeff_lr"), rates, strict=False)) | weights
 
-    def step(self, step: int, microbatches: Iterable[tuple[Tensor, Tensor, dict, Tensor]], prior_weight: float = 0.0):
+    def step(self, step: int, microbatches: Iterable[Microbatch]):
         """Train on this process's rows of one global batch.
 
         A non-finite loss or gradient on any process leaves the weights and the optimizer unchanged on all processes.
 
         Args:
             step: the training step, from 0.
-            microbatches: (x, t, conditions, noise) of each microbatch of b images, from `BatchSampler.microbatches`:
-                x and noise [b, C, H, W] float32, t [b] int64 (float32 for a flow), and the keyword arguments of the
-                model with labels y [b].
-            prior_weight: weight of the prior's cross-entropy in the loss.
+            microbatches: the microbatches, from `BatchSampler.microbatches`.
         """
-        # A tensor, because compiled code would be specific to the value of a number.
-        prior_weight = torch.full((), prior_weight, device=self.world.device)
+        # Tensors, because compiled code would be specific to the value of a number.
+        weights = tuple(torch.full((), w, device=self.world.device) for w in self.term_weights.values())
         # The compiler reads this setting of the process in the first step.
         torch._dynamo.config.optimize_ddp = self.optimize_ddp
         microbatches = list(microbatches)
@@ -313,8 +291,8 @@ class Trainer:
             # Run both before accumulating, and discard the results. Otherwise the sums need a second copy of all
             # gradients.
             for _ in range(2):
-                self._accumulate_gradients(microbatches[:1], prior_weight)
-        losses = self._accumulate_gradients(microbatches, prior_weight)
+                self._accumulate_gradients(microbatches[:1], weights)
+        losses = self._accumulate_gradients(microbatches, weights)
         norm, nonfinite = self._check_gradients()
         self.mark("checks")
         self._update_weights(nonfinite)
@@ -326,8 +304,8 @@ class Trainer:
         self.stats.add(step, losses, norm)
         self.mark("ema")
 
-    def _accumulate_gradients(self, microbatches: list, prior_weight: Tensor) -> Tensor:
-        """Sum the gradients of the microbatches and return the mean losses, in the order of `loss_names`."""
+    def _accumulate_gradients(self, microbatches: list[Microbatch], weights: tuple[Tensor, ...]) -> Tensor:
+        """Sum the gradients of the microbatches and return the mean losses, in the order of `TrainingLoss.names`."""
         # A CUDA graph overwrites the gradients that it returned. Those of several microbatches are added to tensors
         # that stay: parts of DDP's buckets, or tensors of their own.
         keep = len(microbatches) > 1 and (self.world.size > 1 or self.cuda_graphs)
@@ -340,8 +318,8 @@ class Trainer:
             # The processes exchange gradients once per step, after the last microbatch.
             skip_exchange = self.world.size > 1 and i < len(microbatches) - 1
             with self.loss.no_sync() if skip_exchange else nullcontext():
-                with self.world.autocast(self.precision):
-                    loss, losses = self.loss(*microbatch, prior_weight)
+                with self.world.autocast(self.settings.precision):
+                    loss, losses = self.loss(microbatch, weights)
                 self.mark("forward")
                 self.scaler.scale(loss / len(microbatches)).backward()
                 self.mark("backward")
@@ -365,8 +343,8 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.replicated], foreach=True)
         if self.shards:
             norm = (norm.square() + squared_norm).sqrt()
-        if self.clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(self.trained, self.clip_grad, norm, foreach=True)
+        if self.settings.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(self.trained, self.settings.clip_grad, norm, foreach=True)
         return norm, ~norm.isfinite()
 
     def _update_weights(self, nonfinite: Tensor):
@@ -385,20 +363,3 @@ def save_checkpoint(writer: CheckpointWriter, trainer: Trainer, config: dict, st
     saved = {"config": config, "step": step, "window": trainer.stats.state_dict()} | trainer.state_dict()
     if trainer.world.is_main:
         writer.save(step, saved)
-
-
-def recompute_blocks(model: DiT | RemixDiT, compile: bool):
-    """Let every block of a model store only its inputs in the forward pass, and run again in the backward pass.
-
-    Args:
-        model: the model, which is changed in place.
-        compile: whether the model will be compiled.
-    """
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    remix = isinstance(model, RemixDiT)
-    # Without compilation, the backward pass calls the block again, when the batch's coefficients are already cleared.
-    # These contexts restore them.
-    if remix and not compile:
-        options["context_fn"] = model.batch_coefficients.contexts
-    for block in (model.backbone if remix else model).blocks:
-        block.forward = partial(checkpoint, block.forward, **options)

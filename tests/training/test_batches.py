@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import create_flow
+from diffusion import create_flow, create_process
 from features.dataset import FeatureDataset
 from models import DiT_models
 from remix import RemixDiT
@@ -17,9 +17,16 @@ from training.batches import (
     Stream,
     draw_label_dropout,
     draw_noise,
+    draw_times,
     row_generators,
-    sample_timesteps,
 )
+
+GAUSSIAN = create_process()
+
+
+def timesteps(step: int, batch_size: int, n_experts: int, experts_per_batch: int, seed: int = 0) -> np.ndarray:
+    """The timesteps of a step for experts of equal intervals."""
+    return draw_times(seed, step, batch_size, GAUSSIAN, GAUSSIAN.expert_boundaries(n_experts), experts_per_batch)
 
 
 def test_every_epoch_visits_every_image_once():
@@ -48,12 +55,12 @@ def test_a_batch_larger_than_the_data():
     assert [sorted(image for image, *_ in part) for part in (batch[:3], batch[3:6])] == [[0, 1, 2]] * 2
 
 
-@pytest.mark.parametrize(("n_experts", "per_batch"), [(20, 1), (20, 8), (20, 16), (20, 20), (7, 4), (3, 6), (1, 1)])
+@pytest.mark.parametrize(("n_experts", "per_batch"), [(20, 1), (20, 16), (20, 20), (7, 4), (3, 6), (1, 1)])
 def test_every_expert_is_used_equally_often(n_experts, per_batch):
     used = np.zeros(n_experts, dtype=int)
     rounds = n_experts // math.gcd(n_experts, per_batch)
     for step in range(3 * rounds):
-        t = sample_timesteps(0, step, 8 * per_batch, n_experts, per_batch)
+        t = timesteps(step, 8 * per_batch, n_experts, per_batch)
         groups = ((n_experts * (t + 1) - 1) // 1000).reshape(per_batch, 8)
         assert (groups == groups[:, :1]).all(), "a group must lie within one expert's timesteps"
         assert len(set(groups[:, 0])) == min(per_batch, n_experts), "no expert is repeated while N allows"
@@ -62,14 +69,14 @@ def test_every_expert_is_used_equally_often(n_experts, per_batch):
 
 
 def test_timesteps_depend_only_on_seed_and_step():
-    assert np.array_equal(sample_timesteps(1, 5, 16, 20, 8), sample_timesteps(1, 5, 16, 20, 8))
-    assert not np.array_equal(sample_timesteps(1, 5, 16, 20, 8), sample_timesteps(2, 5, 16, 20, 8))
-    assert not np.array_equal(sample_timesteps(1, 5, 16, 20, 8), sample_timesteps(1, 6, 16, 20, 8))
+    assert np.array_equal(timesteps(5, 16, 20, 8, seed=1), timesteps(5, 16, 20, 8, seed=1))
+    assert not np.array_equal(timesteps(5, 16, 20, 8, seed=1), timesteps(5, 16, 20, 8, seed=2))
+    assert not np.array_equal(timesteps(5, 16, 20, 8, seed=1), timesteps(6, 16, 20, 8, seed=1))
     with pytest.raises(ValueError, match="do not divide"):
-        sample_timesteps(0, 0, 10, 20, 4)
+        timesteps(0, 10, 20, 4)
 
 
-@pytest.mark.parametrize("n_experts", [7, 20, 1000])
+@pytest.mark.parametrize("n_experts", [7, 1000])
 @pytest.mark.parametrize("per_batch", [1, 8])
 def test_timesteps_are_uniform_in_the_long_run(n_experts, per_batch):
     from scipy.stats import chisquare
@@ -77,14 +84,14 @@ def test_timesteps_are_uniform_in_the_long_run(n_experts, per_batch):
     batch = 8 * per_batch
     rounds = 40 if n_experts == 1000 else 2000
     steps = rounds // math.gcd(n_experts, per_batch) * n_experts // per_batch
-    drawn = [sample_timesteps(3, step, batch, n_experts, per_batch) for step in range(steps)]
+    drawn = [timesteps(step, batch, n_experts, per_batch, seed=3) for step in range(steps)]
     assert chisquare(np.bincount(np.concatenate(drawn), minlength=1000)).pvalue > 1e-3
 
 
 def test_timesteps_of_an_independent_expert():
-    t = sample_timesteps(0, 0, 4000, timesteps=(125, 250))
+    t = draw_times(0, 0, 4000, GAUSSIAN, (125, 250))
     assert (t.min(), t.max()) == (125, 249)
-    assert set(sample_timesteps(0, 0, 4000, timesteps=(0.5, 3.5))) == {1, 2, 3}
+    assert set(draw_times(0, 0, 4000, GAUSSIAN, (0.5, 3.5))) == {1, 2, 3}
 
 
 def owners(boundaries: list[float], t: np.ndarray) -> np.ndarray:
@@ -96,7 +103,7 @@ def owners(boundaries: list[float], t: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("boundaries", [[0, 875, 1000], [0, 0.5, 1.5, 400.25, 1000]])
 def test_timesteps_lie_within_the_boundaries_of_their_expert(boundaries):
     n = len(boundaries) - 1
-    t = np.concatenate([sample_timesteps(0, s, 600 * n, n, n, boundaries=boundaries) for s in range(4)])
+    t = np.concatenate([draw_times(0, s, 600 * n, GAUSSIAN, boundaries, n) for s in range(4)])
     experts = owners(boundaries, t)
     assert (np.bincount(experts) == 4 * 600).all(), "experts are sampled equally often"
     for i in range(n):
@@ -113,30 +120,42 @@ def test_times_of_a_flow_follow_its_distribution_within_each_expert(options):
 
     flow = create_flow(**options)
     boundaries = flow.quantiles(20)
-    t = [sample_timesteps(1, s, 160, 20, 16, boundaries=boundaries, flow=flow) for s in range(50)]
+    t = [draw_times(1, s, 160, flow, boundaries, 16) for s in range(50)]
     assert all(part.dtype == np.float32 for part in t)
     for part in t:
         groups = owners(boundaries, part).reshape(16, 10)
         assert (groups == groups[:, :1]).all(), "a group lies within one expert's noise levels"
     levels = 1 - np.concatenate(t).astype(np.float64)
     assert kstest(flow.times.cdf(levels), "uniform").pvalue > 1e-3
-    alone = 1 - sample_timesteps(0, 0, 4000, timesteps=(0.25, 0.5), flow=flow)
+    alone = 1 - draw_times(0, 0, 4000, flow, (0.25, 0.5))
     assert 0.25 <= alone.min() < 0.26
     assert 0.49 < alone.max() < 0.5
 
 
+@pytest.mark.parametrize("process", [GAUSSIAN, create_flow()])
+def test_a_sampler_without_boundaries_draws_from_the_whole_range(process):
+    """A plain DiT has one interval, experts have equal ones."""
+    options = dict(seed=1, batch_size=12, world=World(0, 1, torch.device("cpu")), process=process)
+    for experts, boundaries in (({}, process.scale.range), ({"n_experts": 3}, process.scale.equal_boundaries(3))):
+        drawn = BatchSampler(**options, **experts).timesteps(5)
+        assert np.array_equal(drawn, draw_times(1, 5, 12, process, boundaries))
+    part = [0.25 * process.scale.highest, 0.5 * process.scale.highest]
+    drawn = BatchSampler(**options, timestep_range=tuple(part)).timesteps(5)
+    assert np.array_equal(drawn, draw_times(1, 5, 12, process, part))
+
+
 def test_intervals_without_times_are_errors():
     with pytest.raises(ValueError, match="no timestep"):
-        sample_timesteps(0, 0, 2, 2, 2, boundaries=[0, 0.5, 0.75, 1000])
+        draw_times(0, 0, 3, GAUSSIAN, [0, 0.5, 0.75, 1000], 3)
     with pytest.raises(ValueError, match="no training times"):
-        sample_timesteps(0, 0, 2, 2, 2, boundaries=[0, 1e-4, 1], flow=create_flow(prediction="noise"))
+        draw_times(0, 0, 2, create_flow(prediction="noise"), [0, 1e-4, 1], 2)
 
 
-@pytest.mark.parametrize("flow", [None, create_flow()])
-def test_two_processes_draw_the_two_halves_of_the_batch_of_one(flow):
+@pytest.mark.parametrize("process", [GAUSSIAN, create_flow()])
+def test_two_processes_draw_the_two_halves_of_the_batch_of_one(process):
     """With six groups of two images, each of the two processes' two microbatches of three needs three groups of one."""
     x, y = torch.zeros(12, 3, 8, 8), torch.arange(12)
-    experts = dict(n_experts=20, experts_per_batch=6, boundaries=flow and flow.quantiles(20), flow=flow)
+    experts = dict(n_experts=20, experts_per_batch=6, boundaries=process.expert_boundaries(20), process=process)
 
     def draw(rank: int, size: int):
         world = World(rank, size, torch.device("cpu"))
@@ -144,13 +163,13 @@ def test_two_processes_draw_the_two_halves_of_the_batch_of_one(flow):
         return sampler.microbatches(sampler.draw(7, x[sampler.rows], y[sampler.rows]))
 
     whole, halves = draw(0, 1), [*draw(0, 2), *draw(1, 2)]
-    assert [conditions["groups"] for _, _, conditions, _ in whole] == [3, 3]
-    assert [conditions["groups"] for _, _, conditions, _ in halves] == [3, 3, 3, 3]
+    assert [batch.conditions["groups"] for batch in whole] == [3, 3]
+    assert [batch.conditions["groups"] for batch in halves] == [3, 3, 3, 3]
     for part in (
-        lambda batch: batch[1],
-        lambda batch: batch[2]["y"],
-        lambda batch: batch[2]["label_drop"],
-        lambda batch: batch[3],
+        lambda batch: batch.t,
+        lambda batch: batch.conditions["y"],
+        lambda batch: batch.conditions["label_drop"],
+        lambda batch: batch.noise,
     ):
         assert torch.equal(torch.cat([part(batch) for batch in whole]), torch.cat([part(batch) for batch in halves]))
 
@@ -197,4 +216,4 @@ def test_worker_processes_draw_what_this_process_draws(features):
     assert len(runs[0]) == len(runs[1]) == 4
     for alone, worker in zip(*runs, strict=True):
         assert alone.noise.shape == alone.x.shape == (6, 3, 8, 8)
-        assert all(torch.equal(a, b) for a, b in zip(alone, worker, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(alone[:5], worker[:5], strict=True))

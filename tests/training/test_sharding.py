@@ -5,10 +5,10 @@ import math
 import multiprocessing
 import re
 from collections import Counter
-from dataclasses import fields
 from itertools import product
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,16 +19,15 @@ from torch._inductor.utils import run_and_get_code
 from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion import create_diffusion
 from mixing import grouped_linear
-from models import DiT_models
-from remix import MIXED_LAYERS, MODULATION, RemixDiT, RemixDiT_models
+from models import DIT, DiT_models
+from remix import RemixDiT, RemixDiT_models
 from runtime.errors import UserError
 from runtime.processes import World
 from training.batches import BatchSampler
-from training.dry_run import Parallelism, bytes_sent, choose_sharding, count_parameters
-from training.settings import RunSettings
-from training.sharding import can_shard, gather_rows
+from training.experts import experts_of
+from training.settings import Execution, RunSettings
+from training.sharding import bytes_sent, choose_sharding, gather_rows
 from training.trainer import BUCKETS, Trainer, bucket_mib
 
 BATCH = 16
@@ -51,7 +50,7 @@ def _process(rank: int, size: int, port: int, function, *arguments):
 
 
 def make_trainer(world: World, model: RemixDiT | None = None, **options) -> Trainer:
-    return Trainer(model or random_remix_dit(), create_diffusion(), world, lr=1e-3, **options)
+    return conftest.make_trainer(model or random_remix_dit(), world=world, lr=1e-3, **options)
 
 
 def microbatches(world: World, step: int, grad_accum: int = 1) -> list:
@@ -77,7 +76,7 @@ def train(trainer: Trainer, steps: range, grad_accum: int = 1) -> dict:
 
     trainer._check_gradients = record
     for step in steps:
-        trainer.step(step, microbatches(world, step, grad_accum), 1e-4)
+        trainer.step(step, microbatches(world, step, grad_accum))
         result["losses"].append(trainer.stats.read()[0]["loss"])
     trainer._check_gradients = check
     return result
@@ -180,13 +179,16 @@ class CountBytes(TorchDispatchMode):
 
 def check_bytes(world: World):
     sent = {}
+
+    def ring(numbers: int) -> float:
+        """The bytes that a process sends to sum float32 numbers over the processes."""
+        return 2 * 4 * numbers * (world.size - 1) / world.size
+
     for shard, grad_accum, n_basis, precision in product((False, True), (1, 2), (4, 8), ("fp32", "bf16")):
         model = RemixDiT(random_remix_dit().expert(0), n_basis, 20)
         parts = microbatches(world, 0, grad_accum)
-        groups = sum(conditions["groups"] for _, _, conditions, _ in parts)
-        trained, bases, mixture = count_parameters(model)
-        width = 4 if precision == "fp32" else 2
-        expected = bytes_sent(trained, bases, groups * mixture, width, Parallelism(world.size, sharded=shard))
+        settings = RunSettings(global_batch_size=BATCH, experts_per_batch=4, precision=precision)
+        expected = bytes_sent(experts_of(model), settings, Execution(world.size, grad_accum, shard))
         trainer = make_trainer(world, model, shard=shard, precision=precision)
         # DDP arranges its buckets in the first two steps.
         trainer.step(0, parts)
@@ -194,11 +196,11 @@ def check_bytes(world: World):
         with CountBytes(world.size) as counter:
             trainer.step(2, parts)
         # Neither the experts nor the norm of the shards' gradients are mixtures or gradients.
-        small = counter.sent.pop("experts", 0) + bytes_sent(1, 0, 0, 4, Parallelism(world.size))
+        small = counter.sent.pop("experts", 0) + ring(1)
         case = f"shard={shard}, grad_accum={grad_accum}, {precision}, K={n_basis}"
         assert expected <= counter.sent.total() <= expected + small, f"{case}: {counter.sent}, expected {expected}"
         # The mixing logits have a column per basis.
-        logits = bytes_sent(model.logits.numel(), 0, 0, 4, Parallelism(world.size))
+        logits = ring(model.logits.numel())
         sent[shard, grad_accum, precision, n_basis] = counter.sent.total() - logits
     for shard, grad_accum, precision in product((False, True), (1, 2), ("fp32", "bf16")):
         four, eight = (sent[shard, grad_accum, precision, n_basis] for n_basis in (4, 8))
@@ -249,13 +251,15 @@ def test_microbatches_are_summed_in_the_memory_that_is_exchanged():
     in_processes(2, check_gradient_memory)
 
 
-@pytest.mark.parametrize("name", RemixDiT_models)
-def test_every_model_of_the_registry_can_be_sharded(name):
-    with torch.device("meta"):
-        model = RemixDiT_models[name](mixed_layers=(*MIXED_LAYERS, MODULATION))
-    assert all(can_shard(model, size) for size in (1, 2, 4, 8))
-    assert not can_shard(model, 5)
-    assert not can_shard(model.backbone, 2)
+def test_every_size_of_the_registry_can_be_sharded():
+    """The patch size does not change the mixed layers."""
+    settings = RunSettings(experts_per_batch=16)
+    for size in ("T", "S", "B", "L", "XL"):
+        with torch.device("meta"):
+            experts = experts_of(RemixDiT_models[f"RemixDiT-{size}/8"](layers=[*DIT.mixed_layers, *DIT.modulation]))
+        assert all(choose_sharding(True, experts, settings, Execution(processes))[0] for processes in (2, 4, 8)), size
+        with pytest.raises(UserError, match="5 processes do not divide"):
+            choose_sharding(True, experts, settings, Execution(5))
 
 
 def test_bases_are_sharded_on_several_nodes_if_that_sends_less():
@@ -263,9 +267,8 @@ def test_bases_are_sharded_on_several_nodes_if_that_sends_less():
         model = RemixDiT_models["RemixDiT-S/2"](n_basis=4)
 
     def choose(experts_per_batch: int, requested: bool | None = None, model=model, size=16, **settings):
-        names = [field.name for field in fields(RunSettings)]
-        values = dict.fromkeys(names) | {"global_batch_size": 256, "experts_per_batch": experts_per_batch}
-        return choose_sharding(requested, model, RunSettings(**values | {"precision": "bf16"} | settings), size, 1)[0]
+        settings = RunSettings(**{"experts_per_batch": experts_per_batch, "precision": "bf16"} | settings)
+        return choose_sharding(requested, experts_of(model), settings, Execution(size))[0]
 
     # With K = 4 bases, up to seven groups per process send less in bf16, and up to three in fp32.
     assert choose(32)
@@ -277,7 +280,7 @@ def test_bases_are_sharded_on_several_nodes_if_that_sends_less():
     assert choose(32, precision="fp32")
     assert not choose(32, size=8)
     assert choose(32, size=8, requested=True)
-    with pytest.raises(UserError, match="a DiT has no bases"):
+    with pytest.raises(UserError, match="a plain model has no bases"):
         choose(16, requested=True, model=DiT_models["DiT-T/2"]())
     assert not choose(17, size=17, global_batch_size=255)
     with pytest.raises(UserError, match="5 processes do not divide"):

@@ -3,16 +3,15 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import DEVICES, random_microbatch, random_remix_dit
+from conftest import DEVICES, make_trainer, random_microbatch, random_remix_dit
 from torch import nn
 from torch._dynamo.utils import counters
 
-from diffusion import create_diffusion, create_flow
+from diffusion import create_flow
 from models import DiT
 from remix import RemixDiT
 from runtime.processes import World
 from training.batches import BatchSampler, StepBatch
-from training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -32,9 +31,9 @@ def test_training_in_bf16_and_compiled_follows_fp32(device):
         model = random_remix_dit(device)
         start = copy.deepcopy(model.state_dict())
         world = World(0, 1, torch.device(device))
-        trainer = Trainer(model, create_diffusion(), world, lr=1e-3, precision=precision, compile=compiled)
+        trainer = make_trainer(model, world=world, lr=1e-3, precision=precision, compile=compiled)
         for step in range(20):
-            trainer.step(step, [random_microbatch(step, device=device)], 1e-4)
+            trainer.step(step, [random_microbatch(step, device=device)])
         changes.append(torch.cat([(model.state_dict()[key] - start[key]).flatten() for key in start]))
         losses.append(trainer.stats.read()[0]["loss"])
     # Adam's first steps are the signs of the gradients, and rounding changes some of the signs.
@@ -45,12 +44,13 @@ def test_training_in_bf16_and_compiled_follows_fp32(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_fifty_steps_with_changing_experts_and_weights_of_the_prior_compile_once(device):
     world = World(0, 1, torch.device(device))
-    trainer = Trainer(random_remix_dit(device), create_diffusion(), world, lr=1e-4, precision="bf16", compile=True)
+    trainer = make_trainer(random_remix_dit(device), world=world, precision="bf16", compile=True)
     experts_seen = set()
     for step in range(52):
         batch = random_microbatch(step, device=device)
-        experts_seen.add(tuple(trainer.model.expert_index(batch[1]).tolist()))
-        trainer.step(step, [batch], prior_weight=1e-4 * (1 - step / 52))
+        experts_seen.add(tuple(trainer.model.expert_index(batch.t).tolist()))
+        trainer.set_progress(step / 52)
+        trainer.step(step, [batch])
         if step == 1:
             warm = counters["stats"]["unique_graphs"]
     assert len(experts_seen) > 10
@@ -64,10 +64,11 @@ def test_a_flow_compiles_to_one_graph(compile_with, checkpoint_activations):
     flow = create_flow()
     model = RemixDiT(DiT(8, 2, 4, 32, 3, 2, num_classes=10), n_basis=4, n_experts=20, boundaries=flow.quantiles(20))
     options = {"compile": True, "checkpoint_activations": checkpoint_activations}
-    trainer = Trainer(model, flow, World(0, 1, torch.device("cpu")), lr=1e-4, precision="bf16", **options)
+    trainer = make_trainer(model, flow, precision="bf16", **options)
     for step in range(4):
-        x, t, conditions, noise = random_microbatch(step)
-        trainer.step(step, [(x, 1 - (t + 0.5) / 1000, conditions, noise)], prior_weight=1e-4 * (1 - step / 4))
+        batch = random_microbatch(step)
+        trainer.set_progress(step / 4)
+        trainer.step(step, [batch._replace(t=1 - (batch.t + 0.5) / 1000)])
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert trainer.stats.read()[0]["loss"] > 0
@@ -79,11 +80,11 @@ def test_compiled_and_uncompiled_gradients_agree(device, microbatches):
     gradients = []
     for compiled in (False, True):
         world = World(0, 1, torch.device(device))
-        trainer = Trainer(random_remix_dit(device), create_diffusion(), world, lr=0, compile=compiled)
+        trainer = make_trainer(random_remix_dit(device), world=world, lr=0, compile=compiled, prior_strength=1e-2)
         # CUDA graphs are recorded in the second step and run from the third step on.
         for step in range(4):
             batches = [random_microbatch(2 * step + i, device=device) for i in range(microbatches)]
-            trainer.step(step, batches, prior_weight=1e-2)
+            trainer.step(step, batches)
         gradients.append([p.grad.clone() for p in trainer.trained])
     assert all(torch.allclose(*pair, rtol=1e-3, atol=1e-6) for pair in zip(*gradients, strict=True))
 
@@ -92,8 +93,7 @@ def test_compiled_and_uncompiled_gradients_agree(device, microbatches):
 def test_the_trainer_that_runs_decides_how_graphs_are_cut_for_ddp(compile_with):
     """It is a setting of the process, and several trainers may have different ones."""
     compile_with("eager")
-    world = World(0, 1, torch.device("cpu"))
-    first, second = (Trainer(random_remix_dit(), create_diffusion(), world, lr=1e-4, compile=True) for _ in range(2))
+    first, second = (make_trainer(random_remix_dit(), compile=True) for _ in range(2))
     second.optimize_ddp = False
     for trainer in (first, second, first):
         trainer.step(0, [random_microbatch()])
@@ -104,8 +104,7 @@ def test_each_number_of_groups_is_compiled_separately(compile_with):
     """Otherwise the second number would become a symbolic size, be reused for the third, and be slower than both."""
     compile_with("eager")
     for groups in (2, 4, 8):
-        world = World(0, 1, torch.device("cpu"))
-        trainer = Trainer(random_remix_dit(depth=1), create_diffusion(), world, lr=1e-4, precision="bf16", compile=True)
+        trainer = make_trainer(random_remix_dit(depth=1), precision="bf16", compile=True)
         trainer.step(0, [random_microbatch(size=16, groups=groups)])
     assert counters["stats"]["unique_graphs"] == 3
 
@@ -123,14 +122,13 @@ def test_recomputed_activations_give_the_same_steps_with_less_memory(compiled, c
             sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
             return tensor
 
-        world, options = World(0, 1, torch.device("cpu")), {"compile": compiled, "checkpoint_activations": recompute}
-        trainer = Trainer(model, create_diffusion(), world, lr=1e-3, **options)
+        trainer = make_trainer(model, lr=1e-3, compile=compiled, checkpoint_activations=recompute)
         for step in range(0, 6, 2):
-            trainer.step(step, [random_microbatch(step), random_microbatch(step + 1)], 1e-4)
+            trainer.step(step, [random_microbatch(step), random_microbatch(step + 1)])
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         losses.append(trainer.stats.read()[0]["loss"])
         with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
-            graph = trainer.loss(*random_microbatch(), torch.zeros(()))
+            graph = trainer.loss(random_microbatch(), (torch.zeros(()),))
         parameters = {p.untyped_storage()._cdata for p in model.parameters()}
         stored.append(sum(size for storage, size in sizes.items() if storage not in parameters))
         del graph
@@ -143,7 +141,7 @@ def test_recomputed_activations_give_the_same_steps_with_less_memory(compiled, c
 def test_the_state_of_a_checkpoint_does_not_change_in_later_steps():
     """A thread writes it while training continues."""
     model = random_remix_dit("cpu")
-    trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-3)
+    trainer = make_trainer(model, lr=1e-3)
     trainer.step(0, [random_microbatch(0)])
     state = trainer.state_dict()
     moments = [tensor for tensors in state["optimizer"]["state"].values() for tensor in tensors.values()]
@@ -156,11 +154,11 @@ def test_the_state_of_a_checkpoint_does_not_change_in_later_steps():
 
 def test_a_loss_that_is_not_finite_changes_nothing_but_the_statistics():
     model = random_remix_dit()
-    trainer = Trainer(model, create_diffusion(), World(0, 1, torch.device("cpu")), lr=1e-3)
+    trainer = make_trainer(model, lr=1e-3)
     before = copy.deepcopy(model.state_dict())
-    x, *rest = random_microbatch()
-    x[3, 0, 0, 0] = torch.inf
-    trainer.step(7, [random_microbatch(), (x, *rest)])
+    infinite = random_microbatch()
+    infinite.x[3, 0, 0, 0] = torch.inf
+    trainer.step(7, [random_microbatch(), infinite])
     assert trainer.stats.longest_streak() == 1
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     losses, nonfinite = trainer.stats.read()
@@ -172,18 +170,10 @@ def test_a_loss_that_is_not_finite_changes_nothing_but_the_statistics():
 @pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("bf16", True)])
 def test_a_training_step_does_not_wait_for_the_device(precision, compiled):
     world = World(0, 1, torch.device("cuda"))
-    trainer = Trainer(
-        random_remix_dit("cuda"),
-        create_diffusion(),
-        world,
-        lr=1e-4,
-        clip_grad=1.0,
-        precision=precision,
-        compile=compiled,
-    )
+    trainer = make_trainer(random_remix_dit("cuda"), world=world, clip_grad=1.0, precision=precision, compile=compiled)
     sampler = BatchSampler(0, 8, world, n_experts=20, experts_per_batch=4)
     x, y = torch.randn(8, 4, 8, 8), torch.zeros(8, dtype=torch.long)
-    batches = [StepBatch(*(part.pin_memory() for part in sampler.draw(number, x, y))) for number in range(8)]
+    batches = [StepBatch(*(part.pin_memory() for part in sampler.draw(number, x, y)[:5])) for number in range(8)]
 
     def step(number: int):
         trainer.step(number, sampler.microbatches(batches[number]))

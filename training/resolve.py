@@ -1,0 +1,168 @@
+"""What the flags of train_fast.py mean together: the settings of a run, its process and the options of its model."""
+
+import argparse
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from diffusion import FlowMatching, GaussianDiffusion, Process, create_process
+from diffusion.flow import FLOW_OPTIONS
+from mixing.options import PRIOR_BONUS
+from models import find_model
+from runtime.command_line import counted
+from runtime.errors import UserError
+from runtime.processes import world_size
+from training.batches import default_experts_per_batch
+from training.posthoc_ema import TRACKED_STDS
+from training.settings import RunSettings
+from training.start import check_interval, check_new, check_noise_levels, default_prefix, expert_boundaries
+
+# The values of flags that are not given, by --recipe; None: see `resolve_settings`. In the published runs, each of
+# eight processes drew one expert per step.
+RECIPES = {
+    "default": dict(
+        experts_per_batch=None, coeff_lr=1e-2, coeff_lr_end=None, prior_strength=1e-4, prior_bonus=PRIOR_BONUS
+    ),
+    "paper": dict(experts_per_batch=8, coeff_lr=1e-2, coeff_lr_end=1e-5, prior_strength=1e-4, prior_bonus=3.0),
+}
+
+
+def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """Return the flags of each run: one, or one per independent expert, which differ in --timesteps and --prefix."""
+    if not args.independent:
+        return [args]
+    if find_model(args.model).with_experts or args.timesteps:
+        raise UserError("--independent trains a plain DiT per interval: use it with --model DiT-... and no --timesteps")
+    if args.resume not in (None, "auto"):
+        raise UserError("--independent resumes its runs with --resume auto only")
+    boundaries = expert_boundaries(create_process(**process_options(args)), args.independent, args.boundaries)
+    if len(boundaries) != args.independent + 1:
+        raise UserError(
+            f"--independent {args.independent} needs {args.independent + 1} --boundaries, not {len(boundaries)}"
+        )
+    prefix = args.prefix or default_prefix(args.model, None)
+    runs = []
+    for i, interval in enumerate(pairwise(boundaries)):
+        values = {"timesteps": list(interval), "boundaries": None, "prefix": f"{prefix}-{i}"}
+        run = argparse.Namespace(**vars(args) | values)
+        runs.append(run)
+        # Check all experts before the first is trained.
+        folder = Path(args.results_dir) / run.prefix
+        if run.resume:
+            check_interval(folder, run.timesteps, run.process)
+        else:
+            check_new(folder)
+    # The dry runs of all experts are the same.
+    return runs[:1] if args.dry_run else runs
+
+
+def process_options(args: argparse.Namespace) -> dict:
+    """Return the keyword arguments of `create_process` that the flags give."""
+    options = {name: value for name in FLOW_OPTIONS if (value := getattr(args, name)) is not None}
+    if args.process != FlowMatching.name:
+        if options:
+            raise UserError("--path, --prediction, --weight and --time-* need --process flow")
+        return {"process": args.process}
+    if options.keys() & {"time_mean", "time_std"} and args.time_sampling != "logit-normal":
+        raise UserError("--time-mean and --time-std need --time-sampling logit-normal")
+    try:
+        return {"process": args.process, **FlowMatching(**options).config}
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def loss_weight(args: argparse.Namespace) -> dict:
+    """Return the keyword arguments of `create_process` that concern the loss only, as the flags give them."""
+    weight = {"min_snr": args.min_snr, "min_weight": args.min_weight}
+    weight = {name: value for name, value in weight.items() if value is not None}
+    if weight and args.process != GaussianDiffusion.name:
+        raise UserError("--min-snr and --min-weight need --process gaussian")
+    if "min_weight" in weight and "min_snr" not in weight:
+        raise UserError("--min-weight needs --min-snr")
+    if weight.get("min_weight") == 1:
+        raise UserError("--min-weight 1 makes every weight 1: leave out --min-snr and --min-weight")
+    return weight
+
+
+def mixing_options(args: argparse.Namespace, process: Process) -> dict | None:
+    """Return the keyword arguments of a RemixDiT that the flags give, or None for a plain DiT."""
+    backbone, _, with_experts = find_model(args.model)
+    if not with_experts:
+        for name in ("boundaries", "rank", "freeze", "mix_modulation"):
+            if getattr(args, name):
+                other = " or --independent" if name == "boundaries" else ""
+                raise UserError(f"--{name.replace('_', '-')} needs a RemixDiT{other}, not {args.model}")
+        return None
+    return dict(
+        n_basis=args.n_basis,
+        n_experts=args.n_experts,
+        mixer=args.mixer,
+        scope=args.mixer_scope,
+        layers=[*backbone.mixed_layers, *(backbone.modulation if args.mix_modulation else ())],
+        boundaries=expert_boundaries(process, args.n_experts, args.boundaries),
+        rank=args.rank,
+    )
+
+
+def resolve_settings(args: argparse.Namespace, n_images: int, process: Process) -> RunSettings:
+    """Check that the flags fit together, and fill in the defaults that depend on other flags or on the data.
+
+    Args:
+        args: the flags.
+        n_images: number of images of the dataset.
+        process: the process.
+
+    Raises:
+        UserError: if flags contradict each other, or a number does not divide the batch size as it must.
+    """
+    recipe = {name: value for name, value in vars(args).items() if name in RECIPES["default"] and value is not None}
+    recipe = RECIPES[args.recipe] | recipe
+    batch_size = args.global_batch_size
+    if batch_size % (world_size() * args.grad_accum):
+        processes = counted(world_size(), "process", "processes")
+        parts = f" with {args.grad_accum} microbatches each" if args.grad_accum > 1 else ""
+        raise UserError(f"--global-batch-size {batch_size} cannot be divided equally among {processes}{parts}")
+    if args.keep_every and (not args.keep or args.keep_every % args.ckpt_every):
+        raise UserError("--keep-every needs --keep, and must be a multiple of --ckpt-every")
+    for flag, value in (("new-classes", args.new_classes), ("freeze", args.freeze)):
+        if value and not args.load_weight:
+            raise UserError(f"--{flag} needs --load-weight")
+    remix = find_model(args.model).with_experts
+    timesteps = args.timesteps or process.scale.range
+    if remix and timesteps != process.scale.range:
+        raise UserError("--timesteps: a RemixDiT trains on all timesteps")
+    check_noise_levels("--timesteps", timesteps, process)
+    experts_per_batch = 1
+    if remix:
+        experts_per_batch = recipe["experts_per_batch"] or default_experts_per_batch(batch_size, args.n_experts)
+    if batch_size % experts_per_batch:
+        raise UserError(f"--experts-per-batch {experts_per_batch} does not divide --global-batch-size {batch_size}")
+    max_steps = (args.max_steps or max(1, args.epochs * n_images // batch_size)) // (args.independent or 1)
+    if not max_steps:
+        raise UserError(f"--independent {args.independent}: there are fewer steps than experts")
+    lr = args.lr or (2e-5 if args.load_weight else 1e-4)
+    coeff_lr, coeff_lr_end = recipe["coeff_lr"], recipe["coeff_lr_end"]
+    if coeff_lr_end is None:
+        coeff_lr_end = min(lr / 2, coeff_lr)
+    return RunSettings(
+        max_steps=max_steps,
+        global_batch_size=batch_size,
+        experts_per_batch=experts_per_batch,
+        timesteps=timesteps,
+        lr=lr,
+        coeff_lr=coeff_lr,
+        coeff_lr_end=coeff_lr_end if remix else None,
+        ema_decay=args.ema_decay,
+        clip_grad=args.clip_grad,
+        prior_strength=recipe["prior_strength"],
+        prior_bonus=recipe["prior_bonus"],
+        # A dry run describes a run on GPUs.
+        precision=args.precision or ("bf16" if args.dry_run or torch.cuda.is_available() else "fp32"),
+        global_seed=args.global_seed,
+        load_weight=args.load_weight,
+        ema_stds=[*TRACKED_STDS] if args.ema_snapshots else None,
+        freeze=args.freeze or None,
+        min_snr=args.min_snr,
+        min_weight=args.min_weight,
+    )

@@ -1,0 +1,198 @@
+"""The start of a run of train_fast.py: first everything is checked and read, then the processes join."""
+
+import argparse
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diffusion import Process, create_process
+from features.autoencoder import Autoencoder
+from features.dataset import FeatureDataset
+from interop.shapes import frequency_override
+from runtime.command_line import counted
+from runtime.errors import is_first_process
+from runtime.files import lock_folder, remove_leftovers
+from runtime.processes import World, rank0_logger, world_size
+from training.experts import experts_of
+from training.loggers import MetricLogger, open_loggers
+from training.posthoc_ema import SNAPSHOT_DTYPES, count_snapshots, snapshot_folder
+from training.previews import choose_decoder
+from training.resolve import loss_weight, mixing_options, process_options, resolve_settings
+from training.scoring import Scorer, ScoreSettings, make_scorer
+from training.settings import Execution, RunSettings
+from training.sharding import choose_sharding
+from training.start import (
+    AssumedFeatures,
+    InitialWeights,
+    Resume,
+    advice,
+    default_prefix,
+    log_introduction,
+    make_model,
+    model_shape,
+    open_features,
+    prepare_folder,
+    run_config,
+)
+from training.writer import Retention, check_checkpoint_space, count_checkpoints
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose flags have been checked, and its model. No device and no other process has been used.
+
+    Attributes:
+        args: the flags, see training/flags.py.
+        folder: the run's folder.
+        dataset: the encoded images.
+        model: the model at step 0; on the meta device in a dry run.
+        process: the process.
+        settings: the settings that determine the results.
+        execution: how the work of a step is divided and computed.
+        config: the configuration that checkpoints store.
+        notes: lines for the log.
+    """
+
+    args: argparse.Namespace
+    folder: Path
+    dataset: FeatureDataset
+    model: nn.Module
+    process: Process
+    settings: RunSettings
+    execution: Execution
+    config: dict
+    notes: list[str]
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether the model is trained on all noise levels."""
+        return self.settings.timesteps == self.process.scale.range
+
+    def describe(self, devices: str) -> list[str]:
+        """Return the lines that describe a run: its model, its data, its steps, and what is special about its loss.
+
+        Args:
+            devices: the number and kind of the devices.
+        """
+        model, dataset, settings = self.model, self.dataset, self.settings
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        shape = " x ".join(map(str, dataset.shape))
+        source = f"from {dataset.path}"
+        if isinstance(dataset, AssumedFeatures):
+            source = f"ImageNet, assumed because {dataset.path} does not exist"
+        experts = f", {counted(settings.experts_per_batch, 'expert')} per batch" if experts_of(model).n_experts else ""
+        classes = counted(self.config["model"]["backbone"]["num_classes"], "class", "classes")
+        batch = f"batch {settings.global_batch_size} on {devices}, {settings.precision}"
+        flow = [f"{name}={value}" for name, value in self.config["diffusion"].items() if name != "process"]
+        lines = [
+            f"{self.args.model}: {parameters:,.2f} M parameters, from {settings.load_weight or 'scratch'}",
+            f"{counted(len(dataset), 'image')} of {classes} as {shape} ({source})",
+            f"{counted(settings.max_steps, 'step')} of {batch}{experts}",
+            *([f"flow matching: {', '.join(flow)}"] if flow else []),
+        ]
+        if settings.min_snr:
+            lines.append(f"loss weight min(SNR, {settings.min_snr}) / SNR, at least {settings.min_weight or 0}")
+        return lines
+
+    def resumed(self, config: dict) -> "Run":
+        """Return this run with the configuration that it has after resuming from a checkpoint."""
+        return replace(self, config=config, settings=RunSettings(**config["training"]))
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints the run writes and keeps."""
+        return Retention(self.args.ckpt_every, self.args.keep, self.args.keep_every)
+
+    def count_checkpoints(self, step: int) -> int:
+        """Return the number of checkpoints after a step that the run needs additional space for."""
+        return count_checkpoints(self.folder, step, self.settings.max_steps, self.retention)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads beside its features and its checkpoint.
+
+    Attributes:
+        scorer: what scores the run; None if nothing does.
+        decoder: decodes the samples of the pictures; None if nothing does.
+        notes: lines for the log.
+    """
+
+    scorer: Scorer | None
+    decoder: Autoencoder | None
+    notes: list[str]
+
+
+def plan_run(args: argparse.Namespace) -> Run:
+    """Check the flags of a run against each other and the features, and build its model."""
+    dataset = open_features(args.data_path, args.image_size, assume=args.dry_run)
+    shape = model_shape(dataset, args.num_classes) | frequency_override(args.timestep_frequencies)
+    options = process_options(args)
+    process = create_process(**options, **loss_weight(args))
+    settings = resolve_settings(args, len(dataset), process)
+    mixing = mixing_options(args, process)
+    folder = Path(args.results_dir) / (args.prefix or default_prefix(args.model, mixing))
+    # This seed is for the initial weights and mixing logits. The draws of each step have seeds of their own.
+    torch.manual_seed(settings.global_seed)
+    start = None
+    if settings.load_weight and not args.dry_run:
+        start = InitialWeights(
+            settings.load_weight, args.trust_pickle, options, dataset.classes, new_classes=args.new_classes
+        )
+    with torch.device("meta" if args.dry_run else "cpu"):
+        model = make_model(args.model, shape, mixing, settings.prior_bonus, start, args.freeze)
+    config = run_config(args.model, model, dataset, args.image_size, settings, options)
+    execution = Execution(
+        world_size(),
+        args.grad_accum,
+        checkpoint_activations=args.checkpoint_activations,
+        compile=torch.cuda.is_available() if args.compile is None else args.compile,
+    )
+    shard, notes = choose_sharding(args.shard_bases, experts_of(model), settings, execution)
+    execution = replace(execution, shard=shard)
+    return Run(args, folder, dataset, model, process, settings, execution, config, notes)
+
+
+def lock_run(folder: Path):
+    """Lock a run's folder, and remove what a killed run has left in it."""
+    lock_folder(folder, "--prefix")
+    remove_leftovers(
+        folder, snapshot_folder(folder), folder / "checkpoints", folder / "samples", folder / "coefficients"
+    )
+
+
+def read_inputs(run: Run, step: int) -> Inputs:
+    """Check and read what a run needs from a step on.
+
+    Raises:
+        UserError: if something is missing or wrong, or does not fit the run, or if there is too little disk space.
+    """
+    args, dataset = run.args, run.dataset
+    scores = ScoreSettings(
+        args.score_every, args.score_against, args.weights, args.score_samples, args.held_out, args.vae
+    )
+    scorer = make_scorer(scores, dataset, run.config, run.model, run.process)
+    loaded = scorer.decoder if scorer else None
+    decoder, preview_note = choose_decoder(args.sample_every, run.can_sample, args.vae, dataset, loaded)
+    notes = [preview_note, *([str(scorer)] if scorer else []), *advice(run.model, run.settings)]
+    if is_first_process():
+        n_snapshots = count_snapshots(step, run.settings.max_steps, args.ema_snapshots)
+        snapshot_bytes = SNAPSHOT_DTYPES[args.ema_snapshot_dtype].itemsize
+        n_checkpoints = run.count_checkpoints(step)
+        notes.insert(0, check_checkpoint_space(run.folder, run.model, n_checkpoints, n_snapshots, snapshot_bytes))
+    return Inputs(scorer, decoder, notes)
+
+
+def open_folder(run: Run, inputs: Inputs, resume: Resume, world: World) -> tuple[logging.Logger, MetricLogger]:
+    """Prepare the run's folder, open its loggers, and log what the run will do."""
+    # The loggers start before anything else is written to the folder, because one of them may fail to start.
+    backends = open_loggers(run.args.log_to, run.folder, run.config, resume.step) if world.is_main else []
+    if world.is_main:
+        prepare_folder(run.folder, run.config | {"flags": run.args.recorded}, resume.damaged)
+    log = rank0_logger(world, run.folder / "log.txt")
+    devices = f"{world.size} x {world.device.type}{', compiled' if run.execution.compile else ''}"
+    log_introduction(log, run.describe(devices), resume.damaged, [*run.notes, *inputs.notes])
+    return log, MetricLogger(backends, log)
