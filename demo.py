@@ -2,8 +2,9 @@
 
     python demo.py
 
-The demo prints each command before it runs it. The commands are the project's scripts with ordinary flags, and can be
-copied for other data. All files are written below --out. Steps that an earlier run finished are skipped.
+The dataset is scikit-learn's: 1,797 images of 8x8 pixels, which need no download. The demo prints each command before
+it runs it. The commands are the project's scripts with ordinary flags, and can be copied for other data. All files are
+written below --out. Steps that an earlier run finished are skipped.
 """
 
 import argparse
@@ -16,7 +17,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
 from runtime.command_line import ArgumentParser, flags, positive_int, run_script
+from runtime.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent
 # Prefix of each run: its name in the table of scores, and its model.
@@ -39,7 +48,7 @@ def main(args: argparse.Namespace):
 
     print_heading("1. Write handwritten digits as image folders, and train a small classifier for the scores")
     if not (digits / "classifier.pt2").exists():
-        run(1, "studies/digits.py", *flags(out=digits))
+        write_digits(digits)
 
     print_heading("2. Encode the images: as pixels here, with a VAE on ImageNet")
     if not (features / "index.json").exists():
@@ -74,6 +83,93 @@ def main(args: argparse.Namespace):
     print(f"{n_samples:,} samples of one seed against 300 held-out digits, {finetuning_steps:,} fine-tuning steps")
     print(f"Generated digits       {out / 'digits.png'}")
     print(f"Mixing coefficients    {out / 'coefficients.png'}")
+
+
+def write_digits(out: Path):
+    """Write the splits of the digits, and a classifier whose features evaluator.py uses instead of Inception's.
+
+    A split is a folder of PNG images, with one folder per class, and an .npz file for evaluator.py. The classifier,
+    classifier.pt2, is written last: if it exists, all other files do.
+    """
+    splits = split_digits()
+    for split, (images, labels) in splits.items():
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            path = out / split / str(label) / f"{number:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+        np.savez(out / f"{split}.npz", arr_0=np.repeat(images[..., None], 3, axis=-1), arr_1=labels)
+
+    classifier = train_classifier(*splits["train"])
+    for split, (images, labels) in splits.items():
+        with torch.no_grad():
+            accuracy = np.mean(classifier(as_input(images))[2].argmax(1).numpy() == labels)
+        print(f"{split}: {len(images)} images, classifier accuracy {accuracy:.3f}", flush=True)
+    example = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    program = torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    with atomic_write(out / "classifier.pt2") as temporary:
+        # torch.export.save accepts only this suffix.
+        program_path = temporary.with_name(f"{temporary.name}.pt2")
+        torch.export.save(program, program_path)
+        program_path.rename(temporary)
+
+
+def split_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the images and labels of three disjoint splits, which are the same on every call.
+
+    Returns:
+        For "train", "validation" (300 images for choosing settings) and "heldout" (300 images for reported results):
+        images, uint8 [n, 8, 8] (the dataset's 0..16 scaled to 0..255), and labels [n].
+    """
+    digits = load_digits()
+    images, labels = (digits.images * (255 / 16)).round().astype(np.uint8), digits.target
+    rest, heldout = train_test_split(np.arange(len(images)), test_size=300, stratify=labels, random_state=0)
+    train, validation = train_test_split(rest, test_size=300, stratify=labels[rest], random_state=0)
+    rows = {"train": train, "validation": validation, "heldout": heldout}
+    return {split: (images[i], labels[i]) for split, i in rows.items()}
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier of 10 classes of images of 8x8 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.low = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.ReLU()
+        )
+        self.high = nn.Sequential(nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU())
+        self.logits = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the features of images.
+
+        Args:
+            images: uint8 [B, 3, 8, 8].
+
+        Returns:
+            Pooled features [B, 64], spatial features [B, 128] and logits [B, 10].
+        """
+        low = self.low(images.float().mean(1, keepdim=True) / 127.5 - 1)  # [B, 64, 4, 4]
+        pool = self.high(low)  # [B, 64]
+        return pool, low[:, :8].flatten(1), self.logits(pool)
+
+
+def train_classifier(images: np.ndarray, labels: np.ndarray) -> Classifier:
+    """Train a classifier of images [n, 8, 8] and labels [n] for 30 epochs, from seed 0."""
+    torch.manual_seed(0)
+    classifier = Classifier()
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
+    x, y = as_input(images), torch.from_numpy(labels)
+    for _ in range(30):
+        for rows in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(classifier(x[rows])[2], y[rows]).backward()
+            optimizer.step()
+    return classifier.eval()
+
+
+def as_input(images: np.ndarray) -> Tensor:
+    """Repeat grayscale images [n, H, W] as three channels, [n, 3, H, W]."""
+    return torch.from_numpy(images).unsqueeze(1).expand(-1, 3, -1, -1)
 
 
 def train(

@@ -3,7 +3,9 @@
 import argparse
 import json
 
+import numpy as np
 import pytest
+import torch
 from conftest import run
 
 import demo
@@ -20,6 +22,7 @@ def commands(monkeypatch, tmp_path) -> list[tuple[str, list[str]]]:
         (folder / "grid.png").touch()
     recorded = []
     monkeypatch.setattr(demo, "run", lambda _, script, *words: recorded.append((script, list(map(str, words)))))
+    monkeypatch.setattr(demo, "write_digits", lambda out: None)
     demo.main(argparse.Namespace(out=None, quick=False, processes=1))
     return recorded
 
@@ -27,10 +30,38 @@ def commands(monkeypatch, tmp_path) -> list[tuple[str, list[str]]]:
 def test_every_step_is_run_for_every_model(commands):
     scripts = [script for script, _ in commands]
     counts = {"train_fast.py": 4, "sample_ddp.py": 4, "evaluator.py": 4, "visualize.py": 1}
-    assert scripts == ["studies/digits.py", "extract_features.py", *(s for s, n in counts.items() for _ in range(n))]
+    assert scripts == ["extract_features.py", *(s for s, n in counts.items() for _ in range(n))]
 
 
 def test_the_scripts_accept_the_flags(commands):
-    """Every command except the first ends because its input does not exist."""
-    for script, words in commands[1:]:
+    """Every command ends because its input does not exist."""
+    for script, words in commands:
         assert "no such f" in run(script, *words, expect=2).stderr
+
+
+def test_the_splits_are_disjoint_and_stratified_and_always_the_same():
+    splits, again = demo.split_digits(), demo.split_digits()
+    assert {name: len(images) for name, (images, _) in splits.items()} == {
+        "train": 1197,
+        "validation": 300,
+        "heldout": 300,
+    }
+    for name, (images, labels) in splits.items():
+        assert np.bincount(labels).min() / len(labels) > 0.09
+        assert np.array_equal(images, again[name][0])
+        assert np.array_equal(labels, again[name][1])
+
+
+def test_the_digits_are_written_with_a_classifier_of_any_number_of_images(tmp_path, monkeypatch):
+    splits = {name: (images[:40], labels[:40]) for name, (images, labels) in demo.split_digits().items()}
+    monkeypatch.setattr(demo, "split_digits", lambda: splits)
+    demo.write_digits(tmp_path)
+    for name, (images, labels) in splits.items():
+        assert len(list((tmp_path / name).glob("*/*.png"))) == 40
+        with np.load(tmp_path / f"{name}.npz") as file:
+            assert np.array_equal(file["arr_0"], np.repeat(images[..., None], 3, axis=-1))
+            assert np.array_equal(file["arr_1"], labels)
+    classifier = torch.export.load(tmp_path / "classifier.pt2").module()
+    for count in (1, 7):
+        pool, spatial, logits = classifier(torch.zeros(count, 3, 8, 8, dtype=torch.uint8))
+        assert (pool.shape, spatial.shape, logits.shape) == ((count, 64), (count, 128), (count, 10))
