@@ -6,8 +6,8 @@
 Every part is compared with a reference implementation or a lower bound of its time. Implementations that are compared
 run in turns in one process, so that other work on the machine affects all of them. Times are medians after a warm-up,
 measured with device events on GPUs. A lower bound ("floor") is the time for the bytes and the FLOPs of this design, one
-after the other, at the copy bandwidth and the matrix product rate of this machine. Results are written to
-<out>/<name>.json and <out>/<name>.md.
+after the other, at the copy bandwidth and the matrix product rate of this machine. Results are printed, and written to
+<out>/<name>.json.
 """
 
 import argparse
@@ -40,8 +40,10 @@ from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.processes import PRECISIONS, World, setup, world_size
 from sampling.experts import FoldedRemix
-from training.batches import BatchSampler, sample_timesteps
-from training.dry_run import Parallelism, StepCosts, matmul_rate, step_costs, training_flops
+from training.batches import BatchSampler, Microbatch, draw_times
+from training.dry_run import matmul_rate
+from training.experts import NoExperts, experts_of
+from training.settings import Execution, RunSettings
 from training.trainer import Trainer
 
 N_BASIS, N_EXPERTS = 4, 20
@@ -64,23 +66,19 @@ def main(args: argparse.Namespace):
     machine = describe_machine(world)
     floors = measure_floors(world, args.precision)
     results = {"machine": machine, "settings": vars(args), "floors": floors}
-    launcher = "python" if world.size == 1 else f"torchrun --nproc_per_node={world.size}"
-    lines = [f"# {name}", "", f"`{' '.join([launcher, *sys.argv])}`", ""]
-    # Two spaces at the end of a line are a line break in Markdown.
-    lines += [f"{key}: {value}  " for key, value in machine.items()]
-    lines += [f"copy bandwidth: {floors['copy_gb_s']:.1f} GB/s (bytes read and written)  "]
-    lines += [f"matrix product: {floors['tflops']:.2f} TFLOP/s in {args.precision}  "]
+    lines = [f"# {name}", "", *(f"{key}: {value}" for key, value in machine.items())]
+    lines += [f"copy bandwidth: {floors['copy_gb_s']:.1f} GB/s (bytes read and written)"]
+    lines += [f"matrix product: {floors['tflops']:.2f} TFLOP/s in {args.precision}"]
     for part in args.parts:
         results[part] = PARTS[part](args, world, floors)
         lines += ["", f"## {part}", "", *markdown_table(results[part])]
         if not world.is_main:
             continue
-        # The files are written after every part, so that an error in the next part loses no results.
-        for suffix, text in (("json", json.dumps(results, indent=1, default=str)), ("md", "\n".join(lines))):
-            with atomic_write(args.out / f"{name}.{suffix}") as temporary:
-                temporary.write_text(text + "\n")
+        # The file is written after every part, so that an error in the next part loses no results.
+        with atomic_write(args.out / f"{name}.json") as temporary:
+            temporary.write_text(json.dumps(results, indent=1, default=str) + "\n")
     if world.is_main:
-        print("\n".join(lines), f"\n\nwrote {args.out / name}.json and .md")
+        print("\n".join(lines), f"\n\nwrote {args.out / name}.json")
 
 
 def describe_machine(world: World) -> dict[str, str]:
@@ -244,8 +242,6 @@ def markdown_table(rows: list[dict]) -> list[str]:
 
 # The name of the reference loop in the results.
 USUAL = "DiT, the usual way"
-# How many kernels of each model are listed.
-LISTED_KERNELS = 25
 
 
 @dataclass(frozen=True)
@@ -255,17 +251,17 @@ class TrainingRun:
     Attributes:
         run: run(turn) trains for `--steps` steps.
         clock: measures the stages of the steps.
-        costs: what a step costs; None for the usual loop.
-        parameters: number of parameters that this process trains.
+        parameters: number of parameters that this process trains; 0 for the usual loop, whose memory is not measured.
+        floor_ms: lower bound of the time of a step of one process.
     """
 
     run: Callable[[int], None]
     clock: Clock
-    costs: StepCosts | None = None
     parameters: int = 0
+    floor_ms: float = 0
 
 
-def training_runs(args: argparse.Namespace, world: World) -> dict[str, TrainingRun]:
+def training_runs(args: argparse.Namespace, world: World, floors: dict) -> dict[str, TrainingRun]:
     """Return the models to train by name: a usual loop, DiT, and RemixDiT with several numbers of experts per batch."""
     diffusion = create_diffusion()
     torch.manual_seed(0)
@@ -276,28 +272,31 @@ def training_runs(args: argparse.Namespace, world: World) -> dict[str, TrainingR
     label_drop = torch.zeros(args.batch_size, dtype=torch.bool, device=world.device)
     runs = {}
 
-    def batch(step: int, groups: int | None) -> list[tuple]:
-        """Return the only microbatch of a step: (x, t, conditions, noise)."""
-        n_experts = N_EXPERTS if groups else 1
-        t = torch.from_numpy(sample_timesteps(0, step, args.batch_size, n_experts, groups or 1))
+    def batch(step: int, groups: int | None) -> list[Microbatch]:
+        """Return the only microbatch of a step."""
+        boundaries = diffusion.expert_boundaries(N_EXPERTS if groups else 1)
+        t = torch.from_numpy(draw_times(0, step, args.batch_size, diffusion, boundaries, groups or 1))
         conditions = {"y": y, "label_drop": label_drop} | ({"groups": groups} if groups else {})
-        return [(images, t.to(world.device, non_blocking=True), conditions, noise)]
+        return [Microbatch(images, t.to(world.device, non_blocking=True), conditions, noise)]
 
     def add(name: str, model: DiT | RemixDiT, groups: int | None):
         """Add a model to `runs`."""
         sharded = args.shard_bases and groups is not None
-        parallelism = Parallelism(world.size, sharded=sharded)
-        costs = step_costs(model, args.batch_size, groups, args.precision, parallelism)
-        options = {"precision": args.precision, "compile": args.compile, "shard": sharded}
-        trainer = Trainer(model, diffusion, world, lr=1e-5, **options)
+        experts = experts_of(model)
+        flops = args.batch_size * (experts.training_flops() + experts.low_rank_flops())
+        compute_ms = flops / floors["tflops"] / 1e9
+        traffic_ms = weight_traffic(experts, groups, args.precision) / floors["copy_gb_s"] / 1e6
+        settings = RunSettings(lr=1e-5, precision=args.precision)
+        execution = Execution(world.size, shard=sharded, compile=args.compile)
+        trainer = Trainer(model, diffusion, world, settings, execution)
         clock = Clock(world)
         trainer.mark = clock.mark
 
         def run(turn: int):
             for step in range(turn * args.steps, (turn + 1) * args.steps):
-                trainer.step(step, batch(step, groups), 1e-4)
+                trainer.step(step, batch(step, groups))
 
-        runs[name] = TrainingRun(run, clock, costs, sum(p.numel() for p in trainer.trained))
+        runs[name] = TrainingRun(run, clock, sum(p.numel() for p in trainer.trained), compute_ms + traffic_ms)
 
     # The usual loop has one process.
     if not args.skip_usual and world.size == 1:
@@ -313,7 +312,7 @@ def training_runs(args: argparse.Namespace, world: World) -> dict[str, TrainingR
 
 def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
     """Measure the training step of DiT, of RemixDiT with several numbers of experts per batch, and of a usual loop."""
-    runs = training_runs(args, world)
+    runs = training_runs(args, world, floors)
     functions = {name: training_run.run for name, training_run in runs.items()}
     clocks = {name: training_run.clock for name, training_run in runs.items()}
 
@@ -322,7 +321,7 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
         return {
             name: 4 * n_tensors * training_run.parameters + peak_memory(world, partial(training_run.run, turn))
             for name, training_run in runs.items()
-            if training_run.costs
+            if training_run.parameters
         }
 
     # On a GPU the first steps allocate the memory of a CUDA graph. There are weights and EMA, no moments and gradients.
@@ -331,19 +330,18 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
     # On a CPU the first steps compile.
     memory = memory or peaks(args.warmup + args.rounds, 5)
     with torch.device("meta"):
-        flops = training_flops(DiT_models[f"DiT-{args.model}"](input_size=args.input_size).config)
+        flops = experts_of(DiT_models[f"DiT-{args.model}"](input_size=args.input_size)).training_flops()
     rows = []
     for name, rounds in times.items():
         row = {"model": name, "ms/step": median(rounds) / args.steps * 1e3}
         row["images/s"] = args.batch_size * world.size / row["ms/step"] * 1e3
         row["MFU"] = flops * row["images/s"] / world.size / floors["tflops"] / 1e12
         row["speed / DiT"] = relative_speed(rounds, times["DiT"])
-        if USUAL in times:
-            row["speed / usual"] = relative_speed(rounds, times[USUAL])
-        if runs[name].costs:
+        if runs[name].parameters:
             row["parameters, M"] = runs[name].parameters / 1e6
-            row["floor ms"] = step_floor(runs[name].costs, floors)
-            row["floor's speed / DiT"] = step_floor(runs["DiT"].costs, floors) / row["floor ms"]
+            if world.size == 1:
+                row["floor ms"] = runs[name].floor_ms
+                row["floor's speed / DiT"] = runs["DiT"].floor_ms / row["floor ms"]
             row["peak GiB"] = memory[name] / 2**30
             for stage in (stage for stage in rounds[0] if stage != "total"):
                 row[f"{stage} %"] = 100 * median(rounds, stage) / median(rounds)
@@ -351,39 +349,25 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
     return rows
 
 
-def step_floor(costs: StepCosts, floors: dict) -> float:
-    """Return a lower bound of a training step's time in ms: its FLOPs and its weights' bytes at the measured rates.
+def weight_traffic(experts: NoExperts, groups: int | None, precision: str) -> float:
+    """Count the bytes of weights that a training step of one process reads and writes.
 
     Args:
-        costs: what the step costs.
-        floors: the measured rates, from `measure_floors`.
+        experts: the experts of the model.
+        groups: number of equal groups of a RemixDiT's batch; None for a plain DiT.
+        precision: precision of the matrix products.
     """
-    weights = sum(size for part, size in costs.traffic.items() if part != "activations")
-    return costs.flops / floors["tflops"] / 1e9 + weights / floors["copy_gb_s"] / 1e6
-
-
-def kernels(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
-    """List the kernels of a GPU, or the operators on a CPU, that take the most time in a training step."""
-    rows = []
-    for name, training_run in training_runs(args, world).items():
-        for turn in range(args.warmup):
-            training_run.run(turn)
-        with torch.profiler.profile(acc_events=True) as profiler:
-            training_run.run(args.warmup)
-            training_run.clock.read()
-        device = torch.autograd.DeviceType.CUDA if training_run.clock.cuda else torch.autograd.DeviceType.CPU
-        # In microseconds.
-        times = {
-            event: event.self_device_time_total if training_run.clock.cuda else event.self_cpu_time_total
-            for event in profiler.key_averages()
-            if event.device_type == device and not event.is_user_annotation
-        }
-        total = sum(times.values())
-        for event in sorted(times, key=times.get, reverse=True)[:LISTED_KERNELS]:
-            row = {"model": name, "kernel": event.key[:100].replace("|", " "), "calls/step": event.count / args.steps}
-            rows.append(row | {"ms/step": times[event] / args.steps / 1e3, "%": 100 * times[event] / total})
-        rows.append({"model": name, "kernel": "all", "ms/step": total / args.steps / 1e3, "%": 100})
-    return rows
+    width = PRECISIONS[precision].itemsize
+    trained, bases, mixture = experts.count_parameters()
+    # A plain weight is read in float32 and rounded, read in the forward and the backward pass, and its gradient is
+    # written, read and stored in float32.
+    plain = (4 + 5 * width + 4) * (trained - bases)
+    # Bases are read for the mixtures, and for the gradients of alpha and of the bases, which are written. A mixture is
+    # written, and read in the forward and the backward pass. Its gradient is written and read.
+    mixing = 3 * 4 * bases + 5 * width * mixture * (groups or 0)
+    # AdamW reads a parameter, its gradient and two moments, and writes all but the gradient. The EMA reads two and
+    # writes one. The check for non-finite numbers reads the gradient.
+    return plain + mixing + 4 * (7 + 3 + 1) * trained
 
 
 def usual_training(dit: DiT, diffusion, batch: Callable, steps: int, world: World) -> TrainingRun:
@@ -399,7 +383,7 @@ def usual_training(dit: DiT, diffusion, batch: Callable, steps: int, world: Worl
 
     def run(turn: int):
         for step in range(turn * steps, (turn + 1) * steps):
-            x, t, conditions, noise = batch(step, None)[0]
+            x, t, conditions, noise, _ = batch(step, None)[0]
             loss = diffusion.training_losses(model, x, t, conditions, noise)["loss"].mean()
             optimizer.zero_grad()
             loss.backward()
@@ -458,8 +442,8 @@ def sampling(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
 
     # Sums instead of medians: folding is rare, and must count.
     totals = {name: sum(stages["total"] for stages in rounds) for name, rounds in times.items()}
-    # training_flops counts a forward pass three times. A guided step takes two forward passes.
-    flops = training_flops(dit.config) / 3 * 2 * n
+    # A training step is counted as three forward passes. A guided step takes two.
+    flops = experts_of(dit).training_flops() / 3 * 2 * n
     return [
         {
             "model": name,
@@ -641,7 +625,6 @@ def numpy_precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3, block
 
 PARTS = {
     "training": training,
-    "kernels": kernels,
     "sampling": sampling,
     "data": data,
     "extraction": extraction,
@@ -679,6 +662,6 @@ if __name__ == "__main__":
     parser.add_argument("--warmup", type=number(int, 1), default=2, help="rounds that are not measured")
     parser.add_argument("--rounds", type=positive_int, default=9, help="rounds that are measured")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
-    parser.add_argument("--name", help="name of the result files (default: device, model, batch size and precision)")
+    parser.add_argument("--name", help="name of the result file (default: device, model, batch size and precision)")
     parser.add_argument("--toy", action="store_true", help="tiny data and arrays, to test that everything runs")
     run_script(main, parser)

@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh                   the stages for one GPU, and those for several if there are several
 #   OUT=/tmp/x benchmarks/gpu.sh b s    some stages, with another folder for the results
-#   python benchmarks/table.py          the table of the README from the results
+#   python benchmarks/table.py          the table of training speeds from the results
 #
 # Stages for one GPU: checks, s, b, l, xl, sampling, path. For all GPUs of this machine: s-all, b-all, l-all, xl-all.
 # A measurement that fails, for example because the memory is too small, does not end the others. They are listed at the
@@ -36,8 +36,8 @@ run() {
 }
 
 checks() {
-  python -m pytest tests/test_grouped_linear.py tests/test_trainer.py tests/test_remix.py tests/test_models.py \
-    tests/test_evaluator.py::test_an_exported_program_moves_to_a_device -vv -p no:cacheprovider 2>&1 | tee "$OUT/gpu-checks.txt"
+  python -m pytest tests/mixing/test_grouped_linear.py tests/training/test_trainer.py tests/test_remix.py \
+    tests/test_models.py tests/test_evaluator.py::test_an_exported_program_moves_to_a_device -vv -p no:cacheprovider 2>&1 | tee "$OUT/gpu-checks.txt"
 }
 
 measure() {
@@ -69,7 +69,7 @@ for stage in "$@"; do
       training S/2 --batch-size 256 --experts-per-batch 1 8 16
       training S/2 --batch-size 240 --experts-per-batch 20 ;;
     b)
-      measure --parts training kernels --steps 5 --model B/2 --batch-size 256 --experts-per-batch 4 --name gpu-kernels
+      training B/2 --batch-size 256 --experts-per-batch 4
       training B/2 --batch-size 256 --experts-per-batch 16
       training B/2 --batch-size 32 --experts-per-batch 2 4 ;;
     l)

@@ -1,7 +1,7 @@
-"""Print the README's table of training speeds from result files of benchmark.py.
+"""Print the table of training speeds from result files of benchmark.py.
 
-python benchmarks/table.py                     # all results in benchmarks/results/ that were measured on a GPU
-python benchmarks/table.py a.json b.json       # these results, of any device
+python benchmarks/table.py                     # all results in benchmarks/results/
+python benchmarks/table.py a.json b.json       # these results
 """
 
 import argparse
@@ -18,36 +18,21 @@ COLUMNS = ["model", "device", "images per GPU", "images/s", "speed / DiT", "MFU"
 
 
 def main(args: argparse.Namespace):
-    results = [read_result(path) for path in args.results or sorted(RESULTS.glob("*.json"))]
-    rows = [row for result in results if args.results or on_gpu(result) for row in table_rows(result)]
-    if not rows:
-        raise UserError("no training speed of a GPU in benchmarks/results/: run benchmarks/gpu.sh first")
+    rows = [row for path in args.results or sorted(RESULTS.glob("*.json")) for row in table_rows(path)]
     print("\n".join(f"| {' | '.join(row)} |" for row in [COLUMNS, ["---"] * len(COLUMNS), *rows]))
 
 
-def read_result(path: Path) -> dict:
-    """Read a result file.
+def table_rows(path: Path) -> list[list[str]]:
+    """Return the rows of one result file: one for each model that was trained.
 
     Raises:
         UserError: if it is not a result file of benchmark.py.
     """
     try:
         result = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        result = None
-    if not isinstance(result, dict) or "machine" not in result:
-        raise UserError(f"{path} is not a result file of benchmark.py")
-    return result
-
-
-def on_gpu(result: dict) -> bool:
-    """Return whether a result was measured on a GPU; the versions of the others do not name CUDA."""
-    return ", CUDA" in result["machine"]["versions"]
-
-
-def table_rows(result: dict) -> list[list[str]]:
-    """Return the rows of one result file: one for each model that was trained."""
-    machine, settings = result["machine"], result["settings"]
+        machine, settings = result["machine"], result["settings"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f"{path} is not a result file of benchmark.py") from None
     rows = []
     for row in result.get("training", []):
         name = row["model"].replace("DiT", f"DiT-{settings['model']}")
@@ -61,5 +46,5 @@ def table_rows(result: dict) -> list[list[str]]:
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="*", help="result files (default: those of GPUs)")
+    parser.add_argument("results", type=Path, nargs="*", help="result files (default: those in benchmarks/results/)")
     run_script(main, parser)

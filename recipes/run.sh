@@ -22,7 +22,7 @@ RUN:
   independent    baseline: 8 independent experts, 12,500 steps each from the pretrained DiT; not for SiT
 
 options:
-  --dry-run      print the commands, and the size, memory and time of each training; needs no GPU and no data
+  --dry-run      print the commands, and the size and memory of each training; needs no GPU and no data
   -h, --help     print this text
 TEXT
 }
@@ -76,7 +76,7 @@ run() {
   [ -n "$dry_run" ] || "$@"
 }
 
-# Train with the given flags. A dry run prints the size, memory and time of the training instead.
+# Train with the given flags. A dry run prints the size and memory of the training instead.
 train() {
   run "${launch[@]}" train_fast.py "$@" --data-path "$features" --resume auto
   [ -z "$dry_run" ] || WORLD_SIZE=8 python train_fast.py "$@" --data-path "$features" --resume auto --dry-run

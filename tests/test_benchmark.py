@@ -1,4 +1,4 @@
-"""The benchmark runs at toy size, its results are consistent, and the tables follow from them and from the plan."""
+"""The benchmark runs at toy size, its results are consistent, and the table follows from them."""
 
 import json
 import os
@@ -15,7 +15,7 @@ TOY = flags(toy=True, model="T/8", batch_size=4)
 
 def test_every_part_is_measured(tmp_path):
     settings = flags(precision="fp32", compile=False, warmup=1, rounds=2, experts_per_batch=(1, 4))
-    run("benchmarks/benchmark.py", *TOY, *settings, *flags(out=tmp_path, name="toy"))
+    report = run("benchmarks/benchmark.py", *TOY, *settings, *flags(out=tmp_path, name="toy")).stdout
     results = json.loads((tmp_path / "toy.json").read_text())
     machine = results["machine"]
     assert machine["device"] and machine["versions"] and machine["commit"]
@@ -31,21 +31,11 @@ def test_every_part_is_measured(tmp_path):
         assert row["peak GiB"] > 0
     assert training[1]["peak GiB"] < training[3]["peak GiB"]
 
-    for name in ("DiT", "RemixDiT G=4"):
-        listed = [row for row in results["kernels"] if row["model"] == name]
-        assert listed[-1]["kernel"] == "all" and listed[0]["ms/step"] >= listed[1]["ms/step"] > 0
-        assert 50 < sum(row["%"] for row in listed[:-1]) <= 100
-    assert any("grouped_linear" in row["kernel"] for row in results["kernels"] if row["model"] == "RemixDiT G=4")
-
     assert [row["model"] for row in results["sampling"]] == ["DiT", "folded", "mixed in every step"]
     assert results["data"][0]["images/s"] > 0
     assert results["extraction"][-1]["VAE busy"] > 0
     assert all(row["relative difference"] < 1e-4 for row in results["evaluator"][:-1])
-    report = (tmp_path / "toy.md").read_text()
-    assert "copy bandwidth" in report
-    assert all(
-        f"## {part}" in report for part in ("training", "kernels", "sampling", "data", "extraction", "evaluator")
-    )
+    assert all(f"## {part}" in report for part in ("training", "sampling", "data", "extraction", "evaluator"))
 
 
 @pytest.mark.slow
@@ -123,24 +113,14 @@ def test_the_benchmark_accepts_the_commands_for_gpus(commands):
         assert "does not divide" in run("benchmarks/benchmark.py", *flags, "--batch-size=7", expect=2).stderr
 
 
-def test_the_table_of_the_readme_from_results(tmp_path):
+def test_the_table_of_training_speeds_from_results(tmp_path):
     measured = json.loads(RESULT.read_text())
-    fake = measured | {"machine": measured["machine"] | {"device": "8 x NVIDIA H100", "versions": "torch 3, CUDA 14"}}
-    (tmp_path / "fake.json").write_text(json.dumps(fake))
-    for path, device in ((RESULT, "2 threads, bf16, compiled"), (tmp_path / "fake.json", "8 x NVIDIA H100, bf16")):
-        header, _, *rows = run("benchmarks/table.py", path).stdout.splitlines()
-        assert header.startswith("| model | device |")
-        assert len(rows) == len(measured["training"])
-        remix = next(row for row in rows if row.startswith("| RemixDiT-S/2 G=4 |"))
-        assert device in remix and "| 8 |" in remix
-        speed = next(row["speed / DiT"] for row in measured["training"] if row["model"] == "RemixDiT G=4")
-        assert f"| {speed:.2f} |" in remix
+    header, _, *rows = run("benchmarks/table.py", RESULT).stdout.splitlines()
+    assert header.startswith("| model | device |")
+    assert len(rows) == len(measured["training"])
+    remix = next(row for row in rows if row.startswith("| RemixDiT-S/2 G=4 |"))
+    assert "2 threads, bf16, compiled" in remix and "| 8 |" in remix
+    speed = next(row["speed / DiT"] for row in measured["training"] if row["model"] == "RemixDiT G=4")
+    assert f"| {speed:.2f} |" in remix
     (tmp_path / "other.json").write_text("[]")
     assert "not a result file" in run("benchmarks/table.py", tmp_path / "other.json", expect=2).stderr
-
-
-@pytest.mark.parametrize("sizes", [("S/2",), pytest.param(("S/2", "B/2", "L/2", "XL/2"), marks=pytest.mark.slow)])
-def test_the_table_of_estimates_is_that_of_the_plan(sizes):
-    page = (ROOT / "benchmarks" / "README.md").read_text()
-    printed = run("benchmarks/estimate.py", "--size", *sizes).stdout
-    assert all(line in page.splitlines() for line in printed.splitlines())

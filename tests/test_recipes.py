@@ -1,4 +1,4 @@
-"""recipes/run.sh: the scripts accept every command, and the dry run confirms the hours of the table."""
+"""recipes/run.sh: the scripts accept its commands, and the dry run builds every kind of model."""
 
 import os
 import re
@@ -14,8 +14,10 @@ pytestmark = pytest.mark.usefixtures("no_hub")
 RECIPE = ROOT / "recipes" / "run.sh"
 RUNS = dict.fromkeys(("S", "B", "L"), ("pretraining", "continued", "4-8", "4-20", "independent"))
 RUNS |= {f"SiT-{size}": ("published", "continued", "4-8", "4-20") for size in ("S", "B", "L", "XL")}
-ROW = re.compile(r"^\| (\S+) \| (\S+) \| [^|]+ \| [\d., -]+ \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
-HOURS = {(size, run): float(hours) for size, run, hours, _ in ROW.findall(RECIPE.with_name("README.md").read_text())}
+RUNS = [(size, run) for size, runs in RUNS.items() for run in runs]
+# The other sizes differ in the names of the models and the files, and in the number of steps of the pretraining.
+DIFFERENT = [(size, run) for size, run in RUNS if size in ("S", "SiT-S")]
+DIFFERENT += [("B", "pretraining"), ("L", "4-20"), ("SiT-XL", "4-20")]
 
 
 def recipe(*arguments: str, path: str = f"{Path(sys.executable).parent}:{os.environ['PATH']}", expect: int = 0):
@@ -33,20 +35,18 @@ def no_python(tmp_path_factory) -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
-def test_the_table_has_a_row_for_every_published_run():
-    assert list(HOURS) == [(size, run) for size, runs in RUNS.items() for run in runs]
+def test_the_tables_have_a_row_for_every_published_run(no_python):
+    """Every run has a row, and run.sh knows it and gives its models the size of the row."""
+    rows = re.findall(r"^\| ((?:SiT-)?[SBLX]+) \| (\S+) \|", RECIPE.with_name("README.md").read_text(), re.MULTILINE)
+    assert rows == RUNS
+    for size, name in RUNS:
+        printed = recipe(size, name, "--dry-run", path=no_python).stdout
+        trained = re.findall(r"^\$ torchrun .* train_fast\.py --model \w+-(\w+)/2 ", printed, re.MULTILINE)
+        assert trained == [size.removeprefix("SiT-")] * (name != "published")
 
 
-# The models of these sizes are those of B and L.
-REPEATED = ("SiT-B", "SiT-L")
-
-
-@pytest.mark.parametrize(
-    ("size", "name"), [pytest.param(*row, marks=[pytest.mark.slow] * (row[0] in REPEATED)) for row in HOURS]
-)
-def test_the_scripts_accept_every_command_and_the_dry_run_confirms_the_hours(
-    size, name, no_python, monkeypatch, tmp_path
-):
+@pytest.mark.parametrize(("size", "name"), DIFFERENT)
+def test_the_scripts_accept_every_command(size, name, no_python, monkeypatch, tmp_path):
     printed = recipe(size, name, "--dry-run", path=no_python).stdout
     commands = re.findall(r"^\$ (?:torchrun|python) (?:--\S+ )*(\w+\.py) (.*)$", printed, re.MULTILINE)
     order = ["extract_features.py", "train_fast.py", "sample_ddp.py", "evaluator.py"]
@@ -54,20 +54,12 @@ def test_the_scripts_accept_every_command_and_the_dry_run_confirms_the_hours(
     assert list(dict.fromkeys(script for script, _ in commands)) == order
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    hours = 0.0
     for script, flags in commands:
         flags = shlex.split(flags)
-        if script != "train_fast.py":
+        if script == "train_fast.py":
+            assert "TFLOP per step and GPU" in run(script, *flags, "--dry-run").stdout
+        else:
             assert MISSING.search(run(script, *flags, expect=2).stderr), "only a file or a folder is missing"
-            continue
-        report = run(script, *flags, "--dry-run").stdout
-        assert re.search(
-            r"memory per GPU: [\d.]+ GiB \(estimate\): [\d.]+ weights, .* AdamW's moments, [\d.]+ activ", report
-        )
-        # The report is about one of the independent experts.
-        runs = 8 if "--independent" in flags else 1
-        hours += runs * float(re.search(r"time: ([\d.]+) hours", report)[1])
-    assert hours == pytest.approx(HOURS[size, name], rel=0.03, abs=0.06)
     assert not list(tmp_path.iterdir())
 
 
@@ -88,27 +80,8 @@ def test_without_dry_run_the_commands_are_executed_in_order(tmp_path):
     assert printed.count("$ ") == 5
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        (),
-        ("S",),
-        ("XL", "4-20"),
-        ("S", "4-9"),
-        ("S", "published"),
-        ("SiT-S", "independent"),
-        ("S", "4-20", "8"),
-        ("S", "4-20", "--quick"),
-    ],
-)
-def test_wrong_arguments_give_one_line(arguments):
-    done = recipe(*arguments, expect=2)
-    assert re.fullmatch(r"recipes/run\.sh: .*--help.*\n", done.stderr)
-    assert not done.stdout
-
-
-def test_help_names_every_size_and_run():
-    printed = recipe("--help").stdout
-    assert "recipes/run.sh SIZE RUN [--dry-run]" in printed
-    assert all(size in re.findall(r"[\w-]+", printed) for size in RUNS)
-    assert all(f"\n  {run} " in printed for runs in RUNS.values() for run in runs)
+def test_wrong_arguments_give_one_line():
+    for arguments in ((), ("XL", "4-20"), ("S", "published"), ("SiT-S", "independent"), ("S", "4-20", "--quick")):
+        done = recipe(*arguments, expect=2)
+        assert re.fullmatch(r"recipes/run\.sh: .*\n", done.stderr), arguments
+        assert not done.stdout
