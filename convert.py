@@ -141,7 +141,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--trust-pickle",
         action="store_true",
-        help="let the checkpoint execute code: use this only for files that you made yourself",
+        help="load files with pickled Python objects, which can execute code: only for files that you trust",
     )
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--expert", type=number(int, 0), help="the expert to fold into a plain DiT")

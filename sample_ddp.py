@@ -372,7 +372,7 @@ if __name__ == "__main__":
     group.add_argument(
         "--trust-pickle",
         action="store_true",
-        help="load any Python object from --ckpt, which can run code: only for files that you made yourself",
+        help="load files with pickled Python objects, which can execute code: only for files that you trust",
     )
     group.add_argument(
         "--vae",

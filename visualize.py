@@ -79,7 +79,7 @@ def main(args: argparse.Namespace):
             measures["error"] = partial(held_out_error, errors)
         if args.score_against:
             if not config["training"]:
-                raise UserError(f"{args.ckpt} is no checkpoint of a run with --ema-snapshots")
+                raise UserError(f"{args.ckpt} is not a checkpoint of a run with --ema-snapshots")
             vae = args.vae or config["data"]["vae"]
             scores = ScoreSettings(None, args.score_against, args.weights, args.score_samples, vae=vae)
             fid = make_fid(scores, config, model, args.ckpt)
@@ -118,7 +118,7 @@ def device() -> torch.device:
 
 
 def default_out(args: argparse.Namespace) -> Path:
-    """Return the path of the figure without --out: beside the checkpoint, or in the run's folder."""
+    """Return the path of the figure without --out: in the folder of the checkpoint, or in the run's folder."""
     if args.figure == "grids":
         return Path("grids.png")
     if args.figure == "training":
@@ -354,7 +354,9 @@ if __name__ == "__main__":
             "--num-heads", type=positive_int, help="attention heads, for another project's file of an unregistered size"
         )
         figure.add_argument(
-            "--trust-pickle", action="store_true", help="load pickles, which can run code: only for your own files"
+            "--trust-pickle",
+            action="store_true",
+            help="load files with pickled Python objects, which can execute code: only for files that you trust",
         )
         figure.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     losses.add_argument("--pretrained", required=True, help="checkpoint of the DiT that the training started from")
@@ -384,5 +386,7 @@ if __name__ == "__main__":
     )
     ema.add_argument("--vae", metavar="NAME", help="VAE that decodes the samples (default: the checkpoint's)")
     for figure in (coefficients, losses, training, grids, ema):
-        figure.add_argument("--out", help="PNG file to write (default: beside the checkpoint or in the run's folder)")
+        figure.add_argument(
+            "--out", help="PNG file to write (default: in the folder of the checkpoint or in the run's folder)"
+        )
     run_script(main, parser)

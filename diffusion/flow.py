@@ -191,7 +191,7 @@ class FlowMatching(Process):
         return {"loss": loss}
 
     def velocity_and_noise(self, t: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Return the velocity and the noise at times t [n], each a pair (a, b) [n], which stands for a x + b output."""
+        """Return the velocity and the noise at times t [n], each a pair (a, b) [n] of the sum a x + b output."""
         path = PATHS[self.path](t)
         zero, one = torch.zeros_like(t), torch.ones_like(t)
         if self.prediction == "velocity":

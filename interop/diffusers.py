@@ -433,7 +433,9 @@ def _transformer_arguments(dit: nn.Module, config: dict) -> dict:
 
 @contextmanager
 def _new_folder(path):
-    """Yield a temporary folder beside `path`, which is renamed to `path` on success and removed on failure.
+    """Yield a temporary folder in the parent folder of `path`.
+
+    It is renamed to `path` on success, and removed on failure.
 
     Its files get the permissions that the user's umask gives new files; safetensors gives them to the owner only.
     """

@@ -111,8 +111,7 @@ def _read_torch(path: Path, allow_pickle: bool, verify: bool):
         # A damaged file can cause errors of any kind.
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise UserError(
-                f"{path} holds other classes than tensors and plain types: loading it could execute code, "
-                "which requires --trust-pickle"
+                f"{path} holds pickled Python objects, which can execute code: use --trust-pickle if you trust it"
             ) from None
         raise UserError(f"{path} is not a complete checkpoint (truncated or damaged): {first_line(error)}") from None
 

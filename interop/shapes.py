@@ -132,7 +132,7 @@ def flow_target(process: dict) -> dict[str, str]:
 def warn_of_flow(path, config: dict):
     """Print a warning if a file cannot say that its model is a flow."""
     if flow_target(config["diffusion"]):
-        warn(f"{path} does not say that the model is a flow, a file of --to sit does")
+        warn(f"{path} cannot record that the model is a flow: use --to sit")
 
 
 def warn_of_frequencies(path, config: dict):

@@ -22,7 +22,7 @@ from runtime.files import atomic_write
 # Our names of the paths -> SiT's and REPA's. REPA's cosine path is the generalized variance-preserving one.
 SIT_PATHS = {"linear": "Linear", "GVP": "GVP", "VP": "VP"}
 REPA_PATHS = {"linear": "linear", "GVP": "cosine"}
-# The heads that REPA trains beside the network, to predict the features of an image encoder.
+# The heads that REPA trains together with the network, to predict the features of an image encoder.
 PROJECTORS = "projectors."
 REPA_CHANGES = "REPA: the network is called at 1 - t and its output is negated, both as a change of the weights"
 

@@ -65,7 +65,7 @@ def run_script(main, parser: ArgumentParser):
 
 
 def _end_with_torchrun(torchrun: int, patience: float = 30):
-    """Wait until torchrun is gone, then end this process, so that it does not go on beside a new run.
+    """Wait until torchrun has exited, then end this process, so that it does not keep running next to a new run.
 
     torchrun itself ends its processes in the same way: SIGTERM, after which training saves a checkpoint, and SIGKILL if
     the process has not ended within 30 seconds.

@@ -77,7 +77,7 @@ def lock_folder(folder, flag: str):
             writer = path.read_text().strip() or "another process"
             raise UserError(f"{folder} is in use by {writer}: end that run, or choose another {flag}") from None
         except OSError as error:
-            print(f"{folder} cannot be locked ({error.strerror}): start no second run with it", file=sys.stderr)
+            print(f"{folder} cannot be locked ({error.strerror}): do not start a second run with it", file=sys.stderr)
             return
         # The previous writer may have deleted the file between its opening and its locking.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):

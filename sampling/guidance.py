@@ -54,12 +54,12 @@ def make_schedule(scale: float | str, interval: list[float] | None, highest: flo
     pieces = parse_pieces(scale) if isinstance(scale, str) else [(scale, 0, highest)]
     low, high = interval or (0, highest)
     if not 0 <= low < high <= highest:
-        raise ValueError(f"{low:g} to {high:g} is no interval of the noise levels from 0 to {highest}")
+        raise ValueError(f"{low:g} to {high:g} is not an interval of the noise levels from 0 to {highest}")
     boundaries, scales, end = [0], [], 0
     for value, start, stop in sorted(pieces, key=lambda piece: piece[1]):
         if not end <= start < stop <= highest:
             raise ValueError(
-                f"{start:g}:{stop:g} is no interval of the noise levels from 0 to {highest}, or overlaps another one"
+                f"{start:g}:{stop:g} is not an interval of the levels from 0 to {highest}, or overlaps another one"
             )
         end = stop
         start, stop = max(start, low), min(stop, high)

@@ -25,7 +25,7 @@ SAMPLE_BATCH = 32
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """The flags of sample_ddp.py that the results depend on, beside the checkpoint and the VAE.
+    """The flags of sample_ddp.py that the results depend on, in addition to the checkpoint and the VAE.
 
     settings.json records them. Those that have no meaning for the sampler are None.
     """

@@ -705,9 +705,6 @@ def test_the_documentation_trains_and_samples(steps, tmp_path, monkeypatch):
         assert (classifier.predict(names["digits"].flatten(1)) == np.arange(100) % 10).mean() > 0.75
 
 
-# What reviewers found
-
-
 class Tiny(nn.Module):
     """Two linear layers; the noise level is `sigma`."""
 

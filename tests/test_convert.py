@@ -83,7 +83,7 @@ def test_a_bare_state_dict_becomes_a_file_of_sit(tmp_path):
     with pytest.raises(UserError, match="was trained with path=linear, this run has GVP"):
         make_model("DiT-T/4", shape, None, 0.0, replace(start, process=flow | {"path": "GVP"}))
     done = run("convert.py", tmp_path / "sit.pt", tmp_path / "dit.pt", "--to", "dit")
-    assert "does not say that the model is a flow" in done.stderr
+    assert "cannot record that the model is a flow" in done.stderr
 
 
 def test_to_safetensors_and_back(trained, tmp_path):

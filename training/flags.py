@@ -28,7 +28,7 @@ NOT_RECORDED = ("config", "prefix", "resume", "extend", "dry_run", "trust_pickle
 
 
 class TrainingParser(ArgumentParser):
-    """The parser of train_fast.py, in which --config stands for the flags of another run."""
+    """The parser of train_fast.py, which reads the flags of another run from --config."""
 
     def parse_args(self, words: list[str] | None = None) -> argparse.Namespace:
         """Parse the command line. The attribute `recorded` of the result is what config.json records."""
@@ -56,7 +56,7 @@ class TrainingParser(ArgumentParser):
         names = {action.dest: action.option_strings for action in self._actions}
         for name, value in list(recorded.items()):
             if name not in names:
-                self.error(f"--config {path} holds {name}, which is no flag")
+                self.error(f"--config {path} holds {name}, which is not a flag")
             if name in NOT_RECORDED:
                 self.error(f"--config {path} holds {name}, which a run does not record")
             if value is False and len(names[name]) == 1:
@@ -172,7 +172,7 @@ def add_run_flags(parser: ArgumentParser):
     add(
         "--trust-pickle",
         action="store_true",
-        help="allow pickles in --load-weight, which can execute code: only for files that you trust",
+        help="load files with pickled Python objects, which can execute code: only for files that you trust",
     )
     add("--strict", action="store_true", help="no effect: --load-weight must always fit (a flag of the original)")
 

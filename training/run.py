@@ -113,7 +113,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads beside its features and its checkpoint.
+    """What a run reads in addition to its features and its checkpoint.
 
     Attributes:
         scorer: what scores the run; None if nothing does.

@@ -411,7 +411,7 @@ def make_fid(settings: ScoreSettings, config: dict, model: nn.Module, name: str)
         name: what the model is called in error messages.
 
     Raises:
-        UserError: if a file is missing or wrong, or if the model cannot sample alone.
+        UserError: if a file is missing or wrong, or if the model is not trained on all noise levels.
     """
     training, process = config["training"], create_process(**config["diffusion"])
     if training["timesteps"] != process.scale.range:

@@ -7,7 +7,7 @@ from mixing.options import PRIOR_BONUS
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings that determine a run, beside its model and data; the "training" part of a checkpoint's config.
+    """The settings that determine a run, in addition to its model and data: the "training" part of a config.
 
     Attributes:
         max_steps: number of steps.

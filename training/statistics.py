@@ -22,7 +22,7 @@ from training.experts import NoExperts
 
 
 class NonFiniteSteps(NamedTuple):
-    """What is known about the steps whose loss or gradient was not finite.
+    """The steps whose loss or gradient was not finite.
 
     Attributes:
         count: number of non-finite steps so far.

@@ -59,7 +59,7 @@ class CheckpointWriter:
         self._start(self._write, self.folder / f"{step:07d}.pt", state)
 
     def save_snapshot(self, step: int, averages: dict[str, dict[str, Tensor]], dtype: str):
-        """Start writing a snapshot for post-hoc EMA, likewise; see `posthoc_ema.write_snapshot` for the arguments."""
+        """Start writing a snapshot for post-hoc EMA, after the previous file; see `posthoc_ema.write_snapshot`."""
         self._start(self._write_snapshot, step, averages, dtype)
 
     def _start(self, write, *arguments):

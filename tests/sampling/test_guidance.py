@@ -34,7 +34,7 @@ def test_schedules(scale, interval, highest, boundaries, scales):
     [(2.0, [500, 400], 1000), (2.0, [0, 2], 1), ("2@0:300,3@200:400", None, 1000), ("2@0:300", None, 1)],
 )
 def test_wrong_intervals(scale, interval, highest):
-    with pytest.raises(ValueError, match="is no interval of the noise levels"):
+    with pytest.raises(ValueError, match="is not an interval of the noise levels"):
         make_schedule(scale, interval, highest)
 
 
@@ -168,7 +168,7 @@ def test_a_guide_and_an_interval_are_recorded(ckpt, trained, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--guidance-interval", "600", "500"), "600 to 500 is no interval"),
+        (("--guidance-interval", "600", "500"), "600 to 500 is not an interval"),
         (("--guidance-interval", "0", "500", "--cfg-scale=1"), "need a --cfg-scale other than 1"),
         (("--cfg-scale=2@0:300,3@200:400",), "overlaps another one"),
         (("--cfg-scale=2@300",), "expected SCALE@LOW:HIGH"),

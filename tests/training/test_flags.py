@@ -59,7 +59,7 @@ def test_every_flag_is_recorded_or_left_out_on_purpose():
         ("[]", "is not the config.json of a run"),
         ('{"model": {}}', "is not the config.json of a run"),
         ('{"flags": 1}', "is not the config.json of a run"),
-        ('{"flags": {"learning_rate": 1}}', "holds learning_rate, which is no flag"),
+        ('{"flags": {"learning_rate": 1}}', "holds learning_rate, which is not a flag"),
         ('{"flags": {"lr": "fast"}}', "expected a finite number above 0"),
         ('{"flags": {"trust_pickle": true}}', "holds trust_pickle, which a run does not record"),
     ],
