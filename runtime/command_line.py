@@ -14,10 +14,12 @@ from runtime.files import unlock_folders
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """A help formatter that appends the default to a flag's help, except where it is None."""
+    """A help formatter that appends the default to a flag's help, except where it is None or False."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        # A default of 0 is shown.
+        without = action.default is None or action.default is False
+        return action.help if without else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
