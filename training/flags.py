@@ -136,8 +136,8 @@ def add_first_run_flags(parser: ArgumentParser):
     add(
         "--dry-run",
         action="store_true",
-        help="print the run's size, disk space, FLOPs, bytes sent, measured speeds and an estimate of its memory, and end; "
-        "needs neither GPUs nor data; the environment variable WORLD_SIZE sets the number of GPUs",
+        help="print the run's size, disk space, FLOPs, bytes sent, measured speeds and an estimate of its memory, and "
+        "end; needs neither GPUs nor data; the environment variable WORLD_SIZE sets the number of GPUs",
     )
 
 
