@@ -41,9 +41,9 @@ from runtime.files import atomic_write
 from runtime.processes import PRECISIONS, World, setup, world_size
 from sampling.experts import FoldedRemix
 from training.batches import BatchSampler, Microbatch, draw_times
-from training.dry_run import matmul_rate
-from training.experts import NoExperts, experts_of
+from training.experts import Experts, experts_of
 from training.settings import Execution, RunSettings
+from training.statistics import matmul_rate
 from training.trainer import Trainer
 
 N_BASIS, N_EXPERTS = 4, 20
@@ -349,7 +349,7 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
     return rows
 
 
-def weight_traffic(experts: NoExperts, groups: int | None, precision: str) -> float:
+def weight_traffic(experts: Experts, groups: int | None, precision: str) -> float:
     """Count the bytes of weights that a training step of one process reads and writes.
 
     Args:

@@ -43,6 +43,7 @@ class FlowMatching(Process):
     """
 
     name = "flow"
+    title = "flow matching"
     loss_names = ("loss",)
     samplers: ClassVar = {
         "euler": lambda flow, steps: flow.ode_steps("euler", steps),

@@ -89,6 +89,7 @@ class GaussianDiffusion(Process):
     """
 
     name = "gaussian"
+    title = "Gaussian diffusion"
     loss_names = ("loss", "mse", "vb")
     samplers: ClassVar = {"ddpm": ddpm, "ddim": ddim, **{solver: partial(ODESolver, solver) for solver in SOLVERS}}
     # On handwritten digits, DPM-Solver++ in 20 steps had a lower FID than DDIM and DDPM in 50 (three of three models).
@@ -126,6 +127,11 @@ class GaussianDiffusion(Process):
         self.num_timesteps = len(self.timestep_map)
         self.predict_xstart = predict_xstart
         self.variance = variance
+        # The parts of the loss that `training_losses` returns.
+        if loss == "kl":
+            self.loss_names = ("loss",)
+        elif variance != "learned_range":
+            self.loss_names = ("loss", "mse")
         self.loss = loss
         self.min_snr = min_snr
         self.min_weight = min_weight

@@ -19,6 +19,7 @@ class Process:
 
     Attributes:
         name: name of the process in flags and configs.
+        title: name of the process in texts.
         loss_names: names of its training losses, the first of which is differentiated.
         samplers: name of each sampler, and what makes it from the process, the number of steps and further options. The
             first is the default.
@@ -27,6 +28,7 @@ class Process:
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
     loss_names: ClassVar[tuple[str, ...]]
     samplers: ClassVar[dict[str, Callable[..., Sampler]]]
     quick: ClassVar[tuple[str, str]]

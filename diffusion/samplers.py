@@ -5,6 +5,7 @@ batch, in host memory: a timestep of the original process or a flow's time. It s
 without waiting for the device.
 """
 
+import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +73,7 @@ class Sampler(Protocol):
 
 def time_tensor(x: Tensor, time: float) -> Tensor:
     """Return the times [B] that a network sees for a batch x [B, ...]: int64, or for flows of x's precision."""
-    dtype = torch.long if isinstance(time, int) else torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.long if isinstance(time, numbers.Integral) else torch.promote_types(x.dtype, torch.float32)
     return torch.full((len(x),), time, device=x.device, dtype=dtype)
 
 

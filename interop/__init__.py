@@ -1,4 +1,4 @@
-"""Model file formats of other projects, one module per format.
+"""Model file formats, of this project and of others, one module per format.
 
 FORMATS lists the formats. The module of each has the two functions below. `checkpoint.load_model` calls the `read`
 functions in turn until one of them recognizes the file. `convert.py` calls the `write` function of the format that the

@@ -153,10 +153,12 @@ class GuidedDenoiser:
         if self.guide is not None:
             out = network(x, t, self.labels)
             weak = self.run(at_time(self.guide, time), x, t, self.labels)
-            return autoguidance(out, weak, scale, self.channels or default_guided_channels(x.shape[1]))
+            channels = min(self.channels or default_guided_channels(x.shape[1]), x.shape[1])
+            return autoguidance(out, weak, scale, channels)
         # [B, ...] -> [2B, ...]: with the class, and without.
-        both = torch.cat([x, x]), torch.cat([t, t]), self.both_labels
-        return classifier_free_guidance(network, *both, scale, self.channels)[: len(x)]
+        x_both, t_both = torch.cat([x, x]), torch.cat([t, t])
+        out = classifier_free_guidance(network, x_both, t_both, self.both_labels, scale, self.channels)
+        return out[: len(x)]
 
 
 def at_time(model: DiT | ExpertSwitch, time: float) -> DiT:
@@ -171,7 +173,7 @@ def autoguidance(out: Tensor, weak: Tensor, scale: float, guided_channels: int) 
         out: output of the model [B, C or 2C, H, W].
         weak: output of the weaker model for the same inputs, likewise.
         scale: guidance scale. 1 gives the output of the model, 0 that of the weaker one.
-        guided_channels: number of leading channels that are guided, at most C.
+        guided_channels: number of leading channels that are guided.
 
     Returns:
         Output, like `out`. The channels that are not guided are the model's.

@@ -196,11 +196,19 @@ def _repeated(forward, contexts):
 
 
 @pytest.mark.parametrize("model", ["Toy-S", "RemixToy-S"])
-def test_it_is_trained_scored_and_sampled(features, tmp_path, model):
+@pytest.mark.parametrize("process", ["gaussian", "flow"])
+def test_it_is_trained_scored_and_sampled(features, tmp_path, model, process):
     """With pictures, held-out losses, recomputed activations, a dry run and a resumed run."""
-    flags = [*training_flags(features, tmp_path, "run", model), "--process=flow", "--ckpt-every=2", "--sample-every=2"]
+    flags = [
+        *training_flags(features, tmp_path, "run", model),
+        f"--process={process}",
+        "--ckpt-every=2",
+        "--sample-every=2",
+    ]
     report = run("train_fast.py", *flags, "--dry-run").stdout
     assert f"{model}: " in report and "TFLOP per step and GPU" in report
+    refused = run("train_fast.py", *flags, "--timestep-frequencies=diffusers", expect=2).stderr
+    assert "--timestep-frequencies: a Toy has no such option" in refused
     flags += ["--score-every=2", f"--held-out={features}", "--checkpoint-activations"]
     run("train_fast.py", *flags, "--max-steps=4")
     last = tmp_path / "run/checkpoints/0000004.pt"

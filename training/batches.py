@@ -59,7 +59,7 @@ class Microbatch(NamedTuple):
     t: Tensor
     conditions: dict[str, Any]
     noise: Tensor
-    extras: dict[str, Tensor] = {}  # noqa: RUF012, it is not changed
+    extras: dict[str, Tensor] | None = None
 
 
 class StepBatch(NamedTuple):
@@ -79,7 +79,7 @@ class StepBatch(NamedTuple):
     t: Tensor
     label_drop: Tensor
     noise: Tensor
-    extras: dict[str, Tensor] = {}  # noqa: RUF012, it is not changed
+    extras: dict[str, Tensor] | None = None
 
 
 def row_generators(seed: int, step: int, rows: range, stream: Stream) -> Iterator[np.random.Generator]:
@@ -373,7 +373,8 @@ class BatchSampler:
         noise = draw_noise(self.seed, step, rows, x.shape[1:])
         # The copy does not keep the other processes' rows in memory.
         t = self.timesteps(step)[self.rows].copy()
-        return StepBatch(x, y, *map(torch.from_numpy, (t, label_drop, noise)), extras or {})
+        t, label_drop, noise = map(torch.from_numpy, (t, label_drop, noise))
+        return StepBatch(x, y, t, label_drop, noise, extras)
 
     def microbatches(self, batch: StepBatch) -> list[Microbatch]:
         """Divide a step's batch into `grad_accum` microbatches on the device. The host does not wait for the device.
@@ -387,7 +388,7 @@ class BatchSampler:
 
         *tensors, extras = batch
         rows = zip(*map(divide, tensors), strict=True)
-        extras = {name: divide(part) for name, part in extras.items()}
+        extras = {name: divide(part) for name, part in (extras or {}).items()}
         microbatches = []
         for i, (x, y, t, label_drop, noise) in enumerate(rows):
             conditions = {"y": y, "label_drop": label_drop}
@@ -412,7 +413,8 @@ class _StepDataset(Dataset):
 
     def __getitem__(self, item: tuple[int, list[tuple[int, int, int]]]) -> StepBatch:
         step, images = item
-        return self.sampler.draw(step, *self.dataset.__getitems__(images))
+        x, y, *extras = self.dataset.__getitems__(images)
+        return self.sampler.draw(step, x, y, extras[0] if extras else None)
 
 
 def _identity(batch):

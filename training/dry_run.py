@@ -2,7 +2,6 @@
 
 import copy
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -170,23 +169,3 @@ def activation_bytes(run: Run, n_images: int, groups: int | None) -> int:
             stored.pop(parameter.untyped_storage()._cdata, None)
         del graph
     return sum(stored.values())
-
-
-def matmul_rate(device: torch.device, precision: str, times: int = 3) -> float:
-    """Measure the rate of a large matrix product, in FLOP/s: the best of several runs.
-
-    Args:
-        device: the device to measure.
-        precision: "fp32" (TF32 if that is enabled), "fp64", "bf16" or "fp16".
-        times: number of runs.
-    """
-    side = 8192 if device.type == "cuda" else 1536
-    a = torch.randn(side, side, device=device).to(torch.float64 if precision == "fp64" else PRECISIONS[precision])
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds)

@@ -21,7 +21,7 @@ class ParameterCounts(NamedTuple):
     mixture: int
 
 
-class NoExperts:
+class Experts:
     """The experts of a plain model: there are none.
 
     Args:
@@ -97,8 +97,8 @@ class NoExperts:
         return {}
 
 
-class Experts(NoExperts):
-    """The experts of a Remix. The arguments and attributes are those of `NoExperts`."""
+class RemixExperts(Experts):
+    """The experts of a Remix. The arguments and attributes are those of `Experts`."""
 
     def __init__(self, model: Remix):
         super().__init__(model)
@@ -163,6 +163,6 @@ class Experts(NoExperts):
         return {} if compiled else {"context_fn": self.model.batch_coefficients.contexts}
 
 
-def experts_of(model: nn.Module) -> NoExperts:
+def experts_of(model: nn.Module) -> Experts:
     """Return the experts of a model."""
-    return Experts(model) if isinstance(model, Remix) else NoExperts(model)
+    return RemixExperts(model) if isinstance(model, Remix) else Experts(model)

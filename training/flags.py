@@ -11,6 +11,7 @@ from pathlib import Path
 from diffusion import PROCESSES
 from diffusion.flow import PREDICTIONS, WEIGHTS
 from diffusion.interpolants import PATHS, TIME_SAMPLINGS
+from diffusion.intervals import TIMESTEPS
 from evaluation.scores import NEIGHBOURS
 from interop.shapes import TIMESTEP_FREQUENCIES_FLAG
 from mixing.options import MIXERS, SCOPES
@@ -102,7 +103,7 @@ def add_first_run_flags(parser: ArgumentParser):
         "random weights)",
     )
     add("--n-basis", type=positive_int, default=4, metavar="K", help="number of basis models")
-    add("--n-experts", type=number(int, 1, 1000), default=20, metavar="N", help="number of experts")
+    add("--n-experts", type=number(int, 1, TIMESTEPS), default=20, metavar="N", help="number of experts")
     add(
         "--epochs",
         type=positive_int,
@@ -182,7 +183,7 @@ def add_model_flags(parser: ArgumentParser):
     add = parser.add_argument_group("model").add_argument
     add(
         "--new-classes",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="let --load-weight be a model of other classes: the class embeddings are initialized again, except those "
         "of the null class and of classes whose names occur in both the model and the features",
     )
@@ -217,8 +218,12 @@ def add_model_flags(parser: ArgumentParser):
         help="low-rank bases: one DiT, and K pairs of matrices of rank R for each mixed layer, as in LoRA (default: "
         "every basis is a whole layer)",
     )
-    add("--freeze", action="store_true", help="train only the bases and the coefficients, not what the experts share")
-    add("--mix-modulation", action="store_true", help="also mix the adaLN layer of each block")
+    add(
+        "--freeze",
+        action=argparse.BooleanOptionalAction,
+        help="train only the bases and the coefficients, not what the experts share",
+    )
+    add("--mix-modulation", action=argparse.BooleanOptionalAction, help="also mix the adaLN layer of each block")
     add(
         "--timesteps",
         type=level_argument,
@@ -229,7 +234,7 @@ def add_model_flags(parser: ArgumentParser):
     )
     add(
         "--independent",
-        type=number(int, 2, 1000),
+        type=number(int, 2, TIMESTEPS),
         metavar="N",
         help="train N plain DiTs one after the other, on the noise levels that a RemixDiT's N experts would have (see "
         "--boundaries); --max-steps is the total, each trains for an N-th of it; their folders are <prefix>-0, "
@@ -337,12 +342,12 @@ def add_speed_flags(parser: ArgumentParser):
     add("--compile", action=argparse.BooleanOptionalAction, help="compile model and loss (default: on GPUs only)")
     add(
         "--checkpoint-activations",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="compute the activations of each block again in the backward pass: less memory, about a third more time",
     )
     add(
         "--deterministic",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="on GPUs, use slower algorithms whose results do not vary from run to run, so that a resumed run can "
         "equal an uninterrupted one bit for bit; on CPUs this is always so",
     )

@@ -19,10 +19,9 @@ from runtime.files import atomic_write
 LOGGERS = ("tensorboard", "wandb")
 
 
-def logger_names(text: str) -> list[str]:
-    """Parse a comma-separated list of installed loggers, as an argparse type."""
-    names = text.split(",")
-    for name in names:
+def logger_names(text: str) -> str:
+    """Check a comma-separated list of installed loggers, as an argparse type."""
+    for name in text.split(","):
         if name not in LOGGERS:
             raise argparse.ArgumentTypeError(
                 f"unknown logger {name!r}: use {' or '.join(LOGGERS)}, or both separated by a comma"
@@ -31,7 +30,7 @@ def logger_names(text: str) -> list[str]:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             raise argparse.ArgumentTypeError(f"{name} is not installed: pip install {name}")
-    return names
+    return text
 
 
 class MetricsFile:
@@ -194,11 +193,12 @@ class MetricLogger:
                 self.log.error(f"COULD NOT LOG to {type(logger).__name__}: {first_line(error)}; training continues")
 
 
-def open_loggers(names: list[str] | None, folder: Path, config: dict, first_step: int) -> list:
+def open_loggers(names: str | None, folder: Path, config: dict, first_step: int) -> list:
     """Open metrics.jsonl and the loggers of --log-to."""
+    names = names.split(",") if names else []
     # wandb may be unable to start. It is opened first, so that nothing has been written to the folder then.
-    loggers = [WandbLogger(folder, config)] if "wandb" in (names or []) else []
-    if "tensorboard" in (names or []):
+    loggers = [WandbLogger(folder, config)] if "wandb" in names else []
+    if "tensorboard" in names:
         loggers.append(TensorBoardLogger(folder, first_step))
     return [MetricsFile(folder / "metrics.jsonl", first_step), *loggers]
 

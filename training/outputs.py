@@ -4,11 +4,10 @@ import logging
 from functools import partial
 
 from runtime.processes import StopSignal
-from training.dry_run import matmul_rate
 from training.loggers import MetricLogger
 from training.previews import SamplePreview
 from training.run import Inputs, Run
-from training.statistics import ThroughputTimer, report_line
+from training.statistics import ThroughputTimer, matmul_rate, report_line
 from training.trainer import Trainer, save_checkpoint
 from training.writer import CheckpointWriter
 
@@ -24,8 +23,10 @@ class Outputs:
         log: the run's logger.
 
     Attributes:
+        run, trainer, log: the arguments.
         timer: measures the speed of training, without the time of everything that is written here.
-        failed: whether the latest checkpoint could not be written. It is valid after `writer.wait`.
+        writer: writes the checkpoints.
+        scorer: what scores the run; None if nothing does.
     """
 
     def __init__(self, run: Run, inputs: Inputs, trainer: Trainer, loggers: MetricLogger, log: logging.Logger):
@@ -57,8 +58,9 @@ class Outputs:
         """Prepare the scores, and score the step that a run was stopped in. Returns whether it was stopped again."""
         if self.scorer is None:
             return False
-        self.scorer.start(self.run.folder, step, self.trainer.world, stop, self.loggers, self.log)
-        return self.scorer.is_due(step) and not self.scorer.score(step, self.trainer.whole_ema(True))
+        with self.timer.paused():
+            self.scorer.start(self.run.folder, step, self.trainer.world, stop, self.loggers, self.log)
+            return self.scorer.is_due(step) and not self.scorer.score(step, self.trainer.whole_ema(True))
 
     def report(self, step: int):
         """Log the metrics since the last report."""

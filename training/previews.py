@@ -103,7 +103,8 @@ class SamplePreview:
             with self.autocast():
                 return classifier_free_guidance(model, both, time_tensor(both, time), labels, GUIDANCE)[: len(x)]
 
-        sample = self.process.make_sampler(*self.process.quick)
+        name, steps = self.process.quick
+        sample = self.process.make_sampler(name, steps)
         bounded = self.autoencoder is not None and self.autoencoder.bounded
         samples = sample(denoise, noise, clip_denoised=bounded)
         captions = [self.class_names[c] if self.class_names else str(c) for c in classes.tolist()]
@@ -142,7 +143,9 @@ def choose_decoder(
     name = vae or ("none" if dataset.vae == "none" else None)
     if name is None:
         return None, f"{when}; samples show three latent channels as colours (--vae decodes them)"
-    autoencoder = loaded or load_autoencoder(name)
+    if loaded:
+        return loaded, when
+    autoencoder = load_autoencoder(name)
     if dataset.shape[0] not in autoencoder.channels:
         raise UserError(
             f"--vae {name} does not decode features of {dataset.shape[0]} channels, which {dataset.path} holds"

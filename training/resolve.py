@@ -1,6 +1,7 @@
 """What the flags of train_fast.py mean together: the settings of a run, its process and the options of its model."""
 
 import argparse
+import inspect
 from itertools import pairwise
 from pathlib import Path
 
@@ -44,7 +45,11 @@ def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
     prefix = args.prefix or default_prefix(args.model, None)
     runs = []
     for i, interval in enumerate(pairwise(boundaries)):
-        values = {"timesteps": list(interval), "boundaries": None, "prefix": f"{prefix}-{i}"}
+        # Its config.json starts this expert alone.
+        left_out = ("independent", "boundaries", "epochs")
+        recorded = {name: value for name, value in args.recorded.items() if name not in left_out}
+        recorded |= {"timesteps": list(interval)}
+        values = {"timesteps": list(interval), "boundaries": None, "prefix": f"{prefix}-{i}", "recorded": recorded}
         run = argparse.Namespace(**vars(args) | values)
         runs.append(run)
         # Check all experts before the first is trained.
@@ -63,7 +68,10 @@ def process_options(args: argparse.Namespace) -> dict:
     if args.process != FlowMatching.name:
         if options:
             raise UserError("--path, --prediction, --weight and --time-* need --process flow")
-        return {"process": args.process}
+        # Some backbones have no outputs for a learned variance.
+        parameters = inspect.signature(find_model(args.model).backbone.module).parameters
+        learns_sigma = "learn_sigma" in parameters and parameters["learn_sigma"].default
+        return {"process": args.process} | ({} if learns_sigma else {"learn_sigma": False})
     if options.keys() & {"time_mean", "time_std"} and args.time_sampling != "logit-normal":
         raise UserError("--time-mean and --time-std need --time-sampling logit-normal")
     try:
@@ -162,7 +170,7 @@ def resolve_settings(args: argparse.Namespace, n_images: int, process: Process) 
         global_seed=args.global_seed,
         load_weight=args.load_weight,
         ema_stds=[*TRACKED_STDS] if args.ema_snapshots else None,
-        freeze=args.freeze or None,
+        freeze=bool(args.freeze),
         min_snr=args.min_snr,
         min_weight=args.min_weight,
     )

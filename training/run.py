@@ -1,6 +1,7 @@
 """The start of a run of train_fast.py: first everything is checked and read, then the processes join."""
 
 import argparse
+import inspect
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from diffusion import Process, create_process
 from features.autoencoder import Autoencoder
 from features.dataset import FeatureDataset
 from interop.shapes import frequency_override
+from models import find_model
 from runtime.command_line import counted
-from runtime.errors import is_first_process
+from runtime.errors import UserError, is_first_process
 from runtime.files import lock_folder, remove_leftovers
 from runtime.processes import World, rank0_logger, world_size
 from training.experts import experts_of
@@ -86,12 +88,12 @@ class Run:
         experts = f", {counted(settings.experts_per_batch, 'expert')} per batch" if experts_of(model).n_experts else ""
         classes = counted(self.config["model"]["backbone"]["num_classes"], "class", "classes")
         batch = f"batch {settings.global_batch_size} on {devices}, {settings.precision}"
-        flow = [f"{name}={value}" for name, value in self.config["diffusion"].items() if name != "process"]
+        options = [f"{name}={value}" for name, value in self.config["diffusion"].items() if name != "process"]
         lines = [
             f"{self.args.model}: {parameters:,.2f} M parameters, from {settings.load_weight or 'scratch'}",
             f"{counted(len(dataset), 'image')} of {classes} as {shape} ({source})",
             f"{counted(settings.max_steps, 'step')} of {batch}{experts}",
-            *([f"flow matching: {', '.join(flow)}"] if flow else []),
+            *([f"{self.process.title}: {', '.join(options)}"] if options else []),
         ]
         if settings.min_snr:
             lines.append(f"loss weight min(SNR, {settings.min_snr}) / SNR, at least {settings.min_weight or 0}")
@@ -131,6 +133,9 @@ def plan_run(args: argparse.Namespace) -> Run:
     dataset = open_features(args.data_path, args.image_size, assume=args.dry_run)
     shape = model_shape(dataset, args.num_classes) | frequency_override(args.timestep_frequencies)
     options = process_options(args)
+    backbone = find_model(args.model).backbone
+    if args.timestep_frequencies and "frequency_shift" not in inspect.signature(backbone.module).parameters:
+        raise UserError(f"--timestep-frequencies: a {backbone.name} has no such option")
     process = create_process(**options, **loss_weight(args))
     settings = resolve_settings(args, len(dataset), process)
     mixing = mixing_options(args, process)
@@ -140,15 +145,15 @@ def plan_run(args: argparse.Namespace) -> Run:
     start = None
     if settings.load_weight and not args.dry_run:
         start = InitialWeights(
-            settings.load_weight, args.trust_pickle, options, dataset.classes, new_classes=args.new_classes
+            settings.load_weight, args.trust_pickle, options, dataset.classes, new_classes=bool(args.new_classes)
         )
     with torch.device("meta" if args.dry_run else "cpu"):
-        model = make_model(args.model, shape, mixing, settings.prior_bonus, start, args.freeze)
+        model = make_model(args.model, shape, mixing, settings.prior_bonus, start, bool(args.freeze))
     config = run_config(args.model, model, dataset, args.image_size, settings, options)
     execution = Execution(
         world_size(),
         args.grad_accum,
-        checkpoint_activations=args.checkpoint_activations,
+        checkpoint_activations=bool(args.checkpoint_activations),
         compile=torch.cuda.is_available() if args.compile is None else args.compile,
     )
     shard, notes = choose_sharding(args.shard_bases, experts_of(model), settings, execution)
@@ -191,8 +196,10 @@ def open_folder(run: Run, inputs: Inputs, resume: Resume, world: World) -> tuple
     # The loggers start before anything else is written to the folder, because one of them may fail to start.
     backends = open_loggers(run.args.log_to, run.folder, run.config, resume.step) if world.is_main else []
     if world.is_main:
-        prepare_folder(run.folder, run.config | {"flags": run.args.recorded}, resume.damaged)
+        # The number of steps of an independent expert is a part of those that the flags give.
+        steps = {"max_steps": run.settings.max_steps} if run.args.independent else {}
+        prepare_folder(run.folder, run.config | {"flags": run.args.recorded | steps}, resume.damaged or {})
     log = rank0_logger(world, run.folder / "log.txt")
     devices = f"{world.size} x {world.device.type}{', compiled' if run.execution.compile else ''}"
-    log_introduction(log, run.describe(devices), resume.damaged, [*run.notes, *inputs.notes])
+    log_introduction(log, run.describe(devices), resume.damaged or {}, [*run.notes, *inputs.notes])
     return log, MetricLogger(backends, log)

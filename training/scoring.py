@@ -107,7 +107,8 @@ class FidScore:
             if not pooled.isfinite().all():
                 raise UserError("the feature network gives features of samples that are not finite")
             statistics.add(pooled.to(self.world.device))
-        fid = frechet_distance(*self.statistics, *statistics.result())
+        mu, sigma = statistics.result()
+        fid = frechet_distance(self.statistics[0], self.statistics[1], mu, sigma)
         if not math.isfinite(fid):
             raise UserError(f"the FID against {self.reference} is not finite")
         return {self.name: fid}

@@ -1,7 +1,8 @@
 """The settings of a run: those that determine its results, and how its work is divided and computed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from diffusion.intervals import TIMESTEPS
 from mixing.options import PRIOR_BONUS
 
 
@@ -13,8 +14,7 @@ class RunSettings:
         max_steps: number of steps.
         global_batch_size: images per step, over all processes.
         experts_per_batch: experts per global batch; 1 for a plain model.
-        timesteps: lowest timestep, and highest timestep plus one; for a flow the lowest and highest noise level. None
-            for all.
+        timesteps: lowest timestep, and highest timestep plus one; for a flow the lowest and highest noise level.
         lr: peak learning rate of the bases and shared weights, which a cosine lowers to half of this value.
         coeff_lr: peak learning rate of the mixing logits.
         coeff_lr_end: final learning rate of the mixing logits; None for half of `lr`, as published.
@@ -35,7 +35,7 @@ class RunSettings:
     max_steps: int = 100_000
     global_batch_size: int = 256
     experts_per_batch: int = 1
-    timesteps: list[float] | None = None
+    timesteps: list[float] = field(default_factory=lambda: [0, TIMESTEPS])
     lr: float = 1e-4
     coeff_lr: float = 1e-2
     coeff_lr_end: float | None = None

@@ -23,7 +23,7 @@ from remix import Remix, RemixLinear
 from runtime.errors import UserError
 from runtime.processes import PRECISIONS, World
 from training.batches import microbatch_shape
-from training.experts import NoExperts
+from training.experts import Experts
 from training.settings import Execution, RunSettings
 
 # The functional collectives return at once. `wait_tensor` makes the device wait, and the compiler keeps all of them.
@@ -55,7 +55,7 @@ def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def choose_sharding(
-    requested: bool | None, experts: NoExperts, settings: RunSettings, execution: Execution
+    requested: bool | None, experts: Experts, settings: RunSettings, execution: Execution
 ) -> tuple[bool, list[str]]:
     """Decide whether the bases are sharded over the processes.
 
@@ -87,13 +87,13 @@ def choose_sharding(
         return False, []
     sharded, whole = (bytes_sent(experts, settings, replace(execution, shard=shard)) for shard in (True, False))
     # Within a node the network is fast, and a step without sharded bases is probably faster: it is a CUDA graph.
-    # This was measured for Remix-S/2 with one process only.
+    # This was measured for RemixDiT-S/2 with one process only.
     shard = size > NODE and sharded < whole if requested is None else requested
     sent = [f"{sharded / 2**20:,.1f} MiB per step if they are", f"{whole / 2**20:,.1f} MiB if they are not"]
     return shard, [f"bases {'' if shard else 'not '}sharded: a process sends {', '.join(sent)}"]
 
 
-def bytes_sent(experts: NoExperts, settings: RunSettings, execution: Execution) -> float:
+def bytes_sent(experts: Experts, settings: RunSettings, execution: Execution) -> float:
     """Count the bytes that a process sends in a step.
 
     A ring reduces gradients in float32, and sharded mixtures go there and back.

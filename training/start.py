@@ -16,14 +16,14 @@ from diffusion.intervals import TIMESTEPS
 from features.dataset import FeatureDataset
 from interop.own import checkpoints, find_checkpoint, find_corruption, read_checkpoint
 from interop.shapes import assumed_vae, flow_target
-from models import build_plain, find_backbone
+from models import build_plain, find_backbone, find_model
 from remix import RemixDiT, build_remix
 from runtime.command_line import number
 from runtime.errors import UserError, is_first_process
 from runtime.files import write_json
 from runtime.processes import World
 from training.batches import BatchSampler
-from training.experts import NoExperts, experts_of
+from training.experts import Experts, experts_of
 from training.settings import RunSettings
 
 # Options that may differ from those of the checkpoint that a run resumes from. `extend_schedule` checks two of them.
@@ -207,12 +207,13 @@ def load_initial_model(
         if trained != start.process.get(key):
             run = start.process.get(key, "gaussian")
             raise UserError(f"--load-weight {path} was trained with {key}={trained}, this run has {run}")
+    architecture, needed_architecture = config["model"]["architecture"], find_model(name).backbone.name
+    if architecture != needed_architecture:
+        raise UserError(f"--load-weight {path} holds a {architecture}, this run trains a {needed_architecture}")
     backbone = loaded.backbone if config["model"]["remix"] else loaded
     choose_classes(backbone, start, config["data"].get("classes"), shape["num_classes"])
     # The draws of these weights, which are not used, precede those of the mixing logits.
     needed = model_config(name, build_plain(name, **shape))
-    if (architecture := config["model"]["architecture"]) != needed["architecture"]:
-        raise UserError(f"--load-weight {path} holds a {architecture}, this run trains a {needed['architecture']}")
     for key, value in needed["backbone"].items():
         # Flows do not use the variance half of the output, which REPA's networks do not have. The frequencies are those
         # of the file, which `load_model` has compared with the user's.
@@ -285,7 +286,7 @@ def run_config(
 
 def make_batch_sampler(
     settings: RunSettings,
-    experts: NoExperts,
+    experts: Experts,
     process: Process,
     world: World,
     grad_accum: int,
@@ -324,7 +325,7 @@ def check_interval(folder: Path, interval: list, process: str):
         return
     config = json.loads(path.read_text())
     trained = config["training"]["timesteps"]
-    if trained != interval and config["diffusion"]["process"] == process:
+    if trained != interval and config["diffusion"].get("process") == process:
         raise UserError(
             f"--resume auto: {folder} was trained with the timesteps {trained}, this run asks for {interval}: "
             "use the same --independent and --boundaries, or another --prefix to start new runs"
@@ -345,7 +346,7 @@ class Resume(NamedTuple):
     config: dict
     path: Path | str | None = None
     state: dict | None = None
-    damaged: dict[Path, str] = {}  # noqa: RUF012, it is not changed
+    damaged: dict[Path, str] | None = None
 
     @property
     def step(self) -> int:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from diffusion import Process
 from runtime.command_line import counted
-from runtime.processes import World, seed_for
+from runtime.processes import PRECISIONS, World, seed_for
 from training.batches import BatchSampler
-from training.experts import NoExperts
+from training.experts import Experts
 
 
 class NonFiniteSteps(NamedTuple):
@@ -168,8 +168,8 @@ class ThroughputTimer:
 
     Args:
         device: the device that trains.
-        flops_per_image: FLOPs of a training step per image, from `dry_run.training_flops`.
-        peak_flops_per_s: FLOP/s of a large matrix product on all devices together, from `dry_run.matmul_rate`.
+        flops_per_image: FLOPs of a training step per image, from `Experts.training_flops`.
+        peak_flops_per_s: FLOP/s of a large matrix product on all devices together, from `matmul_rate`.
 
     Attributes:
         last_pause: seconds of the latest pause; 0 before the first.
@@ -210,6 +210,26 @@ class ThroughputTimer:
         return {"images_per_s": images_per_s, "mfu": mfu, "memory_gib": memory_gib(self.device)}
 
 
+def matmul_rate(device: torch.device, precision: str, times: int = 3) -> float:
+    """Measure the rate of a large matrix product, in FLOP/s: the best of several runs.
+
+    Args:
+        device: the device to measure.
+        precision: "fp32" (TF32 if that is enabled), "fp64", "bf16" or "fp16".
+        times: number of runs.
+    """
+    side = 8192 if device.type == "cuda" else 1536
+    a = torch.randn(side, side, device=device).to(torch.float64 if precision == "fp64" else PRECISIONS[precision])
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds)
+
+
 def memory_gib(device: torch.device) -> float:
     """Return the largest memory that this process has used so far, of the GPU or else of the host, in GiB."""
     if device.type == "cuda":
@@ -245,7 +265,7 @@ def report_line(metrics: dict, max_steps: int, batch_size: int, pause_s: float =
     return "  ".join(parts)
 
 
-def explain_failure(nonfinite: NonFiniteSteps, sampler: BatchSampler, experts: NoExperts) -> str:
+def explain_failure(nonfinite: NonFiniteSteps, sampler: BatchSampler, experts: Experts) -> str:
     """Return a description of the non-finite steps that ended the run."""
     t = sampler.timesteps(int(nonfinite.step))
     owners = experts.owners(t.tolist())
@@ -297,5 +317,5 @@ class HeldOutErrors:
             noise = torch.cat([torch.randn(self.per_time, *x.shape[1:], generator=g) for g in generators]).to(x.device)
             ts = chunk.to(self.process.scale.dtype).repeat_interleave(self.per_time).to(x.device)
             error = self.process.held_out_errors(model, x[rows], ts, y[rows], noise)
-            errors.append(error.view(len(chunk), -1).mean(1))
+            errors.append(error.reshape(len(chunk), -1).mean(1))
         return torch.cat(errors)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from training.experts import NoExperts
+from training.experts import Experts
 from training.settings import RunSettings
 
 
@@ -41,7 +41,7 @@ class LossTerm:
     Attributes:
         name: its name in the log and in metrics.jsonl, where `name` is its mean value without the weight, and
             `name_weight` is the weight.
-        weight: its weight, as a function of the completed fraction of the run, from 0 to 1.
+        weight: its weight, as a function of the completed fraction of the schedule, from 0 to 1.
         value: its value [], as a function of the step's tensors. It is a part of the compiled graph.
     """
 
@@ -50,7 +50,7 @@ class LossTerm:
     value: Callable[[StepTensors], Tensor]
 
 
-def prior_term(experts: NoExperts, settings: RunSettings) -> LossTerm | None:
+def prior_term(experts: Experts, settings: RunSettings) -> LossTerm | None:
     """Return the cross-entropy between the coefficients and their one-hot prior.
 
     Its weight falls linearly from `settings.prior_strength` to 0. Models without trained logits have no such term.
@@ -64,9 +64,9 @@ def prior_term(experts: NoExperts, settings: RunSettings) -> LossTerm | None:
     )
 
 
-TERMS: list[Callable[[NoExperts, RunSettings], LossTerm | None]] = [prior_term]
+TERMS: list[Callable[[Experts, RunSettings], LossTerm | None]] = [prior_term]
 
 
-def loss_terms(experts: NoExperts, settings: RunSettings) -> list[LossTerm]:
+def loss_terms(experts: Experts, settings: RunSettings) -> list[LossTerm]:
     """Return the terms that a run adds to the loss of its process."""
     return [term for make in TERMS if (term := make(experts, settings)) is not None]

@@ -268,9 +268,9 @@ class Trainer:
         """Return what `set_progress` has set: "lr" of the bases and shared weights, "coeff_lr" of the mixing logits if
         they are trained, and the weight of each term, as "prior_weight".
         """
-        rates = [group["lr"] for group in self.optimizer.param_groups if group["params"]]
-        weights = {f"{name}_weight": weight for name, weight in self.term_weights.items()}
-        return dict(zip(("lr", "coeff_lr"), rates, strict=False)) | weights
+        weights, logits = self.optimizer.param_groups
+        rates = {"lr": weights["lr"]} | ({"coeff_lr": logits["lr"]} if self.experts.logits else {})
+        return rates | {f"{name}_weight": weight for name, weight in self.term_weights.items()}
 
     def step(self, step: int, microbatches: Iterable[Microbatch]):
         """Train on this process's rows of one global batch.

@@ -75,3 +75,31 @@ def test_a_wrong_config(tmp_path, content, message):
 
 def test_flags_become_words():
     assert flags_of(lr=0.1, compile=False, boundaries=[0, 1]) == ["--lr=0.1", "--no-compile", "--boundaries", "0", "1"]
+
+
+def test_the_config_of_an_independent_expert_starts_this_expert_alone(features, tmp_path):
+    flags = [*training_flags(features, tmp_path, "all", "DiT-T/2"), "--sample-every=0"]
+    run("train_fast.py", *flags, "--independent=2", "--max-steps=4")
+    run("train_fast.py", f"--config={tmp_path / 'all-1/config.json'}", "--prefix=alone")
+    assert_same_weights(tmp_path / "all-1/checkpoints/0000002.pt", tmp_path / "alone/checkpoints/0000002.pt")
+
+
+def test_recorded_flags_of_every_kind_are_read_again(tmp_path):
+    parser = make_parser()
+    words = [
+        "--data-path=a b",
+        "--log-to=tensorboard",
+        "--boundaries",
+        "0",
+        "0.5",
+        "1",
+        "--process=flow",
+        "--no-freeze",
+    ]
+    args = parser.parse_args([*words, "--lr=1e-5", "--deterministic", "--time-mean=-1.5", "--vae=-x", "--keep=3"])
+    (tmp_path / "config.json").write_text(json.dumps({"flags": args.recorded}))
+    again = parser.parse_args([f"--config={tmp_path / 'config.json'}"])
+    assert again.recorded == args.recorded
+    assert (again.freeze, again.deterministic, again.log_to) == (False, True, "tensorboard")
+    # Switches of the config can be turned off.
+    assert parser.parse_args([f"--config={tmp_path / 'config.json'}", "--no-deterministic"]).deterministic is False
