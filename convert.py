@@ -33,7 +33,7 @@ from remix import Remix, RemixDiT
 from runtime.command_line import ArgumentParser, counted, number, positive_int, run_script
 from runtime.errors import UserError
 from sampling.loading import choose_process
-from training.posthoc_ema import WIDEST, reconstruct
+from training.posthoc_ema import WIDEST, fit_snapshots, reconstruct
 
 
 def main(args: argparse.Namespace):
@@ -51,8 +51,9 @@ def main(args: argparse.Namespace):
     overrides |= frequency_override(args.timestep_frequencies)
     models, config = load_models(args.ckpt, keys, args.trust_pickle, **overrides)
     if args.ema_std:
-        ema = reconstruct(find_checkpoint(args.ckpt), args.ema_std, models["ema"].state_dict())
-        models["ema"].load_state_dict(ema)
+        fit = fit_snapshots(find_checkpoint(args.ckpt), args.ema_std)
+        print(fit)
+        models["ema"].load_state_dict(reconstruct(fit, models["ema"].state_dict()))
         config["source"] = f"post-hoc EMA of relative standard deviation {args.ema_std} of {args.ckpt}"
     choose_process(args.ckpt, config, args.process)
     name, architecture = config["model"]["name"], config["model"]["architecture"]

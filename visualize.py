@@ -46,7 +46,7 @@ from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.processes import World
 from sampling.experts import for_sampling
-from training.posthoc_ema import WIDEST, reconstruct
+from training.posthoc_ema import WIDEST, Fit, fit_snapshots, reconstruct
 from training.scoring import FID_SAMPLES, ScoreSettings, make_fid
 from training.statistics import HeldOutErrors
 
@@ -70,6 +70,8 @@ def main(args: argparse.Namespace):
             raise UserError("ema needs --data-path for the held-out error, --score-against for FID, or both")
         if (args.weights or args.score_samples or args.vae) and not args.score_against:
             raise UserError("--weights, --score-samples and --vae need --score-against")
+        fits = [fit_snapshots(args.ckpt, std) for std in args.stds]
+        print(*fits, sep="\n")
         measures = {}
         if args.data_path:
             shape = config["model"]["backbone"]
@@ -85,7 +87,7 @@ def main(args: argparse.Namespace):
             fid = make_fid(scores, config, model, args.ckpt)
             fid.start(World(0, 1, device()))
             measures["FID"] = fid.evaluate
-        draw_ema(out, ema_scores(args.ckpt, model, args.stds, measures), config["model"]["name"])
+        draw_ema(out, ema_scores(model, fits, measures), config["model"]["name"])
     else:
         args.ckpt = find_checkpoint(args.ckpt)
         overrides = {"num_heads": args.num_heads} if args.num_heads else {}
@@ -254,14 +256,13 @@ def held_out_error(errors: HeldOutErrors, model: nn.Module) -> float:
 
 
 def ema_scores(
-    ckpt: str, model: nn.Module, stds: list[float], measures: dict[str, Callable[[nn.Module], float]]
+    model: nn.Module, fits: list[Fit], measures: dict[str, Callable[[nn.Module], float]]
 ) -> dict[float | None, dict[str, float]]:
     """Measure averages of the weights of several widths.
 
     Args:
-        ckpt: checkpoint of a run with snapshots.
-        model: its model, with the EMA of the training.
-        stds: relative standard deviations of the averages.
+        model: the model of a run with snapshots, with the EMA of the training.
+        fits: the averages to make, one per width.
         measures: what is measured, by name.
 
     Returns:
@@ -269,10 +270,10 @@ def ema_scores(
     """
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scores = {}
-    for std in tqdm([None, *stds], desc="widths"):
-        model.load_state_dict(state if std is None else reconstruct(ckpt, std, state))
+    for fit in tqdm([None, *fits], desc="widths"):
+        model.load_state_dict(state if fit is None else reconstruct(fit, state))
         network = for_sampling(model).to(device())
-        scores[std] = {name: measure(network) for name, measure in measures.items()}
+        scores[fit.std if fit else None] = {name: measure(network) for name, measure in measures.items()}
     return scores
 
 
