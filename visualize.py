@@ -1,5 +1,7 @@
 """Draw figures of trained models as PNG. The numbers of each figure are written to a CSV file of the same name.
 
+Files that exist are not replaced: choose another name with --out, or remove them.
+
     python visualize.py coefficients outputs/RUN/checkpoints/0100000.pt
     python visualize.py losses outputs/RUN/checkpoints/0100000.pt --pretrained DiT.pt --data-path data/encoded
     python visualize.py training outputs/RUN
@@ -19,7 +21,7 @@ import csv
 import json
 from collections.abc import Callable
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -43,7 +45,7 @@ from interop.shapes import TIMESTEP_FREQUENCIES_FLAG, frequency_override
 from remix import Remix
 from runtime.command_line import ArgumentParser, number, positive_int, run_script, seed_int
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import atomic_write, check_unused
 from runtime.processes import World
 from sampling.experts import for_sampling
 from training.posthoc_ema import WIDEST, Fit, fit_snapshots, reconstruct
@@ -58,6 +60,8 @@ def main(args: argparse.Namespace):
     out = Path(args.out) if args.out else default_out(args)
     if out.suffix != ".png":
         raise UserError(f"--out {out}: the file name must end in .png")
+    written = [out] if args.figure == "grids" else [out, out.with_suffix(".csv")]
+    check_unused(*written)
 
     if args.figure == "grids":
         draw_grids(out, args.samples, args.images)
@@ -110,7 +114,6 @@ def main(args: argparse.Namespace):
             reference, errors = expert_errors(model, pretrained, measure, args.per_interval)
             draw_losses(out, reference, errors, model, name)
 
-    written = [path for path in (out, out.with_suffix(".csv")) if path.exists()]
     print(f"wrote {' and '.join(map(str, written))}")
 
 
@@ -298,19 +301,33 @@ def draw_grids(out: Path, paths: list[str], count: int):
     """Draw the first `count` samples of several files, one row per file.
 
     Samples of the same seed start from the same noise, so each column shows what the models make of one noise.
+
+    Raises:
+        UserError: if a file holds no samples, or if the images of a column have different sizes or different classes.
     """
-    rows, names = [], []
+    rows, names, labels = [], [], {}
     for path in paths:
         path = Path(path) / "samples.npz" if Path(path).is_dir() else Path(path)
         try:
             with np.load(path, allow_pickle=False) as file:
                 rows.append(file["arr_0"][:count])
+                if "arr_1" in file:
+                    labels[path] = file["arr_1"][:count].tolist()
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is not a file of samples: {error}") from None
         names.append(path.parent.name or path.stem)
     if len({row.shape for row in rows}) > 1:
         shapes = ", ".join(str(row.shape) for row in rows)
         raise UserError(f"the files hold images of different sizes, or too few images: {shapes}")
+    # Files of other projects may hold no labels.
+    for path, other in list(labels.items())[1:]:
+        first_path, first = next(iter(labels.items()))
+        for i, pair in enumerate(zip_longest(first, other)):
+            if pair[0] != pair[1]:
+                raise UserError(
+                    f"sample {i} has the label {pair[0]} in {first_path}, and {pair[1]} in {path}: compare samples of "
+                    "the same --global-seed and --labels"
+                )
     captions = [name if i == 0 else "" for name in names for i in range(len(rows[0]))]
     save_grid(out, np.concatenate(rows), captions, columns=len(rows[0]), clip_captions=False)
 

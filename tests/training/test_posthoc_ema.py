@@ -185,10 +185,11 @@ def test_a_run_with_snapshots(features, tmp_path):
     with open(last.with_name("0000004-ema.csv")) as file:
         rows = list(csv.reader(file))
     assert [row[0] for row in rows] == ["std", "training", "0.05", "0.1"]
-    refused = run("visualize.py", "ema", last, "--data-path", features, "--stds", 0.05, 0.28, expect=2).stderr
+    new = "--out", tmp_path / "new.png"
+    refused = run("visualize.py", "ema", last, "--data-path", features, "--stds", 0.05, 0.28, *new, expect=2).stderr
     assert "EMA of width 0.28" in refused and refused.count("\n") == 1
-    assert "ema needs --data-path" in run("visualize.py", "ema", last, expect=2).stderr
-    ignored = run("visualize.py", "ema", last, "--data-path", features, "--score-samples=8", expect=2)
+    assert "ema needs --data-path" in run("visualize.py", "ema", last, *new, expect=2).stderr
+    ignored = run("visualize.py", "ema", last, "--data-path", features, "--score-samples=8", *new, expect=2)
     assert "need --score-against" in ignored.stderr
 
 
