@@ -78,8 +78,11 @@ def load_models(
     """
     path = find_checkpoint(path)
     transformer = diffusers.find_transformer(path)
-    weights_file = transformer[1] if transformer else path
-    content = read_checkpoint(weights_file, allow_pickle, verify)
+    files = transformer[1] if transformer else [path]
+    # Only a folder of diffusers has several files, each with some of the tensors.
+    content = {}
+    for file in files:
+        content |= read_checkpoint(file, allow_pickle, verify)
     models = {}
     for key in keys:
         config, state = _read_any(path, content, key == "ema", overrides)

@@ -12,12 +12,12 @@ dit: a file of facebookresearch/DiT, with the same keys: a plain DiT, or one exp
 sit: a training checkpoint of willisma/SiT, likewise, from a model that was trained with --process flow.
 safetensors: the EMA weights and the config. Loading a .safetensors file never executes code.
 diffusers: a folder with the EMA weights: a pipeline for a RemixDiT or a flow, otherwise a DiTTransformer2DModel.
+A file or folder that exists is not replaced.
 --ema-std makes an EMA of any width, if the training stored snapshots (train_fast.py --ema-snapshots).
 --merge makes one plain DiT of all experts, as a baseline or as a start for distillation, in any format but original.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -32,13 +32,13 @@ from interop.shapes import TIMESTEP_FREQUENCIES_FLAG, frequency_override
 from remix import Remix, RemixDiT
 from runtime.command_line import ArgumentParser, counted, number, positive_int, run_script
 from runtime.errors import UserError
+from runtime.files import check_unused
 from sampling.loading import choose_process
-from training.posthoc_ema import WIDEST, reconstruct
+from training.posthoc_ema import WIDEST, fit_snapshots, reconstruct
 
 
 def main(args: argparse.Namespace):
-    if Path(args.out).exists():
-        raise UserError(f"{args.out} exists: choose another name")
+    check_unused(args.out)
     if args.vae and args.to != "diffusers":
         raise UserError(f"--vae is stored in a pipeline: use it with --to diffusers, not --to {args.to}")
     format = FORMATS[args.to]
@@ -51,8 +51,9 @@ def main(args: argparse.Namespace):
     overrides |= frequency_override(args.timestep_frequencies)
     models, config = load_models(args.ckpt, keys, args.trust_pickle, **overrides)
     if args.ema_std:
-        ema = reconstruct(find_checkpoint(args.ckpt), args.ema_std, models["ema"].state_dict())
-        models["ema"].load_state_dict(ema)
+        fit = fit_snapshots(find_checkpoint(args.ckpt), args.ema_std)
+        print(fit)
+        models["ema"].load_state_dict(reconstruct(fit, models["ema"].state_dict()))
         config["source"] = f"post-hoc EMA of relative standard deviation {args.ema_std} of {args.ckpt}"
     choose_process(args.ckpt, config, args.process)
     name, architecture = config["model"]["name"], config["model"]["architecture"]

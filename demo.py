@@ -73,6 +73,8 @@ def main(args: argparse.Namespace):
         run(1, "evaluator.py", digits / "heldout.npz", samples / prefix / "samples.npz", *files)
 
     print_heading("6. Draw the learned mixing coefficients")
+    for suffix in (".png", ".csv"):
+        (out / f"coefficients{suffix}").unlink(missing_ok=True)
     run(1, "visualize.py", "coefficients", checkpoints["remix"], *flags(out=out / "coefficients.png"))
     shutil.copyfile(samples / "remix" / "grid.png", out / "digits.png")
 

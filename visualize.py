@@ -1,5 +1,7 @@
 """Draw figures of trained models as PNG. The numbers of each figure are written to a CSV file of the same name.
 
+Files that exist are not replaced: choose another name with --out, or remove them.
+
     python visualize.py coefficients outputs/RUN/checkpoints/0100000.pt
     python visualize.py losses outputs/RUN/checkpoints/0100000.pt --pretrained DiT.pt --data-path data/encoded
     python visualize.py training outputs/RUN
@@ -19,7 +21,7 @@ import csv
 import json
 from collections.abc import Callable
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -43,10 +45,10 @@ from interop.shapes import TIMESTEP_FREQUENCIES_FLAG, frequency_override
 from remix import Remix
 from runtime.command_line import ArgumentParser, number, positive_int, run_script, seed_int
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import atomic_write, check_unused
 from runtime.processes import World
 from sampling.experts import for_sampling
-from training.posthoc_ema import WIDEST, reconstruct
+from training.posthoc_ema import WIDEST, Fit, fit_snapshots, reconstruct
 from training.scoring import FID_SAMPLES, ScoreSettings, make_fid
 from training.statistics import HeldOutErrors
 
@@ -58,6 +60,8 @@ def main(args: argparse.Namespace):
     out = Path(args.out) if args.out else default_out(args)
     if out.suffix != ".png":
         raise UserError(f"--out {out}: the file name must end in .png")
+    written = [out] if args.figure == "grids" else [out, out.with_suffix(".csv")]
+    check_unused(*written)
 
     if args.figure == "grids":
         draw_grids(out, args.samples, args.images)
@@ -70,6 +74,8 @@ def main(args: argparse.Namespace):
             raise UserError("ema needs --data-path for the held-out error, --score-against for FID, or both")
         if (args.weights or args.score_samples or args.vae) and not args.score_against:
             raise UserError("--weights, --score-samples and --vae need --score-against")
+        fits = [fit_snapshots(args.ckpt, std) for std in args.stds]
+        print(*fits, sep="\n")
         measures = {}
         if args.data_path:
             shape = config["model"]["backbone"]
@@ -85,7 +91,7 @@ def main(args: argparse.Namespace):
             fid = make_fid(scores, config, model, args.ckpt)
             fid.start(World(0, 1, device()))
             measures["FID"] = fid.evaluate
-        draw_ema(out, ema_scores(args.ckpt, model, args.stds, measures), config["model"]["name"])
+        draw_ema(out, ema_scores(model, fits, measures), config["model"]["name"])
     else:
         args.ckpt = find_checkpoint(args.ckpt)
         overrides = {"num_heads": args.num_heads} if args.num_heads else {}
@@ -108,7 +114,6 @@ def main(args: argparse.Namespace):
             reference, errors = expert_errors(model, pretrained, measure, args.per_interval)
             draw_losses(out, reference, errors, model, name)
 
-    written = [path for path in (out, out.with_suffix(".csv")) if path.exists()]
     print(f"wrote {' and '.join(map(str, written))}")
 
 
@@ -254,14 +259,13 @@ def held_out_error(errors: HeldOutErrors, model: nn.Module) -> float:
 
 
 def ema_scores(
-    ckpt: str, model: nn.Module, stds: list[float], measures: dict[str, Callable[[nn.Module], float]]
+    model: nn.Module, fits: list[Fit], measures: dict[str, Callable[[nn.Module], float]]
 ) -> dict[float | None, dict[str, float]]:
     """Measure averages of the weights of several widths.
 
     Args:
-        ckpt: checkpoint of a run with snapshots.
-        model: its model, with the EMA of the training.
-        stds: relative standard deviations of the averages.
+        model: the model of a run with snapshots, with the EMA of the training.
+        fits: the averages to make, one per width.
         measures: what is measured, by name.
 
     Returns:
@@ -269,10 +273,10 @@ def ema_scores(
     """
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scores = {}
-    for std in tqdm([None, *stds], desc="widths"):
-        model.load_state_dict(state if std is None else reconstruct(ckpt, std, state))
+    for fit in tqdm([None, *fits], desc="widths"):
+        model.load_state_dict(state if fit is None else reconstruct(fit, state))
         network = for_sampling(model).to(device())
-        scores[std] = {name: measure(network) for name, measure in measures.items()}
+        scores[fit.std if fit else None] = {name: measure(network) for name, measure in measures.items()}
     return scores
 
 
@@ -297,19 +301,33 @@ def draw_grids(out: Path, paths: list[str], count: int):
     """Draw the first `count` samples of several files, one row per file.
 
     Samples of the same seed start from the same noise, so each column shows what the models make of one noise.
+
+    Raises:
+        UserError: if a file holds no samples, or if the images of a column have different sizes or different classes.
     """
-    rows, names = [], []
+    rows, names, labels = [], [], {}
     for path in paths:
         path = Path(path) / "samples.npz" if Path(path).is_dir() else Path(path)
         try:
             with np.load(path, allow_pickle=False) as file:
                 rows.append(file["arr_0"][:count])
+                if "arr_1" in file:
+                    labels[path] = file["arr_1"][:count].tolist()
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is not a file of samples: {error}") from None
         names.append(path.parent.name or path.stem)
     if len({row.shape for row in rows}) > 1:
         shapes = ", ".join(str(row.shape) for row in rows)
         raise UserError(f"the files hold images of different sizes, or too few images: {shapes}")
+    # Files of other projects may hold no labels.
+    for path, other in list(labels.items())[1:]:
+        first_path, first = next(iter(labels.items()))
+        for i, pair in enumerate(zip_longest(first, other)):
+            if pair[0] != pair[1]:
+                raise UserError(
+                    f"sample {i} has the label {pair[0]} in {first_path}, and {pair[1]} in {path}: compare samples of "
+                    "the same --global-seed and --labels"
+                )
     captions = [name if i == 0 else "" for name in names for i in range(len(rows[0]))]
     save_grid(out, np.concatenate(rows), captions, columns=len(rows[0]), clip_captions=False)
 

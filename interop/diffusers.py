@@ -59,14 +59,20 @@ OLD_CLASS = "Transformer2DModel"
 # The class in the file that is exported with a RemixDiT.
 REMIX_CLASS = "RemixDiTTransformer2DModel"
 CLASSES = ("DiTTransformer2DModel", OLD_CLASS, REMIX_CLASS)
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# The files of the weights are diffusion_pytorch_model.SUFFIX, or diffusion_pytorch_model.VARIANT.SUFFIX such as .fp16.
+WEIGHTS = "diffusion_pytorch_model"
+# A .bin file is a pickle, used only where there is no .safetensors file.
+SUFFIXES = ("safetensors", "bin")
+# An index lists the shards of weights that are stored in several files.
+INDEX = WEIGHTS + r"\.{suffix}\.index(?:\.([\w-]+))?\.json"
+ONE_FILE = WEIGHTS + r"(?:\.(?!.*-\d+-of-\d+\.)([\w-]+))?\.{suffix}"
 # In patches. It limits the memory that a config with wrong numbers can take, as the position embedding is computed.
 LARGEST_SIDE = 256
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".npz", ".tar")
 
 
-def find_transformer(path) -> tuple[Path, Path] | None:
+def find_transformer(path) -> tuple[Path, list[Path]] | None:
     """Find the files of the transformer in a folder or on the Hugging Face hub.
 
     Args:
@@ -75,10 +81,12 @@ def find_transformer(path) -> tuple[Path, Path] | None:
             downloads unless it has them.
 
     Returns:
-        The paths of config.json and of the weights, or None if `path` is that of a file, which may be missing.
+        The paths of config.json and of the files of the weights, or None if `path` is that of a file, which may be
+        missing.
 
     Raises:
-        UserError: if the folder holds no model, or the hub name is not found.
+        UserError: if the folder holds no model, or only several variants of one; if a shard is missing; or if the hub
+            name is not found.
     """
     folder = Path(path)
     # A missing file in an existing folder is a wrong path, not a hub name.
@@ -89,14 +97,50 @@ def find_transformer(path) -> tuple[Path, Path] | None:
         return None
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config = folder / "config.json"
-    weights = [folder / file for file in WEIGHTS if (folder / file).is_file()]
+    weights = _find_weights(folder)
     if not config.is_file() or not weights:
-        missing = folder / WEIGHTS[0] if config.is_file() else config
+        missing = folder / f"{WEIGHTS}.{SUFFIXES[0]}" if config.is_file() else config
         raise UserError(
             f"{path} holds neither a run's checkpoints nor a DiTTransformer2DModel in diffusers' layout: "
             f"there is no {missing}"
         )
-    return config, weights[0]
+    return config, weights
+
+
+def _find_weights(folder: Path) -> list[Path]:
+    """Return the files of the weights in a folder: one, or the shards of an index; an empty list if there are none.
+
+    As in diffusers, an index precedes a single file. Weights without a variant precede those of a variant.
+    """
+    found = {}
+    for suffix in SUFFIXES:
+        for pattern in (INDEX, ONE_FILE):
+            for path in sorted(folder.iterdir()):
+                if path.is_file() and (match := re.fullmatch(pattern.format(suffix=suffix), path.name)):
+                    found.setdefault(match[1], path)
+    if len(found) > 1 and None not in found:
+        raise UserError(
+            f"{folder} holds the variants {' and '.join(sorted(found))}, and no weights without a variant: copy "
+            "config.json and one variant to another folder"
+        )
+    chosen = found.get(None, next(iter(found.values()), None))
+    if chosen is None:
+        return []
+    return _find_shards(chosen) if chosen.suffix == ".json" else [chosen]
+
+
+def _find_shards(index: Path) -> list[Path]:
+    """Return the files that an index lists. Raises UserError if the index is damaged, or a file is missing."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{index} is not an index of the files of a model's weights") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{index} lists {name}, which is not the name of a file in its folder")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index} lists {name}, which is missing")
+    return [index.parent / name for name in names]
 
 
 @functools.cache
@@ -108,14 +152,17 @@ def _download(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        # A .bin file is a pickle, downloaded only where there is no .safetensors file.
-        for weights in WEIGHTS:
-            places = [weights, f"transformer/{weights}"]
-            patterns = ["config.json", "transformer/config.json", *places]
+        # Variants of the same weights are downloaded only if there are no others.
+        variants = (f"{WEIGHTS}.*.{SUFFIXES[0]}", f"{WEIGHTS}.{SUFFIXES[0]}.index.*.json")
+        single = [(f"{WEIGHTS}.{x}", f"{WEIGHTS}.{x}.index.json", f"{WEIGHTS}-*-of-*.{x}") for x in SUFFIXES]
+        for names in (*single, variants):
+            patterns = [place + file for place in ("", "transformer/") for file in ("config.json", *names)]
             folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline()))
-            if any((folder / place).is_file() for place in places):
+            if any(_find_weights(place) for place in (folder, folder / "transformer") if place.is_dir()):
                 break
         return folder
+    except UserError:
+        raise
     except Exception as error:
         # The network, the hub and huggingface_hub raise errors of many kinds.
         raise LocalError(
@@ -126,8 +173,8 @@ def _download(name: str) -> Path:
 def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[str, Tensor]] | None:
     """Read a DiT or a RemixDiT from a folder or a hub name. `interop` documents the arguments and the result.
 
-    `content` is the loaded content of the weights file that `find_transformer` returns. `ema` has no effect, because
-    the folder holds one set of weights.
+    `content` is the loaded content of the files of weights that `find_transformer` returns. `ema` has no effect,
+    because the folder holds one set of weights.
     """
     files = find_transformer(path)
     if files is None:

@@ -185,7 +185,8 @@ def fingerprint(path) -> str:
         path: a file (also hf:OWNER/REPOSITORY/FILE), or a folder or hub name in diffusers' layout.
     """
     if files := diffusers.find_transformer(path):
-        return " ".join(map(fingerprint, files))
+        config, weights = files
+        return " ".join(map(fingerprint, (config, *weights)))
     path = local_file(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

@@ -171,6 +171,16 @@ def name_write_errors(path):
         raise OSError(errno.EIO, "cannot be written (is the disk full?)", str(path)) from error
 
 
+def check_unused(*paths):
+    """Raise UserError if a file or folder that a command is to write exists.
+
+    The scripts that write to a path of the user's choice never replace what is there. Call this before the work starts.
+    """
+    for path in paths:
+        if Path(path).exists():
+            raise UserError(f"{path} exists: choose another name, or remove it")
+
+
 def write_array(path, array: np.ndarray):
     """Write an array to a .npy file, atomically."""
     array = np.ascontiguousarray(array)

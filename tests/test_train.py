@@ -222,6 +222,31 @@ def test_starting_from_a_pretrained_dit(features, tmp_path):
             torch.testing.assert_close(expert.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
 
+def test_a_resumed_run_names_the_weights_that_it_started_from(features, tmp_path):
+    """In its log, in its config.json and in its checkpoints, whatever --load-weight the command has."""
+    for seed, name in enumerate(("first.pt", "other.pt")):
+        torch.manual_seed(seed)
+        dit = DiT_models["DiT-T/2"](input_size=8, in_channels=3, num_classes=3)
+        torch.save({"ema": dit.state_dict()}, tmp_path / name)
+    flags = [*training_flags(features, tmp_path, "run"), "--lr=1e-4", "--sample-every=0"]
+    load = [f"--load-weight={tmp_path / name}" for name in ("first.pt", "other.pt")]
+    scratch = [*training_flags(features, tmp_path, "scratch"), "--lr=1e-4", "--sample-every=0"]
+    for command, resumes, started in (
+        ([*flags, load[0]], ([load[1]], [], [load[0]]), str(tmp_path / "first.pt")),
+        (scratch, ([load[1]],), None),
+    ):
+        run("train_fast.py", *command, "--max-steps=1")
+        for steps, changes in enumerate(resumes, 2):
+            rest = [flag for flag in command if flag not in load]
+            run("train_fast.py", *rest, *changes, f"--max-steps={steps}", "--resume=auto")
+            folder = tmp_path / ("run" if started else "scratch")
+            first = [line for line in (folder / "log.txt").read_text().splitlines() if "M parameters" in line]
+            assert [line.partition(", from ")[2] for line in first] == [started or "scratch"] * steps
+            _, config = load_model(folder / f"checkpoints/{steps:07d}.pt")
+            assert config["training"]["load_weight"] == started
+            assert json.loads((folder / "config.json").read_text())["training"]["load_weight"] == started
+
+
 def test_new_classes_keep_the_embeddings_of_equal_names(trained):
     path = str(trained / "checkpoints/0000004.pt")
     shape = dict(input_size=8, in_channels=3, num_classes=4)
@@ -247,6 +272,8 @@ def test_independent_experts_in_one_command(features, tmp_path, boundaries):
     if boundaries:
         command += ["--boundaries", *boundaries]
     run("train_fast.py", *command)
+    log = (tmp_path / "expert-2/log.txt").read_text()
+    assert "--independent 3 does not divide 7 steps: each expert trains for 2 steps, together 6" in log
     files = [tmp_path / f"expert-{i}/checkpoints/0000002.pt" for i in range(3)]
     _, first, last, _ = boundaries or [0, 333, 666, 1000]
     alone = training_flags(features, tmp_path, "alone", "DiT-T/2")
@@ -283,6 +310,15 @@ def test_every_mixer_and_scope_trains_and_resumes(features, tmp_path, mixer, sco
     (tmp_path / "run/checkpoints/0000002.pt").rename(tmp_path / "whole.pt")
     run("train_fast.py", *flags, "--max-steps", 2, "--resume", "auto")
     assert_same_weights(tmp_path / "whole.pt", tmp_path / "run/checkpoints/0000002.pt")
+
+
+def test_raw_coefficients_have_no_entropy(features, tmp_path):
+    """They may be negative and need not sum to 1, so they are no distribution."""
+    run("train_fast.py", *training_flags(features, tmp_path, "raw"), "--mixer=raw", "--max-steps=1", "--sample-every=0")
+    (line,) = map(json.loads, (tmp_path / "raw/metrics.jsonl").read_text().splitlines())
+    assert "entropy" not in line and line["expert_spread"] > 0
+    log = (tmp_path / "raw/log.txt").read_text()
+    assert "entropy" not in log and "spread" in log
 
 
 def test_the_metrics_show_whether_bases_or_experts_collapse(trained):

@@ -131,3 +131,46 @@ def test_grids_side_by_side(sampled, tmp_path):
     picture = np.array(Image.open(tmp_path / "two.png"))
     half = picture.shape[0] // 2
     assert np.array_equal(picture[20:half], picture[half + 18 : 2 * half - 2])
+
+
+def save_samples(folder, labels: list[int] | None):
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    np.savez(folder / "samples.npz", images, *([np.array(labels)] if labels else []))
+
+
+def test_the_samples_of_a_column_have_one_class(tmp_path):
+    for name, labels in {"a": [3, 1, 4, 1], "b": [3, 1, 5, 1], "foreign": None, "c": [3, 1, 4, 2]}.items():
+        save_samples(tmp_path / name, labels)
+    a, b, foreign, c = (tmp_path / name for name in ("a", "b", "foreign", "c"))
+    wrong = run("visualize.py", "grids", a, foreign, b, "--out", tmp_path / "g.png", expect=2).stderr
+    assert f"sample 2 has the label 4 in {a / 'samples.npz'}, and 5 in {b / 'samples.npz'}" in wrong
+    assert wrong.count("\n") == 1 and not (tmp_path / "g.png").exists()
+    wrong = run("visualize.py", "grids", foreign, a, c, "--out", tmp_path / "g.png", expect=2).stderr
+    assert "sample 3 has the label 1" in wrong
+    # Only the samples that are drawn count.
+    run("visualize.py", "grids", a, b, "--images=2", "--out", tmp_path / "two.png")
+    run("visualize.py", "grids", a, c, foreign, "--images=3", "--out", tmp_path / "three.png")
+
+
+def test_existing_files_are_not_replaced(ckpt, trained, tmp_path):
+    """As by convert.py; also if only the numbers of the figure exist."""
+    for figure, source, suffix in (
+        ("coefficients", ckpt, ".png"),
+        ("coefficients", ckpt, ".csv"),
+        ("training", trained, ".csv"),
+        ("grids", "nowhere.npz", ".png"),
+        ("ema", "nowhere.pt", ".csv"),
+    ):
+        existing = (tmp_path / figure).with_suffix(suffix)
+        existing.write_text("kept")
+        done = run("visualize.py", figure, source, "--out", tmp_path / f"{figure}.png", expect=2)
+        assert done.stderr == f"visualize.py: error: {existing} exists: choose another name, or remove it\n"
+        assert existing.read_text() == "kept"
+        existing.unlink()
+    assert not list(tmp_path.iterdir())
+    # A grid has no CSV file.
+    save_samples(tmp_path / "a", [0, 1, 2, 3])
+    (tmp_path / "g.csv").write_text("kept")
+    done = run("visualize.py", "grids", tmp_path / "a", "--out", tmp_path / "g.png")
+    assert done.stdout.endswith(f"wrote {tmp_path / 'g.png'}\n")

@@ -14,7 +14,6 @@ from training.batches import microbatch_shape
 from training.experts import experts_of
 from training.run import Run
 from training.sharding import bytes_sent
-from training.writer import check_checkpoint_space
 
 # What a process holds on the GPU for CUDA, cuBLAS and NCCL, in bytes.
 CUDA_CONTEXT = 2**30
@@ -32,7 +31,7 @@ def dry_run(run: Run) -> list[str]:
     lines = [f"each of {run.args.independent} independent experts:"] if run.args.independent else []
     lines += run.describe(counted(execution.processes, "GPU"))
     try:
-        disk = check_checkpoint_space(run.folder, run.model, run.count_checkpoints(0))
+        disk = run.check_space(0)
     except UserError as error:
         disk = f"on this machine: {error}"
     n_images, groups = microbatch_shape(settings, execution, experts.n_experts)

@@ -143,19 +143,20 @@ class RemixExperts(Experts):
         Returns:
             A dict of nested lists and numbers:
             "coefficients": alpha [N, K], or [depth, N, K] if the scope is local.
-            "entropy": entropy of each expert's coefficients [N], in nats; 0 is one-hot.
+            "entropy": entropy of each expert's coefficients [N], in nats; 0 is one-hot. Raw coefficients, which may be
+                negative, are no distribution and have none.
             "basis_distances": relative distances between the bases [K, K]; all 0 if the bases are equal.
             "expert_spread": relative distance of the experts from their mean; 0 if the experts are equal.
         """
         alpha = self.model.coefficients()
-        entropy: Tensor = -(alpha * alpha.clamp(min=1e-12).log()).sum(-1)
         basis_distances, expert_spread = self.model.distances()
-        return {
-            "coefficients": alpha.tolist(),
-            "entropy": entropy.view(-1, self.n_experts).mean(0).tolist(),
-            "basis_distances": basis_distances.tolist(),
-            "expert_spread": expert_spread.item(),
-        }
+        metrics = {"coefficients": alpha.tolist()}
+        if self.model.mixer != "raw":
+            entropy: Tensor = -(alpha * alpha.clamp(min=1e-12).log()).sum(-1)
+            metrics["entropy"] = entropy.view(-1, self.n_experts).mean(0).tolist()
+        metrics["basis_distances"] = basis_distances.tolist()
+        metrics["expert_spread"] = expert_spread.item()
+        return metrics
 
     def _recompute_options(self, compiled: bool) -> dict:
         # Without compilation, the backward pass calls the block again when the batch's coefficients are already

@@ -113,6 +113,24 @@ def mixing_options(args: argparse.Namespace, process: Process) -> dict | None:
     )
 
 
+def total_steps(args: argparse.Namespace, n_images: int) -> int:
+    """Return the number of steps that the flags ask for, of all independent experts together."""
+    return args.max_steps or max(1, args.epochs * n_images // args.global_batch_size)
+
+
+def left_over_steps(args: argparse.Namespace, n_images: int) -> list[str]:
+    """Return a line about the steps that --independent does not train, if there are any."""
+    total = total_steps(args, n_images)
+    left = total % (args.independent or 1)
+    if not left:
+        return []
+    steps = counted(total // args.independent, "step")
+    return [
+        f"--independent {args.independent} does not divide {total:,} steps: each expert trains for {steps}, together "
+        f"{total - left:,}"
+    ]
+
+
 def resolve_settings(args: argparse.Namespace, n_images: int, process: Process) -> RunSettings:
     """Check that the flags fit together, and fill in the defaults that depend on other flags or on the data.
 
@@ -146,7 +164,7 @@ def resolve_settings(args: argparse.Namespace, n_images: int, process: Process) 
         experts_per_batch = recipe["experts_per_batch"] or default_experts_per_batch(batch_size, args.n_experts)
     if batch_size % experts_per_batch:
         raise UserError(f"--experts-per-batch {experts_per_batch} does not divide --global-batch-size {batch_size}")
-    max_steps = (args.max_steps or max(1, args.epochs * n_images // batch_size)) // (args.independent or 1)
+    max_steps = total_steps(args, n_images) // (args.independent or 1)
     if not max_steps:
         raise UserError(f"--independent {args.independent}: there are fewer steps than experts")
     lr = args.lr or (2e-5 if args.load_weight else 1e-4)

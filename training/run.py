@@ -22,7 +22,7 @@ from training.experts import experts_of
 from training.loggers import MetricLogger, open_loggers
 from training.posthoc_ema import SNAPSHOT_DTYPES, count_snapshots, snapshot_folder
 from training.previews import choose_decoder
-from training.resolve import loss_weight, mixing_options, process_options, resolve_settings
+from training.resolve import left_over_steps, loss_weight, mixing_options, process_options, resolve_settings
 from training.scoring import Scorer, ScoreSettings, make_scorer
 from training.settings import Execution, RunSettings
 from training.sharding import choose_sharding
@@ -93,6 +93,7 @@ class Run:
             f"{self.args.model}: {parameters:,.2f} M parameters, from {settings.load_weight or 'scratch'}",
             f"{counted(len(dataset), 'image')} of {classes} as {shape} ({source})",
             f"{counted(settings.max_steps, 'step')} of {batch}{experts}",
+            *left_over_steps(self.args, len(dataset)),
             *([f"{self.process.title}: {', '.join(options)}"] if options else []),
         ]
         if settings.min_snr:
@@ -108,9 +109,16 @@ class Run:
         """Which checkpoints the run writes and keeps."""
         return Retention(self.args.ckpt_every, self.args.keep, self.args.keep_every)
 
-    def count_checkpoints(self, step: int) -> int:
-        """Return the number of checkpoints after a step that the run needs additional space for."""
-        return count_checkpoints(self.folder, step, self.settings.max_steps, self.retention)
+    def check_space(self, step: int) -> str:
+        """Check that what the run writes after a step fits on the disk; see `check_checkpoint_space`."""
+        max_steps = self.settings.max_steps
+        return check_checkpoint_space(
+            self.folder,
+            self.model,
+            count_checkpoints(self.folder, step, max_steps, self.retention),
+            count_snapshots(step, max_steps, self.args.ema_snapshots),
+            SNAPSHOT_DTYPES[self.args.ema_snapshot_dtype].itemsize,
+        )
 
 
 @dataclass(frozen=True)
@@ -184,10 +192,7 @@ def read_inputs(run: Run, step: int) -> Inputs:
     decoder, preview_note = choose_decoder(args.sample_every, run.can_sample, args.vae, dataset, loaded)
     notes = [preview_note, *([str(scorer)] if scorer else []), *advice(run.model, run.settings)]
     if is_first_process():
-        n_snapshots = count_snapshots(step, run.settings.max_steps, args.ema_snapshots)
-        snapshot_bytes = SNAPSHOT_DTYPES[args.ema_snapshot_dtype].itemsize
-        n_checkpoints = run.count_checkpoints(step)
-        notes.insert(0, check_checkpoint_space(run.folder, run.model, n_checkpoints, n_snapshots, snapshot_bytes))
+        notes.insert(0, run.check_space(step))
     return Inputs(scorer, decoder, notes)
 
 

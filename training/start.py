@@ -26,8 +26,8 @@ from training.batches import BatchSampler
 from training.experts import Experts, experts_of
 from training.settings import RunSettings
 
-# Options that may differ from those of the checkpoint that a run resumes from. `extend_schedule` checks two of them.
-MAY_DIFFER = ("training.load_weight", "training.max_steps", "training.schedule_steps")
+# Options that may differ from those of the checkpoint that a run resumes from. `schedule_steps` checks them.
+MAY_DIFFER = ("training.max_steps", "training.schedule_steps")
 
 
 class AssumedFeatures:
@@ -336,8 +336,8 @@ class Resume(NamedTuple):
     """How a run begins.
 
     Attributes:
-        config: the configuration of the run. If it resumes, schedule_steps and prior_bonus are those that it goes on
-            with.
+        config: the configuration of the run. If it resumes, load_weight and prior_bonus are those of its step 0, and
+            schedule_steps is what it goes on with.
         path: the checkpoint to resume from; None for a new run.
         state: its content, mapped into memory; None for a new run.
         damaged: the newer checkpoints that are damaged, each with a description of the damage.
@@ -412,8 +412,8 @@ def read_resume(path: Path | str, config: dict, extend: str, verify: bool = Fals
     trained, asked = (part["diffusion"]["process"] for part in (state["config"], config))
     if trained != asked:
         raise UserError(f"--resume {path} was trained with --process {trained}, this run asks for {asked}")
-    # The prior's bonus has no effect after step 0.
-    kept = {"prior_bonus": state["config"]["training"]["prior_bonus"]}
+    # The initial weights and the prior's bonus have no effect after step 0.
+    kept = {name: state["config"]["training"][name] for name in ("load_weight", "prior_bonus")}
     kept["schedule_steps"] = schedule_steps(path, state, config["training"], extend)
     config = config | {"training": config["training"] | kept}
     before, now = flatten(state["config"]), flatten(config)

@@ -251,7 +251,9 @@ def report_line(metrics: dict, max_steps: int, batch_size: int, pause_s: float =
     means = [f"{name} {metrics[name]:.4f}" for name in ("loss", "mse", *terms) if metrics.get(name) is not None]
     parts = [f"step {metrics['step']:07d}/{max_steps:07d}", *(means or ["no finite loss"])]
     if "entropy" in metrics:
-        parts += [f"entropy {np.mean(metrics['entropy']):.3f}", f"spread {metrics['expert_spread']:.4f}"]
+        parts.append(f"entropy {np.mean(metrics['entropy']):.3f}")
+    if "expert_spread" in metrics:
+        parts.append(f"spread {metrics['expert_spread']:.4f}")
     if metrics["bad_steps"]:
         parts.append(counted(metrics["bad_steps"], "non-finite step"))
     remaining = (max_steps - metrics["step"]) * batch_size / metrics["images_per_s"] + pause_s

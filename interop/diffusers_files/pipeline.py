@@ -9,7 +9,9 @@ This file is stored beside exported weights and requires only diffusers and PyTo
 import inspect
 import json
 import math
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -30,8 +32,22 @@ from torch import Tensor
 LEARNED = ("learned", "learned_range")
 
 
+# The names that model_index.json gives to the file of the transformer's class, and to the classes in it.
+TRANSFORMERS = "remix_transformer"
+CLASSES = ("RemixDiTTransformer2DModel", "PublishedDiTTransformer2DModel")
+
+# For `from_pretrained(..., transformer=model)`, diffusers looks up the type of the model in the module that
+# model_index.json names, which has not been imported: it lies in the pipeline's folder. This one accepts every model.
+sys.modules.setdefault(TRANSFORMERS, ModuleType(TRANSFORMERS))
+for _name in ("ModelMixin", *CLASSES):
+    if not hasattr(sys.modules[TRANSFORMERS], _name):
+        setattr(sys.modules[TRANSFORMERS], _name, ModelMixin)
+
+
 class RemixDiTPipeline(DiffusionPipeline):
     """Class-conditional image generation with a Remix-DiT.
+
+    The latents, the noise, guidance and the scheduler's steps are float32, also if the transformer has another type.
 
     Args:
         transformer: a RemixDiTTransformer2DModel, or a PublishedDiTTransformer2DModel that is a flow.
@@ -57,12 +73,13 @@ class RemixDiTPipeline(DiffusionPipeline):
         """Write model_index.json and this file to a folder. The arguments are those of ConfigMixin.save_config."""
         super().save_config(save_directory, **kwargs)
         folder = Path(save_directory)
-        name = type(self.transformer).__name__
         index = json.loads((folder / "model_index.json").read_text())
         index["_class_name"] = ["pipeline", type(self).__name__]
-        index["transformer"] = ["remix_transformer", name]
-        # AutoModel looks here, also for a subfolder.
-        index["auto_map"] = {"AutoModel": f"remix_transformer.{name}"}
+        library, name = index["transformer"]
+        if library != "diffusers":
+            index["transformer"] = [TRANSFORMERS, name]
+            # AutoModel looks here, also for a subfolder.
+            index["auto_map"] = {"AutoModel": f"{TRANSFORMERS}.{name}"}
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         (folder / "pipeline.py").write_text(self.code)
 
@@ -111,9 +128,10 @@ class RemixDiTPipeline(DiffusionPipeline):
         channels = config.in_channels
         labels = self._repeat_labels(class_labels, num_images_per_prompt).to(device)
         shape = (len(labels), channels, config.sample_size, config.sample_size)
+        # Steps of a reduced precision are lost: in bfloat16, a velocity of 0.7 moves 1 by 0.38 in 250 steps.
         x = latents
         if x is None:
-            x = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
+            x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
         scheduler, flow = self.scheduler, bool(config.get("flow"))
         if flow != type(scheduler).__name__.startswith("FlowMatch"):
@@ -127,7 +145,7 @@ class RemixDiTPipeline(DiffusionPipeline):
         options = {"generator": generator, "use_clipped_model_output": True}
         options = {key: options[key] for key in options.keys() & inspect.signature(scheduler.step).parameters.keys()}
         _set_timesteps(scheduler, num_inference_steps, device)
-        x = x.to(device) * getattr(scheduler, "init_noise_sigma", 1)
+        x = x.to(device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1)
         for t in self.progress_bar(scheduler.timesteps):
             # The time of a flow is 1 for data. The scheduler's is 0 for data, and its velocity has the other sign.
             scaled = x if flow else scheduler.scale_model_input(x, t)
@@ -135,7 +153,7 @@ class RemixDiTPipeline(DiffusionPipeline):
             level = float(t) / scheduler.config.num_train_timesteps if flow else float(t)
             scale = _scale_at(guidance_scale, guidance_interval, level, flow)
             guided = min(guided_channels or (3 if channels == 4 else channels), channels)
-            out = sign * self._predict(scaled.to(self.transformer.dtype), time, labels, scale, guided, guide)
+            out = sign * self._predict(scaled, time, labels, scale, guided, guide)
             out = out if uses_variance else out[:, :channels]
             x = scheduler.step(out, t, x, **options).prev_sample
 
@@ -157,14 +175,12 @@ class RemixDiTPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Run the transformer on x [B, C, H, W] at timestep t with the labels [B], guided unless the scale is 1."""
         if scale == 1:
-            return self.transformer(x, t.expand(len(x)), labels).sample
+            return _run(self.transformer, x, t, labels)
         if guide is not None:
-            out = self.transformer(x, t.expand(len(x)), labels).sample
-            weak = guide(x, t.expand(len(x)), labels).sample
+            out, weak = _run(self.transformer, x, t, labels), _run(guide, x, t, labels)
         else:
             null = torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)
-            both = torch.cat([x, x])
-            out, weak = self.transformer(both, t.expand(len(both)), torch.cat([labels, null])).sample.chunk(2)
+            out, weak = _run(self.transformer, torch.cat([x, x]), t, torch.cat([labels, null])).chunk(2)
         strong, rest = out[:, :guided_channels], out[:, guided_channels:]
         weak = weak[:, :guided_channels]
         return torch.cat([weak + scale * (strong - weak), rest], dim=1)
@@ -181,14 +197,19 @@ class RemixDiTPipeline(DiffusionPipeline):
     def _decode(self, x: Tensor, output_type: str):
         """Decode denoised samples [B, C, H, W] into images of the given type."""
         if self.vae is not None and output_type != "latent":
-            x = self.vae.decode(self._latents(x.to(self.vae.dtype))).sample
+            x = self.vae.decode(self._latents(x).to(self.vae.dtype)).sample.float()
         if output_type == "latent" or x.shape[1] not in (1, 3):
             return x
         x = (x / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return x
-        x = x.cpu().permute(0, 2, 3, 1).float().numpy()
+        x = x.cpu().permute(0, 2, 3, 1).numpy()
         return self.numpy_to_pil(x) if output_type == "pil" else x
+
+
+def _run(network: ModelMixin, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    """Return the output of a network in the type of x [B, C, H, W]; only the network itself runs in its own type."""
+    return network(x.to(network.dtype), t.expand(len(x)), labels).sample.to(x.dtype)
 
 
 def _scale_at(

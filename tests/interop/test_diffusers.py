@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, relative, run, training_flags
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from checkpoint import load_model, model_config
 from diffusion import as_denoiser, create_process
@@ -133,6 +134,119 @@ def test_a_folder_starts_training_and_sampling(transformer, features, vae, tmp_p
     assert "nothing to do" in run("sample_ddp.py", "--ckpt", folder, *few).stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "files"),
+    [
+        (dict(max_shard_size="100KB"), "diffusion_pytorch_model-*.safetensors"),
+        (dict(variant="fp16"), "diffusion_pytorch_model.fp16.safetensors"),
+        (dict(variant="bf16", max_shard_size="100KB"), "diffusion_pytorch_model.bf16-*.safetensors"),
+        (dict(safe_serialization=False, max_shard_size="100KB"), "diffusion_pytorch_model-*.bin"),
+    ],
+)
+def test_shards_and_variants_are_read(transformer, tmp_path, options, files):
+    """Bit for bit, and a change of any file changes the fingerprint."""
+    make_transformer().save_pretrained(tmp_path, **options)
+    expected, _ = load_model(transformer)
+    back, _ = load_model(tmp_path)
+    assert all(torch.equal(value, back.state_dict()[key]) for key, value in expected.state_dict().items())
+    present = sorted(tmp_path.glob(files))
+    assert (len(present) > 2) == ("max_shard_size" in options)
+    before = fingerprint(tmp_path)
+    if len(present) > 1:
+        shutil.copy(present[0], present[-1])
+        assert fingerprint(tmp_path) != before
+
+    # Whole weights without a variant precede those of a variant.
+    if "variant" in options:
+        make_transformer(num_layers=2).save_pretrained(tmp_path / "whole")
+        for path in [*present, *tmp_path.glob("*.index.*")]:
+            shutil.copy(path, tmp_path / "whole" / path.name)
+        assert load_model(tmp_path / "whole")[0].config["depth"] == 2
+
+
+def test_incomplete_shards_and_several_variants(transformer, tmp_path):
+    for variant in ("fp16", "bf16"):
+        make_transformer().save_pretrained(tmp_path / "variants", variant=variant)
+    with pytest.raises(UserError, match="variants bf16 and fp16, and no weights without a variant"):
+        load_model(tmp_path / "variants")
+    folder = tmp_path / "shards"
+    make_transformer().save_pretrained(folder, max_shard_size="100KB")
+    index, shard = folder / "diffusion_pytorch_model.safetensors.index.json", sorted(folder.glob("*-of-*"))[2]
+    content = json.loads(index.read_text())
+    last = list(content["weight_map"])[-1]
+    for damage, message in (
+        (lambda: shard.rename(folder / "other"), f"{shard.name}, which is missing"),
+        (
+            lambda: index.write_text(json.dumps({"weight_map": {"x": "../variants/config.json"}})),
+            "not the name of a file",
+        ),
+        (lambda: index.write_text("[]"), "not an index"),
+        (lambda: index.write_text(json.dumps({"weight_map": {last: content["weight_map"][last]}})), "is missing"),
+    ):
+        damage()
+        with pytest.raises(UserError, match=message) as caught:
+            load_model(folder)
+        assert "\n" not in str(caught.value)
+
+
+def constant_transformer(dtype: torch.dtype, flow: bool, learned: bool):
+    """Return a transformer that predicts -0.75 for class 0, and -0.5 for the null class, exact in every type."""
+    from diffusers import ConfigMixin, ModelMixin
+    from diffusers.configuration_utils import register_to_config
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    class Constant(ModelMixin, ConfigMixin):
+        @register_to_config
+        def __init__(self, in_channels=3, sample_size=4, num_embeds_ada_norm=1, flow=None):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x, t, y):
+            assert x.dtype == self.dtype, "the network gets its own type"
+            out = (-0.75 + 0.25 * y).to(x.dtype)[:, None, None, None].expand(-1, 6 if learned else 3, 4, 4)
+            return Transformer2DModelOutput(out * self.scale)
+
+    return Constant(flow={"path": "linear"} if flow else None).to(dtype)
+
+
+@pytest.mark.parametrize("scale", [1, 2.5])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDPM",
+        "DDIM",
+        "DPMSolverMultistep",
+        "UniPCMultistep",
+        "EulerDiscrete",
+        "FlowMatchEulerDiscrete",
+        "FlowMatchHeunDiscrete",
+    ],
+)
+def test_a_pipeline_in_reduced_precision_steps_in_float32(name, scale):
+    """A network whose output is exact in bfloat16 gives the latents of float32, bit for bit."""
+    import diffusers as theirs
+
+    from interop.diffusers_files.pipeline import RemixDiTPipeline
+
+    flow, learned = name.startswith("FlowMatch"), name == "DDPM"
+    results = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        scheduler = getattr(theirs, f"{name}Scheduler")(**{"variance_type": "learned_range"} if learned else {})
+        pipe = RemixDiTPipeline(constant_transformer(dtype, flow, learned), scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        guide = constant_transformer(torch.float32, flow, learned)
+        settings = dict(class_labels=[0], num_inference_steps=250, guidance_scale=scale, output_type="latent")
+        for options in ({"latents": torch.ones(1, 3, 4, 4, dtype=dtype)}, {}, {"guide": guide}):
+            x = pipe(**settings, generator=torch.Generator().manual_seed(0), **options).images
+            assert x.dtype == torch.float32
+            results.append(x)
+    assert all(torch.equal(x, results[i % 3]) for i, x in enumerate(results))
+    if name == "FlowMatchEulerDiscrete":
+        # From noise to data the time runs from 1 to 0, and the pipeline negates the velocity.
+        velocity = -0.75 if scale == 1 else -0.5 + 2.5 * -0.25
+        torch.testing.assert_close(results[0], torch.full_like(results[0], 1 + velocity), rtol=0, atol=1e-5)
+
+
 def change(folder, config: dict | None = None, **tensors):
     """Change entries of a folder's config and tensors. None removes an entry."""
     stored = json.loads((folder / "config.json").read_text()) | (config or {})
@@ -238,8 +352,8 @@ for name in ("remix", "models", "interop"):
         continue
     raise SystemExit(f"{name} can be imported")
 
-def load_pipeline(name):
-    pipe = DiffusionPipeline.from_pretrained(name, custom_pipeline=name, trust_remote_code=True)
+def load_pipeline(name, **options):
+    pipe = DiffusionPipeline.from_pretrained(name, custom_pipeline=name, trust_remote_code=True, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -283,6 +397,10 @@ with torch.no_grad():
         for folder in (name, f"{name}-saved"):
             model = AutoModel.from_pretrained(folder, subfolder="transformer", trust_remote_code=True)
             assert torch.equal(model(x, t, y).sample, pipe.transformer(x, t, y).sample)
+        own = AutoModel.from_pretrained(name, subfolder="transformer", trust_remote_code=True)
+        given_own = load_pipeline(name, transformer=own)
+        assert given_own.transformer is own
+        assert torch.equal(draw(given_own), expected)
         if name == "pixels":
             assert torch.equal(draw(again), expected)
         # Weights that change in place are used at the next call, without a change of the expert.
@@ -317,6 +435,11 @@ with torch.no_grad():
         pipe.save_pretrained(f"{name}-saved")
         again = load_pipeline(f"{name}-saved")
         assert torch.equal(again(**settings, output_type="latent").images, results[name])
+        if name == "flow-dit":
+            # diffusers' own class is stored without our code.
+            stock = DiTTransformer2DModel.from_pretrained(name, subfolder="transformer")
+            load_pipeline(name, transformer=stock).save_pretrained("stock")
+            assert type(load_pipeline("stock").transformer) is DiTTransformer2DModel
         if again.vae is not None:
             results["flow-size"] = [image.size for image in again(**settings).images]
         again.scheduler = diffusers.DDPMScheduler()

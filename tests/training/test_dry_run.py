@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer, run
+from conftest import make_trainer, run, training_flags
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from checkpoint import model_config
@@ -39,6 +39,31 @@ def test_a_dry_run_with_features_that_exist(features, tmp_path, monkeypatch):
     wrong = run("train_fast.py", "--data-path", "nowhere", "--image-size", 20, "--dry-run", expect=2)
     assert wrong.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [(), ("--ema-snapshots=2",), ("--ema-snapshots=1", "--ema-snapshot-dtype=float32")])
+def test_the_disk_space_is_that_of_the_run(features, tmp_path, flags):
+    """A dry run, the log of the run, and the files that it writes; with the averages for post-hoc EMA and without."""
+    flags = [*training_flags(features, tmp_path, "run"), "--max-steps=3", "--ckpt-every=2", "--sample-every=0", *flags]
+    planned = re.search(
+        r".*more checkpoints of ([\d.]+) MiB: ([\d.]+ GiB)", run("train_fast.py", *flags, "--dry-run").stdout
+    )
+    run("train_fast.py", *flags)
+    assert planned[0] in (tmp_path / "run/log.txt").read_text()
+    size = (tmp_path / "run/checkpoints/0000002.pt").stat().st_size / 2**20
+    assert float(planned[1]) == pytest.approx(size, rel=0.1)
+    count = len(list((tmp_path / "run/ema").glob("*.pt")))
+    assert ("snapshot" in planned[0]) == bool(count)
+    assert not count or planned[0].startswith(f"{count} snapshots of averages and 2 more")
+
+
+def test_an_independent_expert_is_shorter_than_its_part(features):
+    flags = ("--model=DiT-T/2", f"--data-path={features}", "--dry-run", "--independent=4")
+    report = run("train_fast.py", *flags, "--max-steps=10").stdout
+    assert "--independent 4 does not divide 10 steps: each expert trains for 2 steps, together 8" in report
+    report = run("train_fast.py", *flags, "--epochs=3", "--global-batch-size=8").stdout
+    assert "--independent 4 does not divide 9 steps: each expert trains for 2 steps, together 8" in report
+    assert "does not divide" not in run("train_fast.py", *flags, "--max-steps=12").stdout
 
 
 @pytest.mark.parametrize(("size", "parameters", "gmacs"), [("S", 33, 6.06), ("L", 458, 80.71)])

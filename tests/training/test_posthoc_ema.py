@@ -11,7 +11,16 @@ from conftest import assert_same_weights, make_trainer, random_microbatch, rando
 from ema_pytorch import PostHocEMA
 
 from checkpoint import load_model
-from training.posthoc_ema import TRACKED_STDS, decay_at, gamma_of_std, reconstruct, solve_weights, write_snapshot
+from runtime.errors import UserError
+from training.posthoc_ema import (
+    TRACKED_STDS,
+    decay_at,
+    fit_snapshots,
+    gamma_of_std,
+    reconstruct,
+    solve_weights,
+    write_snapshot,
+)
 
 
 @pytest.mark.parametrize("std", [0.01, 0.1, 0.28])
@@ -27,7 +36,10 @@ def test_the_first_average_is_the_weights():
 
 
 def test_weights_solve_the_least_squares_problem():
-    """The profiles are compared as functions, at Gauss-Legendre points between the snapshots, where they are smooth."""
+    """The profiles are compared as functions, at Gauss-Legendre points between the snapshots, where they are smooth.
+
+    The condition that the weights sum to 1 replaces the last weight by 1 minus the others.
+    """
     times = [300, 700, 1000, 1300, 2000]
     steps, stds = [t for t in times for _ in TRACKED_STDS], [std for _ in times for std in TRACKED_STDS]
     nodes, node_weights = np.polynomial.legendre.leggauss(40)
@@ -42,8 +54,45 @@ def test_weights_solve_the_least_squares_problem():
     for std in (0.03, 0.07, 0.15):
         basis = np.stack([profile(*item) for item in zip(steps, stds, strict=True)], axis=1)
         root = np.sqrt(weight)
-        expected = np.linalg.lstsq(basis * root[:, None], profile(2000, std) * root, rcond=None)[0]
-        np.testing.assert_allclose(solve_weights(steps, stds, 2000, std), expected, rtol=0, atol=1e-8)
+        first, last = basis[:, :-1], basis[:, -1:]
+        wanted = profile(2000, std)
+        others = np.linalg.lstsq((first - last) * root[:, None], (wanted - last[:, 0]) * root, rcond=None)[0]
+        weights, residual = solve_weights(steps, stds, 2000, std)
+        np.testing.assert_allclose(weights, [*others, 1 - others.sum()], rtol=0, atol=1e-8)
+        difference = np.linalg.norm((basis @ weights - wanted) * root) / np.linalg.norm(wanted * root)
+        assert residual == pytest.approx(difference, rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 50, 400])
+@pytest.mark.parametrize("std", [0.01, 0.05, 0.06, 0.2, 0.28])
+def test_weights_sum_to_1(n, std):
+    """Also of snapshots at irregular steps, and of the first steps."""
+    times = np.unique((np.linspace(1, n**0.5, n) ** 2 * 10).astype(int))
+    steps, stds = [int(t) for t in times for _ in TRACKED_STDS], [s for _ in times for s in TRACKED_STDS]
+    weights, _ = solve_weights(steps, stds, steps[-1], std)
+    assert weights.sum() == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-7), ("float16", 5e-4)])
+@pytest.mark.parametrize(("n", "std"), [(1, 0.075), (2, 0.06), (2, 0.125), (10, 0.03), (10, 0.2), (50, 0.28)])
+def test_a_parameter_that_never_changes_keeps_its_value(tmp_path, n, std, dtype, tolerance):
+    values = torch.tensor([-3.0, 1e-3, 0.1, 7.3])
+    for step in range(1, n + 1):
+        write_snapshot(tmp_path, 100 * step, {str(s): {"w": values} for s in TRACKED_STDS}, dtype)
+    fit = fit_snapshots(tmp_path / f"checkpoints/{100 * n:07d}.pt", std)
+    result = reconstruct(fit, {"w": torch.zeros(4)})["w"]
+    torch.testing.assert_close(result, values, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("n", "std", "percent"), [(2, 0.2, "44.9"), (5, 0.03, "14.5"), (1, 0.28, "135."), (10, 0.28, "29.7")]
+)
+def test_a_width_that_the_snapshots_do_not_give_is_refused(tmp_path, n, std, percent):
+    for step in range(1, n + 1):
+        write_snapshot(tmp_path, step * 1000 // n, {str(s): {"w": torch.ones(1)} for s in TRACKED_STDS}, "float32")
+    with pytest.raises(UserError, match=rf"is off by {percent}\d+%, more than 10%: .* closer to 0.05 or 0.1") as caught:
+        fit_snapshots(tmp_path / "checkpoints/0001000.pt", std)
+    assert "\n" not in str(caught.value)
 
 
 def random_walk(steps: int, size: int = 40):
@@ -67,14 +116,18 @@ def test_a_width_equals_the_average_that_was_tracked_directly(tmp_path, dtype, t
             write_snapshot(tmp_path, step, averages, dtype)
     state = {"w": torch.zeros(40), "fixed": torch.ones(3)}
     for std in wanted:
-        result = reconstruct(tmp_path / "checkpoints/0001000.pt", std, state)
+        result = reconstruct(fit_snapshots(tmp_path / "checkpoints/0001000.pt", std), state)
         error = (result["w"] - tracked[std]).norm() / tracked[std].norm()
         assert error < tolerance, f"width {std}"
         assert torch.equal(result["fixed"], state["fixed"])
 
 
 def test_ema_pytorch_agrees(tmp_path):
-    """Its averages of the same weights, and its combination of its own snapshots."""
+    """Its averages of the same weights, and its combination of its own snapshots.
+
+    The weights of its combination (version 0.8.3) do not have to sum to 1. Here they do, to less than 1e-4, because
+    there are 20 snapshots.
+    """
     model = torch.nn.Linear(40, 1, bias=False).double()
     settings = dict(checkpoint_every_num_steps=10, checkpoint_folder=str(tmp_path / "theirs"))
     theirs = PostHocEMA(model, sigma_rels=TRACKED_STDS, update_every=1, checkpoint_dtype=torch.float32, **settings)
@@ -86,7 +139,8 @@ def test_ema_pytorch_agrees(tmp_path):
             state["weight"].lerp_(model.weight.data, 1 - decay_at(step, float(std)))
         if step % 10 == 0:
             write_snapshot(tmp_path, step, tracked, "float32")
-    ours = reconstruct(tmp_path / "checkpoints/0000200.pt", 0.08, {"weight": model.weight.data})["weight"]
+    fit = fit_snapshots(tmp_path / "checkpoints/0000200.pt", 0.08)
+    ours = reconstruct(fit, {"weight": model.weight.data})["weight"]
     expected = theirs.synthesize_ema_model(sigma_rel=0.08, step=200).ema_model.weight.data
     assert ((ours - expected).norm() / expected.norm()).item() < 1e-3
 
@@ -120,7 +174,8 @@ def test_a_run_with_snapshots(features, tmp_path):
     assert snapshot.keys() == {"0.05", "0.1"}
     assert all(torch.equal(value, again[std][name]) for std in snapshot for name, value in snapshot[std].items())
 
-    run("convert.py", last, tmp_path / "ema.safetensors", "--to=safetensors", "--ema-std=0.1")
+    done = run("convert.py", last, tmp_path / "ema.safetensors", "--to=safetensors", "--ema-std=0.1")
+    assert "EMA of width 0.1: the profile of the combination of 4 tracked averages is off by 0.00%" in done.stdout
     model, config = load_model(tmp_path / "ema.safetensors")
     assert "0.1" in config["source"]
     for name, value in snapshot["0.1"].items():
@@ -130,8 +185,11 @@ def test_a_run_with_snapshots(features, tmp_path):
     with open(last.with_name("0000004-ema.csv")) as file:
         rows = list(csv.reader(file))
     assert [row[0] for row in rows] == ["std", "training", "0.05", "0.1"]
-    assert "ema needs --data-path" in run("visualize.py", "ema", last, expect=2).stderr
-    ignored = run("visualize.py", "ema", last, "--data-path", features, "--score-samples=8", expect=2)
+    new = "--out", tmp_path / "new.png"
+    refused = run("visualize.py", "ema", last, "--data-path", features, "--stds", 0.05, 0.28, *new, expect=2).stderr
+    assert "EMA of width 0.28" in refused and refused.count("\n") == 1
+    assert "ema needs --data-path" in run("visualize.py", "ema", last, *new, expect=2).stderr
+    ignored = run("visualize.py", "ema", last, "--data-path", features, "--score-samples=8", *new, expect=2)
     assert "need --score-against" in ignored.stderr
 
 
