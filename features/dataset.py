@@ -195,9 +195,10 @@ class FeatureDataset(Dataset):
             raise UserError(f"{features} and {labels} do not hold one .npy file each for the same images")
         names = [path.name for path in self.files]
         self.labels = self._cached_labels(labels, names) if len(names) > FEW_LABELS else self._labels(labels, names)
-        self.views, *shape = self._load_file(self.files[0]).shape
-        if len(shape) != 3:
-            raise UserError(f"{self.files[0]} has shape {(self.views, *shape)}, not [views, C, H, W]")
+        first = self._load_floats(self.files[0]).shape
+        if len(first) != 4 or 0 in first:
+            raise UserError(f"{self.files[0]} has shape {first}, not [views, C, H, W]")
+        self.views, *shape = first
         image_size = re.search(r"(\d+)_features$", features.name)
         self.shape = tuple(shape)
         self.image_size = int(image_size[1]) if image_size else None
@@ -235,7 +236,17 @@ class FeatureDataset(Dataset):
     def _labels(self, folder: Path, names: list[str]) -> np.ndarray:
         """Read the labels of the original layout's files with these names."""
         with ThreadPoolExecutor(16) as pool:
-            return np.array(list(pool.map(lambda name: int(self._load_file(folder / name).reshape(-1)[0]), names)))
+            return np.array(list(pool.map(lambda name: self._label(folder / name), names)))
+
+    def _label(self, path: Path) -> int:
+        """Read the label of the original layout's file of one image."""
+        labels = self._load_file(path)
+        if labels.size != 1 or labels.dtype.kind not in "iuf" or not float(labels.item()).is_integer():
+            raise UserError(
+                f"{path} holds {labels.dtype} {labels.shape}, not one class number: the original layout has one image "
+                "per file, with its label as an integer"
+            )
+        return int(labels.item())
 
     def _load(self, kind: str, shard: int) -> np.ndarray:
         """Map a shard's features or labels and check their shape against the index."""
@@ -280,9 +291,16 @@ class FeatureDataset(Dataset):
             features = mean + std * torch.randn(mean.shape, generator=generator)
         return features, int(self.labels[image])
 
+    def _load_floats(self, path: Path) -> np.ndarray:
+        """Map an image's file of the original layout. Pixels of 8 bits would be taken for features otherwise."""
+        features = self._load_file(path)
+        if features.dtype.kind != "f":
+            raise UserError(f"{path} holds {features.dtype}, but features are floating-point numbers")
+        return features
+
     def _original_image(self, image: int) -> np.ndarray:
         """Map an image's file [views, C, H, W]."""
-        features = self._load_file(self.files[image])
+        features = self._load_floats(self.files[image])
         expected = (self.views, *self.shape)
         if features.shape != expected:
             raise UserError(f"{self.files[image]} has shape {features.shape}, but {self.files[0]} has {expected}")

@@ -197,6 +197,36 @@ def test_original_layout(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("features", "labels", "message"),
+    [
+        (np.zeros((32, 4, 4, 4), np.float32), np.arange(32), r"holds int64 \(32,\), not one class number"),
+        (np.zeros((1, 4, 4, 4), np.float32), np.eye(10)[3], r"holds float64 \(10,\), not one class number"),
+        (np.zeros((1, 4, 4, 4), np.float32), np.array([2.5]), "not one class number"),
+        (np.zeros((1, 4, 4, 4), np.float32), np.array([True]), "not one class number"),
+        (np.zeros((1, 4, 4, 4), np.float32), np.array([np.nan]), "not one class number"),
+        (np.zeros((1, 4, 4, 4), np.float32), np.zeros(0, np.int64), "not one class number"),
+        (np.zeros((1, 3, 4, 4), np.uint8), np.array([3]), "holds uint8, but features are floating-point numbers"),
+        (np.float32(1), np.array([3]), r"has shape \(\), not"),
+        (np.zeros((0, 4, 4, 4), np.float32), np.array([3]), r"has shape \(0, 4, 4, 4\), not"),
+    ],
+)
+def test_the_original_layout_has_one_image_and_one_label_per_file(tmp_path, features, labels, message):
+    write_original_layout(tmp_path, [0, 1, 2])
+    assert FeatureDataset(tmp_path).labels.tolist() == [0, 1, 2]
+    np.save(tmp_path / "imagenet8_features/0.npy", features)
+    np.save(tmp_path / "imagenet8_labels/0.npy", labels)
+    with pytest.raises(UserError, match=message):
+        FeatureDataset(tmp_path)
+
+
+@pytest.mark.parametrize("label", [np.array([4]), np.int64(4), np.array([[4]], np.uint8), np.array([4.0])])
+def test_the_label_of_the_original_layout_is_one_number_of_any_shape(tmp_path, label):
+    write_original_layout(tmp_path, [0, 1])
+    np.save(tmp_path / "imagenet8_labels/1.npy", label)
+    assert FeatureDataset(tmp_path).labels.tolist() == [0, 4]
+
+
+@pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: shutil.rmtree(folder), "no such folder"),
