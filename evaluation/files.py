@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluation.scores import NEIGHBOURS
-from features.images import is_image, read_image
+from features.images import find_files, read_image
 from runtime.errors import UserError
 
 # The covariance matrix of more features would need more than 3 GB.
@@ -61,7 +61,7 @@ def has_statistics(path) -> bool:
 def content_hash(path) -> str:
     """Return 32 hexadecimal digits of the SHA-256 of the sizes and contents of a file, or of all images of a folder."""
     digest = hashlib.sha256()
-    files = list_images(path) if Path(path).is_dir() else [Path(path)]
+    files = find_files(path).images if Path(path).is_dir() else [Path(path)]
     size = sum(file.stat().st_size for file in files)
     with tqdm(total=size, unit="B", unit_scale=True, desc=f"hashing {Path(path).name}", leave=False, delay=2) as bar:
         for file in files:
@@ -135,14 +135,9 @@ def read_images(path, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
             yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:]), shape[0]
 
 
-def list_images(folder) -> list[Path]:
-    """Return the image files at any depth below a folder, sorted."""
-    return sorted(path for path in Path(folder).rglob("*") if is_image(path) and path.is_file())
-
-
 def read_folder(folder, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
     """Read the images of a folder in batches, as read_images."""
-    paths = list_images(folder)
+    paths = find_files(folder).images
     if len(paths) <= NEIGHBOURS:
         raise UserError(f"{folder} holds {len(paths)} images, expected at least {NEIGHBOURS + 1}")
     first, shape = paths[0], None

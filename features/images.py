@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -11,11 +12,58 @@ from PIL import Image
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # Pillow's limit: an image of more pixels may be a small file that was made to fill the memory.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
+# Folders of operating systems and servers, which hold previews, copies and deleted files. Others begin with a dot.
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"}
+
+
+class FoundFiles(NamedTuple):
+    """The files below a folder.
+
+    Attributes:
+        images: the images that are read, sorted.
+        hidden: images that are not read because they are hidden, sorted.
+        others: files of other kinds that are not hidden.
+    """
+
+    images: list[Path]
+    hidden: list[Path]
+    others: list[Path]
+
+    def notes(self) -> list[str]:
+        """Return a line for each kind of files that is left out."""
+        lines = [describe_hidden(self.hidden)] if self.hidden else []
+        return lines + ([f"files of other kinds are left out: {describe_kinds(self.others)}"] if self.others else [])
 
 
 def is_image(name) -> bool:
     """Return whether a file has the suffix of an image that is read."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def is_hidden(path) -> bool:
+    """Return whether a path, relative to the folder of the data, is hidden or in a hidden folder or a system folder."""
+    return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in str(path).split(os.sep))
+
+
+def find_files(folder) -> FoundFiles:
+    """Find the files at any depth below a folder, also in folders that are symbolic links."""
+    found = FoundFiles([], [], [])
+    for root, _, names in os.walk(folder, followlinks=True):
+        within = is_hidden(os.path.relpath(root, folder)) if root != str(folder) else False
+        for name in names:
+            hidden, path = within or is_hidden(name), Path(root, name)
+            if is_image(name) and path.is_file():
+                (found.hidden if hidden else found.images).append(path)
+            elif not hidden and path.is_file():
+                found.others.append(path)
+    found.images.sort()
+    found.hidden.sort()
+    return found
+
+
+def describe_hidden(paths: list) -> str:
+    """Say how many hidden images are left out, with an example."""
+    return f"hidden images, and those in hidden folders, are left out: {len(paths):,}, such as {paths[0]}"
 
 
 def describe_kinds(names: Iterable) -> str:

@@ -278,3 +278,53 @@ def test_center_crop():
     crop = np.array(center_crop(image, 32))
     assert crop.shape == (32, 32, 3)
     assert (crop[:, 2:-2] == [255, 0, 0]).all()
+
+
+def test_hidden_folders_and_files_are_no_classes_and_no_images(features, images, tmp_path):
+    tree = shutil.copytree(images, tmp_path / "images")
+    copies = (
+        ".ipynb_checkpoints/0-checkpoint.png",
+        "__MACOSX/class0/._0.png",
+        "@eaDir/0.png/THUMB.png",
+        "class0/._0.png",
+        "class1/.ipynb_checkpoints/0-checkpoint.png",
+        "class2/@eaDir/0.png/THUMB.png",
+    )
+    for copy in copies:
+        (tree / copy).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / "class0/0.png", tree / copy)
+    (tree / "class0/.DS_Store").touch()
+    stderr = run("extract_features.py", "--data-path", tree, "--features-path", tmp_path / "f", *PIXELS).stderr
+    assert "hidden images, and those in hidden folders, are left out: 6, such as .ipynb_checkpoints/0" in stderr
+    assert "files that are not images" not in stderr
+    assert contents(tmp_path / "f") == contents(features)
+    for folder in images.iterdir():
+        shutil.rmtree(tree / folder.name)
+    flags = ("--data-path", tree, "--features-path", tmp_path / "g", *PIXELS)
+    assert "does not hold one folder of images per class" in run("extract_features.py", *flags, expect=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "remedy"),
+    [
+        (("train/cat/0.png", "val/cat/0.png"), "use --data-path {}/train"),
+        (("Training/cat/0.png",), "use --data-path {}/Training"),
+        (("train2017/cat/0.png", "val2017/0.png", "extra/cat/0.png"), "use --data-path {}/train2017"),
+        (("train/0.png", "test/0.png"), "put the images into folders by class"),
+        (("train/cat/0.png", "val/cat/0.png", ".cache/0.png"), "use --data-path {}/train"),
+        (("train/0.png", "bus/0.png"), None),
+        (("train/side/0.png", "bus/side/0.png", "tram/0.png"), None),
+        (("train/0.png",), None),
+        (("training_shoe/0.png", "crash_test/0.png"), None),
+    ],
+)
+def test_the_parent_folder_of_splits_is_refused(images, tmp_path, files, remedy):
+    for file in files:
+        (tmp_path / "tree" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / "class0/0.png", tmp_path / "tree" / file)
+    flags = ("--data-path", tmp_path / "tree", "--features-path", tmp_path / "f", *PIXELS)
+    stderr = run("extract_features.py", *flags, expect=2 if remedy else 0).stderr
+    if remedy:
+        assert "holds the splits of a data set" in stderr and stderr.count("\n") == 1
+        assert stderr.strip().endswith(remedy.format(tmp_path / "tree"))
+        assert not (tmp_path / "f").exists()
