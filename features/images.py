@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # Pillow's limit: an image of more pixels may be a small file that was made to fill the memory.
@@ -72,8 +72,8 @@ def describe_kinds(names: Iterable) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
 
 
-def read_image(path, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read an image with 8 bits per channel.
+def read_image(path, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, list[str]]:
+    """Read an image with 8 bits per channel, as it is displayed: its EXIF orientation is applied.
 
     Grayscale images of 16 bits are divided by 257, so that black and white stay black and white.
 
@@ -81,6 +81,9 @@ def read_image(path, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image.I
         path: the path of the file, or an open file.
         mode: "RGB" or "L" (grayscale).
         max_pixels: largest number of pixels, which is also set as Pillow's limit.
+
+    Returns:
+        The image, and what of the file was applied or left out, see `describe_treatment`.
 
     Raises:
         ValueError: if the image has more pixels, or pixels of 32 bits, whose range is not known. A damaged file may
@@ -90,10 +93,46 @@ def read_image(path, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image.I
     with Image.open(path) as image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {max_pixels:,}")
+        orientation = _orientation(image)
+        treatment = describe_treatment(image, orientation)
+        # Pillow applies the orientation of TIFF files itself.
+        if orientation != 1 and image.format != "TIFF":
+            ImageOps.exif_transpose(image, in_place=True)
         # Pillow reads a .pgm file of 16 bits as 32-bit integers.
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
             image = Image.fromarray(((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8))
         elif image.mode in ("I", "F"):
             kind = "integers" if image.mode == "I" else "floats"
             raise ValueError(f"pixels are 32-bit {kind}: convert them to 8 or 16 bits")
-        return image.convert(mode)
+        return image.convert(mode), treatment
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the orientation that an image's metadata record, from 1 to 8; 1, as stored, if they are damaged."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    # Damaged metadata may raise any exception, and the image is readable nevertheless.
+    except Exception:
+        return 1
+    return value if value in range(2, 9) else 1
+
+
+def describe_treatment(image: Image.Image, orientation: int) -> list[str]:
+    """Say what of an open file beside its pixels is applied or left out: orientation, profile, transparency, frames."""
+    profile = image.info.get("icc_profile") or b""
+    srgb = not profile or b"sRGB" in profile or "sRGB".encode("utf-16-be") in profile
+    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    # A photo in the format MPO holds further photos, such as one for each eye.
+    frames = getattr(image, "is_animated", False) and image.format != "MPO"
+    lines = {
+        "EXIF orientation applied": orientation != 1,
+        "colour profile other than sRGB not applied": not srgb,
+        "transparency left out": transparent,
+        "frames after the first left out": frames,
+    }
+    return [line for line, holds in lines.items() if holds]
+
+
+def describe_counts(treated: dict[str, int]) -> str:
+    """Return the number of images of each treatment: "EXIF orientation applied (3 images)"."""
+    return ", ".join(f"{line} ({count:,} image{'s' * (count != 1)})" for line, count in sorted(treated.items()))

@@ -12,7 +12,7 @@ from features.images import MAX_PIXELS, describe_kinds, find_files, is_image, re
 def test_16_bits_are_rounded_to_8(tmp_path):
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(values).save(tmp_path / "a.png")
-    pixels = np.asarray(read_image(tmp_path / "a.png"))
+    pixels = np.asarray(read_image(tmp_path / "a.png")[0])
     assert pixels.shape == (256, 256, 3)
     assert np.abs(pixels[..., 0] - values / 257.0).max() <= 0.5
 
@@ -20,7 +20,7 @@ def test_16_bits_are_rounded_to_8(tmp_path):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_the_limit_of_pixels(tmp_path):
     Image.new("L", (9, 12)).save(tmp_path / "a.png")
-    assert read_image(tmp_path / "a.png", "L", max_pixels=108).size == (9, 12)
+    assert read_image(tmp_path / "a.png", "L", max_pixels=108)[0].size == (9, 12)
     with pytest.raises(ValueError, match="9 x 12 pixels exceed the limit of 107"):
         read_image(tmp_path / "a.png", max_pixels=107)
     read_image(tmp_path / "a.png")
