@@ -27,7 +27,7 @@ from evaluation.networks import (
     network_name,
 )
 from evaluation.scores import fid_bias, frechet_distance, inception_score, kernel_distance, precision_recall
-from features.images import describe_kinds, is_image
+from features.images import find_files
 from runtime.command_line import ArgumentParser, positive_int, run_script
 from runtime.errors import UserError
 from runtime.files import atomic_write, cache_folder, write_json
@@ -180,10 +180,9 @@ def format_score(name: str, value: float) -> str:
 
 
 def print_left_out(folder):
-    """Print how many files below a folder are not read because they are of other kinds."""
-    others = [path for path in Path(folder).rglob("*") if not is_image(path) and path.is_file()]
-    if others:
-        print(f"note: files of other kinds in {folder} are left out: {describe_kinds(others)}", file=sys.stderr)
+    """Print how many files below a folder are not read, because they are hidden or of other kinds."""
+    for note in find_files(folder).notes():
+        print(f"note: {folder}: {note}", file=sys.stderr)
 
 
 def extra_scores(text: str) -> list[str]:

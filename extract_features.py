@@ -12,12 +12,15 @@ is interrupted, the same command encodes what is missing. It also tries the imag
 """
 
 import argparse
+import hashlib
 import logging
 import re
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,9 +37,10 @@ from features.dataset import (
     read_skipped,
     shard_path,
     write_index,
+    write_record,
     write_shard,
 )
-from features.images import MAX_PIXELS, read_image
+from features.images import MAX_PIXELS, describe_counts, read_image
 from features.sources import LabelledImages, load_images
 from models import DiT_models
 from remix import RemixDiT_models
@@ -122,11 +126,15 @@ def main(args: argparse.Namespace):
     if world.is_main:
         described = dict(vae=args.vae, **autoencoder.normalization.record())
         described |= dict(image_size=args.image_size, classes=images.classes)
-        index = write_index(folder, n_shards, **described, store=args.store, dtype=args.dtype)
+        drawn = args.store == "draw" and args.vae != "none"
+        seed = args.global_seed if drawn else None
+        index = write_index(folder, n_shards, seed, **described, store=args.store, dtype=args.dtype)
         logger.info(
             f"Encoded {counted(index['images'], 'image')} as {index['views']} x {index['shape']} each, "
             f"in {counted(n_shards, 'shard')}."
         )
+        if index["treated"]:
+            logger.info(f"of the images' files: {describe_counts(index['treated'])}")
     report_skipped(folder, args.skip_bad, logger.info)
 
 
@@ -201,7 +209,8 @@ def report_skipped(folder: Path, accept: bool, log):
 class Crops(Dataset):
     """Square crops of images.
 
-    Item i is (i, crop) with the crop as uint8 [C, size, size], or (i, reason) if the image cannot be read.
+    Item i is (i, crop, treatment) with the crop as uint8 [C, size, size] and what `read_image` says of its file, or
+    (i, reason, []) if the image cannot be read.
 
     Args:
         images: the images.
@@ -219,32 +228,44 @@ class Crops(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i: int) -> tuple[int, np.ndarray | str]:
+    def __getitem__(self, i: int) -> tuple[int, np.ndarray | str, list[str]]:
         try:
             # read_image raises an error where Pillow warns.
             with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-                image = read_image(self.images.file(i), self.mode, self.max_pixels)
+                image, treatment = read_image(self.images.file(i), self.mode, self.max_pixels)
             pixels = np.array(center_crop(image, self.size))
         # A decoder may raise any exception on a damaged file.
         except Exception as error:
             # Objects are named with their addresses, which differ from run to run.
             reason = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "", f"{type(error).__name__}: {error}")
-            return i, " ".join(reason.split())
+            return i, " ".join(reason.split()), []
         # [size, size] or [size, size, 3] -> [C, size, size]
-        return i, pixels.reshape(self.size, self.size, -1).transpose(2, 0, 1)
+        return i, pixels.reshape(self.size, self.size, -1).transpose(2, 0, 1), treatment
 
 
-def join(items: list[tuple[int, np.ndarray | str]]) -> tuple[list[int], torch.Tensor | None, dict[int, str]]:
-    """Collate items of Crops.
+class CropBatch(NamedTuple):
+    """Items of Crops.
 
-    Returns:
-        Indices of the readable images, their crops [n, C, size, size] (None if there are none), and the reason for each
-        unreadable image.
+    Attributes:
+        indices: indices of the readable images.
+        pixels: their crops [n, C, size, size]; None if there are none.
+        skipped: the reason for each unreadable image, by its index.
+        treated: how many images have what `read_image` says of their files.
     """
-    skipped = {i: crop for i, crop in items if isinstance(crop, str)}
-    readable = [(i, crop) for i, crop in items if i not in skipped]
+
+    indices: list[int]
+    pixels: torch.Tensor | None
+    skipped: dict[int, str]
+    treated: Counter
+
+
+def join(items: list[tuple[int, np.ndarray | str, list[str]]]) -> CropBatch:
+    """Collate items of Crops."""
+    skipped = {i: crop for i, crop, _ in items if isinstance(crop, str)}
+    readable = [(i, crop) for i, crop, _ in items if i not in skipped]
     pixels = torch.from_numpy(np.stack([crop for _, crop in readable])) if readable else None
-    return [i for i, _ in readable], pixels, skipped
+    treated = Counter(line for _, _, treatment in items for line in treatment)
+    return CropBatch([i for i, _ in readable], pixels, skipped, treated)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -317,7 +338,7 @@ class Encoder:
         return features.to(getattr(torch, self.dtype)).cpu().numpy()
 
 
-def encode_images(crops: Crops, batches, encoder: Encoder) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+def encode_images(crops: Crops, batches, encoder: Encoder) -> tuple[np.ndarray, np.ndarray, dict[str, str], dict]:
     """Encode batches of images.
 
     Args:
@@ -326,16 +347,19 @@ def encode_images(crops: Crops, batches, encoder: Encoder) -> tuple[np.ndarray, 
         encoder: the encoder.
 
     Returns:
-        Features [n, views, C or 2C, H, W] and labels [n] of the readable images, and the reason for each unreadable
-        image, by its name.
+        Features [n, views, C or 2C, H, W] and labels [n] of the readable images, the reason for each unreadable image,
+        by its name, and the record of the shard (see features/dataset.py).
 
     Raises:
         LocalError: if the features of an image cannot be represented in the encoder's type.
     """
     features, labels, skipped = [], [], {}
-    for indices, pixels, reasons in batches:
+    treated, digest = Counter(), hashlib.sha256()
+    for indices, pixels, reasons, treatments in batches:
+        treated += treatments
         skipped |= {crops.images.name(i): reason for i, reason in reasons.items()}
         if pixels is not None:
+            digest.update(pixels.numpy().tobytes())
             features.append(encoder.encode(pixels, indices))
             finite = np.isfinite(features[-1]).all(axis=(1, 2, 3, 4))
             if not finite.all():
@@ -345,7 +369,8 @@ def encode_images(crops: Crops, batches, encoder: Encoder) -> tuple[np.ndarray, 
             labels += [crops.images.labels[i] for i in indices]
     if not features:
         features = [np.zeros((0, 2 if encoder.mirror else 1, 0, 0, 0))]
-    return np.concatenate(features), np.array(labels, dtype=np.int64), skipped
+    record = {"crops": digest.hexdigest(), "treated": dict(sorted(treated.items()))}
+    return np.concatenate(features), np.array(labels, dtype=np.int64), skipped, record
 
 
 def encode_shards(
@@ -373,7 +398,8 @@ def encode_shards(
         loaded = iter(loader)
         for shard, indices in mine.items():
             own = islice(loaded, len(split(indices, args.batch_size)))
-            features, labels, skipped = encode_images(crops, own, encoder)
+            features, labels, skipped, record = encode_images(crops, own, encoder)
+            write_record(Path(args.features_path), shard, record)
             write_shard(Path(args.features_path), shard, features, labels, skipped, encoder.dtype)
             if shard == missing[0] and isinstance(encoder.autoencoder, Latents) and len(features):
                 report_scale(features, encoder.store, logger)

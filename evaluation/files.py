@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import sys
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluation.scores import NEIGHBOURS
-from features.images import is_image, read_image
+from features.images import describe_counts, find_files, read_image
 from runtime.errors import UserError
 
 # The covariance matrix of more features would need more than 3 GB.
@@ -60,8 +62,9 @@ def has_statistics(path) -> bool:
 
 def content_hash(path) -> str:
     """Return 32 hexadecimal digits of the SHA-256 of the sizes and contents of a file, or of all images of a folder."""
-    digest = hashlib.sha256()
-    files = list_images(path) if Path(path).is_dir() else [Path(path)]
+    # Features of folders depend on how their files are read: since version 2, as they are displayed.
+    digest = hashlib.sha256(b"images, version 2 " if Path(path).is_dir() else b"")
+    files = find_files(path).images if Path(path).is_dir() else [Path(path)]
     size = sum(file.stat().st_size for file in files)
     with tqdm(total=size, unit="B", unit_scale=True, desc=f"hashing {Path(path).name}", leave=False, delay=2) as bar:
         for file in files:
@@ -135,32 +138,31 @@ def read_images(path, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
             yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:]), shape[0]
 
 
-def list_images(folder) -> list[Path]:
-    """Return the image files at any depth below a folder, sorted."""
-    return sorted(path for path in Path(folder).rglob("*") if is_image(path) and path.is_file())
-
-
 def read_folder(folder, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Read the images of a folder in batches, as read_images."""
-    paths = list_images(folder)
+    """Read the images of a folder in batches, as read_images. At the end, print what was applied to them."""
+    paths = find_files(folder).images
     if len(paths) <= NEIGHBOURS:
         raise UserError(f"{folder} holds {len(paths)} images, expected at least {NEIGHBOURS + 1}")
-    first, shape = paths[0], None
+    first, shape, treated = paths[0], None, Counter()
     with ThreadPoolExecutor() as threads:
         for i in range(0, len(paths), batch_size):
-            images = list(threads.map(read_pixels, paths[i : i + batch_size]))
+            images, treatments = zip(*threads.map(read_pixels, paths[i : i + batch_size]), strict=True)
+            treated.update(line for lines in treatments for line in lines)
             shape = shape or images[0].shape
             for path, image in zip(paths[i : i + batch_size], images, strict=True):
                 if image.shape != shape:
                     size, first_size = (f"{s[1]}x{s[0]}" for s in (image.shape, shape))
                     raise UserError(f"{path} is {size}, {first} is {first_size}: all images must have one size")
             yield np.stack(images), len(paths)
+    if treated:
+        print(f"note: {folder}: {describe_counts(treated)}", file=sys.stderr)
 
 
-def read_pixels(path: Path) -> np.ndarray:
-    """Read an image as uint8 [H, W, 3]."""
+def read_pixels(path: Path) -> tuple[np.ndarray, list[str]]:
+    """Read an image as uint8 [H, W, 3], and what of its file was applied or left out (see `read_image`)."""
     try:
-        return np.asarray(read_image(path))
+        image, treatment = read_image(path)
+        return np.asarray(image), treatment
     # A decoder may raise any error on a damaged file.
     except Exception as error:
         raise UserError(f"{path} cannot be read as an image: {type(error).__name__}: {str(error)[:200]}") from None

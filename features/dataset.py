@@ -5,18 +5,22 @@ A folder of features holds for shard k (SHARD_SIZE images of the image list, in 
 - features-<k>.npy, float32 or float16 [images, views, C, H, W]. View 0 is the image; view 1, if stored, is its mirror
   image.
 - labels-<k>.npy, int64 [images].
+- record-<k>.json, a hash of the crops of the images, and what of their files was applied or left out.
 - skipped-<k>.txt, one line per unreadable image, if there are any: its name (see sources.py), a tab, and why.
 
 index.json is written last. It records the VAE, its scale and shift, the image size, the classes, the counts, and what
-is stored in which type. "draw" is one draw from the VAE's posterior per view. "moments" are the posterior's mean and
-standard deviation, concatenated along the channels to [images, views, 2C, H, W].
+is stored in which type. Its fingerprint is equal for equal images in the same order with equal labels, views and draws,
+also if another device encoded them. "draw" is one draw from the VAE's posterior per view. "moments" are the posterior's
+mean and standard deviation, concatenated along the channels to [images, views, 2C, H, W].
 """
 
 import hashlib
 import json
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +36,9 @@ STORES = ("draw", "moments")
 DTYPES = ("float32", "float16")
 SHARD_SIZE = 1024
 INDEX = "index.json"
+SUFFIXES = {"skipped": "txt", "record": "json"}
+# So many images, evenly spaced, give the fingerprint of features that do not record it.
+SAMPLES = 64
 # More labels of the original layout than this are kept in the cache: reading ImageNet's million files takes minutes.
 FEW_LABELS = 10_000
 # Every shard that is open holds a file descriptor, and systems limit these, often to 1024.
@@ -39,8 +46,8 @@ OPEN_SHARDS = 128
 
 
 def shard_path(folder: Path, kind: str, shard: int) -> Path:
-    """Return the path of a shard's file; kind is "features", "labels" or "skipped"."""
-    return Path(folder) / f"{kind}-{shard:05d}.{'txt' if kind == 'skipped' else 'npy'}"
+    """Return the path of a shard's file; kind is "features", "labels", "record" or "skipped"."""
+    return Path(folder) / f"{kind}-{shard:05d}.{SUFFIXES.get(kind, 'npy')}"
 
 
 def write_shard(
@@ -71,12 +78,24 @@ def read_skipped(folder: Path) -> dict[str, str]:
     return {name: reason for name, _, reason in (line.partition("\t") for line in lines)}
 
 
-def write_index(folder: Path, n_shards: int, **described) -> dict:
-    """Count the images of the shards and write the index.
+def write_record(folder: Path, shard: int, record: dict):
+    """Write a shard's record, before the shard: "crops", a hash of what was encoded, and "treated", see images.py."""
+    write_json(shard_path(folder, "record", shard), record)
+
+
+def read_record(folder: Path, shard: int) -> dict:
+    """Return the record of a shard; an empty one if there is none."""
+    path = shard_path(folder, "record", shard)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_index(folder: Path, n_shards: int, seed: int | None = None, **described) -> dict:
+    """Count the images of the shards and write the index, with a fingerprint if all shards have a record.
 
     Args:
         folder: folder of features that holds all shards.
         n_shards: number of shards.
+        seed: seed of the draws that are stored; None if there are no draws.
         **described: the index's entries vae, scale, shift (see `Normalization.record`; by default 0), image_size,
             classes, store (by default "draw") and dtype (by default "float32").
 
@@ -86,13 +105,16 @@ def write_index(folder: Path, n_shards: int, **described) -> dict:
     Raises:
         UserError: if no shard holds any image.
     """
-    counts = [len(np.load(shard_path(folder, "labels", shard))) for shard in range(n_shards)]
+    labels = [np.load(shard_path(folder, "labels", shard)) for shard in range(n_shards)]
+    counts = [*map(len, labels)]
     first = next((shard for shard, count in enumerate(counts) if count), None)
     if first is None:
         raise UserError("none of the images could be read")
     _, views, channels, *sides = np.load(shard_path(folder, "features", first), mmap_mode="r").shape
     described = {"shift": 0.0, "store": "draw", "dtype": "float32"} | described
     shape = [channels // 2 if described["store"] == "moments" else channels, *sides]
+    records = [read_record(folder, shard) for shard in range(n_shards)]
+    treated = sum((Counter(record.get("treated", {})) for record in records), Counter())
     index = {
         "format": "remix-dit-features",
         "version": 1,
@@ -102,7 +124,12 @@ def write_index(folder: Path, n_shards: int, **described) -> dict:
         "images": sum(counts),
         "skipped": len(read_skipped(folder)),
         "shards": counts,
+        "treated": dict(sorted(treated.items())),
     }
+    if all(records):
+        digest = hashlib.sha256(json.dumps([views, seed, [record["crops"] for record in records]]).encode())
+        digest.update(np.concatenate(labels).tobytes())
+        index["fingerprint"] = digest.hexdigest()
     write_json(Path(folder) / INDEX, index)
     return index
 
@@ -128,6 +155,7 @@ class FeatureDataset(Dataset):
         vae: name of the VAE. None for the original layout.
         normalization: what was done to the VAE's latents. None for the original layout.
         image_size: side of the images in pixels. None if the original layout does not record it.
+        recorded_fingerprint: the fingerprint in the index; None if there is none.
 
     Raises:
         UserError: if the folder is missing, holds neither layout, or is damaged.
@@ -175,9 +203,10 @@ class FeatureDataset(Dataset):
             self.store = index["store"]
             self.dtype = index["dtype"]
             self.starts = np.cumsum([0, *index["shards"]])
+            self.recorded_fingerprint = index.get("fingerprint")
             if self.store not in STORES or self.dtype not in DTYPES:
                 raise ValueError(f"store {self.store!r}, dtype {self.dtype!r}")
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.path / INDEX} is not an index of features ({error!r})") from None
 
     def _find_original(self) -> tuple[Path, Path] | None:
@@ -195,9 +224,10 @@ class FeatureDataset(Dataset):
             raise UserError(f"{features} and {labels} do not hold one .npy file each for the same images")
         names = [path.name for path in self.files]
         self.labels = self._cached_labels(labels, names) if len(names) > FEW_LABELS else self._labels(labels, names)
-        self.views, *shape = self._load_file(self.files[0]).shape
-        if len(shape) != 3:
-            raise UserError(f"{self.files[0]} has shape {(self.views, *shape)}, not [views, C, H, W]")
+        first = self._load_floats(self.files[0]).shape
+        if len(first) != 4 or 0 in first:
+            raise UserError(f"{self.files[0]} has shape {first}, not [views, C, H, W]")
+        self.views, *shape = first
         image_size = re.search(r"(\d+)_features$", features.name)
         self.shape = tuple(shape)
         self.image_size = int(image_size[1]) if image_size else None
@@ -206,6 +236,7 @@ class FeatureDataset(Dataset):
         self.classes = None
         self.store = "draw"
         self.dtype = None
+        self.recorded_fingerprint = None
 
     def _cached_labels(self, folder: Path, names: list[str]) -> np.ndarray:
         """Return the labels of many files, from the cache if possible.
@@ -235,7 +266,32 @@ class FeatureDataset(Dataset):
     def _labels(self, folder: Path, names: list[str]) -> np.ndarray:
         """Read the labels of the original layout's files with these names."""
         with ThreadPoolExecutor(16) as pool:
-            return np.array(list(pool.map(lambda name: int(self._load_file(folder / name).reshape(-1)[0]), names)))
+            return np.array(list(pool.map(lambda name: self._label(folder / name), names)))
+
+    def _label(self, path: Path) -> int:
+        """Read the label of the original layout's file of one image."""
+        labels = self._load_file(path)
+        if labels.size != 1 or labels.dtype.kind not in "iuf" or not float(labels.item()).is_integer():
+            raise UserError(
+                f"{path} holds {labels.dtype} {labels.shape}, not one class number: the original layout has one image "
+                "per file, with its label as an integer"
+            )
+        return int(labels.item())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what decides which number belongs to which draw: images, their order, labels and views.
+
+        It is that of the index. If features do not record it, it is computed from their labels and from SAMPLES
+        images, so that another device that encodes the same images gives another one.
+        """
+        if self.recorded_fingerprint:
+            return self.recorded_fingerprint
+        digest = hashlib.sha256(repr((self.views, self.shape)).encode() + self.labels.astype(np.int64).tobytes())
+        for image in sorted({i * (len(self) - 1) // (SAMPLES - 1) for i in range(SAMPLES)}):
+            stored = self._original_image(image) if self.files else self._packed_image(image)
+            digest.update(np.ascontiguousarray(stored).tobytes())
+        return digest.hexdigest()
 
     def _load(self, kind: str, shard: int) -> np.ndarray:
         """Map a shard's features or labels and check their shape against the index."""
@@ -280,9 +336,16 @@ class FeatureDataset(Dataset):
             features = mean + std * torch.randn(mean.shape, generator=generator)
         return features, int(self.labels[image])
 
+    def _load_floats(self, path: Path) -> np.ndarray:
+        """Map an image's file of the original layout. Pixels of 8 bits would be taken for features otherwise."""
+        features = self._load_file(path)
+        if features.dtype.kind != "f":
+            raise UserError(f"{path} holds {features.dtype}, but features are floating-point numbers")
+        return features
+
     def _original_image(self, image: int) -> np.ndarray:
         """Map an image's file [views, C, H, W]."""
-        features = self._load_file(self.files[image])
+        features = self._load_floats(self.files[image])
         expected = (self.views, *self.shape)
         if features.shape != expected:
             raise UserError(f"{self.files[image]} has shape {features.shape}, but {self.files[0]} has {expected}")

@@ -3,17 +3,20 @@
 import hashlib
 import io
 import os
+import re
 from pathlib import Path
 
 from torchvision.datasets import ImageFolder
 
-from features.images import describe_kinds, is_image
+from features.images import describe_hidden, describe_kinds, find_files, is_hidden, is_image
 from runtime import hub
 from runtime.errors import LocalError, UserError, first_line, is_first_process
 from runtime.hub import PREFIX
 
 # So many rows of a Hugging Face dataset, evenly spaced, tell it from another one with the same labels.
 SAMPLES = 64
+# Names of folders that hold one split of a data set rather than one class, also with a number: "train", "val2017".
+SPLIT_NAME = re.compile(r"(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?)[-_ ]?\d*", re.IGNORECASE)
 
 
 class LabelledImages:
@@ -56,28 +59,50 @@ class LabelledImages:
         return {}
 
 
+class ClassFolders(ImageFolder):
+    """An ImageFolder without the folders that are hidden or belong to the system, which are not classes."""
+
+    def find_classes(self, directory) -> tuple[list[str], dict[str, int]]:
+        classes = [name for name in super().find_classes(directory)[0] if not is_hidden(name)]
+        if not classes:
+            raise FileNotFoundError(f"{directory} holds no classes")
+        return classes, {name: label for label, name in enumerate(classes)}
+
+
 class FolderImages(LabelledImages):
-    """The images below a folder, in ImageFolder's order.
+    """The images below a folder, in ImageFolder's order. Hidden files and folders are left out.
 
     Args:
         path: folder with one folder of images per class.
 
     Raises:
-        UserError: if there are no images.
+        UserError: if there are no images, or if the folders are the splits of a data set rather than its classes.
     """
 
     def __init__(self, path):
+        if Path(path).is_file():
+            raise UserError(f"--data-path {path} is a file: unpack it to a folder with one folder of images per class")
         if not Path(path).is_dir():
             raise UserError(f"--data-path {path}: no such folder")
-        others = [entry.name for entry in os.scandir(path) if entry.is_file()]
+        others, hidden, start = [], [], len(os.path.join(path, ""))
+        for entry in os.scandir(path):
+            if entry.is_file() and not is_hidden(entry.name):
+                others.append(entry.name)
+            elif entry.is_dir() and is_hidden(entry.name):
+                found = find_files(entry.path)
+                hidden += [os.path.relpath(file, path) for file in found.images + found.hidden]
 
         def select(name: str) -> bool:
+            if is_hidden(name[start:]):
+                if is_image(name):
+                    hidden.append(name[start:])
+                return False
             if not is_image(name):
                 others.append(name)
             return is_image(name)
 
         try:
-            images = ImageFolder(path, is_valid_file=select, allow_empty=True)
+            images = ClassFolders(path, is_valid_file=select, allow_empty=True)
         except FileNotFoundError:
             images = None
         if images is None or not images.samples:
@@ -86,10 +111,24 @@ class FolderImages(LabelledImages):
                 found += f": for a Hugging Face dataset use --data-path {PREFIX}{path}"
             raise UserError(f"--data-path {path} does not hold one folder of images per class{found}")
         super().__init__([label for _, label in images.samples], images.classes)
+        self._check_splits(path, [file[start:] for file, _ in images.samples])
+        if hidden:
+            self.notes.append(describe_hidden(sorted(hidden)))
         if others:
             self.notes.append(f"files that are not images in class folders are left out: {describe_kinds(others)}")
         self.path = path
         self.files = [file for file, _ in images.samples]
+
+    def _check_splits(self, path, files: list[str]):
+        """Raise UserError if the folders are splits: two or more are named so, or all of them, with folders in them."""
+        splits = [name for name in self.classes if SPLIT_NAME.fullmatch(name)]
+        nested = sorted({file.split(os.sep)[0] for file in files if file.count(os.sep) > 1} & {*splits})
+        all_named_so = len(splits) == len(self.classes)
+        if (len(splits) > 1 and (nested or all_named_so)) or (nested and all_named_so):
+            # A split without folders in it has no classes.
+            remedy = f"use --data-path {Path(path) / nested[0]}" if nested else "put the images into folders by class"
+            names = ", ".join(splits)
+            raise UserError(f"--data-path {path} holds the splits of a data set ({names}), not its classes: {remedy}")
 
     def name(self, i: int) -> str:
         return os.path.relpath(self.files[i], self.path)

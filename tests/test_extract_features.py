@@ -278,3 +278,118 @@ def test_center_crop():
     crop = np.array(center_crop(image, 32))
     assert crop.shape == (32, 32, 3)
     assert (crop[:, 2:-2] == [255, 0, 0]).all()
+
+
+def test_hidden_folders_and_files_are_no_classes_and_no_images(features, images, tmp_path):
+    tree = shutil.copytree(images, tmp_path / "images")
+    copies = (
+        ".ipynb_checkpoints/0-checkpoint.png",
+        "__MACOSX/class0/._0.png",
+        "@eaDir/0.png/THUMB.png",
+        "class0/._0.png",
+        "class1/.ipynb_checkpoints/0-checkpoint.png",
+        "class2/@eaDir/0.png/THUMB.png",
+    )
+    for copy in copies:
+        (tree / copy).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / "class0/0.png", tree / copy)
+    (tree / "class0/.DS_Store").touch()
+    stderr = run("extract_features.py", "--data-path", tree, "--features-path", tmp_path / "f", *PIXELS).stderr
+    assert "hidden images, and those in hidden folders, are left out: 6, such as .ipynb_checkpoints/0" in stderr
+    assert "files that are not images" not in stderr
+    assert contents(tmp_path / "f") == contents(features)
+    for folder in images.iterdir():
+        shutil.rmtree(tree / folder.name)
+    flags = ("--data-path", tree, "--features-path", tmp_path / "g", *PIXELS)
+    assert "does not hold one folder of images per class" in run("extract_features.py", *flags, expect=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "remedy"),
+    [
+        (("train/cat/0.png", "val/cat/0.png"), "use --data-path {}/train"),
+        (("Training/cat/0.png",), "use --data-path {}/Training"),
+        (("train2017/cat/0.png", "val2017/0.png", "extra/cat/0.png"), "use --data-path {}/train2017"),
+        (("train/0.png", "test/0.png"), "put the images into folders by class"),
+        (("train/cat/0.png", "val/cat/0.png", ".cache/0.png"), "use --data-path {}/train"),
+        (("train/0.png", "bus/0.png"), None),
+        (("train/side/0.png", "bus/side/0.png", "tram/0.png"), None),
+        (("train/0.png",), None),
+        (("training_shoe/0.png", "crash_test/0.png"), None),
+    ],
+)
+def test_the_parent_folder_of_splits_is_refused(images, tmp_path, files, remedy):
+    for file in files:
+        (tmp_path / "tree" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / "class0/0.png", tmp_path / "tree" / file)
+    flags = ("--data-path", tmp_path / "tree", "--features-path", tmp_path / "f", *PIXELS)
+    stderr = run("extract_features.py", *flags, expect=2 if remedy else 0).stderr
+    if remedy:
+        assert "holds the splits of a data set" in stderr and stderr.count("\n") == 1
+        assert stderr.strip().endswith(remedy.format(tmp_path / "tree"))
+        assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_images_are_encoded_as_they_are_displayed(tmp_path, suffix, orientation):
+    """A corner of each image is bright; Pillow's exif_transpose says where it is displayed."""
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4, :4] = 250
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if suffix == "webp" else {"quality": 100} if suffix == "jpg" else {}
+    (tmp_path / "images/c").mkdir(parents=True)
+    file = tmp_path / f"images/c/0.{suffix}"
+    Image.fromarray(pixels).save(file, exif=exif, **options)
+    Image.fromarray(pixels).save(tmp_path / "images/c/1.png")
+    flags = ("--data-path", tmp_path / "images", "--features-path", tmp_path / "f", *PIXELS)
+    assert "files: EXIF orientation applied (1 image)" in run("extract_features.py", *flags).stderr
+    assert json.loads((tmp_path / "f/index.json").read_text())["treated"] == {"EXIF orientation applied": 1}
+    bright = (FeatureDataset(tmp_path / "f")[0][0] > 0)[0]
+    corners = {2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}
+    expected = torch.zeros(2, 2, dtype=torch.bool)
+    expected[corners[orientation]] = True
+    assert torch.equal(bright, expected.repeat_interleave(4, 0).repeat_interleave(4, 1))
+
+
+def test_what_is_not_applied_is_counted(features, tmp_path):
+    (tmp_path / "images/c").mkdir(parents=True)
+    pixels = Image.fromarray(np.full((8, 8, 4), 100, np.uint8))
+    pixels.save(tmp_path / "images/c/alpha.png")
+    pixels.convert("RGB").save(tmp_path / "images/c/profile.jpg", icc_profile=b"Display P3")
+    pixels.convert("RGB").save(tmp_path / "images/c/srgb.jpg", icc_profile=b"sRGB IEC61966-2.1")
+    pages = [pixels.convert("RGB"), Image.new("RGB", (8, 8))]
+    pages[0].save(tmp_path / "images/c/pages.tif", save_all=True, append_images=pages[1:])
+    # Damaged metadata do not make an image unreadable.
+    pixels.convert("RGB").save(tmp_path / "images/c/damaged.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    run("extract_features.py", "--data-path", tmp_path / "images", "--features-path", tmp_path / "f", *PIXELS)
+    index = json.loads((tmp_path / "f/index.json").read_text())
+    assert index["images"] == 5
+    assert index["treated"] == {
+        "colour profile other than sRGB not applied": 1,
+        "frames after the first left out": 1,
+        "transparency left out": 1,
+    }
+    assert json.loads((features / "index.json").read_text())["treated"] == {}
+
+
+def test_the_fingerprint_of_features(features, images, tmp_path):
+    """It changes with the images, their order, labels and views, and not with the batch size or the type."""
+
+    def fingerprint(tree, *flags) -> str:
+        folder = tmp_path / f"f{len(list(tmp_path.iterdir()))}"
+        run("extract_features.py", "--data-path", tree, "--features-path", folder, *PIXELS, *flags)
+        return FeatureDataset(folder).fingerprint
+
+    expected = FeatureDataset(features).fingerprint
+    assert fingerprint(images, "--batch-size=5", "--dtype=float16", "--global-seed=3") == expected
+    assert fingerprint(images, "--no-mirror") != expected
+    swapped = shutil.copytree(images, tmp_path / "swapped")
+    (swapped / "class1/3.png").rename(swapped / "class1/x.png")
+    (swapped / "class1/4.png").rename(swapped / "class1/3.png")
+    (swapped / "class1/x.png").rename(swapped / "class1/4.png")
+    assert fingerprint(swapped) != expected
+    moved = shutil.copytree(images, tmp_path / "moved")
+    (moved / "class1/0.png").rename(moved / "class0/9.png")
+    assert fingerprint(moved) != expected, "the same images in the same order with another label"

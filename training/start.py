@@ -26,6 +26,8 @@ from training.batches import BatchSampler
 from training.experts import Experts, experts_of
 from training.settings import RunSettings
 
+# The entry of a run's config that identifies its features, see `FeatureDataset.fingerprint`.
+FINGERPRINT = "data.fingerprint"
 # Options that may differ from those of the checkpoint that a run resumes from. `schedule_steps` checks them.
 MAY_DIFFER = ("training.max_steps", "training.schedule_steps")
 
@@ -50,6 +52,7 @@ class AssumedFeatures:
         self.labels = torch.tensor([0, 999])
         self.classes = None
         self.vae, self.store, self.dtype = None, "draw", "float32"
+        self.views, self.fingerprint = 2, None
 
     def __len__(self) -> int:
         return 1_281_167
@@ -280,7 +283,7 @@ def run_config(
     vae = {"vae": dataset.vae, **dataset.normalization.record()} if dataset.vae else assumed_vae(dataset.shape[0])
     image_size = dataset.image_size or image_size or 256
     data = dict(images=len(dataset), image_size=image_size, classes=dataset.classes, **vae)
-    data |= dict(store=dataset.store, dtype=dataset.dtype)
+    data |= dict(store=dataset.store, dtype=dataset.dtype, views=dataset.views, fingerprint=dataset.fingerprint)
     return {"model": model_config(name, model), "diffusion": process, "data": data, "training": asdict(settings)}
 
 
@@ -417,8 +420,14 @@ def read_resume(path: Path | str, config: dict, extend: str, verify: bool = Fals
     kept["schedule_steps"] = schedule_steps(path, state, config["training"], extend)
     config = config | {"training": config["training"] | kept}
     before, now = flatten(state["config"]), flatten(config)
-    for key in sorted(before.keys() | now.keys()):
+    # The fingerprint comes last, because another option that differs says more.
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key == FINGERPRINT, key)):
         if before.get(key) != now.get(key) and key not in MAY_DIFFER:
+            if key == FINGERPRINT:
+                raise UserError(
+                    f"--resume {path} was trained on other features: their images, order, labels or draws differ from "
+                    "those of --data-path: use the features of that run, or start a new one with another --prefix"
+                )
             raise UserError(
                 f"--resume {path} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}: "
                 "use the same settings, or start a new run with --load-weight and another --prefix"

@@ -197,6 +197,36 @@ def test_original_layout(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("features", "labels", "message"),
+    [
+        (np.zeros((32, 4, 4, 4), np.float32), np.arange(32), r"holds int64 \(32,\), not one class number"),
+        (np.zeros((1, 4, 4, 4), np.float32), np.eye(10)[3], r"holds float64 \(10,\), not one class number"),
+        (np.zeros((1, 4, 4, 4), np.float32), np.array([2.5]), "not one class number"),
+        (np.zeros((1, 4, 4, 4), np.float32), np.array([True]), "not one class number"),
+        (np.zeros((1, 4, 4, 4), np.float32), np.array([np.nan]), "not one class number"),
+        (np.zeros((1, 4, 4, 4), np.float32), np.zeros(0, np.int64), "not one class number"),
+        (np.zeros((1, 3, 4, 4), np.uint8), np.array([3]), "holds uint8, but features are floating-point numbers"),
+        (np.float32(1), np.array([3]), r"has shape \(\), not"),
+        (np.zeros((0, 4, 4, 4), np.float32), np.array([3]), r"has shape \(0, 4, 4, 4\), not"),
+    ],
+)
+def test_the_original_layout_has_one_image_and_one_label_per_file(tmp_path, features, labels, message):
+    write_original_layout(tmp_path, [0, 1, 2])
+    assert FeatureDataset(tmp_path).labels.tolist() == [0, 1, 2]
+    np.save(tmp_path / "imagenet8_features/0.npy", features)
+    np.save(tmp_path / "imagenet8_labels/0.npy", labels)
+    with pytest.raises(UserError, match=message):
+        FeatureDataset(tmp_path)
+
+
+@pytest.mark.parametrize("label", [np.array([4]), np.int64(4), np.array([[4]], np.uint8), np.array([4.0])])
+def test_the_label_of_the_original_layout_is_one_number_of_any_shape(tmp_path, label):
+    write_original_layout(tmp_path, [0, 1])
+    np.save(tmp_path / "imagenet8_labels/1.npy", label)
+    assert FeatureDataset(tmp_path).labels.tolist() == [0, 4]
+
+
+@pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: shutil.rmtree(folder), "no such folder"),
@@ -271,3 +301,44 @@ def test_processes_that_start_together_read_many_labels_once(tmp_path, monkeypat
         process.join()
         assert process.exitcode == 0
     assert read.value == 80 + 2 * 64
+
+
+def test_the_fingerprint_of_features_that_do_not_record_it(features, tmp_path):
+    """It is computed, for packed shards and for the original layout, and tells other labels, images and views."""
+    folder = shutil.copytree(features, tmp_path / "packed")
+    index = json.loads((folder / "index.json").read_text())
+    recorded = index.pop("fingerprint")
+    (folder / "index.json").write_text(json.dumps(index))
+    computed = FeatureDataset(folder).fingerprint
+    assert computed == FeatureDataset(folder).fingerprint != recorded
+    stored, labels = np.load(folder / "features-00000.npy"), np.load(folder / "labels-00000.npy")
+    write_shard(folder, 0, stored[[0, 1, 3, 2, *range(4, 24)]], labels, {})
+    assert FeatureDataset(folder).fingerprint != computed, "another order"
+    write_original_layout(tmp_path / "original", [0, 1, 2])
+    prints = [FeatureDataset(tmp_path / "original").fingerprint]
+    np.save(tmp_path / "original/imagenet8_labels/2.npy", np.array([1]))
+    prints.append(FeatureDataset(tmp_path / "original").fingerprint)
+    np.save(tmp_path / "original/imagenet8_features/1.npy", np.ones((1, 1, 1, 1), np.float32))
+    prints.append(FeatureDataset(tmp_path / "original").fingerprint)
+    for i in range(3):
+        np.save(tmp_path / f"original/imagenet8_features/{i}.npy", np.zeros((2, 1, 1, 1), np.float32))
+    prints.append(FeatureDataset(tmp_path / "original").fingerprint)
+    assert len({*prints}) == 4
+
+
+def test_a_run_does_not_resume_on_other_features(features, images, tmp_path):
+    flags = [*training_flags(features, tmp_path, "run", "DiT-T/2"), "--max-steps=2", "--ckpt-every=1"]
+    run("train_fast.py", *flags)
+    (tmp_path / "run/checkpoints/0000002.pt").unlink()
+    tree = shutil.copytree(images, tmp_path / "images")
+    shutil.copy(tree / "class2/0.png", tree / "class2/1.png")
+    single = ("--data-path", images, "--features-path", tmp_path / "single", "--vae=none", "--image-size=8")
+    run("extract_features.py", *single, "--no-mirror", "--num-workers=0")
+    other = ("--data-path", tree, "--features-path", tmp_path / "other", "--vae=none", "--image-size=8")
+    run("extract_features.py", *other, "--num-workers=0")
+    for name, message in (("single", "data.views=2, this run asks for 1"), ("other", "was trained on other features")):
+        stderr = run("train_fast.py", *flags, f"--data-path={tmp_path / name}", "--resume=auto", expect=2).stderr
+        assert message in stderr and stderr.count("\n") == 1
+    # The same features in another folder.
+    shutil.copytree(features, tmp_path / "moved")
+    run("train_fast.py", *flags, f"--data-path={tmp_path / 'moved'}", "--resume=auto")
