@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion.intervals import TIMESTEPS, scale_of
+from diffusion.intervals import DIRECT, EITHER, TIMESTEPS, level_dtype, scale_of
 from mixing.coefficients import BatchCoefficients, expert_weights, initial_logits
 from mixing.experts import ExpertIntervals, centered_gram, measure_distances
 from mixing.grouped_linear import mix_into, mixed_linear
@@ -193,7 +193,7 @@ class Remix(TransparentModule):
             shared = {id(layer): layer for _, layer in self.mixed()}
             self.copies = nn.ModuleList(copy.deepcopy(module, dict(shared)) for _ in range(self.n_experts - 1))
         weight = next(iter(linears)).weight
-        self.intervals = ExpertIntervals(self.boundaries, n_basis, weight.device)
+        self.intervals = ExpertIntervals(self.boundaries, n_basis, weight.device, self._directions())
         depth = len(blocks) if scope == "local" else None
         logits = initial_logits(n_basis, self.n_experts, depth, mixer, prior_bonus)
         # The paper's pi. Its updates would be lost in half precision.
@@ -219,9 +219,20 @@ class Remix(TransparentModule):
         """Return the noise level of what the argument `timestep` holds, a tensor or a number."""
         return t.float() if isinstance(t, Tensor) else np.float32(t)
 
-    def expert_index(self, t: Tensor | float) -> Tensor | int:
-        """Return the index of the expert that owns each value of the argument `timestep`, a tensor or a number."""
-        return self.intervals.find(self.noise_level(t))
+    def _directions(self) -> tuple[bool, ...]:
+        """Return how noise levels are rounded; see `diffusion.intervals.inner_boundaries`."""
+        return EITHER if callable(self.arguments.timestep) else DIRECT
+
+    def expert_index(self, t: Tensor | float, dtype: torch.dtype | None = None) -> Tensor | int:
+        """Return the index of the expert that owns each value of the argument `timestep`, a tensor or a number.
+
+        A step on a boundary belongs to the expert above, also if its noise level is rounded below the boundary.
+
+        Args:
+            t: the values.
+            dtype: the type in which they have arrived, which decides how they may be rounded. None: that of `t`.
+        """
+        return self.intervals.find(self.noise_level(t), dtype or level_dtype(t))
 
     def coefficients(self) -> Tensor:
         """Return the coefficients alpha [N, K], or [depth, N, K] if the scope is local."""
@@ -293,8 +304,9 @@ class Remix(TransparentModule):
         if groups is not None and self.rest == "shared":
             if groups < 1 or len(experts) % groups:
                 raise ValueError(f"groups must divide the batch size {len(experts)}, but it is {groups}")
-            return self._run(experts.view(groups, -1)[:, 0], args, kwargs)
-        self.intervals.check(self.noise_level(t))
+            # Rounding can move some samples of a group to the expert above, but none to the one below.
+            return self._run(experts.view(groups, -1).amin(1), args, kwargs)
+        self.intervals.check(self.noise_level(t), level_dtype(t))
         present, counts = experts.unique(return_counts=True)
         if len(present) == 1:
             return self._run(present, args, kwargs)
@@ -418,6 +430,9 @@ class RemixDiT(Remix):
     def noise_level(self, t: Tensor | float) -> Tensor | np.float32:
         """See `diffusion.intervals.NoiseScale.level`."""
         return scale_of(self.boundaries).level(t)
+
+    def _directions(self) -> tuple[bool, ...]:
+        return (scale_of(self.boundaries).reverses,)
 
     forward_with_cfg = classifier_free_guidance
 
