@@ -108,6 +108,6 @@ def complete_preset(
         known.layers if layers is None else layers,
         known.optional_layers if layers is None else (),
         timestep or known.timestep,
-        highest_level or known.highest_level,
+        known.highest_level if highest_level is None else highest_level,
         (*unbatched, *known.unbatched),
     )

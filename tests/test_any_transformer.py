@@ -871,3 +871,17 @@ def test_a_pair_is_compared_with_its_boundary_as_wans_pipeline_does(pair, tmp_pa
         assert remix.expert_index(t).tolist() == [expert]
         assert folded.expert_index(level) == expert
         assert find_expert(tmp_path, t[0]) == f"expert{expert}"
+
+
+@pytest.mark.parametrize("highest", [np.pi / 2, 14.6146, 0.7, 80])
+@torch.no_grad()
+def test_levels_up_to_a_highest_one_that_is_no_integer_have_experts(highest):
+    remix = Remix(Reference(), ["a"], 4, n_experts=4, timestep="sigma", highest_level=highest)
+    assert remix.boundaries == [0, highest / 4, highest / 2, highest * 0.75, highest]
+    levels = torch.tensor([0, 0.3, 0.6, 0.999, 1]) * highest
+    for dtype in (torch.float32, torch.bfloat16):
+        assert remix.expert_index(levels.to(dtype)).tolist() == [0, 1, 2, 3, 3]
+        remix(torch.zeros(5, 1), levels.to(dtype))
+    assert experts_run([0, 0.5, 1, 1.5, 2]).expert_index(1.7) == 3
+    with pytest.raises(ValueError, match="must be a positive number, but it is 0"):
+        Remix(Reference(), ["a"], 4, n_experts=4, timestep="sigma", highest_level=0)

@@ -11,6 +11,7 @@ from diffusion.intervals import (
     DIRECT,
     FLOW_LEVELS,
     REVERSED,
+    check_boundaries,
     equal_boundaries,
     find_interval,
     find_time,
@@ -168,3 +169,23 @@ def test_intervals_that_are_too_short_for_a_type_are_reported_once(capsys):
     assert [find_interval(boundaries, level) for level in levels] == levels.int().tolist()
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1 and "bfloat16 noise levels" in warnings[0]
+
+
+def test_levels_outside_the_boundaries_are_printed_exactly():
+    with pytest.raises(ValueError, match=r"from 0 to 1, but they are from 1\.0000001 to 1\.0000001"):
+        find_interval([0, 0.5, 1], 1.0000001)
+    with pytest.raises(ValueError, match=r"from 0 to 1, but they run from 0 to 1\.0000001"):
+        check_boundaries([0, 0.5, 1.0000001], 2, 1)
+
+
+def test_the_highest_level_may_be_no_integer():
+    quarters = [0, 0.4, 0.8, 1.2, np.pi / 2]
+    # Rounded, this is more than the last boundary.
+    for dtype in (torch.float32, *HALF):
+        levels = torch.tensor([0, 0.39, 0.4, 0.8, 1.2, np.pi / 2], dtype=torch.float64).to(dtype)
+        assert [find_interval(quarters, level) for level in levels] == [0, 0, 1, 2, 3, 3]
+    with pytest.raises(ValueError, match=r"from 0 to 1\.5707963267948966, but they are from 1\.58"):
+        find_interval(quarters, 1.58)
+    assert equal_boundaries(4, 14.6146) == [0, 14.6146 / 4, 14.6146 / 2, 0.75 * 14.6146, 14.6146]
+    scale = scale_of(quarters)
+    assert (scale.dtype, scale.level(0.25), scale.time(0.25)) == (torch.float32, 0.25, 0.25)
