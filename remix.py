@@ -9,7 +9,7 @@ layers are shared by all experts. Once its layers are mixed, an expert has the s
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -138,6 +138,8 @@ class Remix(TransparentModule):
         rest: "shared" (the experts share all parameters outside the mixed layers) or "separate" (each expert has its
             own copy of them).
         unbatched: names of arguments that may have as many rows as the batch but are no batches.
+        batch_dims: the dimension of the batch in the tensors of some arguments, where it is not the first one, by the
+            names of the arguments. A list in these arguments is no batch, but may hold tensors that are.
 
     Attributes:
         mixing_config: the keyword arguments that build this Remix from its module; `prior_bonus`, which concerns only
@@ -164,9 +166,10 @@ class Remix(TransparentModule):
         rank: int | None = None,
         rest: str = "shared",
         unbatched: Sequence[str] = (),
+        batch_dims: Mapping[str, int] | None = None,
     ):
         super().__init__()
-        wrapped = complete_preset(module, layers, timestep, highest_level, unbatched, boundaries)
+        wrapped = complete_preset(module, layers, timestep, highest_level, unbatched, batch_dims, boundaries)
         options = dict(n_basis=n_basis, n_experts=n_experts, mixer=mixer, scope=scope, boundaries=boundaries)
         options = complete_options(options | dict(highest_level=wrapped.highest_level, rank=rank, rest=rest))
         self.n_basis, self.n_experts, self.boundaries = n_basis, options["n_experts"], options["boundaries"]
@@ -174,7 +177,9 @@ class Remix(TransparentModule):
         self.highest_level = wrapped.highest_level
         self.mixing_config = options | dict(layers=layers and [*layers], timestep=wrapped.timestep)
         self.mixing_config["unbatched"] = [*unbatched]
-        self.arguments = Arguments(module, wrapped.timestep, wrapped.unbatched)
+        if batch_dims:
+            self.mixing_config["batch_dims"] = dict(batch_dims)
+        self.arguments = Arguments(module, wrapped.timestep, wrapped.unbatched, wrapped.batch_dims)
         linears = find_linears(module, wrapped.layers, wrapped.optional_layers)
         blocks = list(dict.fromkeys(block_name(names[0]) for names in linears.values()))
 
@@ -296,7 +301,8 @@ class Remix(TransparentModule):
             The result of the module.
 
         Raises:
-            ValueError: if `groups` does not divide the batch size, or a noise level is outside the boundaries.
+            ValueError: if `groups` does not divide the batch size, a noise level is outside the boundaries, or it is
+                not clear how to divide an argument among the experts.
             TypeError: if the noise level is missing.
         """
         t = self.times(*args, **kwargs)
@@ -311,9 +317,11 @@ class Remix(TransparentModule):
         if len(present) == 1:
             return self._run(present, args, kwargs)
         order = experts.argsort(stable=True)  # [B]
-        parts = [self.arguments.take(rows, len(t), args, kwargs) for rows in order.split(counts.tolist())]
+        sizes = counts.tolist()
+        lists = self.arguments.batches_are_lists(len(t), args, kwargs)
+        parts = [self.arguments.take(rows, len(t), args, kwargs) for rows in order.split(sizes)]
         outputs = [self._run(expert, *part) for expert, part in zip(present.split(1), parts, strict=True)]
-        return join_outputs(outputs, order)
+        return join_outputs(outputs, order, sizes, lists)
 
     def times(self, *args, **kwargs) -> Tensor:
         """Return what the argument `timestep` holds for each sample, [B] or [1]."""

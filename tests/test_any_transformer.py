@@ -783,6 +783,9 @@ def test_arguments_that_would_select_wrong_experts_are_refused():
         Remix(Tiny(), ["a"], 4, 4, timestep="sigma")
     with pytest.raises(ValueError, match="unbatched must be a list"):
         wrap_tiny(unbatched="extra")
+    for named in (dict(unbatched=["extras"]), dict(batch_dims={"extras": 1})):
+        with pytest.raises(ValueError, match=r"Tiny\.forward has no argument 'extras', only x, sigma, extra"):
+            wrap_tiny(**named)
     assert wrap_tiny().highest_level == 1
     numpy = Remix(Tiny(), ["a"], 4, timestep="sigma", boundaries=np.linspace(0, 1, 5))
     assert numpy.boundaries == [0, 0.25, 0.5, 0.75, 1]
@@ -885,3 +888,85 @@ def test_levels_up_to_a_highest_one_that_is_no_integer_have_experts(highest):
     assert experts_run([0, 0.5, 1, 1.5, 2]).expert_index(1.7) == 3
     with pytest.raises(ValueError, match="must be a positive number, but it is 0"):
         Remix(Reference(), ["a"], 4, n_experts=4, timestep="sigma", highest_level=0)
+
+
+# Arguments that are no tensors of the batch
+
+
+class Images(Tiny):
+    """Takes and returns a list of samples, as Z-Image does."""
+
+    def forward(self, images, sigma, captions):
+        samples = zip(images, sigma, captions, strict=True)
+        return ([self.b(self.a(x).tanh() + s + c.sum()) for x, s, c in samples],)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4])
+@pytest.mark.parametrize("sigma", [[0.9, 0.1, 0.6, 0.3], [0.9, 0.1, 0.95, 0.2]])
+@torch.no_grad()
+def test_lists_of_samples_are_divided_along_the_list(sigma, rows):
+    remix, images, sigma = wrap_tiny(Images()), [*torch.randn(4, rows, 6)], torch.tensor(sigma)
+    captions = [torch.randn(4 + i) for i in range(4)]
+    (mixed,) = remix(images, sigma, captions)
+    for i in range(4):
+        ((alone,),) = remix(images[i : i + 1], sigma[i : i + 1], captions[i : i + 1])
+        torch.testing.assert_close(mixed[i], alone)
+
+
+class Scaled(Tiny):
+    def forward(self, x, sigma, scale, size=None):
+        return super().forward(x, sigma) * torch.as_tensor(scale)[:, None]
+
+
+@pytest.mark.parametrize("make_scale", [list, np.array])
+@torch.no_grad()
+def test_each_sample_gets_its_own_number(make_scale):
+    remix, x, sigma = wrap_tiny(Scaled()), torch.randn(4, 6), torch.tensor([0.9, 0.1, 0.6, 0.3])
+    scale = make_scale([1.0, 2.0, 3.0, 4.0])
+    alone = [remix(x[i : i + 1], sigma[i : i + 1], scale[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(remix(x, sigma, scale, size=(64, 64)), torch.cat(alone).to(remix(x, sigma, scale).dtype))
+
+
+class LayerStates(Tiny):
+    """Takes one text per layer, [layers, B, 6], as HiDream does."""
+
+    def forward(self, x, sigma, states):
+        return super().forward(x, sigma, *states)
+
+
+@torch.no_grad()
+def test_the_dimension_of_the_batch_can_be_named():
+    x, sigma, states = torch.randn(4, 6), torch.tensor([0.9, 0.1, 0.6, 0.3]), torch.randn(3, 4, 6)
+    module, four = LayerStates(), torch.randn(4, 4, 6)
+
+    def one_by_one(remix, states):
+        return torch.cat([remix(x[i : i + 1], sigma[i : i + 1], states[:, i : i + 1]) for i in range(4)])
+
+    for dim, given, value in ((1, states, states), (1, four, four), (0, states, [*states]), (0, four, [*four])):
+        remix = wrap_tiny(copy.deepcopy(module), batch_dims={"states": dim})
+        torch.testing.assert_close(remix(x, sigma, value), one_by_one(remix, given))
+        assert remix.mixing_config["batch_dims"] == {"states": dim}
+
+
+@pytest.mark.parametrize("kind", ["another dimension", "tuple", "list of batches"])
+def test_arguments_that_may_be_batches_are_refused(kind):
+    states = {
+        "another dimension": torch.randn(3, 4, 6),
+        "tuple": (*torch.randn(4, 6),),
+        "list of batches": [*torch.randn(4, 4, 6)],
+    }[kind]
+    x, sigma = torch.randn(4, 6), torch.tensor([0.9, 0.1, 0.6, 0.3])
+    message = r"states (has the shape|is a tuple|is a list).* Name it in unbatched=\['states'\], or .*batch_dims"
+    with pytest.raises(ValueError, match=message):
+        wrap_tiny(LayerStates())(x, sigma, states)
+
+
+@torch.no_grad()
+def test_as_many_states_of_a_controlnet_as_samples_are_batches():
+    remix, arguments = make("sd3", rank=2)
+    states = [*torch.randn(4, 4, 16, 24)]
+    mixed = remix(**arguments, block_controlnet_hidden_states=states).sample
+    for i in range(4):
+        own = [state[i : i + 1] for state in states]
+        alone = remix(**sample(arguments, i), block_controlnet_hidden_states=own).sample
+        torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
