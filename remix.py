@@ -9,7 +9,7 @@ layers are shared by all experts. Once its layers are mixed, an expert has the s
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion.intervals import TIMESTEPS, scale_of
+from diffusion.intervals import DIRECT, EITHER, TIMESTEPS, level_dtype, scale_of
 from mixing.coefficients import BatchCoefficients, expert_weights, initial_logits
 from mixing.experts import ExpertIntervals, centered_gram, measure_distances
 from mixing.grouped_linear import mix_into, mixed_linear
@@ -138,6 +138,8 @@ class Remix(TransparentModule):
         rest: "shared" (the experts share all parameters outside the mixed layers) or "separate" (each expert has its
             own copy of them).
         unbatched: names of arguments that may have as many rows as the batch but are no batches.
+        batch_dims: the dimension of the batch in the tensors of some arguments, where it is not the first one, by the
+            names of the arguments. A list in these arguments is no batch, but may hold tensors that are.
 
     Attributes:
         mixing_config: the keyword arguments that build this Remix from its module; `prior_bonus`, which concerns only
@@ -164,9 +166,10 @@ class Remix(TransparentModule):
         rank: int | None = None,
         rest: str = "shared",
         unbatched: Sequence[str] = (),
+        batch_dims: Mapping[str, int] | None = None,
     ):
         super().__init__()
-        wrapped = complete_preset(module, layers, timestep, highest_level, unbatched, boundaries)
+        wrapped = complete_preset(module, layers, timestep, highest_level, unbatched, batch_dims, boundaries)
         options = dict(n_basis=n_basis, n_experts=n_experts, mixer=mixer, scope=scope, boundaries=boundaries)
         options = complete_options(options | dict(highest_level=wrapped.highest_level, rank=rank, rest=rest))
         self.n_basis, self.n_experts, self.boundaries = n_basis, options["n_experts"], options["boundaries"]
@@ -174,7 +177,9 @@ class Remix(TransparentModule):
         self.highest_level = wrapped.highest_level
         self.mixing_config = options | dict(layers=layers and [*layers], timestep=wrapped.timestep)
         self.mixing_config["unbatched"] = [*unbatched]
-        self.arguments = Arguments(module, wrapped.timestep, wrapped.unbatched)
+        if batch_dims:
+            self.mixing_config["batch_dims"] = dict(batch_dims)
+        self.arguments = Arguments(module, wrapped.timestep, wrapped.unbatched, wrapped.batch_dims)
         linears = find_linears(module, wrapped.layers, wrapped.optional_layers)
         blocks = list(dict.fromkeys(block_name(names[0]) for names in linears.values()))
 
@@ -193,7 +198,7 @@ class Remix(TransparentModule):
             shared = {id(layer): layer for _, layer in self.mixed()}
             self.copies = nn.ModuleList(copy.deepcopy(module, dict(shared)) for _ in range(self.n_experts - 1))
         weight = next(iter(linears)).weight
-        self.intervals = ExpertIntervals(self.boundaries, n_basis, weight.device)
+        self.intervals = ExpertIntervals(self.boundaries, n_basis, weight.device, self._directions())
         depth = len(blocks) if scope == "local" else None
         logits = initial_logits(n_basis, self.n_experts, depth, mixer, prior_bonus)
         # The paper's pi. Its updates would be lost in half precision.
@@ -219,9 +224,20 @@ class Remix(TransparentModule):
         """Return the noise level of what the argument `timestep` holds, a tensor or a number."""
         return t.float() if isinstance(t, Tensor) else np.float32(t)
 
-    def expert_index(self, t: Tensor | float) -> Tensor | int:
-        """Return the index of the expert that owns each value of the argument `timestep`, a tensor or a number."""
-        return self.intervals.find(self.noise_level(t))
+    def _directions(self) -> tuple[bool, ...]:
+        """Return how noise levels are rounded; see `diffusion.intervals.inner_boundaries`."""
+        return EITHER if callable(self.arguments.timestep) else DIRECT
+
+    def expert_index(self, t: Tensor | float, dtype: torch.dtype | None = None) -> Tensor | int:
+        """Return the index of the expert that owns each value of the argument `timestep`, a tensor or a number.
+
+        A step on a boundary belongs to the expert above, also if its noise level is rounded below the boundary.
+
+        Args:
+            t: the values.
+            dtype: the type in which they have arrived, which decides how they may be rounded. None: that of `t`.
+        """
+        return self.intervals.find(self.noise_level(t), dtype or level_dtype(t))
 
     def coefficients(self) -> Tensor:
         """Return the coefficients alpha [N, K], or [depth, N, K] if the scope is local."""
@@ -285,7 +301,8 @@ class Remix(TransparentModule):
             The result of the module.
 
         Raises:
-            ValueError: if `groups` does not divide the batch size, or a noise level is outside the boundaries.
+            ValueError: if `groups` does not divide the batch size, a noise level is outside the boundaries, or it is
+                not clear how to divide an argument among the experts.
             TypeError: if the noise level is missing.
         """
         t = self.times(*args, **kwargs)
@@ -293,15 +310,18 @@ class Remix(TransparentModule):
         if groups is not None and self.rest == "shared":
             if groups < 1 or len(experts) % groups:
                 raise ValueError(f"groups must divide the batch size {len(experts)}, but it is {groups}")
-            return self._run(experts.view(groups, -1)[:, 0], args, kwargs)
-        self.intervals.check(self.noise_level(t))
+            # Rounding can move some samples of a group to the expert above, but none to the one below.
+            return self._run(experts.view(groups, -1).amin(1), args, kwargs)
+        self.intervals.check(self.noise_level(t), level_dtype(t))
         present, counts = experts.unique(return_counts=True)
         if len(present) == 1:
             return self._run(present, args, kwargs)
         order = experts.argsort(stable=True)  # [B]
-        parts = [self.arguments.take(rows, len(t), args, kwargs) for rows in order.split(counts.tolist())]
+        sizes = counts.tolist()
+        lists = self.arguments.batches_are_lists(len(t), args, kwargs)
+        parts = [self.arguments.take(rows, len(t), args, kwargs) for rows in order.split(sizes)]
         outputs = [self._run(expert, *part) for expert, part in zip(present.split(1), parts, strict=True)]
-        return join_outputs(outputs, order)
+        return join_outputs(outputs, order, sizes, lists)
 
     def times(self, *args, **kwargs) -> Tensor:
         """Return what the argument `timestep` holds for each sample, [B] or [1]."""
@@ -418,6 +438,9 @@ class RemixDiT(Remix):
     def noise_level(self, t: Tensor | float) -> Tensor | np.float32:
         """See `diffusion.intervals.NoiseScale.level`."""
         return scale_of(self.boundaries).level(t)
+
+    def _directions(self) -> tuple[bool, ...]:
+        return (scale_of(self.boundaries).reverses,)
 
     forward_with_cfg = classifier_free_guidance
 

@@ -1,6 +1,7 @@
 """Scales of noise levels, and the intervals of noise levels that experts own."""
 
 import bisect
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.errors import warn
+
 # Number of timesteps of the default process, which is that of the published models.
 TIMESTEPS = 1000
+# How far float32 noise levels can be from the exact ones, relative to the highest level.
+ROUNDING = 2.0**-20
+# The types of numbers that noise levels arrive as, after those in `level_dtype`.
+LEVEL_DTYPES = (torch.long, torch.float32, torch.bfloat16, torch.float16)
+# Whether noise levels are computed from times that decrease with the noise: see `inner_boundaries`.
+DIRECT, REVERSED, EITHER = (False,), (True,), (False, True)
 
 
 @dataclass(frozen=True)
@@ -19,17 +28,16 @@ class NoiseScale:
     """The numbers that stand for noise levels, from 0 (data) to `highest` (noise), and the times that a network sees.
 
     A network of Gaussian diffusion sees the noise level itself, the timestep t. A network of flow matching sees the
-    time t = 1 - u of the noise level u.
+    time t = 1 - u of the noise level u. Another highest level that is no whole number is that of a network which sees
+    the noise level itself.
 
     Attributes:
-        highest: the highest noise level: the number of timesteps T, or 1 for flows.
+        highest: the highest noise level: the number of timesteps T, 1 for flows, or a number that is not whole.
         unit: what a noise level is called in texts.
         symbol: letter of the noise level in tables.
         columns: names of an interval's two ends in tables.
         whole: whether noise levels are whole numbers, so that the largest that occurs is T - 1.
-        margin: how far inner boundaries are lowered. The noise level of a flow is rounded, and many samplers take steps
-            on boundaries, such as 0.15. With lowered boundaries, these steps belong to the expert above. Training keeps
-            twice this distance from every boundary (`diffusion.samplers.MARGIN`).
+        reverses: whether the network sees 1 minus the noise level.
     """
 
     highest: float
@@ -37,7 +45,7 @@ class NoiseScale:
     symbol: str
     columns: tuple[str, str]
     whole: bool
-    margin: float
+    reverses: bool = False
 
     @property
     def range(self) -> list[float]:
@@ -52,15 +60,15 @@ class NoiseScale:
     def level(self, t: Tensor | float) -> Tensor | np.float32:
         """Return the noise level of the network's times t, a tensor or a number, in float32."""
         t = t.float() if isinstance(t, Tensor) else np.float32(t)
-        return t if self.whole else 1 - t
+        return 1 - t if self.reverses else t
 
     def time(self, level: np.ndarray) -> np.ndarray:
         """Return the network's times of noise levels."""
-        return level if self.whole else 1 - level
+        return 1 - level if self.reverses else level
 
     def equal_boundaries(self, n: int) -> list[float]:
         """Return the n + 1 boundaries of n equal intervals: floor(i T / n) for timesteps, i / n for flows."""
-        return [i * self.highest // n if self.whole else i / n for i in range(n + 1)]
+        return [i * self.highest // n if self.whole else i / n * self.highest for i in range(n + 1)]
 
     def interval(self, low: float, high: float) -> tuple[float, float]:
         """Return the noise levels between two boundaries as (low, high): those from low to below high."""
@@ -96,7 +104,8 @@ class NoiseScale:
         if interval is not None:
             low, high = interval
             # The rule by which experts own noise levels.
-            inside = [find_interval([0, low, high, self.highest], level) == 1 for level in levels.astype(np.float32)]
+            rounded = levels if self.whole else levels.astype(np.float32)
+            inside = [find_interval([0, low, high, self.highest], level) == 1 for level in rounded]
             middle = (math.ceil(low) + math.ceil(high) - 1) // 2 if self.whole else (low + high) / 2
             levels = levels[inside] if any(inside) else np.array([middle])
         return self.time(levels)
@@ -114,23 +123,28 @@ FLOW_LEVELS = NoiseScale(
     symbol="u",
     columns=("lowest_noise_level", "highest_noise_level"),
     whole=False,
-    margin=2.0**-20,
+    reverses=True,
 )
 
 
 def timestep_scale(timesteps: float) -> NoiseScale:
     """Return the scale of a number of timesteps T."""
     columns = ("first_timestep", "last_timestep")
-    return NoiseScale(timesteps, "timestep", "t", columns, whole=True, margin=0)
+    return NoiseScale(timesteps, "timestep", "t", columns, whole=True)
 
 
 def scale_of(boundaries: Sequence[float]) -> NoiseScale:
     """Return the scale of boundaries, the last of which is its highest noise level: 1 for a flow."""
-    return FLOW_LEVELS if boundaries[-1] == 1 else timestep_scale(boundaries[-1])
+    highest = boundaries[-1]
+    if highest == 1:
+        return FLOW_LEVELS
+    if highest == math.floor(highest):
+        return timestep_scale(highest)
+    return NoiseScale(highest, FLOW_LEVELS.unit, FLOW_LEVELS.symbol, FLOW_LEVELS.columns, whole=False)
 
 
 def equal_boundaries(n_experts: int, highest: float) -> list[float]:
-    """Return the N + 1 boundaries of equal intervals: floor(i T / N) for T = `highest` timesteps, i / N for T = 1."""
+    """Return the N + 1 boundaries of equal intervals of levels from 0 to `highest`; see `NoiseScale`."""
     return scale_of([0, highest]).equal_boundaries(n_experts)
 
 
@@ -144,45 +158,169 @@ def check_boundaries(boundaries: Sequence[float], n_experts: int, highest: float
         raise ValueError(f"{n_experts} experts need {n_experts + 1} boundaries, but there are {len(boundaries)}")
     if boundaries[0] != 0 or boundaries[-1] != highest:
         raise ValueError(
-            f"boundaries must run from 0 to {highest:g}, but they run from {boundaries[0]:g} to {boundaries[-1]:g}"
+            f"boundaries must run from 0 to {exact(highest)}, but they run from {exact(boundaries[0])} to "
+            f"{exact(boundaries[-1])}"
         )
     if any(low >= high for low, high in pairwise(boundaries)):
-        raise ValueError(f"boundaries must increase, but they are {', '.join(f'{b:g}' for b in boundaries)}")
+        raise ValueError(f"boundaries must increase, but they are {', '.join(map(exact, boundaries))}")
 
 
-def inner_boundaries(boundaries: Sequence[float]) -> list[float]:
-    """Return the N - 1 boundaries between experts, lowered by the margin of their scale, for comparison with levels."""
-    margin = scale_of(boundaries).margin
-    return [boundary - margin for boundary in boundaries[1:-1]]
+def exact(number: float) -> str:
+    """Return a number as the shortest text that no other number of its type has."""
+    return str(number).removesuffix(".0")
 
 
-def check_levels(boundaries: Sequence[float], low: float, high: float):
-    """Check that the noise levels from `low` to `high` have experts.
+def level_dtype(level: Tensor | float) -> torch.dtype:
+    """Return which of `LEVEL_DTYPES` decides how noise levels or times, a tensor or a number, are rounded.
+
+    Raises:
+        TypeError: if they have another floating-point type of less than 32 bits.
+    """
+    if not isinstance(level, Tensor):
+        dtype = np.asarray(level).dtype
+        return torch.long if dtype.kind in "biu" else torch.float16 if dtype.itemsize == 2 else torch.float32
+    dtype = level.dtype if level.is_floating_point() else torch.long
+    dtype = torch.float32 if dtype == torch.float64 else dtype
+    if dtype not in LEVEL_DTYPES:
+        raise TypeError(f"noise levels must be integers or floats of at least 16 bits, but they are {dtype}")
+    return dtype
+
+
+def rounded_levels(
+    boundaries: Sequence[float], dtype: torch.dtype, directions: tuple[bool, ...], error: float
+) -> tuple[Tensor, Tensor]:
+    """Return the lowest and the highest number that steps on boundaries can arrive as, float64 [N + 1] each.
+
+    In reduced precision, a step is rounded to the nearest number of its type. It may be rounded twice: FluxPipeline
+    rounds a timestep from 0 to 1000, and rounds its thousandth again.
+
+    Args:
+        boundaries: the N + 1 boundaries.
+        dtype: floating-point type of the noise levels.
+        directions: see `inner_boundaries`.
+        error: error of the float32 numbers that are rounded, relative to the highest level.
+    """
+    levels = torch.tensor(boundaries, dtype=torch.float64, device="cpu")
+    highest = levels[-1].item()
+    found = [levels - error * highest, levels + error * highest]
+    # Float32 levels are within the error, however often they are rounded.
+    for reverse in directions if dtype.itemsize < 4 or not error else ():
+        parts = (highest - levels if reverse else levels) / highest
+        for unit in (1, TIMESTEPS, highest):
+            for shift in (-error, error):
+                first = ((parts + shift) * unit).float().to(dtype).double() / unit
+                second = ((first + shift) * highest).float().to(dtype).double()
+                found.append(highest - second if reverse else second)
+    found = torch.stack(found)
+    return found.amin(0), found.amax(0)
+
+
+def inner_boundaries(
+    boundaries: Sequence[float], dtype: torch.dtype | None = None, directions: tuple[bool, ...] = DIRECT
+) -> list[float]:
+    """Return the N - 1 boundaries between experts, lowered for comparison with noise levels of a type.
+
+    Noise levels are rounded, and many samplers take steps on boundaries, such as 0.15. With lowered boundaries, these
+    steps belong to the expert above. Integers are exact. Training keeps twice the distance of float32 levels from every
+    boundary (`diffusion.samplers.MARGIN`).
+
+    Args:
+        boundaries: N + 1 increasing noise levels from 0.
+        dtype: one of `LEVEL_DTYPES`, in which the noise levels arrive. None: the type of times of the scale.
+        directions: whether the noise levels are the highest level minus rounded times (`REVERSED`), are rounded
+            themselves (`DIRECT`), or may be either (`EITHER`).
+    """
+    return list(_inner_boundaries(tuple(boundaries), dtype or scale_of(boundaries).dtype, directions)[0])
+
+
+@functools.lru_cache
+def _inner_boundaries(
+    boundaries: tuple[float, ...], dtype: torch.dtype, directions: tuple[bool, ...]
+) -> tuple[list[float], bool]:
+    """Return the result of `inner_boundaries`, and whether it separates all steps on boundaries."""
+    if not dtype.is_floating_point or len(boundaries) < 3:
+        return list(boundaries[1:-1]), True
+    low, high = rounded_levels(boundaries, dtype, directions, ROUNDING)
+    levels = torch.tensor(boundaries, dtype=torch.float64, device="cpu")
+    # Not below the middle of the interval, so that short intervals keep the levels at their beginning.
+    inner = torch.maximum(low, (levels + levels.roll(1)) / 2)[1:-1]
+    separates = torch.equal(inner, low[1:-1]) and bool((high[1:-2] < inner[1:]).all())
+    return inner.tolist(), separates
+
+
+def separates_steps(boundaries: Sequence[float], dtype: torch.dtype, directions: tuple[bool, ...] = DIRECT) -> bool:
+    """Return whether all steps on boundaries run the expert above; see `inner_boundaries` for the arguments."""
+    return _inner_boundaries(tuple(boundaries), dtype, directions)[1]
+
+
+@functools.lru_cache
+def warn_of_short_intervals(dtype: torch.dtype):
+    """Print once that some intervals are too short for a type of noise levels."""
+    name = str(dtype).removeprefix("torch.")
+    warn(
+        f"some intervals of experts are too short for the spacing of {name} noise levels, so that a step on a boundary "
+        "can run a neighbouring expert: use float32 noise levels or fewer experts"
+    )
+
+
+def check_levels(
+    boundaries: Sequence[float],
+    low: float,
+    high: float,
+    dtype: torch.dtype = torch.float32,
+    directions: tuple[bool, ...] = DIRECT,
+):
+    """Check that the noise levels from `low` to `high` have experts. The ends may be rounded outwards.
 
     Raises:
         ValueError: if they are outside the boundaries or not numbers.
     """
     first, last = boundaries[0], boundaries[-1]
-    if not first <= low <= high <= last:
-        raise ValueError(f"noise levels must be from {first:g} to {last:g}, but they are from {low:g} to {high:g}")
+    if first <= low <= high <= last:
+        return
+    lowest, highest = first, last
+    if dtype.is_floating_point:
+        ends = rounded_levels((first, last), dtype, directions, 0)
+        lowest, highest = ends[0][0].item(), ends[1][1].item()
+    if not lowest <= low <= high <= highest:
+        low, high = exact(np.float32(low)), exact(np.float32(high))
+        raise ValueError(
+            f"noise levels must be from {exact(first)} to {exact(last)}, but they are from {low} to {high}"
+        )
 
 
-def find_interval(boundaries: Sequence[float], level: float) -> int:
+def find_interval(
+    boundaries: Sequence[float],
+    level: Tensor | float,
+    dtype: torch.dtype | None = None,
+    directions: tuple[bool, ...] = DIRECT,
+) -> int:
     """Return the index of the interval between boundaries that a noise level belongs to.
 
     The numbers are rounded to float32 as in tensors, so that host and device find the same expert.
 
+    Args:
+        boundaries: increasing noise levels from 0.
+        level: the noise level, a number or a tensor [].
+        dtype: the type in which the level or the time has arrived; see `inner_boundaries`. None: that of `level`.
+        directions: see `inner_boundaries`.
+
     Raises:
         ValueError: if the level is outside the boundaries.
     """
-    check_levels(boundaries, level, level)
-    inner = [np.float32(boundary) for boundary in inner_boundaries(boundaries)]
-    return bisect.bisect_right(inner, np.float32(level))
+    dtype, boundaries = dtype or level_dtype(level), tuple(boundaries)
+    level = np.float32(float(level))
+    check_levels(boundaries, float(level), float(level), dtype, directions)
+    inner, separates = _inner_boundaries(boundaries, dtype, directions)
+    if not separates:
+        warn_of_short_intervals(dtype)
+    return bisect.bisect_right(inner, level, key=np.float32)
 
 
-def find_time(boundaries: Sequence[float], t: float) -> int:
+def find_time(boundaries: Sequence[float], t: float, dtype: torch.dtype | None = None) -> int:
     """Return the index of the interval between boundaries that a network's time belongs to. See `find_interval`."""
-    return find_interval(boundaries, scale_of(boundaries).level(t))
+    scale = scale_of(boundaries)
+    return find_interval(boundaries, scale.level(t), dtype or level_dtype(t), (scale.reverses,))
 
 
 def intervals(boundaries: Sequence[float]) -> list[tuple[float, float]]:

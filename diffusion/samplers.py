@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .intervals import FLOW_LEVELS
+from .intervals import ROUNDING
 
 if TYPE_CHECKING:
     from .flow import FlowMatching
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 Denoiser = Callable[[Tensor, float], Tensor]
 # Times of a flow keep this distance from the boundaries between experts, so that rounding to float32 does not move them
-# across. It is twice the distance by which `intervals.inner_boundaries` lowers the boundaries.
-MARGIN = 2 * FLOW_LEVELS.margin
+# across. It is twice the distance by which `intervals.inner_boundaries` lowers the boundaries of float32 levels.
+MARGIN = 2 * ROUNDING
 
 # Name of each solver of the diffusers library: its class, and the arguments of the class.
 SOLVERS = {

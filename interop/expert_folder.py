@@ -5,6 +5,7 @@ The index, `experts.json`, has these entries:
     class       name of the wrapped class
     timestep    the argument of the class that selects the expert; null for a function of the arguments
     boundaries  the N + 1 noise levels: expert i denoises boundaries[i] <= level < boundaries[i + 1]
+    exact       true, if rounded levels are compared with the boundaries as they are; only for a pair of Wan
     format      "diffusers" (folders that `from_pretrained` of the class reads), "state dict" or "lora" (safetensors)
     experts     the N folders or files, expert 0 first
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from diffusion.intervals import find_interval
+from diffusion.intervals import DIRECT, EITHER, find_interval
 from remix import Remix
 from runtime.errors import UserError
 from runtime.files import atomic_write, write_json
@@ -61,17 +62,24 @@ def write_experts(remix: Remix, folder, lora: bool = False):
         "format": "lora" if lora else "diffusers" if diffusers else "state dict",
         "experts": names,
     }
+    if remix.intervals.exact:
+        index["exact"] = True
     write_json(folder / INDEX, index)
 
 
 def find_expert(folder, level: float | torch.Tensor) -> str:
     """Return the name of the file or folder in `folder` of the expert that denoises a noise level.
 
+    A step on a boundary belongs to the expert above, also if its level is rounded below the boundary: an integer is
+    exact, and a tensor is rounded as its type says. Another number is a float32 level.
+
     Raises:
         ValueError: if the level is outside the boundaries.
     """
     index = json.loads((Path(folder) / INDEX).read_text())
-    return index["experts"][find_interval(index["boundaries"], float(level))]
+    dtype = torch.long if index.get("exact") else None
+    directions = EITHER if index["timestep"] is None else DIRECT
+    return index["experts"][find_interval(index["boundaries"], level, dtype, directions)]
 
 
 @torch.no_grad()

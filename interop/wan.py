@@ -2,6 +2,7 @@
 
 Of the pair, `transformer` denoises the timesteps of at least 1000 * `boundary_ratio`, and `transformer_2` those below.
 As a Remix it has K = N = 2 bases and experts, without mixing. Expert 0, which has the least noise, is `transformer_2`.
+The Remix compares timesteps of all types with the boundary as they are, as WanPipeline does.
 """
 
 import json
@@ -42,6 +43,7 @@ def read_pair(source, dtype: torch.dtype = torch.float32) -> Remix:
         raise UserError("the transformers of the pair differ in the names, shapes or dtypes of their parameters")
 
     remix = Remix(low, n_basis=2, boundaries=[0, 1000 * ratio, 1000], mixer="one-hot", rest="separate")
+    remix.intervals.exact = True
     with torch.no_grad():
         for name, layer in remix.mixed():
             for kind, bases in (("weight", layer.weight), ("bias", layer.bias)):

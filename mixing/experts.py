@@ -5,7 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from diffusion.intervals import check_levels, find_interval, inner_boundaries
+from diffusion.intervals import (
+    LEVEL_DTYPES,
+    check_levels,
+    find_interval,
+    inner_boundaries,
+    separates_steps,
+    warn_of_short_intervals,
+)
 from mixing.coefficients import prior_bases
 
 
@@ -16,22 +23,29 @@ class ExpertIntervals(nn.Module):
         boundaries: N + 1 increasing noise levels. Expert i denoises boundaries[i] <= level < boundaries[i + 1].
         n_basis: number of bases K.
         device: device of the tensors.
+        directions: see `diffusion.intervals.inner_boundaries`.
 
     Attributes:
-        inner: the N - 1 boundaries between experts, for comparison with noise levels.
+        exact: compare all noise levels with the boundaries as they are, not only integers.
+        inner: the N - 1 boundaries between experts for each type of noise levels, [len(LEVEL_DTYPES), N - 1].
         prior: the basis of each expert in the prior [N].
     """
 
-    def __init__(self, boundaries: list[float], n_basis: int, device: torch.device):
+    def __init__(self, boundaries: list[float], n_basis: int, device: torch.device, directions: tuple[bool, ...]):
         super().__init__()
         self.boundaries = boundaries
         self.n_basis = n_basis
+        self.directions = directions
+        self.exact = False
+        self.separated = [dtype for dtype in LEVEL_DTYPES if separates_steps(boundaries, dtype, directions)]
         self._register(device)
 
     def _register(self, device: torch.device):
         """Create the buffers on a device."""
         prior = prior_bases(self.n_basis, len(self.boundaries) - 1, device)
-        inner = torch.tensor(inner_boundaries(self.boundaries), dtype=torch.float32, device=device)
+        # For all types, so that no call copies them to the device.
+        inner = [inner_boundaries(self.boundaries, dtype, self.directions) for dtype in LEVEL_DTYPES]
+        inner = torch.tensor(inner, dtype=torch.float32, device=device)
         self.register_buffer("prior", prior, persistent=False)
         self.register_buffer("inner", inner, persistent=False)
 
@@ -42,15 +56,23 @@ class ExpertIntervals(nn.Module):
         self._register(self.inner.device)
         return self
 
-    def find(self, level: Tensor | float) -> Tensor | int:
-        """Return the index of the expert that denoises each noise level, a tensor or a number."""
-        if isinstance(level, Tensor):
-            return torch.bucketize(level.contiguous(), self.inner, right=True)
-        return find_interval(self.boundaries, level)
+    def find(self, level: Tensor | float, dtype: torch.dtype) -> Tensor | int:
+        """Return the index of the expert that denoises each noise level, a tensor or a number.
 
-    def check(self, level: Tensor):
+        Args:
+            level: the noise levels, in float32.
+            dtype: one of `LEVEL_DTYPES`, in which they have arrived.
+        """
+        dtype = torch.long if self.exact else dtype
+        if not isinstance(level, Tensor):
+            return find_interval(self.boundaries, level, dtype, self.directions)
+        if dtype not in self.separated and not torch.compiler.is_compiling():
+            warn_of_short_intervals(dtype)
+        return torch.bucketize(level.contiguous(), self.inner[LEVEL_DTYPES.index(dtype)], right=True)
+
+    def check(self, level: Tensor, dtype: torch.dtype):
         """Raise ValueError if a noise level is outside the boundaries. The host waits for the device."""
-        check_levels(self.boundaries, *torch.stack(level.aminmax()).tolist())
+        check_levels(self.boundaries, *torch.stack(level.aminmax()).tolist(), dtype, self.directions)
 
 
 def centered_gram(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """The options of a Remix, and their checks."""
 
-from diffusion.intervals import check_boundaries, equal_boundaries
+import math
+
+from diffusion.intervals import check_boundaries, equal_boundaries, scale_of
 
 MIXERS = ("softmax", "raw", "one-hot")
 SCOPES = ("global", "local")
@@ -27,10 +29,15 @@ def complete_options(options: dict) -> dict:
     n_experts, highest = options["n_experts"], options["highest_level"]
     if options["n_basis"] < 1:
         raise ValueError(f"n_basis must be at least 1, but it is {options['n_basis']}")
-    if highest < 1:
-        raise ValueError(f"highest_level must be at least 1, but it is {highest}")
-    if n_experts < 1 or 1 < highest < n_experts:
-        raise ValueError(f"n_experts must be from 1 to highest_level={highest}, but it is {n_experts}")
+    if not 0 < highest < math.inf:
+        raise ValueError(f"highest_level must be a positive number, but it is {highest}")
+    if n_experts < 1:
+        raise ValueError(f"n_experts must be at least 1, but it is {n_experts}")
+    if boundaries is None and scale_of([highest]).whole and highest < n_experts:
+        raise ValueError(
+            f"n_experts must be from 1 to highest_level={highest}, but it is {n_experts}; if the noise levels are no "
+            "integers, give boundaries"
+        )
     for name, known in (("mixer", MIXERS), ("scope", SCOPES), ("rest", RESTS)):
         if options[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, but it is {options[name]!r}")

@@ -1,7 +1,8 @@
 """Which layers of known transformers are mixed, and which of their arguments holds the noise level."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ class Preset:
         timestep: the argument that holds the noise level, as its name or as a function of the arguments.
         highest_level: the largest noise level.
         unbatched: arguments that are no batches.
+        batch_dims: dimension of the batch in the tensors of some arguments, which may be lists of such tensors.
     """
 
     layers: Sequence[str]
@@ -23,6 +25,7 @@ class Preset:
     timestep: str | Callable[..., Tensor] = "timestep"
     highest_level: float = 1000
     unbatched: tuple[str, ...] = ()
+    batch_dims: Mapping[str, int] = field(default_factory=dict)
 
 
 def inside(blocks: str, *layers: str) -> tuple[str, ...]:
@@ -46,14 +49,21 @@ TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn
 # The classes of diffusers, by name, so that diffusers need not be imported. As in the paper, all linear layers of the
 # attention and of the MLPs in the blocks are mixed. Modulation, embeddings and the output layer are not.
 PRESETS = {
-    "DiTTransformer2DModel": Preset(inside("transformer_blocks", *attention("attn1"), *feed_forward("ff"))),
+    "DiTTransformer2DModel": Preset(
+        inside("transformer_blocks", *attention("attn1"), *feed_forward("ff")),
+        batch_dims={"cross_attention_kwargs": 0},
+    ),
     "PixArtTransformer2DModel": Preset(
-        inside("transformer_blocks", *attention("attn1"), *attention("attn2"), *feed_forward("ff"))
+        inside("transformer_blocks", *attention("attn1"), *attention("attn2"), *feed_forward("ff")),
+        batch_dims={"cross_attention_kwargs": 0},
     ),
     "SD3Transformer2DModel": Preset(
         inside("transformer_blocks", *attention("attn"), *feed_forward("ff"), *TEXT_ATTENTION[:3]),
         # The last block does not output the text. SD3.5-medium has a second attention in some blocks.
         inside("transformer_blocks", TEXT_ATTENTION[3], *feed_forward("ff_context"), *attention("attn2")),
+        unbatched=("skip_layers",),
+        # Lists of tensors: those of the blocks of a ControlNet, and the images of IP-Adapters.
+        batch_dims={"block_controlnet_hidden_states": 0, "joint_attention_kwargs": 0},
     ),
     "FluxTransformer2DModel": Preset(
         inside("transformer_blocks", *attention("attn"), *feed_forward("ff"))
@@ -64,11 +74,17 @@ PRESETS = {
         highest_level=1,
         # The positions of the tokens.
         unbatched=("img_ids", "txt_ids"),
+        batch_dims={
+            "controlnet_block_samples": 0,
+            "controlnet_single_block_samples": 0,
+            "joint_attention_kwargs": 0,
+        },
     ),
     "WanTransformer3DModel": Preset(
         inside("blocks", *attention("attn1"), *attention("attn2"), *feed_forward("ffn")),
         # The keys and values of an image, in Wan 2.1 image-to-video.
         inside("blocks", "attn2.add_k_proj", "attn2.add_v_proj"),
+        batch_dims={"attention_kwargs": 0},
     ),
 }
 
@@ -79,6 +95,7 @@ def complete_preset(
     timestep: str | Callable[..., Tensor] | None,
     highest_level: float | None,
     unbatched: Sequence[str],
+    batch_dims: Mapping[str, int] | None,
     boundaries: Sequence[float] | None,
 ) -> Preset:
     """Return how a module is wrapped: as the arguments say, and otherwise as the preset of its class.
@@ -86,17 +103,23 @@ def complete_preset(
     Args:
         module: the module.
         layers, timestep, highest_level: see `Preset`; None for those of the class.
-        unbatched: see `Preset`; added to those of the class.
+        unbatched, batch_dims: see `Preset`; added to those of the class.
         boundaries: boundaries between experts. They end at the highest noise level of a class that is not known.
 
     Raises:
-        ValueError: if the module is no `nn.Module`, or if something is missing and the class is not known.
+        ValueError: if the module is no `nn.Module`, if it lacks an argument that is named, or if something is
+            missing and the class is not known.
     """
     name = type(module).__name__
     if not isinstance(module, nn.Module):
         raise ValueError(f"module must be an nn.Module, such as a pipeline's transformer, but it is a {name}")
     if isinstance(unbatched, str):
         raise ValueError(f"unbatched must be a list of names of arguments, but it is {unbatched!r}")
+    parameters = inspect.signature(module.forward).parameters
+    if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for argument in (*unbatched, *(batch_dims or {})):
+            if argument not in parameters:
+                raise ValueError(f"{name}.forward has no argument {argument!r}, only {', '.join(parameters)}")
     known = next((PRESETS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in PRESETS), None)
     if known is None:
         if layers is None or timestep is None:
@@ -108,6 +131,7 @@ def complete_preset(
         known.layers if layers is None else layers,
         known.optional_layers if layers is None else (),
         timestep or known.timestep,
-        highest_level or known.highest_level,
+        known.highest_level if highest_level is None else highest_level,
         (*unbatched, *known.unbatched),
+        {**known.batch_dims, **(batch_dims or {})},
     )

@@ -2,9 +2,10 @@
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -78,18 +79,39 @@ def block_name(layer: str) -> str:
     return re.match(r"(.*?\.\d+)(\.|$)|.*", layer)[1] or layer
 
 
-def join_outputs(outputs: list, order: Tensor) -> Any:
+def has_rows(value: Any, size: int) -> bool:
+    """Return whether a value is a tensor or an array whose first dimension has a size."""
+    return isinstance(value, Tensor | np.ndarray) and value.ndim > 0 and len(value) == size
+
+
+def join_outputs(outputs: list, order: Tensor, sizes: list[int], lists: bool) -> Any:
     """Join what a module has returned for parts of a batch.
 
     Args:
-        outputs: a result for each part: a tensor whose first dimension is the part, or lists, dictionaries or
-            `ModelOutput`s of them and of values that are equal for all parts.
+        outputs: a result for each part: a tensor whose first dimension is the part, or a list with one value per
+            sample; or lists, dictionaries or `ModelOutput`s of them and of values that are equal for all parts.
         order: indices [B] of the samples in the batch, in the order of the parts.
+        sizes: number of samples of each part.
+        lists: whether a list of as many tensors as samples has one tensor per sample, whatever their shapes.
 
     Raises:
         TypeError: if a result has another type, or a tensor of it another first dimension.
     """
     inverse = order.argsort()
+
+    def is_list_of_samples(parts) -> bool:
+        pairs = [*zip(parts, sizes, strict=True)]
+        if not all(isinstance(part, list) and len(part) == size for part, size in pairs):
+            return False
+        return lists or not all(has_rows(value, size) for part, size in pairs for value in part)
+
+    def join_trees(*parts):
+        if is_list_of_samples(parts):
+            joined = [value for part in parts for value in part]
+            return [joined[i] for i in inverse.tolist()]
+        if isinstance(parts[0], list) and len({*map(len, parts)}) == 1:
+            return [join_trees(*values) for values in zip(*parts, strict=True)]
+        return join(*parts)
 
     def join(*parts):
         if isinstance(parts[0], Tensor) and parts[0].ndim and sum(map(len, parts)) == len(order):
@@ -102,7 +124,7 @@ def join_outputs(outputs: list, order: Tensor) -> Any:
             f"{counted(len(order), 'sample')}: use batches of one expert, or groups"
         )
 
-    return tree_map(join, *outputs)
+    return tree_map(join_trees, *outputs, is_leaf=lambda value: isinstance(value, list))
 
 
 # Methods of diffusers' modules that would read the weights of the mixed layers as those of one plain model.
@@ -133,12 +155,20 @@ class Arguments:
         module: the module.
         timestep: name of the argument that holds the noise level of each sample; or a function of the arguments.
         unbatched: names of arguments that are no batches.
+        batch_dims: the dimension of the batch in the tensors of some arguments, by the names of the arguments. Lists in
+            these arguments are no batches.
 
     Raises:
         ValueError: if the module has no argument `timestep`.
     """
 
-    def __init__(self, module: nn.Module, timestep: str | Callable[..., Tensor], unbatched: Sequence[str]):
+    def __init__(
+        self,
+        module: nn.Module,
+        timestep: str | Callable[..., Tensor],
+        unbatched: Sequence[str] = (),
+        batch_dims: Mapping[str, int] | None = None,
+    ):
         self.owner = type(module).__name__
         self.names = [*inspect.signature(module.forward).parameters]
         if isinstance(timestep, str) and timestep not in self.names:
@@ -146,6 +176,7 @@ class Arguments:
             raise ValueError(f"timestep: {self.owner}.forward has no argument {timestep!r}, only {known}")
         self.timestep = timestep
         self.unbatched = tuple(unbatched)
+        self.batch_dims = dict(batch_dims or {})
 
     def times(self, args: tuple, kwargs: dict) -> Tensor:
         """Return what the argument `timestep` holds for each sample, [B] or [1]: the highest value, if it has several.
@@ -166,15 +197,71 @@ class Arguments:
             )
         return t.view(-1) if t.ndim < 2 else t.flatten(1).amax(1)
 
-    def take(self, rows: Tensor, size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Select some samples of all arguments that are batches of `size` samples."""
-
-        def take(value):
-            is_batch = isinstance(value, Tensor) and value.ndim and len(value) == size
-            return value[rows] if is_batch else value
-
+    def named(self, args: tuple, kwargs: dict) -> list[tuple[str, Any]]:
+        """Return the names and the values of all arguments, the positional ones first."""
         # The last name may be that of *args.
         names = [*self.names, *self.names[-1:] * len(args)]
-        named = [*zip(names, args, strict=False)]
-        taken = [value if name in self.unbatched else tree_map(take, value) for name, value in named]
-        return tuple(taken), {k: v if k in self.unbatched else tree_map(take, v) for k, v in kwargs.items()}
+        return [*zip(names, args, strict=False), *kwargs.items()]
+
+    def batches_are_lists(self, size: int, args: tuple, kwargs: dict) -> bool:
+        """Return whether no argument is a tensor with the batch as its first dimension and further dimensions.
+
+        The samples of such a module are in lists, such as images of several sizes.
+        """
+        values = [value for name, value in self.named(args, kwargs) if name not in self.unbatched]
+        return not any(has_rows(value, size) and value.ndim > 1 for value in values)
+
+    def take(self, rows: Tensor, size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Select some samples of all arguments that are batches of `size` samples.
+
+        A batch is a tensor or an array whose first dimension is the batch, a list with one value per sample, or lists,
+        tuples and dictionaries of them; or what `batch_dims` says.
+
+        Raises:
+            ValueError: if it is not clear whether an argument is a batch.
+        """
+        indices = rows.tolist()
+        lists = self.batches_are_lists(size, args, kwargs)
+
+        def select(value: Tensor | np.ndarray, dim: int) -> Tensor | np.ndarray:
+            if isinstance(value, np.ndarray):
+                return value.take(indices, dim)
+            return value[rows] if dim == 0 else value.index_select(dim, rows)
+
+        def take(name: str, value):
+            dim = self.batch_dims.get(name)
+            if isinstance(value, Tensor | np.ndarray):
+                if has_rows(value, size) and dim is None:
+                    return select(value, 0)
+                if dim is not None:
+                    return select(value, dim) if -value.ndim <= dim < value.ndim and value.shape[dim] == size else value
+                if size in value.shape:
+                    raise unclear(name, f"has the shape {list(value.shape)}, whose first dimension is not the batch")
+                return value
+            if isinstance(value, Mapping):
+                return _rebuild(value, {key: take(name, item) for key, item in value.items()})
+            if not isinstance(value, list | tuple):
+                return value
+            if dim is None and len(value) == size:
+                if isinstance(value, tuple):
+                    raise unclear(name, f"is a tuple of {size}, as many as the samples, and not a list")
+                if not lists and all(has_rows(item, size) for item in value):
+                    raise unclear(name, f"is a list of {size} tensors of {size} rows each, as many as the samples")
+                return [value[i] for i in indices]
+            return _rebuild(value, [take(name, item) for item in value])
+
+        def unclear(name: str, found: str) -> ValueError:
+            return ValueError(
+                f"a batch of {size} samples of several experts cannot be divided: {name} {found}. Name it in "
+                f"unbatched=[{name!r}], or the dimension of the batch in its tensors, batch_dims={{{name!r}: ...}}"
+            )
+
+        taken = [v if k in self.unbatched else take(k, v) for k, v in self.named(args, kwargs)]
+        return tuple(taken[: len(args)]), dict(zip(kwargs, taken[len(args) :], strict=True))
+
+
+def _rebuild(value: Any, items: list | dict) -> Any:
+    """Return a list, a tuple or a mapping like another one, with other items."""
+    if hasattr(value, "_fields"):
+        return type(value)(*items)
+    return type(value)(items)

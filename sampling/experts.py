@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.intervals import check_boundaries, find_time
+from diffusion.intervals import check_boundaries, find_time, level_dtype
 from models import DiT, classifier_free_guidance
 from remix import Remix
 
@@ -17,8 +17,13 @@ class ExpertSwitch(nn.Module):
     timestep calls `for_timestep` and runs the result, so that the host does not wait for the device.
     """
 
-    def expert_index(self, t: float) -> int:
-        """Return the index of the expert that owns the time t: a timestep of the original process, or a flow's time."""
+    def expert_index(self, t: float, dtype: torch.dtype | None = None) -> int:
+        """Return the index of the expert that owns a time.
+
+        Args:
+            t: a timestep of the original process, or a flow's time.
+            dtype: the type in which it has arrived. None: that of `t`.
+        """
         raise NotImplementedError
 
     def select(self, i: int) -> nn.Module:
@@ -43,7 +48,8 @@ class ExpertSwitch(nn.Module):
             ValueError: if the timesteps belong to several experts.
         """
         times = self.times(*args, **kwargs)
-        first, last = map(self.expert_index, torch.stack(times.aminmax()).tolist())
+        dtype = level_dtype(times)
+        first, last = (self.expert_index(t, dtype) for t in torch.stack(times.aminmax()).tolist())
         if first != last:
             raise ValueError(
                 f"all timesteps of a batch must belong to one expert, but they belong to experts {first} to {last}"
@@ -89,8 +95,8 @@ class FoldedRemix(ExpertSwitch):
     def times(self, *args, **kwargs) -> Tensor:
         return self.remix.times(*args, **kwargs)
 
-    def expert_index(self, t: float) -> int:
-        return self.remix.expert_index(t)
+    def expert_index(self, t: float, dtype: torch.dtype | None = None) -> int:
+        return self.remix.expert_index(t, dtype)
 
     def select(self, i: int) -> nn.Module:
         if i != self.folded:
@@ -121,8 +127,8 @@ class IndependentExperts(ExpertSwitch):
         self.models = nn.ModuleList(models)
         self.boundaries = list(boundaries)
 
-    def expert_index(self, t: float) -> int:
-        return find_time(self.boundaries, t)
+    def expert_index(self, t: float, dtype: torch.dtype | None = None) -> int:
+        return find_time(self.boundaries, t, dtype)
 
     def select(self, i: int) -> DiT:
         return self.models[i]

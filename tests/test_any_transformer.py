@@ -780,6 +780,9 @@ def test_arguments_that_would_select_wrong_experts_are_refused():
         Remix(Tiny(), ["a"], 4, 4, timestep="sigma")
     with pytest.raises(ValueError, match="unbatched must be a list"):
         wrap_tiny(unbatched="extra")
+    for named in (dict(unbatched=["extras"]), dict(batch_dims={"extras": 1})):
+        with pytest.raises(ValueError, match=r"Tiny\.forward has no argument 'extras', only x, sigma, extra"):
+            wrap_tiny(**named)
     assert wrap_tiny().highest_level == 1
     numpy = Remix(Tiny(), ["a"], 4, timestep="sigma", boundaries=np.linspace(0, 1, 5))
     assert numpy.boundaries == [0, 0.25, 0.5, 0.75, 1]
@@ -788,3 +791,179 @@ def test_arguments_that_would_select_wrong_experts_are_refused():
 def test_layers_that_run_outside_of_a_remix_are_an_error():
     with pytest.raises(RuntimeError, match="needs context_fn"):
         wrap_tiny().backbone(torch.randn(2, 6), torch.tensor([0.1, 0.1]))
+
+
+class Reference(nn.Module):
+    """Returns the bias of its only mixed layer, with which each expert adds its own index to the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(1, 1)
+
+    def forward(self, x, sigma, *extra):
+        return self.a(torch.zeros_like(x))
+
+
+def experts_run(boundaries, **options) -> Remix:
+    """A Remix that returns the index of the expert of each sample."""
+    n = len(boundaries) - 1
+    remix = Remix(Reference(), ["a"], n, boundaries=boundaries, mixer="one-hot", **(dict(timestep="sigma") | options))
+    remix.backbone.a.bias.data[:, 0] = torch.arange(n)
+    return remix
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("highest", [1, 1000])
+@torch.no_grad()
+def test_steps_on_boundaries_run_the_expert_above(highest, dtype, tmp_path):
+    """FluxPipeline casts timesteps of 0 to 1000 to the type of the latents, and divides them."""
+    remix = experts_run([i * highest / 20 for i in range(21)])
+    folded, steps = FoldedRemix(remix), 1000 * torch.arange(20) / 20
+    write_experts(remix, tmp_path)
+    for levels in ((steps / 1000 * highest).to(dtype), steps.to(dtype) / (1000 / highest)):
+        assert remix(torch.zeros(20, 1), levels)[:, 0].tolist() == [*range(20)]
+        assert remix(torch.zeros(20, 1), levels, groups=20)[:, 0].tolist() == [*range(20)]
+        assert [folded(torch.zeros(1, 1), level.view(1)).item() for level in levels] == [*range(20)]
+        assert [find_expert(tmp_path, level) for level in levels] == [f"expert{i}.safetensors" for i in range(20)]
+
+
+@torch.no_grad()
+def test_groups_run_the_expert_of_their_interval_although_levels_are_rounded():
+    """In bf16, 0.9995 is 1 of 4, and the first of a group may be rounded to the boundary above it."""
+    remix, x = experts_run([0, 0.25, 0.5, 0.75, 1]), torch.zeros(8, 1)
+    levels = torch.tensor([0.2499, 0.1, 0.4999, 0.3, 0.7499, 0.6, 0.9999, 0.8], dtype=torch.bfloat16)
+    assert levels[0] == 0.25
+    assert remix(x, levels, groups=4)[:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@torch.no_grad()
+def test_a_function_may_return_a_rounded_time_or_level():
+    for function in (lambda x, sigma, *_: 1 - sigma, lambda x, sigma, *_: sigma):
+        remix, steps = experts_run([i / 20 for i in range(21)], timestep=function), torch.arange(20) / 20
+        times = steps if function(0, 0) == 0 else 1 - steps
+        for rounded in (times.bfloat16(), (1000 * times).bfloat16() / 1000):
+            assert remix(torch.zeros(20, 1), rounded)[:, 0].tolist() == [*range(20)]
+
+
+def test_the_flux_pipeline_in_bf16_runs_each_of_twenty_experts_once():
+    remix = Remix(for_pipeline("flux"), n_experts=20, n_basis=2)
+    for transformer in (remix, FoldedRemix(remix)):
+        pipe, used = pipeline("flux", transformer).to(torch.bfloat16), []
+        pipe.scheduler.register_to_config(shift=1.0)
+        pipe.scheduler.set_shift(1.0)
+        pipe.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs, used=used: used.append(remix.expert_index(kwargs["timestep"]).item()),
+            with_kwargs=True,
+        )
+        text = dict(prompt_embeds=torch.zeros(1, 5, 16).bfloat16(), pooled_prompt_embeds=torch.zeros(1, 16).bfloat16())
+        pipe(**text, height=16, width=16, output_type="latent", sigmas=[i / 20 for i in range(20, 0, -1)])
+        assert used == [19, *range(19, 0, -1)]
+
+
+def test_a_pair_is_compared_with_its_boundary_as_wans_pipeline_does(pair, tmp_path):
+    remix = read_pair(copy.deepcopy(pair))
+    folded = FoldedRemix(remix)
+    write_experts(remix, tmp_path)
+    below = np.nextafter(np.float32(875), np.float32(0)).item()
+    for level, expert in ((below, 0), (875.0, 1), (874, 0), (875, 1)):
+        t = torch.tensor([level])
+        assert (t >= 0.875 * 1000).item() == expert
+        assert remix.expert_index(t).tolist() == [expert]
+        assert folded.expert_index(level) == expert
+        assert find_expert(tmp_path, t[0]) == f"expert{expert}"
+
+
+@pytest.mark.parametrize("highest", [np.pi / 2, 14.6146, 0.7, 80])
+@torch.no_grad()
+def test_levels_up_to_a_highest_one_that_is_no_integer_have_experts(highest):
+    remix = Remix(Reference(), ["a"], 4, n_experts=4, timestep="sigma", highest_level=highest)
+    assert remix.boundaries == [0, highest / 4, highest / 2, highest * 0.75, highest]
+    levels = torch.tensor([0, 0.3, 0.6, 0.999, 1]) * highest
+    for dtype in (torch.float32, torch.bfloat16):
+        assert remix.expert_index(levels.to(dtype)).tolist() == [0, 1, 2, 3, 3]
+        remix(torch.zeros(5, 1), levels.to(dtype))
+    assert experts_run([0, 0.5, 1, 1.5, 2]).expert_index(1.7) == 3
+    with pytest.raises(ValueError, match="must be a positive number, but it is 0"):
+        Remix(Reference(), ["a"], 4, n_experts=4, timestep="sigma", highest_level=0)
+
+
+# Arguments that are no tensors of the batch
+
+
+class Images(Tiny):
+    """Takes and returns a list of samples, as Z-Image does."""
+
+    def forward(self, images, sigma, captions):
+        samples = zip(images, sigma, captions, strict=True)
+        return ([self.b(self.a(x).tanh() + s + c.sum()) for x, s, c in samples],)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4])
+@pytest.mark.parametrize("sigma", [[0.9, 0.1, 0.6, 0.3], [0.9, 0.1, 0.95, 0.2]])
+@torch.no_grad()
+def test_lists_of_samples_are_divided_along_the_list(sigma, rows):
+    remix, images, sigma = wrap_tiny(Images()), [*torch.randn(4, rows, 6)], torch.tensor(sigma)
+    captions = [torch.randn(4 + i) for i in range(4)]
+    (mixed,) = remix(images, sigma, captions)
+    for i in range(4):
+        ((alone,),) = remix(images[i : i + 1], sigma[i : i + 1], captions[i : i + 1])
+        torch.testing.assert_close(mixed[i], alone)
+
+
+class Scaled(Tiny):
+    def forward(self, x, sigma, scale, size=None):
+        return super().forward(x, sigma) * torch.as_tensor(scale)[:, None]
+
+
+@pytest.mark.parametrize("make_scale", [list, np.array])
+@torch.no_grad()
+def test_each_sample_gets_its_own_number(make_scale):
+    remix, x, sigma = wrap_tiny(Scaled()), torch.randn(4, 6), torch.tensor([0.9, 0.1, 0.6, 0.3])
+    scale = make_scale([1.0, 2.0, 3.0, 4.0])
+    alone = [remix(x[i : i + 1], sigma[i : i + 1], scale[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(remix(x, sigma, scale, size=(64, 64)), torch.cat(alone).to(remix(x, sigma, scale).dtype))
+
+
+class LayerStates(Tiny):
+    """Takes one text per layer, [layers, B, 6], as HiDream does."""
+
+    def forward(self, x, sigma, states):
+        return super().forward(x, sigma, *states)
+
+
+@torch.no_grad()
+def test_the_dimension_of_the_batch_can_be_named():
+    x, sigma, states = torch.randn(4, 6), torch.tensor([0.9, 0.1, 0.6, 0.3]), torch.randn(3, 4, 6)
+    module, four = LayerStates(), torch.randn(4, 4, 6)
+
+    def one_by_one(remix, states):
+        return torch.cat([remix(x[i : i + 1], sigma[i : i + 1], states[:, i : i + 1]) for i in range(4)])
+
+    for dim, given, value in ((1, states, states), (1, four, four), (0, states, [*states]), (0, four, [*four])):
+        remix = wrap_tiny(copy.deepcopy(module), batch_dims={"states": dim})
+        torch.testing.assert_close(remix(x, sigma, value), one_by_one(remix, given))
+        assert remix.mixing_config["batch_dims"] == {"states": dim}
+
+
+@pytest.mark.parametrize("kind", ["another dimension", "tuple", "list of batches"])
+def test_arguments_that_may_be_batches_are_refused(kind):
+    states = {
+        "another dimension": torch.randn(3, 4, 6),
+        "tuple": (*torch.randn(4, 6),),
+        "list of batches": [*torch.randn(4, 4, 6)],
+    }[kind]
+    x, sigma = torch.randn(4, 6), torch.tensor([0.9, 0.1, 0.6, 0.3])
+    message = r"states (has the shape|is a tuple|is a list).* Name it in unbatched=\['states'\], or .*batch_dims"
+    with pytest.raises(ValueError, match=message):
+        wrap_tiny(LayerStates())(x, sigma, states)
+
+
+@torch.no_grad()
+def test_as_many_states_of_a_controlnet_as_samples_are_batches():
+    remix, arguments = make("sd3", rank=2)
+    states = [*torch.randn(4, 4, 16, 24)]
+    mixed = remix(**arguments, block_controlnet_hidden_states=states).sample
+    for i in range(4):
+        own = [state[i : i + 1] for state in states]
+        alone = remix(**sample(arguments, i), block_controlnet_hidden_states=own).sample
+        torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)

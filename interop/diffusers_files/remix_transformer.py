@@ -10,6 +10,7 @@ diffusers executes this file again whenever it loads a model, so that two models
 name. Therefore no code here compares the class of a module of a model.
 """
 
+import functools
 import inspect
 import json
 from pathlib import Path
@@ -18,7 +19,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import logging
 from torch import Tensor, nn
+
+logger = logging.get_logger(__name__)
 
 
 class SavedWithCode:
@@ -112,6 +116,40 @@ class Conditioning(nn.Module):
         return self.value
 
 
+@functools.lru_cache
+def inner_boundaries(boundaries: tuple[float, ...], dtype: torch.dtype, flow: bool) -> list[float]:
+    """Return the N - 1 boundaries between experts, lowered for comparison with rounded noise levels.
+
+    Many samplers take steps on boundaries. With lowered boundaries, these steps belong to the expert above, although
+    the noise level may be rounded: to float32, or once or twice to a type of less precision. Integers are exact. The
+    project that has exported this file has the same rule in diffusion/intervals.py, which explains it.
+
+    Args:
+        boundaries: N + 1 increasing noise levels.
+        dtype: the type of the timesteps.
+        flow: whether the timesteps are 1 minus the noise level.
+    """
+    levels = torch.tensor(boundaries, dtype=torch.float64, device="cpu")
+    if not dtype.is_floating_point or len(boundaries) < 3:
+        return levels[1:-1].tolist()
+    error, highest = 2.0**-20, boundaries[-1]
+    found = [levels - error * highest, levels + error * highest]
+    parts = (highest - levels if flow else levels) / highest
+    for unit in (1, 1000, highest) if dtype.itemsize < 4 else ():
+        for shift in (-error, error):
+            first = ((parts + shift) * unit).float().to(dtype).double() / unit
+            second = ((first + shift) * highest).float().to(dtype).double()
+            found.append(highest - second if flow else second)
+    low, high = torch.stack(found).amin(0), torch.stack(found).amax(0)
+    inner = torch.maximum(low, (levels + levels.roll(1)) / 2)[1:-1]
+    if not torch.equal(inner, low[1:-1]) or not (high[1:-2] < inner[1:]).all():
+        logger.warning(
+            f"some intervals of experts are too short for the spacing of {dtype} timesteps, so that a step on a "
+            "boundary can run a neighbouring expert"
+        )
+    return inner.tolist()
+
+
 class RemixDiTTransformer2DModel(SavedWithCode, DiTTransformer2DModel):
     """Remix-DiT (arXiv 2412.05628) for inference: N experts that are weighted averages of K basis DiTs.
 
@@ -179,14 +217,18 @@ class RemixDiTTransformer2DModel(SavedWithCode, DiTTransformer2DModel):
         self.logits = nn.Parameter(torch.empty(num_layers if scope == "local" else 1, n_experts, n_basis))
         self.folded = None
 
-    def expert_index(self, timestep: float) -> int:
-        """Return the index of the expert that a timestep belongs to."""
-        config = self.config
-        inner, level = torch.tensor(config.boundaries[1:-1]), torch.tensor(timestep, dtype=torch.float32)
-        if config.flow:
-            # Steps on a boundary belong to the expert above, although the noise level is rounded.
-            inner, level = inner.double() - 2**-20, 1 - level
-        return int(torch.bucketize(level, inner.float(), right=True))
+    def expert_index(self, timestep: float, dtype: torch.dtype | None = None) -> int:
+        """Return the index of the expert that a timestep belongs to.
+
+        Args:
+            timestep: the timestep.
+            dtype: the type that it has arrived in, see `inner_boundaries`. None: float32, or an integer.
+        """
+        config, level = self.config, torch.tensor(timestep, dtype=torch.float32, device="cpu")
+        dtype = dtype or (torch.long if isinstance(timestep, int) else torch.float32)
+        inner = inner_boundaries(tuple(config.boundaries), dtype, bool(config.flow))
+        inner = torch.tensor(inner, dtype=torch.float32, device="cpu")
+        return int(torch.bucketize(1 - level if config.flow else level, inner, right=True))
 
     @torch.no_grad()
     def select(self, timestep: Tensor):
@@ -198,7 +240,7 @@ class RemixDiTTransformer2DModel(SavedWithCode, DiTTransformer2DModel):
         Raises:
             ValueError: if the timesteps belong to several experts.
         """
-        first, last = (self.expert_index(t.item()) for t in timestep.aminmax())
+        first, last = (self.expert_index(t.item(), timestep.dtype) for t in timestep.aminmax())
         if first != last:
             raise ValueError(f"the timesteps of a call must belong to one expert, these belong to {first} to {last}")
         state = (first, *map(tensor_state, [self.logits, *(p for layer in self.mixed for p in layer.parameters())]))

@@ -8,7 +8,10 @@ import torch
 
 from diffusion import create_diffusion, create_flow
 from diffusion.intervals import (
+    DIRECT,
     FLOW_LEVELS,
+    REVERSED,
+    check_boundaries,
     equal_boundaries,
     find_interval,
     find_time,
@@ -16,7 +19,9 @@ from diffusion.intervals import (
     interval_labels,
     intervals,
     scale_of,
+    separates_steps,
     timestep_scale,
+    warn_of_short_intervals,
 )
 from models import DiT_models
 from remix import RemixDiT
@@ -44,7 +49,8 @@ def test_a_flows_level_on_a_boundary_belongs_to_the_expert_above():
     boundaries = [0, 0.15, 0.7, 1]
     assert inner_boundaries(boundaries) == [0.15 - 2**-20, 0.7 - 2**-20]
     assert [find_time(boundaries, np.float32(1 - level)) for level in (0.14, 0.15, 0.69, 0.7)] == [0, 1, 1, 2]
-    assert inner_boundaries([0, 150, 700, 1000]) == [150, 700]
+    assert inner_boundaries([0, 150, 700, 1000]) == [150, 700], "integers are exact"
+    assert inner_boundaries([0, 150, 700, 1000], torch.float32) == [150 - 1000 / 2**20, 700 - 1000 / 2**20]
     assert [find_time([0, 150, 700, 1000], t) for t in (149, 150, 699, 700)] == [0, 1, 1, 2]
     with pytest.raises(ValueError, match="must be from 0 to 1, but they are from 2 to 2"):
         find_interval(boundaries, 2)
@@ -97,3 +103,89 @@ def test_the_grids_of_experts_are_parts_of_the_whole_grid(scale):
 def test_the_range_of_times_as_text():
     assert timestep_scale(1000).describe(np.array([7, 3, 12])) == "timesteps 3 to 12"
     assert FLOW_LEVELS.describe(np.array([0.25, 0.9], np.float32)) == "noise levels 0.1000 to 0.7500"
+
+
+HALF = (torch.bfloat16, torch.float16)
+# How a level from 0 to 1 becomes one from 0 to `highest` of a type. FluxPipeline rounds twice.
+ROUNDINGS = {
+    "once": lambda level, highest, dtype: (level * highest).to(dtype),
+    "after timesteps": lambda level, highest, dtype: (1000 * level).to(dtype) / (1000 / highest),
+    "after sigmas": lambda level, highest, dtype: level.to(dtype) * highest,
+}
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("highest", [1, 1000, 14.6146, 400])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_rounded_steps_on_boundaries_belong_to_the_expert_above(dtype, highest, rounding):
+    for n in (2, 3, 5, 7, 20, 64):
+        boundaries = [i / n * highest for i in range(n + 1)]
+        levels = ROUNDINGS[rounding](torch.arange(n + 1) / n, highest, dtype)
+        assert levels.dtype == dtype
+        assert [find_interval(boundaries, level) for level in levels] == [*range(n), n - 1]
+        # Steps between boundaries stay where they are.
+        middle = ROUNDINGS[rounding]((torch.arange(n) + 0.5) / n, highest, dtype)
+        assert [find_interval(boundaries, level) for level in middle] == [*range(n)]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_rounded_times_of_flows_on_boundaries_belong_to_the_expert_above(dtype):
+    boundaries = scale_of([0, 1]).equal_boundaries(20)
+    times = 1 - torch.arange(20) / 20
+    for rounded in (times.to(dtype), (1000 * times).to(dtype) / 1000):
+        assert [find_time(boundaries, t) for t in rounded] == [*range(20)]
+    # 1 - bf16(0.95) is 0.0508, and 1 - bf16(bf16(950) / 1000) is 0.0469.
+    assert inner_boundaries(boundaries, torch.bfloat16, REVERSED)[0] == 0.046875
+    assert inner_boundaries(boundaries, torch.bfloat16, DIRECT)[0] == pytest.approx(0.05, abs=2**-12)
+
+
+def test_float32_steps_of_a_shifted_schedule_belong_to_the_expert_above():
+    """With shift 3, sigma 1 / 3 is the timestep 599.99994."""
+    sigma = torch.tensor([1, 2 / 3, 1 / 3])
+    timesteps = 1000 * (3 * sigma / (1 + 2 * sigma))
+    assert timesteps[2] < 600
+    assert [find_interval(equal_boundaries(5, 1000), t) for t in timesteps] == [4, 4, 3]
+    assert find_interval(equal_boundaries(5, 1000), float(timesteps[2])) == 3
+
+
+def test_integers_are_compared_exactly():
+    boundaries = [0, 150.0005, 700, 1000]
+    for level in (150, np.int64(150), torch.tensor(150)):
+        assert find_interval(boundaries, level) == 0
+    assert find_interval(boundaries, 150.0) == 1
+
+
+def test_intervals_that_are_too_short_for_a_type_are_reported_once(capsys):
+    warn_of_short_intervals.cache_clear()
+    boundaries = equal_boundaries(1000, 1000)
+    assert [separates_steps(boundaries, dtype) for dtype in (torch.long, torch.float32, *HALF)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    # Numbers of the type still run the experts that they belong to.
+    levels = torch.arange(1000).to(torch.bfloat16).clamp(max=996)
+    assert [find_interval(boundaries, level) for level in levels] == levels.int().tolist()
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1 and "bfloat16 noise levels" in warnings[0]
+
+
+def test_levels_outside_the_boundaries_are_printed_exactly():
+    with pytest.raises(ValueError, match=r"from 0 to 1, but they are from 1\.0000001 to 1\.0000001"):
+        find_interval([0, 0.5, 1], 1.0000001)
+    with pytest.raises(ValueError, match=r"from 0 to 1, but they run from 0 to 1\.0000001"):
+        check_boundaries([0, 0.5, 1.0000001], 2, 1)
+
+
+def test_the_highest_level_may_be_no_integer():
+    quarters = [0, 0.4, 0.8, 1.2, np.pi / 2]
+    # Rounded, this is more than the last boundary.
+    for dtype in (torch.float32, *HALF):
+        levels = torch.tensor([0, 0.39, 0.4, 0.8, 1.2, np.pi / 2], dtype=torch.float64).to(dtype)
+        assert [find_interval(quarters, level) for level in levels] == [0, 0, 1, 2, 3, 3]
+    with pytest.raises(ValueError, match=r"from 0 to 1\.5707963267948966, but they are from 1\.58"):
+        find_interval(quarters, 1.58)
+    assert equal_boundaries(4, 14.6146) == [0, 14.6146 / 4, 14.6146 / 2, 0.75 * 14.6146, 14.6146]
+    scale = scale_of(quarters)
+    assert (scale.dtype, scale.level(0.25), scale.time(0.25)) == (torch.float32, 0.25, 0.25)

@@ -1,5 +1,6 @@
 """diffusers' layout, read and written. Exported folders run in a process that cannot import this project."""
 
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from torch import nn
 
 from checkpoint import load_model, model_config
 from diffusion import as_denoiser, create_process
+from diffusion.intervals import LEVEL_DTYPES, equal_boundaries, inner_boundaries
 from features.autoencoder import Normalization, load_autoencoder
 from interop import diffusers
 from interop.own import fingerprint, save_checkpoint
@@ -712,3 +714,13 @@ def test_exported_code_imports_nothing_of_this_project():
         names = {line.split()[1].split(".")[0] for line in lines}
         assert names
         assert not names & ours
+
+
+@pytest.mark.parametrize("highest", [1, 1000])
+def test_exported_models_have_our_rule_for_rounded_steps_on_boundaries(highest):
+    from interop.diffusers_files.remix_transformer import inner_boundaries as exported
+
+    for n, dtype in itertools.product((1, 2, 20, 100), LEVEL_DTYPES):
+        boundaries = equal_boundaries(n, highest)
+        # The exported flows get the times, 1 minus the noise level.
+        assert exported(tuple(boundaries), dtype, highest == 1) == inner_boundaries(boundaries, dtype, (highest == 1,))
