@@ -17,6 +17,8 @@ from runtime.hub import PREFIX
 SAMPLES = 64
 # Names of folders that hold one split of a data set rather than one class, also with a number: "train", "val2017".
 SPLIT_NAME = re.compile(r"(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?)[-_ ]?\d*", re.IGNORECASE)
+# A word for a split in the name of a folder or file, as the package datasets finds it: "crash_test", "val-0.png".
+SPLIT_WORD = re.compile(r"(^|[-._ 0-9])(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?)([-._ 0-9]|$)")
 
 
 class LabelledImages:
@@ -214,6 +216,26 @@ def load_images(path: str) -> LabelledImages:
     return TableImages(path) if str(path).startswith(PREFIX) else FolderImages(path)
 
 
+def _check_split_words(path: str, name: str):
+    """Raise UserError if the package datasets would take classes or files of a folder of images for splits.
+
+    It divides a folder by the words for splits in the names of its folders and files, unless README.md lists the files.
+    The images of a class such as crash_test are then another split, and those of classes without such a word are lost.
+    """
+    readme = Path(name, "README.md")
+    if readme.is_file() and "data_files" in readme.read_text(errors="replace"):
+        return
+    files = [os.path.relpath(file, name).split(os.sep) for file in find_files(name).images]
+    # A folder at the top that is named as a split is one.
+    parts = [part for file in files for part in file[SPLIT_NAME.fullmatch(file[0]) is not None and len(file) > 1 :]]
+    words = sorted({part for part in parts if SPLIT_WORD.search(part)})
+    if words:
+        raise UserError(
+            f"--data-path {path}: the package datasets takes {', '.join(words[:3])} for a split, because of the word "
+            f"in its name: use --data-path with the folder that holds the classes, without {PREFIX}"
+        )
+
+
 def _type_of(feature) -> str:
     """Return the name of a feature's type: that of its class, or of its numbers."""
     return getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else type(feature).__name__
@@ -239,9 +261,13 @@ def _load_split(path: str):
         if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
             table = datasets.load_from_disk(name)
         else:
+            if Path(name).is_dir():
+                _check_split_words(path, name)
             # Without this, the library would retry for half a minute.
             datasets.config.HF_HUB_OFFLINE = unreachable
             table = datasets.load_dataset(name)
+    except UserError:
+        raise
     except IndexError:
         # load_from_disk finds no file of a dataset without rows.
         raise LocalError(f"--data-path {path} holds no rows") from None

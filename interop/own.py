@@ -88,7 +88,7 @@ def read_checkpoint(path, allow_pickle: bool = False, verify: bool = False) -> d
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     if content.get("format") == FORMAT and (version := content.get("version")) != VERSION:
-        age = "a newer" if version and version > VERSION else "an earlier"
+        age = "a newer" if isinstance(version, int) and version > VERSION else "an earlier"
         raise UserError(f"{path} was written by {age} version of this code, in format {version} instead of {VERSION}")
     if content.get("format") == FORMAT and not {"config", "model", "ema"} <= content.keys():
         raise UserError(f"{path} is a checkpoint without its config or weights")
@@ -122,14 +122,21 @@ def _read_safetensors(path: Path) -> dict:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, `file` is not a dict
-        config = json.loads(metadata["config"]) if "config" in metadata else None
-        # Earlier versions wrote no version.
-        version = int(metadata.get("version", 2))
     except Exception as error:
         # A damaged file can cause errors of any kind.
         raise UserError(f"{path} is not a complete .safetensors file: {first_line(error)}") from None
-    if config is None:
+    try:
+        config = json.loads(metadata.get("config", "null"))
+        # Earlier versions wrote no version.
+        version = int(metadata.get("version", 2))
+    except ValueError as error:
+        if metadata.get("format") == FORMAT:
+            raise UserError(f"{path}: its metadata are not those of a checkpoint: {error}") from None
+        # Of another project, which may store any text.
         return state
+    if metadata.get("format") != FORMAT:
+        # What another project says of its model is compared with the tensors.
+        return {"model": state, "config": config} if isinstance(config, dict) else state
     return {"format": FORMAT, "version": version, "config": config, "model": state, "ema": state}
 
 
@@ -201,7 +208,10 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     if content.get("format") != FORMAT:
         return None
     config = content["config"]
-    known = {"model": config["model"]["name"]} | config["model"]["backbone"] | (config["model"]["remix"] or {})
+    try:
+        known = {"model": config["model"]["name"]} | config["model"]["backbone"] | (config["model"]["remix"] or {})
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path}: its config does not describe a model: {error!r}") from None
     for key, value in overrides.items():
         if known.get(key) != value:
             raise UserError(f"{path} holds {key}={known.get(key)}, not {value}")

@@ -24,6 +24,8 @@ SIT_PATHS = {"linear": "Linear", "GVP": "GVP", "VP": "VP"}
 REPA_PATHS = {"linear": "linear", "GVP": "cosine"}
 # The heads that REPA trains together with the network, to predict the features of an image encoder.
 PROJECTORS = "projectors."
+# Earlier versions of REPA numbered the blocks after those that the projectors read from 0 again, under this name.
+DECODER = "decoder_blocks."
 REPA_CHANGES = "REPA: the network is called at 1 - t and its output is negated, both as a change of the weights"
 
 
@@ -35,8 +37,10 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     state = find_state_dict(content, ema)
+    legacy = any(key.startswith(DECODER) for key in state)
+    state = _join_blocks(state) if legacy else state
     projectors = [key for key in state if key.startswith(PROJECTORS)]
-    repa = bool(projectors) or "encoder_depth" in args
+    repa = legacy or bool(projectors) or "encoder_depth" in args
     backbone = backbone_from_shapes(state)
     if backbone is None or not (repa or {"path_type", "prediction"} <= args.keys()):
         return None
@@ -53,6 +57,18 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
         n_parameters = sum(state[key].numel() for key in projectors)
         warn(f"{path}: left out REPA's projector heads ({n_parameters:,} parameters)")
     return config, _repa_to_sit({key: value for key, value in state.items() if key not in projectors})
+
+
+def _join_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict of an earlier version of REPA (its --legacy) with all blocks in one list."""
+    first = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=-1)
+    renamed = {}
+    for key, value in state.items():
+        if key.startswith(DECODER):
+            number, _, rest = key.removeprefix(DECODER).partition(".")
+            key = f"blocks.{first + int(number)}.{rest}"
+        renamed[key] = value
+    return renamed
 
 
 def _process(path, paths: dict[str, str], args: dict) -> dict:

@@ -144,3 +144,27 @@ def test_a_hub_that_cannot_be_reached_and_a_missing_package(monkeypatch, tmp_pat
     flags = ("--data-path=hf:owner/name", f"--features-path={tmp_path / 'f'}", *PIXELS)
     stderr = run("extract_features.py", *flags, expect=2).stderr
     assert "needs the package datasets: pip install datasets" in stderr and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (("apple/0.png", "crash_test/0.png", "training_shoe/0.png"), "crash_test, training_shoe"),
+        (("apple/0.png", "train station/0.png", "train-set/0.png"), "train station, train-set"),
+        (("train/apple/0.png", "train/crash_test/0.png"), "crash_test"),
+        (("cat/0.png", "dog/0_val.png"), "0_val.png"),
+        (("train/cat/0.png", "train/dog/0.png", "validation/cat/0.png"), None),
+        (("cat/0.png", "contest/testimony.png"), None),
+    ],
+)
+def test_class_names_that_the_package_takes_for_splits_are_refused(images, tmp_path, files, named):
+    for file in files:
+        (tmp_path / "tree" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / "class0/0.png", tmp_path / "tree" / file)
+    if named is None:
+        assert len(TableImages(f"hf:{tmp_path / 'tree'}")) == 2
+        return
+    with pytest.raises(UserError, match=f"the package datasets takes {named} for a split, because"):
+        TableImages(f"hf:{tmp_path / 'tree'}")
+    root = tmp_path / "tree/train" if files[0].startswith("train/") else tmp_path / "tree"
+    assert len(FolderImages(root)) == len(files), "what the refusal proposes"

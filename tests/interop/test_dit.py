@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 from conftest import golden, relative
+from safetensors.torch import save_file
 
 from checkpoint import load_model, model_config
 from interop import dit
@@ -69,6 +70,30 @@ def test_written_files_are_read(tmp_path):
         back, _ = load_model(tmp_path / "t.pt", ema=key == "ema")
         for name, value in model.state_dict().items():
             assert torch.equal(back.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("text", ["a text", "[1, 2]", "3", "{", ""])
+def test_a_config_of_another_project_in_safetensors_is_no_config_of_ours(tmp_path, text):
+    dit = DiT_models["DiT-T/4"](input_size=8)
+    save_file(dit.state_dict(), tmp_path / "a.safetensors", metadata={"format": "pt", "config": text})
+    model, _ = load_model(tmp_path / "a.safetensors")
+    assert torch.equal(model.state_dict()["pos_embed"], dit.state_dict()["pos_embed"])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"config": "{", "version": "3"}, "its metadata are not those of a checkpoint: Expecting"),
+        ({"config": "{}", "version": "three"}, "its metadata are not those of a checkpoint: invalid literal"),
+        ({"config": '{"model": "DiT-T/4"}', "version": "3"}, "its config does not describe a model"),
+        ({"config": "[]", "version": "3"}, "its config does not describe a model"),
+    ],
+)
+def test_damaged_metadata_of_ours_are_named(tmp_path, metadata, message):
+    state = DiT_models["DiT-T/4"](input_size=8).state_dict()
+    save_file(state, tmp_path / "a.safetensors", metadata={"format": "remix-dit"} | metadata)
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "a.safetensors")
 
 
 def test_content_of_other_formats_is_not_read():

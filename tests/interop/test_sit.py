@@ -101,6 +101,22 @@ def test_repa_is_called_at_one_minus_t_and_negated(tmp_path, capsys, path_type):
     assert capsys.readouterr().err == f"warning: {left_out}\n"
 
 
+@pytest.mark.parametrize("encoder_depth", [1, 2])
+def test_the_block_names_of_earlier_versions_of_repa(tmp_path, encoder_depth):
+    network = tiny(learn_sigma=False)
+    state = {}
+    for key, value in network.state_dict().items():
+        parts = key.split(".")
+        if parts[0] == "blocks" and int(parts[1]) >= encoder_depth:
+            parts[:2] = "decoder_blocks", str(int(parts[1]) - encoder_depth)
+        state[".".join(parts)] = value
+    torch.save({"ema": state}, tmp_path / "repa.pt")
+    model, config = load_model(tmp_path / "repa.pt")
+    x, t, y = inputs()
+    assert relative(model(x, t, y), -network(x, 1 - t, y)) < 1e-5
+    assert config["diffusion"] == {"process": "flow", "path": "linear", "prediction": "velocity"}
+
+
 def test_written_files_are_read(tmp_path, capsys):
     models = {"ema": tiny(), "model": tiny()}
     config = CONFIG | {"model": {"name": "DiT-T/4", "backbone": models["ema"].config}}
