@@ -161,7 +161,7 @@ def check_boundaries(boundaries: Sequence[float], n_experts: int, highest: float
             f"boundaries must run from 0 to {exact(highest)}, but they run from {exact(boundaries[0])} to "
             f"{exact(boundaries[-1])}"
         )
-    if any(low >= high for low, high in pairwise(boundaries)):
+    if any(not low < high for low, high in pairwise(boundaries)):
         raise ValueError(f"boundaries must increase, but they are {', '.join(map(exact, boundaries))}")
 
 

@@ -93,7 +93,7 @@ class Process:
         Raises:
             ValueError: unless they increase, are in the process's range, and each interval contains training times.
         """
-        if any(low >= high for low, high in pairwise(levels)):
+        if any(not low < high for low, high in pairwise(levels)):
             raise ValueError("the noise levels must increase")
         lowest, highest = self.scale.range
         if levels[-1] > highest or (complete and [levels[0], levels[-1]] != [lowest, highest]):

@@ -31,9 +31,9 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
 
 def write(path, models: dict[str, nn.Module], config: dict):
     """Write models as one file, their state dicts under the keys of `models`. `interop` documents the arguments."""
-    warn_of_flow(path, config)
     to_state_dict = _mixed_state_dict if config["model"]["remix"] else nn.Module.state_dict
     states = {key: to_state_dict(model) for key, model in models.items()}
+    warn_of_flow(path, config)
     with atomic_write(path) as temporary:
         torch.save(states, temporary)
 

@@ -206,9 +206,12 @@ def check_settings(record: Path, settings: dict, remedy: str, ignored: Iterable[
         ignored: names of settings that may differ.
 
     Raises:
-        UserError: if any other setting differs.
+        UserError: if any other setting differs, or if the record is damaged.
     """
-    saved = json.loads(record.read_text())
+    try:
+        saved = dict(json.loads(record.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"{record} is damaged: remove {record.parent} or {remedy}") from None
     for key in sorted(settings.keys() | saved.keys()):
         if key not in ignored and saved.get(key) != settings.get(key):
             before, now = str(saved.get(key)), str(settings.get(key))

@@ -58,7 +58,7 @@ class TrainingParser(ArgumentParser):
         for name, value in list(recorded.items()):
             if name not in names:
                 self.error(f"--config {path} holds {name}, which is not a flag")
-            if name in NOT_RECORDED:
+            if name in ("help", *NOT_RECORDED):
                 self.error(f"--config {path} holds {name}, which a run does not record")
             if value is False and len(names[name]) == 1:
                 # The flag has no negative form: it is left out.

@@ -326,8 +326,11 @@ def check_interval(folder: Path, interval: list, process: str):
     path = folder / "config.json"
     if not (checkpoints(folder / "checkpoints") and path.exists()):
         return
-    config = json.loads(path.read_text())
-    trained = config["training"]["timesteps"]
+    try:
+        config = json.loads(path.read_text())
+        trained = config["training"]["timesteps"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: remove it to resume the run") from None
     if trained != interval and config["diffusion"].get("process") == process:
         raise UserError(
             f"--resume auto: {folder} was trained with the timesteps {trained}, this run asks for {interval}: "
