@@ -90,7 +90,8 @@ def read_checkpoint(path, allow_pickle: bool = False, verify: bool = False) -> d
     if content.get("format") == FORMAT and (version := content.get("version")) != VERSION:
         age = "a newer" if isinstance(version, int) and version > VERSION else "an earlier"
         raise UserError(
-            f"{path} was written by {age} version of this code, in format {version} instead of {VERSION}: use that version, or make the file again"
+            f"{path} was written by {age} version of this code, in format {version} instead of {VERSION}: use that "
+            "version, or make the file again"
         )
     if content.get("format") == FORMAT and not {"config", "model", "ema"} <= content.keys():
         raise UserError(f"{path} is a checkpoint without its config or weights")
