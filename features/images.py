@@ -13,7 +13,7 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 # Pillow's limit: an image of more pixels may be a small file that was made to fill the memory.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
 # Folders of operating systems and servers, which hold previews, copies and deleted files. Others begin with a dot.
-SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"}
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
 
 
 class FoundFiles(NamedTuple):

@@ -16,7 +16,9 @@ from runtime.hub import PREFIX
 # So many rows of a Hugging Face dataset, evenly spaced, tell it from another one with the same labels.
 SAMPLES = 64
 # Names of folders that hold one split of a data set rather than one class, also with a number: "train", "val2017".
-SPLIT_NAME = re.compile(r"(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?)[-_ ]?\d*", re.IGNORECASE)
+SPLIT_NAME = re.compile(
+    r"(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?|unlabell?ed)[-_ ]?\d*", re.IGNORECASE
+)
 # A word for a split in the name of a folder or file, as the package datasets finds it: "crash_test", "val-0.png".
 SPLIT_WORD = re.compile(r"(^|[-._ 0-9])(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?)([-._ 0-9]|$)")
 

@@ -265,6 +265,13 @@ def _check_sizes(path, stored: dict, state: dict[str, Tensor]):
     side = stored["sample_size"] // state["x_embedder.proj.weight"].shape[-1]
     if not 1 <= side <= LARGEST_SIDE:
         raise UserError(f"{path} has sample_size={stored['sample_size']}, {side} patches per side")
+    patch, channels = state["x_embedder.proj.weight"].shape[-1], state["x_embedder.proj.weight"].shape[1]
+    out_channels = len(state["final_layer.linear.bias"]) // patch**2
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    sizes = {"patch_size": patch, "in_channels": channels, "out_channels": out_channels, "num_layers": depth}
+    for key, found in sizes.items():
+        if stored.get(key) is not None and stored[key] != found:
+            raise UserError(f"{path} has {key}={stored[key]}, but its tensors have {found}")
     num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
     if stored["num_embeds_ada_norm"] != num_classes:
         raise UserError(

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from interop.shapes import (
     backbone_from_shapes,
     find_state_dict,
+    gaussian_process,
     make_config,
     stored_model_name,
+    stored_settings,
     warn_of_flow,
     warn_of_frequencies,
 )
@@ -23,7 +25,9 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     backbone = backbone_from_shapes(state)
     if backbone is None:
         return None
-    return make_config(path, backbone, None, stored_model_name(content) | overrides), state
+    stored = stored_settings(content)
+    config = make_config(path, backbone, None, stored_model_name(stored) | overrides, stored)
+    return config | {"diffusion": gaussian_process(path, stored, backbone["learn_sigma"])}, state
 
 
 def write(path, models: dict[str, nn.Module], config: dict):

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.intervals import equal_boundaries
-from interop.shapes import backbone_from_shapes, find_state_dict, make_config, stored_model_name, warn_of_flow
+from interop.shapes import (
+    backbone_from_shapes,
+    find_state_dict,
+    gaussian_process,
+    make_config,
+    stored_model_name,
+    stored_settings,
+    warn_of_flow,
+)
 from models import DIT
 from remix import Remix
 from runtime.errors import UserError
@@ -26,7 +34,9 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     n_experts, n_basis = state[LOGITS].shape
     remix = dict(n_basis=n_basis, n_experts=n_experts)
     renamed = {"logits" if key == LOGITS else f"backbone.{key}": value for key, value in state.items()}
-    return make_config(path, backbone, remix, stored_model_name(content) | overrides), renamed
+    stored = stored_settings(content)
+    config = make_config(path, backbone, remix, stored_model_name(stored) | overrides, stored)
+    return config | {"diffusion": gaussian_process(path, stored, backbone["learn_sigma"])}, renamed
 
 
 def write(path, models: dict[str, nn.Module], config: dict):

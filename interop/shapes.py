@@ -1,10 +1,14 @@
 """Determine a model's config from the shapes of its tensors, for files that hold no config."""
 
+import argparse
 import math
 import re
 
 from torch import Tensor
 
+from diffusion import create_process
+from diffusion.intervals import TIMESTEPS
+from features.autoencoder import SHORT_NAMES
 from models import DIT, TIMESTEP_FREQUENCIES, model_names
 from runtime.errors import UserError, warn
 
@@ -14,6 +18,10 @@ PUBLISHED_VAE = {"vae": "stabilityai/sd-vae-ft-ema", "scale": 0.18215, "shift": 
 # DistributedDataParallel and torch.compile put these before every parameter name.
 WRAPPER_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
 
+# Parts of a file's config that describe its model, its data and its process.
+CONFIG_PARTS = ("model", "data", "diffusion", "transport")
+# Arguments of `create_diffusion` that a file may store, with their defaults.
+GAUSSIAN_DEFAULTS = dict(noise_schedule="linear", predict_xstart=False, sigma_small=False, diffusion_steps=TIMESTEPS)
 # Options of a DiT that tensor shapes do not show. An override replaces their values.
 HIDDEN_OPTIONS = ("num_heads", "class_dropout_prob", "frequency_shift")
 TIMESTEP_FREQUENCIES_FLAG = dict(
@@ -41,10 +49,45 @@ def find_state_dict(content: dict, ema: bool) -> dict[str, Tensor]:
     return {WRAPPER_PREFIXES.sub("", key): value for key, value in state.items()}
 
 
-def stored_model_name(content: dict) -> dict[str, str]:
-    """Return {"model": name} if the training arguments in a file name a registered model, otherwise {}."""
-    name = getattr(content.get("args"), "model", None)
-    return {"model": name} if name in model_names() else {}
+def stored_settings(content: dict) -> dict:
+    """Return what a file says of its model beside the tensors: its training arguments, and entries of its config.
+
+    Of a config in parts, those that describe the model, the data and the process are read. Arguments come first.
+    """
+    found = {}
+    for entry in (content.get("args"), content.get("config")):
+        entry = vars(entry) if isinstance(entry, argparse.Namespace) else entry
+        parts = [entry] if isinstance(entry, dict) else []
+        parts += [entry[key] for part in parts[:1] for key in CONFIG_PARTS if isinstance(part.get(key), dict)]
+        for part in parts:
+            found = {key: value for key, value in part.items() if not isinstance(value, dict)} | found
+    return found
+
+
+def stored_model_name(stored: dict) -> dict[str, str]:
+    """Return {"model": name} if the settings stored in a file name a registered model, otherwise {}."""
+    name = stored.get("model")
+    return {"model": name} if isinstance(name, str) and name in model_names() else {}
+
+
+def gaussian_process(path, stored: dict, learn_sigma: bool) -> dict:
+    """Return the "diffusion" part of a config of Gaussian diffusion, for the settings stored in a file.
+
+    Raises:
+        UserError: if the settings are those of a flow, or of no diffusion process.
+    """
+    if "path_type" in stored or str(stored.get("model")).startswith("SiT-"):
+        raise UserError(
+            f"{path} says that its model is a flow, but not its path_type and prediction: save its state dict alone, "
+            "and use it with --process flow"
+        )
+    changed = {key: stored[key] for key, value in GAUSSIAN_DEFAULTS.items() if stored.get(key, value) != value}
+    options = {"process": "gaussian"} | ({} if learn_sigma else {"learn_sigma": False}) | changed
+    try:
+        create_process(**options)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} says that its process is {changed}: {error}") from None
+    return options
 
 
 def backbone_from_shapes(state: dict[str, Tensor]) -> dict | None:
@@ -77,7 +120,7 @@ def backbone_from_shapes(state: dict[str, Tensor]) -> dict | None:
         return None
 
 
-def make_config(path, backbone: dict, remix: dict | None, overrides: dict) -> dict:
+def make_config(path, backbone: dict, remix: dict | None, overrides: dict, stored: dict | None = None) -> dict:
     """Make the config of a model from a file that holds no config.
 
     Args:
@@ -86,18 +129,27 @@ def make_config(path, backbone: dict, remix: dict | None, overrides: dict) -> di
         remix: the keyword arguments of `remix.RemixDiT` that the file shows, or None for a plain DiT.
         overrides: the overrides of `checkpoint.load_model`. Those of HIDDEN_OPTIONS are used as given. `model`, the
             expected name, and all other options are compared with the tensors.
+        stored: the settings that the file stores, see `stored_settings`.
 
     Returns:
         The config (see own.py). Its part "training" is None.
 
     Raises:
-        UserError: if an override contradicts the tensors or is unknown, or if the number of heads is not known.
+        UserError: if an override contradicts the tensors or is unknown, if the stored settings contradict them, or if
+            the number of heads is not known.
     """
-    backbone = dict(backbone)
+    stored = stored or {}
+    backbone = _count_classes(path, dict(backbone), stored, overrides)
     size = DIT.find_size(backbone)
     # The number of heads does not depend on the patch size.
     if similar := DIT.find_size({key: value for key, value in backbone.items() if key != "patch_size"}):
         backbone["num_heads"] = DIT.sizes[similar]["num_heads"]
+    if (heads := stored.get("num_heads")) is not None:
+        if overrides.get("num_heads", heads) != heads:
+            raise UserError(f"{path} holds num_heads={heads}, not {overrides['num_heads']}")
+        backbone["num_heads"] = heads
+        size = DIT.find_size(backbone)
+    _check_stored(path, stored, backbone | (remix or {}))
     name = f"{'RemixDiT' if remix else 'DiT'}-{size}" if size else None
     options = {key: value for key, value in overrides.items() if key != "model"}
     _check_name(path, overrides.get("model", name), name, backbone, remix)
@@ -109,7 +161,7 @@ def make_config(path, backbone: dict, remix: dict | None, overrides: dict) -> di
     return {
         "model": {"name": name or "custom", "architecture": DIT.name, "backbone": backbone, "remix": remix},
         "diffusion": {"process": "gaussian"} | ({} if backbone["learn_sigma"] else {"learn_sigma": False}),
-        "data": _guess_data(backbone),
+        "data": _guess_data(path, backbone, stored),
         "training": None,
     }
 
@@ -162,11 +214,50 @@ def _check_options(path, options: dict, backbone: dict, remix: dict | None):
             raise UserError(f"{path} holds {key}={known[key]}, not {value}")
 
 
-def _guess_data(backbone: dict) -> dict:
-    """Return the "data" part of a config: four channels are the latents of the published VAE, others are pixels."""
-    vae = assumed_vae(backbone["in_channels"])
-    factor = 1 if vae["vae"] == "none" else 8
-    return {"image_size": factor * backbone["input_size"], "classes": None, **vae}
+def _count_classes(path, backbone: dict, stored: dict, overrides: dict) -> dict:
+    """Return a backbone's arguments with the number of classes and whether its table has a row for the null class.
+
+    The table alone does not tell, so that it is taken to have one unless the file or the user says something else.
+    """
+    rows = backbone["num_classes"] + 1
+    classes, dropout = stored.get("num_classes"), stored.get("class_dropout_prob", stored.get("cfg_prob"))
+    dropout = overrides.get("class_dropout_prob", dropout)
+    for value in (classes, stored.get("num_heads"), dropout):
+        if value is not None and not isinstance(value, int | float):
+            raise UserError(f"{path} says {value!r} where a number is needed (classes, label dropout or heads)")
+    if classes is None:
+        classes = rows if dropout == 0 else rows - 1
+    null_classes = int(dropout > 0) if dropout is not None else int(classes != rows)
+    if classes + null_classes != rows:
+        expected = f"num_classes={classes}" + ("" if dropout is None else f" and a label dropout of {dropout}")
+        raise UserError(f"{path} says {expected}, but its table of classes has {rows} rows")
+    default = backbone["class_dropout_prob"] if null_classes else 0.0
+    return backbone | {"num_classes": classes, "class_dropout_prob": default if dropout is None else dropout}
+
+
+def _check_stored(path, stored: dict, known: dict):
+    """Raise UserError if a stored setting that has the name of a model's argument contradicts the tensors."""
+    for key in known.keys() - {"class_dropout_prob", "num_classes"}:
+        if (said := stored.get(key)) is not None and known[key] is not None and said != known[key]:
+            raise UserError(f"{path} says {key}={said}, but its tensors have {known[key]}")
+
+
+def _guess_data(path, backbone: dict, stored: dict) -> dict:
+    """Return the "data" part of a config: four channels are the latents of a published VAE, others are pixels."""
+    vae = dict(assumed_vae(backbone["in_channels"]))
+    side = backbone["input_size"] * (1 if vae["vae"] == "none" else 8)
+    said = stored.get("image_size", stored.get("resolution"))
+    if isinstance(said, int) and said != side:
+        if vae["vae"] != "none":
+            raise UserError(
+                f"{path} says that its images have {said} pixels per side, but the published VAE gives latents of side "
+                f"{backbone['input_size']} for {side}: save its state dict alone to use it with another VAE"
+            )
+        warn(f"{path} holds a model of latents, for images of {said} pixels: it does not say of which VAE (--vae)")
+        side = said
+    if vae["vae"] != "none" and stored.get("vae") in SHORT_NAMES:
+        vae["vae"] = SHORT_NAMES[stored["vae"]]
+    return {"image_size": side, "classes": None, **vae}
 
 
 def assumed_vae(channels: int) -> dict:

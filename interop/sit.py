@@ -9,12 +9,18 @@ the same flow has the velocity v(x, t) = -v_REPA(x, 1 - t). Both changes are lin
 `read` makes them in the weights, and nothing else needs to know of REPA's convention.
 """
 
-import argparse
-
 import torch
 from torch import Tensor, nn
 
-from interop.shapes import backbone_from_shapes, find_state_dict, flow_target, make_config, warn_of_frequencies
+from diffusion import create_process
+from interop.shapes import (
+    backbone_from_shapes,
+    find_state_dict,
+    flow_target,
+    make_config,
+    stored_settings,
+    warn_of_frequencies,
+)
 from models import DiT_models, sinusoid_frequencies
 from runtime.errors import UserError, warn
 from runtime.files import atomic_write
@@ -34,8 +40,7 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
 
     The config's part "source" says how the weights of a REPA model were changed.
     """
-    args = content.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    args = stored_settings(content)
     state = find_state_dict(content, ema)
     legacy = any(key.startswith(DECODER) for key in state)
     state = _join_blocks(state) if legacy else state
@@ -45,12 +50,14 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     if backbone is None or not (repa or {"path_type", "prediction"} <= args.keys()):
         return None
     name = str(args.get("model")).replace("SiT-", "DiT-")
-    config = make_config(path, backbone, None, ({"model": name} if name in DiT_models else {}) | overrides)
+    config = make_config(path, backbone, None, ({"model": name} if name in DiT_models else {}) | overrides, args)
     if not repa:
         # SiT ignores the weight of velocity predictions.
         weight = "none" if args["prediction"] == "velocity" else args.get("loss_weight") or "none"
         config["diffusion"] = _process(path, SIT_PATHS, args) | {"weight": weight}
         return config, state
+    if args.get("prediction", "v") not in ("v", "velocity"):
+        raise UserError(f"{path} says prediction={args['prediction']!r}, but REPA's networks predict the velocity (v)")
     config["diffusion"] = _process(path, REPA_PATHS, {"path_type": "linear", **args, "prediction": "velocity"})
     config["source"] = REPA_CHANGES
     if projectors:
@@ -75,7 +82,12 @@ def _process(path, paths: dict[str, str], args: dict) -> dict:
     """Return the "diffusion" part of a config for training arguments, whose path types `paths` lists."""
     for ours, theirs in paths.items():
         if theirs == args["path_type"]:
-            return {"process": "flow", "path": ours, "prediction": args["prediction"]}
+            process = {"process": "flow", "path": ours, "prediction": args["prediction"]}
+            try:
+                create_process(**process)
+            except ValueError as error:
+                raise UserError(f"{path} says prediction={args['prediction']!r}: {error}") from None
+            return process
     raise UserError(f"{path} was trained with the unknown path type {args['path_type']!r}")
 
 

@@ -269,6 +269,10 @@ TABLE = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
         (lambda f: change(f, {"_class_name": "Transformer2DModel", "activation_fn": None}), "activation_fn=None"),
         (lambda f: change(f, {"norm_eps": 0.1}), "norm_eps=0.1"),
         (lambda f: change(f, {"num_embeds_ada_norm": 7}), "num_embeds_ada_norm=7"),
+        (lambda f: change(f, {"num_layers": 2}), "has num_layers=2, but its tensors have 3"),
+        (lambda f: change(f, {"in_channels": 4}), "has in_channels=4, but its tensors have 3"),
+        (lambda f: change(f, {"out_channels": 3}), "has out_channels=3, but its tensors have 6"),
+        (lambda f: change(f, {"patch_size": 4}), "has patch_size=4, but its tensors have 2"),
         (lambda f: change(f, {"attention_head_dim": 24}), "3 heads of 24"),
         (lambda f: change(f, {"sample_size": 10**9}), "500000000 patches per side"),
         (lambda f: change(f, {"sample_size": None}), "'sample_size' is missing"),
@@ -281,7 +285,7 @@ TABLE = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
             lambda f: change(f, **{"adapter.weight": torch.ones(1)}),
             "tensors that a DiT does not have, such as adapter.weight",
         ),
-        (lambda f: change(f, **{"proj_out_2.bias": torch.ones(5)}), "does not fit"),
+        (lambda f: change(f, **{"proj_out_2.bias": torch.ones(5)}), "(does not fit|but its tensors have)"),
         (lambda f: (f / "config.json").write_text("[1]"), "no DiT in diffusers' layout"),
         (lambda f: (f / "config.json").write_bytes(b"\xff{"), "no DiT in diffusers' layout"),
         (lambda f: (f / "config.json").unlink(), "there is no"),
@@ -642,7 +646,7 @@ def test_damaged_remix_dits(exported, tmp_path):
     folder = tmp_path / "damaged" / "transformer"
     for damage, message in (
         (lambda: change(folder, {"mixer": "softplus"}), "mixer must be one of"),
-        (lambda: change(folder, {"mixer": "raw", "n_basis": 7}), "does not fit"),
+        (lambda: change(folder, {"mixer": "raw", "n_basis": 7}), "(does not fit|but its tensors have)"),
         (lambda: change(folder, {"n_basis": 2, "scope": None}), "'scope' is missing"),
         (lambda: change(folder, {"scope": "global"}, logits=None), "'logits' is missing"),
     ):

@@ -63,6 +63,56 @@ def test_stored_training_arguments_name_the_model(tmp_path):
     load_model(tmp_path / "t.pt", model="DiT-T/2")
 
 
+@pytest.mark.parametrize("as_config", [False, True])
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"num_classes": 9}, "says num_classes=9, but its table of classes has 8 rows"),
+        ({"num_classes": 8, "cfg_prob": 0.1}, "says num_classes=8 and a label dropout of 0.1, but its table"),
+        ({"class_dropout_prob": 0, "num_classes": 7}, "says num_classes=7 and a label dropout of 0, but"),
+        ({"num_classes": "7"}, "says '7' where a number is needed"),
+        ({"in_channels": 3}, "says in_channels=3, but its tensors have 4"),
+        ({"patch_size": 4}, "says patch_size=4, but its tensors have 2"),
+        ({"depth": 5}, "says depth=5, but its tensors have"),
+        ({"learn_sigma": False}, "says learn_sigma=False, but its tensors have True"),
+        ({"image_size": 128}, "says that its images have 128 pixels per side, but"),
+        ({"model": "DiT-S/2"}, "holds DiT-T/2, not DiT-S/2"),
+        ({"path_type": "Linear"}, "says that its model is a flow, but not"),
+        ({"model": "SiT-T/2"}, "says that its model is a flow, but not"),
+        ({"noise_schedule": "wave"}, "says that its process is"),
+    ],
+)
+def test_what_a_file_says_is_compared_with_its_tensors(tmp_path, as_config, stored, message):
+    state = DiT_models["DiT-T/2"](input_size=8, num_classes=7).state_dict()
+    said = {"config": {"data": {}, **stored}} if as_config else {"args": argparse.Namespace(**stored)}
+    torch.save({"ema": state} | said, tmp_path / "t.pt")
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "t.pt")
+
+
+def test_what_a_file_says_is_used(tmp_path):
+    dit = DiT_models["DiT-T/2"](input_size=8, num_classes=8, class_dropout_prob=0)
+    cases = (
+        ({"args": {"num_classes": 8}}, {}),
+        ({"config": {"model": {"class_dropout_prob": 0.0}}}, {}),
+        ({}, {"class_dropout_prob": 0}),
+    )
+    for said, overrides in cases:
+        torch.save({"ema": dit.state_dict()} | said, tmp_path / "t.pt")
+        model, _ = load_model(tmp_path / "t.pt", **overrides)
+        assert (model.num_classes, model.config["class_dropout_prob"]) == (8, 0)
+    stored = dict(
+        num_heads=4, vae="mse", noise_schedule="squaredcos_cap_v2", image_size=64, num_classes=7, cfg_prob=0.2
+    )
+    torch.save({"ema": dit.state_dict(), "args": argparse.Namespace(**stored)}, tmp_path / "t.pt")
+    model, config = load_model(tmp_path / "t.pt")
+    assert (model.config["num_heads"], model.config["class_dropout_prob"], model.num_classes) == (4, 0.2, 7)
+    assert (config["model"]["name"], config["data"]["vae"]) == ("custom", "stabilityai/sd-vae-ft-mse")
+    assert config["diffusion"] == {"process": "gaussian", "noise_schedule": "squaredcos_cap_v2"}
+    with pytest.raises(UserError, match="holds num_heads=4, not 3"):
+        load_model(tmp_path / "t.pt", num_heads=3)
+
+
 def test_written_files_are_read(tmp_path):
     models = {key: DiT_models["DiT-T/4"](input_size=8) for key in ("ema", "model")}
     dit.write(tmp_path / "t.pt", models, {"model": model_config("DiT-T/4", models["ema"]), "diffusion": {}})

@@ -74,7 +74,13 @@ def test_the_training_arguments_say_which_flow_it_is(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"path_type": "curved"}, "unknown path type 'curved'"), ({"model": "SiT-S/2"}, "holds DiT-T/4, not DiT-S/2")],
+    [
+        ({"path_type": "curved"}, "unknown path type 'curved'"),
+        ({"model": "SiT-S/2"}, "holds DiT-T/4, not DiT-S/2"),
+        ({"prediction": "colour"}, "says prediction='colour'"),
+        ({"encoder_depth": 2, "path_type": "linear", "prediction": "x"}, "REPA's networks predict the velocity"),
+        ({"num_classes": 99}, "says num_classes=99, but its table of classes has 8 rows"),
+    ],
 )
 def test_files_that_contradict_themselves(tmp_path, changes, message):
     torch.save({"ema": tiny().state_dict(), "args": sit_args(**changes)}, tmp_path / "a")
