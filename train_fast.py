@@ -23,8 +23,8 @@ from training.dry_run import dry_run
 from training.flags import make_parser
 from training.outputs import Outputs
 from training.resolve import independent_runs
-from training.run import lock_run, open_folder, plan_run, read_inputs
-from training.start import find_resume, make_batch_sampler, read_resume
+from training.resume import find_resume, read_resume
+from training.run import lock_run, make_batch_sampler, open_folder, plan_run, read_inputs
 from training.statistics import explain_failure
 from training.trainer import Trainer
 

@@ -18,7 +18,7 @@ from runtime.errors import UserError
 from sampling.experts import FoldedRemix
 from sampling.loading import load_denoiser
 from training.experts import experts_of
-from training.start import InitialWeights, make_model
+from training.initial import InitialWeights, make_model
 
 SHAPE = dict(input_size=4, in_channels=3, num_classes=5)
 # One sample of each of the experts with equal intervals of N = 4.

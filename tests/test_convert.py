@@ -13,7 +13,7 @@ from interop.own import save_checkpoint
 from models import DiT, DiT_models
 from remix import RemixDiT_models
 from runtime.errors import UserError
-from training.start import InitialWeights, make_model
+from training.initial import InitialWeights, make_model
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from runtime.command_line import flags as flags_of
 from runtime.errors import UserError
 from sampling.loading import load_denoiser
 from training.flags import make_parser
+from training.initial import InitialWeights, make_model
 from training.resolve import resolve_settings
-from training.start import InitialWeights, make_model
 
 
 def test_the_files_of_a_run(trained, features):

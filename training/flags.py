@@ -22,10 +22,15 @@ from training.loggers import logger_names
 from training.posthoc_ema import SNAPSHOT_DTYPES
 from training.resolve import RECIPES
 from training.scoring import FID_SAMPLES
-from training.start import level_argument
 
 # What a run's config.json does not record: the run's name, how it was started, and whether its files are trusted.
 NOT_RECORDED = ("config", "prefix", "resume", "extend", "dry_run", "trust_pickle")
+
+
+def level_argument(text: str) -> float:
+    """Convert a string to a noise level, as an argparse type; whole numbers become integers."""
+    value = number(float, 0, TIMESTEPS)(text)
+    return int(value) if value.is_integer() else value
 
 
 class TrainingParser(ArgumentParser):

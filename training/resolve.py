@@ -16,8 +16,8 @@ from runtime.errors import UserError
 from runtime.processes import world_size
 from training.batches import default_experts_per_batch
 from training.posthoc_ema import TRACKED_STDS
+from training.resume import check_interval, check_new
 from training.settings import RunSettings
-from training.start import check_interval, check_new, check_noise_levels, default_prefix, expert_boundaries
 
 # The values of flags that are not given, by --recipe; None: see `resolve_settings`. In the published runs, each of
 # eight processes drew one expert per step.
@@ -192,3 +192,44 @@ def resolve_settings(args: argparse.Namespace, n_images: int, process: Process) 
         min_snr=args.min_snr,
         min_weight=args.min_weight,
     )
+
+
+def expert_boundaries(process: Process, n_experts: int, given: list[float] | None) -> list[float]:
+    """Return the boundaries between experts: those that the user gives, or those of intervals of equal probability.
+
+    Raises:
+        UserError: if an interval contains no training times, or if the given ones are not those of all noise levels.
+    """
+    if given:
+        check_noise_levels("--boundaries", given, process, complete=True)
+        return given
+    try:
+        return process.expert_boundaries(n_experts)
+    except ValueError as error:
+        raise UserError(f"{n_experts} experts of equal probability: {error}") from None
+
+
+def check_noise_levels(flag: str, levels: list[float], process: Process, complete: bool = False):
+    """Check the noise levels that a flag gives.
+
+    Args:
+        flag: the flag, for error messages.
+        levels: the noise levels.
+        process: the process.
+        complete: whether they must begin and end with the lowest and the highest noise level.
+
+    Raises:
+        UserError: unless they increase, are in the process's range, and each interval between them contains times.
+    """
+    try:
+        process.check_levels(levels, complete)
+    except ValueError as error:
+        raise UserError(f"{flag} {' '.join(f'{level:g}' for level in levels)}: {error}") from None
+
+
+def default_prefix(name: str, mixing: dict | None) -> str:
+    """Return the name of the run's folder if --prefix does not give it."""
+    if not mixing:
+        return name.replace("/", "-")
+    rank = f"-r{mixing['rank']}" if mixing["rank"] else ""
+    return f"{name.replace('/', '-')}-{mixing['n_basis']}-{mixing['n_experts']}{rank}"

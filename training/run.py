@@ -16,29 +16,26 @@ from interop.shapes import frequency_override
 from models import find_model
 from runtime.command_line import counted
 from runtime.errors import UserError, is_first_process
-from runtime.files import lock_folder, remove_leftovers
+from runtime.files import lock_folder, remove_leftovers, write_json
 from runtime.processes import World, rank0_logger, world_size
-from training.experts import experts_of
+from training.batches import BatchSampler
+from training.experts import Experts, experts_of
+from training.initial import AssumedFeatures, InitialWeights, make_model, model_shape, open_features, run_config
 from training.loggers import MetricLogger, open_loggers
 from training.posthoc_ema import SNAPSHOT_DTYPES, count_snapshots, snapshot_folder
 from training.previews import choose_decoder
-from training.resolve import left_over_steps, loss_weight, mixing_options, process_options, resolve_settings
+from training.resolve import (
+    default_prefix,
+    left_over_steps,
+    loss_weight,
+    mixing_options,
+    process_options,
+    resolve_settings,
+)
+from training.resume import Resume
 from training.scoring import Scorer, ScoreSettings, make_scorer
 from training.settings import Execution, RunSettings
 from training.sharding import choose_sharding
-from training.start import (
-    AssumedFeatures,
-    InitialWeights,
-    Resume,
-    advice,
-    default_prefix,
-    log_introduction,
-    make_model,
-    model_shape,
-    open_features,
-    prepare_folder,
-    run_config,
-)
 from training.writer import Retention, check_checkpoint_space, count_checkpoints
 
 
@@ -208,3 +205,47 @@ def open_folder(run: Run, inputs: Inputs, resume: Resume, world: World) -> tuple
     devices = f"{world.size} x {world.device.type}{', compiled' if run.execution.compile else ''}"
     log_introduction(log, run.describe(devices), resume.damaged or {}, [*run.notes, *inputs.notes])
     return log, MetricLogger(backends, log)
+
+
+def make_batch_sampler(
+    settings: RunSettings,
+    experts: Experts,
+    process: Process,
+    world: World,
+    grad_accum: int,
+) -> BatchSampler:
+    """Return what draws the batches of the run."""
+    return BatchSampler(
+        settings.global_seed,
+        settings.global_batch_size,
+        world,
+        process=process,
+        n_experts=experts.n_experts,
+        experts_per_batch=settings.experts_per_batch,
+        timestep_range=tuple(settings.timesteps),
+        label_dropout=experts.backbone.config["class_dropout_prob"],
+        grad_accum=grad_accum,
+        boundaries=experts.boundaries,
+    )
+
+
+def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
+    """Create the run's folder, and write its config.json. Damaged checkpoints are renamed."""
+    for path in damaged:
+        path.rename(path.with_suffix(".pt.damaged"))
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+
+
+def advice(model: nn.Module, settings: RunSettings) -> list[str]:
+    """Return advice about the settings, if there is any."""
+    if settings.experts_per_batch < min(8, experts_of(model).n_experts or 0):
+        return ["fewer than 8 experts per batch: in studies/results/fashion, the error was higher than with 8 or more"]
+    return []
+
+
+def log_introduction(log: logging.Logger, description: list[str], damaged: dict[Path, str], notes: list[str]):
+    """Log what the run will do, and the damaged checkpoints that it does not resume from."""
+    skipped = [f"SKIPPED {path}: {reason}" for path, reason in damaged.items()]
+    for line in [*description, *skipped, *notes]:
+        log.info(line)

@@ -18,10 +18,10 @@ from remix import RemixDiT_models
 from training.batches import Microbatch, draw_times
 from training.dry_run import MEASUREMENTS, activation_bytes, measured_speeds, memory_bytes, step_flops
 from training.experts import experts_of
+from training.initial import AssumedFeatures
 from training.run import Run
 from training.settings import Execution, RunSettings
 from training.sharding import bytes_sent
-from training.start import AssumedFeatures
 from training.writer import Retention, count_checkpoints
 
 
