@@ -22,6 +22,7 @@ from training.loggers import logger_names
 from training.posthoc_ema import SNAPSHOT_DTYPES
 from training.resolve import RECIPES
 from training.scoring import FID_SAMPLES
+from training.settings import RunSettings
 
 # What a run's config.json does not record: the run's name, how it was started, and whether its files are trusted.
 NOT_RECORDED = ("config", "prefix", "resume", "extend", "dry_run", "trust_pickle")
@@ -118,7 +119,7 @@ def add_first_run_flags(parser: ArgumentParser):
     add(
         "--global-batch-size",
         type=positive_int,
-        default=256,
+        default=RunSettings.global_batch_size,
         metavar="IMAGES",
         help="images per step, on all processes together",
     )
@@ -163,7 +164,9 @@ def add_run_flags(parser: ArgumentParser):
         help="with --resume, if a finished run gets more steps: hold the final learning rates, or stretch the schedule "
         "over all steps",
     )
-    add("--global-seed", type=seed_int, default=0, metavar="SEED", help="seed of all random draws")
+    add(
+        "--global-seed", type=seed_int, default=RunSettings.global_seed, metavar="SEED", help="seed of all random draws"
+    )
     add("--max-steps", type=positive_int, metavar="STEPS", help="number of steps, instead of --epochs")
     add("--ckpt-every", type=positive_int, default=10_000, metavar="STEPS", help="steps between checkpoints")
     add("--keep", type=positive_int, metavar="N", help="number of recent checkpoints to keep (default: all)")
@@ -329,7 +332,13 @@ def add_training_flags(parser: ArgumentParser):
         help="number added to the initial logit of each expert's basis in the prior, which is floor(i K / N); a "
         f"resumed run keeps its own (default: {RECIPES['default']['prior_bonus']:g})",
     )
-    add("--ema-decay", type=number(float, 0, 1), default=0.9999, metavar="DECAY", help="EMA decay per step")
+    add(
+        "--ema-decay",
+        type=number(float, 0, 1),
+        default=RunSettings.ema_decay,
+        metavar="DECAY",
+        help="EMA decay per step",
+    )
     add(
         "--ema-snapshots",
         type=positive_int,
@@ -338,7 +347,13 @@ def add_training_flags(parser: ArgumentParser):
         "this interval; from them, convert.py --ema-std makes an EMA of any width (default: none)",
     )
     add("--ema-snapshot-dtype", choices=SNAPSHOT_DTYPES, default="float16", help="type of the numbers in the snapshots")
-    add("--clip-grad", type=number(float, 0), default=0.0, metavar="NORM", help="largest gradient norm; 0 for no limit")
+    add(
+        "--clip-grad",
+        type=number(float, 0),
+        default=RunSettings.clip_grad,
+        metavar="NORM",
+        help="largest gradient norm; 0 for no limit",
+    )
 
 
 def add_speed_flags(parser: ArgumentParser):

@@ -9,7 +9,6 @@ import torch
 
 from diffusion import FlowMatching, GaussianDiffusion, Process, create_process
 from diffusion.flow import FLOW_OPTIONS
-from mixing.options import PRIOR_BONUS
 from models import find_model
 from runtime.command_line import counted
 from runtime.errors import UserError
@@ -23,7 +22,11 @@ from training.settings import RunSettings
 # eight processes drew one expert per step.
 RECIPES = {
     "default": dict(
-        experts_per_batch=None, coeff_lr=1e-2, coeff_lr_end=None, prior_strength=1e-4, prior_bonus=PRIOR_BONUS
+        experts_per_batch=None,
+        coeff_lr=RunSettings.coeff_lr,
+        coeff_lr_end=None,
+        prior_strength=RunSettings.prior_strength,
+        prior_bonus=RunSettings.prior_bonus,
     ),
     "paper": dict(experts_per_batch=8, coeff_lr=1e-2, coeff_lr_end=1e-5, prior_strength=1e-4, prior_bonus=3.0),
 }
@@ -167,7 +170,7 @@ def resolve_settings(args: argparse.Namespace, n_images: int, process: Process) 
     max_steps = total_steps(args, n_images) // (args.independent or 1)
     if not max_steps:
         raise UserError(f"--independent {args.independent}: there are fewer steps than experts")
-    lr = args.lr or (2e-5 if args.load_weight else 1e-4)
+    lr = args.lr or (2e-5 if args.load_weight else RunSettings.lr)
     coeff_lr, coeff_lr_end = recipe["coeff_lr"], recipe["coeff_lr_end"]
     if coeff_lr_end is None:
         coeff_lr_end = min(lr / 2, coeff_lr)
