@@ -63,6 +63,7 @@ class FlowMatching(Process):
         time_sampling: str = "uniform",
         time_mean: float = 0.0,
         time_std: float = 1.0,
+        *,
         shift: float = 1.0,
     ):
         self.path = _choose("path", path, PATHS)
@@ -265,6 +266,7 @@ class FlowMatching(Process):
         method: str = "euler",
         steps: int = 250,
         model_kwargs: dict | None = None,
+        *,
         device=None,
         progress: bool = False,
         step_noise: Callable[[int], Tensor] | None = None,
@@ -304,6 +306,7 @@ class FlowMatching(Process):
         method: str = "euler",
         steps: int = 250,
         model_kwargs: dict | None = None,
+        *,
         device=None,
         progress: bool = False,
         form: str = "sigma",

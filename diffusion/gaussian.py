@@ -27,6 +27,7 @@ def create_diffusion(
     sigma_small: bool = False,
     predict_xstart: bool = False,
     learn_sigma: bool = True,
+    *,
     rescale_learned_sigmas: bool = False,
     diffusion_steps: int = TIMESTEPS,
     min_snr: float | None = None,
@@ -338,6 +339,7 @@ class GaussianDiffusion(Process):
         clip_denoised: bool = True,
         eta: float = 0.0,
         model_kwargs: dict | None = None,
+        *,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Take one step of DDIM from x_t to x_{t-1} (DDIM, eq. 12).
@@ -369,6 +371,7 @@ class GaussianDiffusion(Process):
         clip_denoised: bool = True,
         model_kwargs: dict | None = None,
         device=None,
+        *,
         progress: bool = False,
         step_noise=None,
     ) -> Tensor:
@@ -398,6 +401,7 @@ class GaussianDiffusion(Process):
         clip_denoised: bool = True,
         model_kwargs: dict | None = None,
         device=None,
+        *,
         progress: bool = False,
         step_noise=None,
         eta: float = 0.0,

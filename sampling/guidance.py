@@ -125,6 +125,7 @@ class GuidedDenoiser:
         schedule: GuidanceSchedule,
         guide: DiT | ExpertSwitch | None = None,
         channels: int | None = None,
+        *,
         run: Callable[[DiT, Tensor, Tensor, Tensor], Tensor] = predict,
     ):
         self.model = model
