@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion.intervals import TIMESTEPS, scale_of
 from mixing.coefficients import BatchCoefficients, expert_weights, initial_logits
-from mixing.experts import ExpertIntervals, centered_gram, measure_distances
+from mixing.experts import ExpertIntervals, centered_gram, measure_distances, restore_intervals
 from mixing.grouped_linear import mix_into, mixed_linear
 from mixing.low_rank import LowRankLinear
 from mixing.options import PRIOR_BONUS, complete_options
@@ -49,10 +49,7 @@ class RemixLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.batch_coefficients, self.row = batch_coefficients, row
         self.weight = nn.Parameter(torch.empty(n_basis, out_features, in_features))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(n_basis, out_features))
-        else:
-            self.register_buffer("bias", torch.empty(n_basis, out_features), persistent=False)
+        self.register_parameter("bias", nn.Parameter(torch.empty(n_basis, out_features)) if bias else None)
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +61,8 @@ class RemixLinear(nn.Module):
         """Draw each basis separately, with the initialization of a single linear layer."""
         for basis in self.weight:
             nn.init.xavier_uniform_(basis)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     @classmethod
     @torch.no_grad()
@@ -195,6 +193,7 @@ class Remix(TransparentModule):
         weight = next(iter(linears)).weight
         self.intervals = ExpertIntervals(self.boundaries, n_basis, weight.device)
         depth = len(blocks) if scope == "local" else None
+        self.register_load_state_dict_post_hook(restore_intervals)
         logits = initial_logits(n_basis, self.n_experts, depth, mixer, prior_bonus)
         # The paper's pi. Its updates would be lost in half precision.
         logits = logits.to(weight.device, torch.promote_types(weight.dtype, torch.float32))

@@ -53,6 +53,15 @@ class ExpertIntervals(nn.Module):
         check_levels(self.boundaries, *torch.stack(level.aminmax()).tolist())
 
 
+def restore_intervals(remix: nn.Module, incompatible_keys):
+    """Give the intervals of a Remix their values after its parameters were loaded with assign=True.
+
+    Parameters leave the meta device then, without `_apply`. The signature is that of a hook after `load_state_dict`.
+    """
+    if remix.intervals.inner.is_meta:
+        remix.intervals._register(remix.logits.device)
+
+
 def centered_gram(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the inner products [K, K] of K weights [K, ...] minus their mean, and the mean squared norm of one []."""
     bases = weight.flatten(1)

@@ -67,8 +67,7 @@ def check_linear(name: str, modules: dict[str, nn.Module]):
 
 def plain_linear(layer: nn.Module) -> nn.Linear:
     """Return a plain linear layer with the shape of a mixed layer, not initialized."""
-    has_bias = isinstance(layer.bias, nn.Parameter)
-    options = dict(bias=has_bias, device=layer.weight.device, dtype=layer.weight.dtype)
+    options = dict(bias=layer.bias is not None, device=layer.weight.device, dtype=layer.weight.dtype)
     linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, **options)
     return linear.requires_grad_(layer.weight.requires_grad)
 

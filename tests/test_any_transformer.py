@@ -791,3 +791,27 @@ def test_arguments_that_would_select_wrong_experts_are_refused():
 def test_layers_that_run_outside_of_a_remix_are_an_error():
     with pytest.raises(RuntimeError, match="needs context_fn"):
         wrap_tiny().backbone(torch.randn(2, 6), torch.tensor([0.1, 0.1]))
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"rank": 2}, {"rest": "separate"}], ids=str)
+def test_layers_without_biases_are_right_after_the_meta_device(settings, assign):
+    def build() -> Remix:
+        module = Tiny()
+        module.a, module.b = nn.Linear(6, 6, bias=False), nn.Linear(6, 6)
+        return Remix(module, ["a", "b"], 4, timestep="sigma", boundaries=[0, 0.25, 0.5, 0.75, 1], **settings)
+
+    torch.manual_seed(0)
+    remix, x, sigma = randomize(build()), torch.randn(4, 6), torch.tensor([0.1, 0.3, 0.6, 0.9])
+    with torch.device("meta"):
+        other = build()
+    if not assign:
+        other.to_empty(device="cpu")
+        for tensor in other.state_dict(keep_vars=True).values():
+            tensor.data.fill_(torch.nan)
+    other.load_state_dict(remix.state_dict(), assign=assign)
+    with torch.no_grad():
+        assert torch.equal(other(x, sigma), remix(x, sigma))
+        assert torch.equal(other.prior_loss(), remix.prior_loss())
+    assert [name for name, _ in other.named_buffers()] == ["intervals.prior", "intervals.inner"]
+    assert other.expert(1).a.bias is None
+
+
