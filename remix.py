@@ -374,6 +374,7 @@ class Remix(TransparentModule):
             raise IndexError(f"the expert index must be from 0 to {self.n_experts - 1}, but it is {i}")
         self._fold(module, self.coefficients_per_expert()[i], i)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def _fold(self, module: nn.Module, alpha: list[list[float]], i: int):
         """Write the mixed weights for the coefficients alpha [1 or depth][K] of expert i into `module`, in place."""
@@ -388,6 +389,8 @@ class Remix(TransparentModule):
             mixed = tuple(f"{name}." for name, _ in self.mixed())
             own = self._module(i).state_dict()
             module.load_state_dict({k: v for k, v in own.items() if not k.startswith(mixed)}, strict=False)
+        # Autocast would use the casts of the weights of the expert before.
+        torch.clear_autocast_cache()
 
 
 class RemixDiT(Remix):

@@ -229,6 +229,26 @@ def test_the_expert_of_a_sample_with_several_noise_levels_is_that_of_the_highest
             torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
+@classes
+@pytest.mark.parametrize("settings", [{}, {"rank": 2}, {"rest": "separate"}], ids=str)
+def test_experts_folded_inside_one_autocast_use_their_own_weights(kind, settings):
+    """Autocast keeps the casts of parameters, which are overwritten when the expert changes."""
+    remix, arguments = make(kind, **settings)
+    samples = [sample(arguments, i) for i in (0, 1, 2, 3, 0)]
+    folded, plain = FoldedRemix(remix), remix.expert(0)
+    with torch.no_grad():
+        expected = []
+        for one in samples:
+            with torch.autocast("cpu", torch.bfloat16):
+                expected.append(folded(**one).sample)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(torch.equal(folded(**one).sample, out) for one, out in zip(samples, expected, strict=True))
+            for expert, one, out in zip((*EXPERTS, 0), samples, expected, strict=True):
+                remix.fold_(plain, expert)
+                assert torch.equal(plain(**one).sample, out)
+    assert not torch.allclose(expected[0], expected[1], rtol=0.1)
+
+
 @ranks
 def test_experts_with_separate_parameters(rank):
     remix, arguments = make("wan", rest="separate", rank=rank)
