@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.intervals import TIMESTEPS, scale_of
+from mixing import wrapping
 from mixing.coefficients import BatchCoefficients, expert_weights, initial_logits
 from mixing.experts import ExpertIntervals, centered_gram, measure_distances, restore_intervals
 from mixing.grouped_linear import mix_into, mixed_linear
 from mixing.low_rank import LowRankLinear
 from mixing.options import PRIOR_BONUS, complete_options
 from mixing.presets import complete_preset
-from mixing.wrapping import Arguments, TransparentModule, block_name, find_linears, join_outputs, matches, plain_linear
 from models import build_plain, classifier_free_guidance, find_backbone, find_model, model_names
 
 
@@ -104,7 +104,7 @@ class RemixLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, n_basis={len(self.weight)}"
 
 
-class Remix(TransparentModule):
+class Remix(wrapping.TransparentModule):
     """Experts of any transformer: a module of which some linear layers are mixed.
 
     The one-hot prior assigns basis floor(i K / N) to expert i. With the mixer "softmax", the logits pi start as unit
@@ -172,14 +172,15 @@ class Remix(TransparentModule):
         self.highest_level = wrapped.highest_level
         self.mixing_config = options | dict(layers=layers and [*layers], timestep=wrapped.timestep)
         self.mixing_config["unbatched"] = [*unbatched]
-        self.arguments = Arguments(module, wrapped.timestep, wrapped.unbatched)
-        linears = find_linears(module, wrapped.layers, wrapped.optional_layers)
-        blocks = list(dict.fromkeys(block_name(names[0]) for names in linears.values()))
+        self.arguments = wrapping.Arguments(module, wrapped.timestep, wrapped.unbatched)
+        self.unchecked = [*wrapped.layers]
+        linears = wrapping.find_linears(module, wrapped.layers, wrapped.optional_layers)
+        blocks = list(dict.fromkeys(wrapping.block_name(names[0]) for names in linears.values()))
 
         self.backbone = module
         self.batch_coefficients = BatchCoefficients()
         for linear, names in linears.items():
-            row = blocks.index(block_name(names[0])) if scope == "local" else 0
+            row = blocks.index(wrapping.block_name(names[0])) if scope == "local" else 0
             if rank is None:
                 mixed = RemixLinear.from_linear(linear, n_basis, self.batch_coefficients, row)
             else:
@@ -192,8 +193,8 @@ class Remix(TransparentModule):
             self.copies = nn.ModuleList(copy.deepcopy(module, dict(shared)) for _ in range(self.n_experts - 1))
         weight = next(iter(linears)).weight
         self.intervals = ExpertIntervals(self.boundaries, n_basis, weight.device)
-        depth = len(blocks) if scope == "local" else None
         self.register_load_state_dict_post_hook(restore_intervals)
+        depth = len(blocks) if scope == "local" else None
         logits = initial_logits(n_basis, self.n_experts, depth, mixer, prior_bonus)
         # The paper's pi. Its updates would be lost in half precision.
         logits = logits.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
@@ -300,7 +301,7 @@ class Remix(TransparentModule):
         order = experts.argsort(stable=True)  # [B]
         parts = [self.arguments.take(rows, len(t), args, kwargs) for rows in order.split(counts.tolist())]
         outputs = [self._run(expert, *part) for expert, part in zip(present.split(1), parts, strict=True)]
-        return join_outputs(outputs, order)
+        return wrapping.join_outputs(outputs, order)
 
     def times(self, *args, **kwargs) -> Tensor:
         """Return what the argument `timestep` holds for each sample, [B] or [1]."""
@@ -311,7 +312,7 @@ class Remix(TransparentModule):
         module = self._module(int(experts)) if self.rest == "separate" else self.backbone
         self.batch_coefficients.start(self._coefficients_per_row(), experts)
         try:
-            return module(*args, **kwargs)
+            return wrapping.call(module, self.unchecked, args, kwargs)
         finally:
             self.batch_coefficients.end()
 
@@ -356,7 +357,7 @@ class Remix(TransparentModule):
 
     def _plain(self, i: int) -> nn.Module:
         """Return a copy of expert i's module with plain layers, in eval mode; the mixed ones are not initialized."""
-        plain = {id(layer): plain_linear(layer) for _, layer in self.mixed()}
+        plain = {id(layer): wrapping.plain_linear(layer) for _, layer in self.mixed()}
         return copy.deepcopy(self._module(i), plain).eval()
 
     @torch.no_grad()
@@ -386,9 +387,7 @@ class Remix(TransparentModule):
         for row, (layers, linears) in rows.items():
             layers[0].fold(layers, linears, alpha[row])
         if self.rest == "separate":
-            mixed = tuple(f"{name}." for name, _ in self.mixed())
-            own = self._module(i).state_dict()
-            module.load_state_dict({k: v for k, v in own.items() if not k.startswith(mixed)}, strict=False)
+            wrapping.copy_tensors(self._module(i), module, [name for name, _ in self.mixed()])
         # Autocast would use the casts of the weights of the expert before.
         torch.clear_autocast_cache()
 
@@ -427,7 +426,7 @@ class RemixDiT(Remix):
         """Draw every basis separately, for training from scratch. Mixed modulation layers keep their initial zeros."""
         modulation = find_backbone(self.backbone).modulation
         for name, layer in self.mixed():
-            if not matches(name, modulation):
+            if not wrapping.matches(name, modulation):
                 layer.reset_parameters()
 
 
