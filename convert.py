@@ -119,7 +119,8 @@ def whole_bases(model: Remix, format: str) -> RemixDiT:
                 linear = plain.get_submodule(name)
                 layer.fold([layer], [linear], alpha)
                 bases.weight[k] = linear.weight
-                bases.bias[k] = linear.bias
+                if bases.bias is not None:
+                    bases.bias[k] = linear.bias
     return whole.eval()
 
 

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.intervals import DIRECT, EITHER, TIMESTEPS, level_dtype, scale_of
+from mixing import wrapping
 from mixing.coefficients import BatchCoefficients, expert_weights, initial_logits
-from mixing.experts import ExpertIntervals, centered_gram, measure_distances
+from mixing.experts import ExpertIntervals, centered_gram, fold_layers, measure_distances, restore_intervals
 from mixing.grouped_linear import mix_into, mixed_linear
 from mixing.low_rank import LowRankLinear
 from mixing.options import PRIOR_BONUS, complete_options
 from mixing.presets import complete_preset
-from mixing.wrapping import Arguments, TransparentModule, block_name, find_linears, join_outputs, matches, plain_linear
 from models import build_plain, classifier_free_guidance, find_backbone, find_model, model_names
 
 
@@ -49,10 +49,7 @@ class RemixLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.batch_coefficients, self.row = batch_coefficients, row
         self.weight = nn.Parameter(torch.empty(n_basis, out_features, in_features))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(n_basis, out_features))
-        else:
-            self.register_buffer("bias", torch.empty(n_basis, out_features), persistent=False)
+        self.register_parameter("bias", nn.Parameter(torch.empty(n_basis, out_features)) if bias else None)
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +61,8 @@ class RemixLinear(nn.Module):
         """Draw each basis separately, with the initialization of a single linear layer."""
         for basis in self.weight:
             nn.init.xavier_uniform_(basis)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     @classmethod
     @torch.no_grad()
@@ -106,7 +104,7 @@ class RemixLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, n_basis={len(self.weight)}"
 
 
-class Remix(TransparentModule):
+class Remix(wrapping.TransparentModule):
     """Experts of any transformer: a module of which some linear layers are mixed.
 
     The one-hot prior assigns basis floor(i K / N) to expert i. With the mixer "softmax", the logits pi start as unit
@@ -179,18 +177,18 @@ class Remix(TransparentModule):
         self.mixing_config["unbatched"] = [*unbatched]
         if batch_dims:
             self.mixing_config["batch_dims"] = dict(batch_dims)
-        self.arguments = Arguments(module, wrapped.timestep, wrapped.unbatched, wrapped.batch_dims)
-        linears = find_linears(module, wrapped.layers, wrapped.optional_layers)
-        blocks = list(dict.fromkeys(block_name(names[0]) for names in linears.values()))
+        self.arguments = wrapping.Arguments(module, wrapped.timestep, wrapped.unbatched, wrapped.batch_dims)
+        self.unchecked = [*wrapped.layers]
+        linears = wrapping.find_linears(module, wrapped.layers, wrapped.optional_layers)
+        blocks = list(dict.fromkeys(wrapping.block_name(names[0]) for names in linears.values()))
 
         self.backbone = module
         self.batch_coefficients = BatchCoefficients()
         for linear, names in linears.items():
-            row = blocks.index(block_name(names[0])) if scope == "local" else 0
-            if rank is None:
-                mixed = RemixLinear.from_linear(linear, n_basis, self.batch_coefficients, row)
-            else:
-                mixed = LowRankLinear(linear, n_basis, rank, self.batch_coefficients, row)
+            row = blocks.index(wrapping.block_name(names[0])) if scope == "local" else 0
+            shape = (n_basis,) if rank is None else (n_basis, rank)
+            make = RemixLinear.from_linear if rank is None else LowRankLinear
+            mixed = make(linear, *shape, self.batch_coefficients, row)
             for name in names:
                 module.set_submodule(name, mixed)
         if rest == "separate":
@@ -199,6 +197,7 @@ class Remix(TransparentModule):
             self.copies = nn.ModuleList(copy.deepcopy(module, dict(shared)) for _ in range(self.n_experts - 1))
         weight = next(iter(linears)).weight
         self.intervals = ExpertIntervals(self.boundaries, n_basis, weight.device, self._directions())
+        self.register_load_state_dict_post_hook(restore_intervals)
         depth = len(blocks) if scope == "local" else None
         logits = initial_logits(n_basis, self.n_experts, depth, mixer, prior_bonus)
         # The paper's pi. Its updates would be lost in half precision.
@@ -231,28 +230,20 @@ class Remix(TransparentModule):
     def expert_index(self, t: Tensor | float, dtype: torch.dtype | None = None) -> Tensor | int:
         """Return the index of the expert that owns each value of the argument `timestep`, a tensor or a number.
 
-        A step on a boundary belongs to the expert above, also if its noise level is rounded below the boundary.
-
-        Args:
-            t: the values.
-            dtype: the type in which they have arrived, which decides how they may be rounded. None: that of `t`.
+        A step on a boundary belongs to the expert above, also if its noise level is rounded below the boundary: `dtype`
+        is the type in which the values have arrived, by default that of `t`.
         """
         return self.intervals.find(self.noise_level(t), dtype or level_dtype(t))
 
     def coefficients(self) -> Tensor:
         """Return the coefficients alpha [N, K], or [depth, N, K] if the scope is local."""
-        return self._mix(self.logits)
+        return self.logits.softmax(-1) if self.mixer == "softmax" else self.logits
 
     def coefficients_per_expert(self) -> list[list[list[float]]]:
-        """Return the coefficients of each expert, [N][1 or depth][K], computed on the host.
-
-        All devices then fold experts with the same numbers.
-        """
-        alpha = self._mix(self.logits.detach().cpu())
+        """Return the coefficients of each expert, [N][1 or depth][K], computed on the host, as equal on all devices."""
+        logits = self.logits.detach().cpu()
+        alpha = logits.softmax(-1) if self.mixer == "softmax" else logits
         return alpha.view(-1, self.n_experts, self.n_basis).transpose(0, 1).tolist()
-
-    def _mix(self, logits: Tensor) -> Tensor:
-        return logits.softmax(-1) if self.mixer == "softmax" else logits
 
     def _coefficients_per_row(self) -> Tensor:
         """Return the coefficients [1 or depth, N, K] for every scope."""
@@ -321,7 +312,7 @@ class Remix(TransparentModule):
         lists = self.arguments.batches_are_lists(len(t), args, kwargs)
         parts = [self.arguments.take(rows, len(t), args, kwargs) for rows in order.split(sizes)]
         outputs = [self._run(expert, *part) for expert, part in zip(present.split(1), parts, strict=True)]
-        return join_outputs(outputs, order, sizes, lists)
+        return wrapping.join_outputs(outputs, order, sizes, lists)
 
     def times(self, *args, **kwargs) -> Tensor:
         """Return what the argument `timestep` holds for each sample, [B] or [1]."""
@@ -332,7 +323,7 @@ class Remix(TransparentModule):
         module = self._module(int(experts)) if self.rest == "separate" else self.backbone
         self.batch_coefficients.start(self._coefficients_per_row(), experts)
         try:
-            return module(*args, **kwargs)
+            return wrapping.call(module, self.unchecked, args, kwargs)
         finally:
             self.batch_coefficients.end()
 
@@ -347,10 +338,7 @@ class Remix(TransparentModule):
             self._module(i).enable_gradient_checkpointing(function)
 
     def expert(self, i: int) -> nn.Module:
-        """Return expert i as a module of the wrapped class with its own parameters, in eval mode.
-
-        See `fold_` for errors.
-        """
+        """Return expert i as a module of the wrapped class with its own parameters, in eval mode; see `fold_`."""
         plain = self._plain(i)
         self.fold_(plain, i)
         return plain
@@ -377,7 +365,7 @@ class Remix(TransparentModule):
 
     def _plain(self, i: int) -> nn.Module:
         """Return a copy of expert i's module with plain layers, in eval mode; the mixed ones are not initialized."""
-        plain = {id(layer): plain_linear(layer) for _, layer in self.mixed()}
+        plain = {id(layer): wrapping.plain_linear(layer) for _, layer in self.mixed()}
         return copy.deepcopy(self._module(i), plain).eval()
 
     @torch.no_grad()
@@ -395,20 +383,15 @@ class Remix(TransparentModule):
             raise IndexError(f"the expert index must be from 0 to {self.n_experts - 1}, but it is {i}")
         self._fold(module, self.coefficients_per_expert()[i], i)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def _fold(self, module: nn.Module, alpha: list[list[float]], i: int):
         """Write the mixed weights for the coefficients alpha [1 or depth][K] of expert i into `module`, in place."""
-        rows = {}
-        for name, layer in self.mixed():
-            layers, linears = rows.setdefault(layer.row, ([], []))
-            layers.append(layer)
-            linears.append(module.get_submodule(name))
-        for row, (layers, linears) in rows.items():
-            layers[0].fold(layers, linears, alpha[row])
+        fold_layers(self.mixed(), module, alpha)
         if self.rest == "separate":
-            mixed = tuple(f"{name}." for name, _ in self.mixed())
-            own = self._module(i).state_dict()
-            module.load_state_dict({k: v for k, v in own.items() if not k.startswith(mixed)}, strict=False)
+            wrapping.copy_tensors(self._module(i), module, [name for name, _ in self.mixed()])
+        # Autocast would use the casts of the weights of the expert before.
+        torch.clear_autocast_cache()
 
 
 class RemixDiT(Remix):
@@ -448,7 +431,7 @@ class RemixDiT(Remix):
         """Draw every basis separately, for training from scratch. Mixed modulation layers keep their initial zeros."""
         modulation = find_backbone(self.backbone).modulation
         for name, layer in self.mixed():
-            if not matches(name, modulation):
+            if not wrapping.matches(name, modulation):
                 layer.reset_parameters()
 
 

@@ -75,6 +75,32 @@ class ExpertIntervals(nn.Module):
         check_levels(self.boundaries, *torch.stack(level.aminmax()).tolist(), dtype, self.directions)
 
 
+def fold_layers(mixed: list[tuple[str, nn.Module]], module: nn.Module, alpha: list[list[float]]):
+    """Write the mixtures of layers into the plain layers of a module, in place.
+
+    Args:
+        mixed: the mixed layers and their names.
+        module: a module that has plain layers of these names.
+        alpha: coefficients [1 or depth][K].
+    """
+    rows = {}
+    for name, layer in mixed:
+        layers, linears = rows.setdefault(layer.row, ([], []))
+        layers.append(layer)
+        linears.append(module.get_submodule(name))
+    for row, (layers, linears) in rows.items():
+        layers[0].fold(layers, linears, alpha[row])
+
+
+def restore_intervals(remix: nn.Module, incompatible_keys):
+    """Give the intervals of a Remix their values after its parameters were loaded with assign=True.
+
+    Parameters leave the meta device then, without `_apply`. The signature is that of a hook after `load_state_dict`.
+    """
+    if remix.intervals.inner.is_meta:
+        remix.intervals._register(remix.logits.device)
+
+
 def centered_gram(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the inner products [K, K] of K weights [K, ...] minus their mean, and the mean squared norm of one []."""
     bases = weight.flatten(1)

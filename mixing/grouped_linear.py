@@ -23,7 +23,7 @@ if TRITON:
 RECOMPUTED_GROUPS = 8
 
 
-def mixed_linear(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def mixed_linear(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Mix K linear layers into one for each of G groups, and apply mixture g to the g-th equal part of the batch.
 
     The mixtures Theta_G = alpha_G beta (paper, section 3.2) and the gradients of alpha and beta are summed in float32.
@@ -34,13 +34,13 @@ def mixed_linear(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tens
         x: input [B, ..., in]. G divides B.
         alpha: coefficients [G, K], float32.
         weight: weights [K, out, in] of the bases, float32.
-        bias: biases [K, out] of the bases, float32.
+        bias: biases [K, out] of the bases, float32; None for layers without biases.
 
     Returns:
         Output [B, ..., out], in the autocast dtype if autocast is enabled, otherwise in the dtype of x.
     """
     # DDP counts each argument of the function several times when it decides where to cut a compiled graph.
-    weight, bias = weight.view(weight.shape), bias.view(bias.shape)
+    weight, bias = weight.view(weight.shape), None if bias is None else bias.view(bias.shape)
     return MixedLinearFunction.apply(x.to(product_dtype(x)), alpha, weight, bias)
 
 
@@ -54,11 +54,12 @@ class MixedLinearFunction(torch.autograd.Function):
     """See `mixed_linear`. Eager and compiled code use this function. The products have the dtype of x."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         theta = mix(alpha, weight, x.dtype)  # [G, out, in]
+        theta_bias = None if bias is None else mix(alpha, bias, x.dtype)  # [G, out]
         keep = len(alpha) < RECOMPUTED_GROUPS
         ctx.save_for_backward(x, alpha, weight, bias, theta if keep else None)
-        return linear_per_group(x, theta, mix(alpha, bias, x.dtype))  # [B, ..., out]
+        return linear_per_group(x, theta, theta_bias)  # [B, ..., out]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -153,8 +154,8 @@ def mix_into(alpha: list[float], pairs: list[tuple[Tensor, Tensor]]):
 
 
 def mix_layer_backward(
-    alpha: Tensor, grads: tuple[Tensor, Tensor], bases: tuple[Tensor, Tensor], needs_alpha: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
+    alpha: Tensor, grads: tuple[Tensor, Tensor], bases: tuple[Tensor, Tensor | None], needs_alpha: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Compute the gradients of mixing the weights and the biases of a layer.
 
     Args:
@@ -165,10 +166,12 @@ def mix_layer_backward(
 
     Returns:
         The gradients of alpha [G, K] (or None), of the weights [K, out, in] and of the biases [K, out], in float32.
+        That of the biases is None if there are none.
     """
-    (alpha_by_weight, grad_weight), (alpha_by_bias, grad_bias) = (
-        mix_backward(alpha, *pair, needs_alpha) for pair in zip(grads, bases, strict=True)
-    )
+    alpha_by_weight, grad_weight = mix_backward(alpha, grads[0], bases[0], needs_alpha)
+    if bases[1] is None:
+        return alpha_by_weight if needs_alpha else None, grad_weight, None
+    alpha_by_bias, grad_bias = mix_backward(alpha, grads[1], bases[1], needs_alpha)
     return alpha_by_weight + alpha_by_bias if needs_alpha else None, grad_weight, grad_bias
 
 
@@ -201,10 +204,12 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack(rows).sum(1).view(len(a), len(b))
 
 
-def linear_per_group(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_per_group(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply linear layer g, weight [G, out, in] and bias [G, out], to the g-th of G equal parts of x [B, ..., in]."""
     if on_cpu(x):
         return grouped_linear(x, weight, bias)
+    if bias is None:
+        return batched_linear(x, weight)
     # The compiler adds the biases in the kernel that reads the result.
     bias = bias.view(len(bias), *[1] * (x.ndim - 1), -1)  # [G, 1, ..., out]
     return (batched_linear(x, weight).unflatten(0, (len(bias), -1)) + bias).flatten(0, 1)
@@ -221,12 +226,15 @@ def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("remix::grouped_linear", mutates_args=())
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute `linear_per_group` one group after the other, for CPUs, whose batched matrix products are slower."""
     parts = x.reshape(len(weight), -1, x.shape[-1])
     out = x.new_empty(*parts.shape[:2], weight.shape[1])
     for g in range(len(weight)):
-        torch.addmm(bias[g], parts[g], weight[g].T, out=out[g])
+        if bias is None:
+            torch.mm(parts[g], weight[g].T, out=out[g])
+        else:
+            torch.addmm(bias[g], parts[g], weight[g].T, out=out[g])
     return out.view(*x.shape[:-1], -1)
 
 

@@ -2,7 +2,9 @@
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,16 +62,90 @@ def check_linear(name: str, modules: dict[str, nn.Module]):
     if kind is not nn.Linear:
         raise ValueError(f"layers: {name} is a {kind.__module__}.{kind.__name__}, but must be an nn.Linear")
     parent = modules[name.rpartition(".")[0]]
+    if name.rpartition(".")[2] in PROJECTIONS and is_fused(parent):
+        raise ValueError(
+            f"layers: {name} is not called, because the projections are fused: call unfuse_qkv_projections() before"
+        )
     if isinstance(parent, nn.TransformerEncoderLayer):
         raise ValueError(
             f"layers: {name} is in an nn.TransformerEncoderLayer, which reads its weight without calling it"
         )
 
 
+# The projections that diffusers' fuse_qkv_projections replaces.
+PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def is_fused(attention: nn.Module) -> bool:
+    """Return whether an attention of diffusers runs fused projections in the place of its separate ones."""
+    if not getattr(attention, "fused_projections", False):
+        return False
+    # The class `Attention` keeps the flag when its projections are separated again; only its processor changes.
+    processor = type(getattr(attention, "processor", None)).__name__
+    return hasattr(attention, "unfuse_projections") or processor.startswith("Fused")
+
+
+def call(module: nn.Module, unchecked: list[str], args: tuple, kwargs: dict) -> Any:
+    """Call a module, and check in the first call that it reaches the mixed layers.
+
+    A call may skip some layers, but it must reach at least one of those that match each name. Nothing is checked if a
+    part of the module is compiled, because the check would be compiled too.
+
+    Args:
+        module: the module.
+        unchecked: names of its mixed layers, in which * stands for any text without a dot. The list is emptied.
+        args, kwargs: the arguments of the module.
+
+    Returns:
+        The result of the module.
+
+    Raises:
+        ValueError: if no layer that matches a name is called.
+    """
+    if torch.compiler.is_compiling() or not unchecked:
+        return module(*args, **kwargs)
+    modules = dict(module.named_modules(remove_duplicate=False))
+    if any(part._compiled_call_impl or hasattr(part, "_orig_mod") for part in modules.values()):
+        return module(*args, **kwargs)
+    layers = {name: {part for key, part in modules.items() if matches(key, [name])} for name in unchecked}
+    called, mixed = set(), set().union(*layers.values())
+    handles = [part.register_forward_pre_hook(lambda part, _: called.add(part)) for part in mixed]
+    try:
+        output = module(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [name for name in unchecked if not layers[name] & called]
+    if missing:
+        raise ValueError(
+            f"layers: a {type(module).__name__} was called and did not call {', '.join(missing)}, which would not be "
+            "trained: leave these names out, or let the first call be one that needs them"
+        )
+    unchecked.clear()
+    return output
+
+
+def copy_tensors(source: nn.Module, target: nn.Module, mixed: Sequence[str]):
+    """Copy the tensors of a module to another one, in place.
+
+    Args:
+        source: the module.
+        target: a module of the same class, whose layers may have got adapters (LoRA) since.
+        mixed: names of layers that are left out.
+
+    Raises:
+        KeyError: if the target lacks a tensor.
+    """
+    prefixes = tuple(f"{name}." for name in mixed)
+    state = {key: value for key, value in source.state_dict().items() if not key.startswith(prefixes)}
+    # peft moves the layers that it adapts.
+    names = {name.replace(".base_layer", ""): name for name in target.state_dict()}
+    target.load_state_dict({names[key.replace(".base_layer", "")]: v for key, v in state.items()}, strict=False)
+
+
 def plain_linear(layer: nn.Module) -> nn.Linear:
     """Return a plain linear layer with the shape of a mixed layer, not initialized."""
-    has_bias = isinstance(layer.bias, nn.Parameter)
-    options = dict(bias=has_bias, device=layer.weight.device, dtype=layer.weight.dtype)
+    options = dict(bias=layer.bias is not None, device=layer.weight.device, dtype=layer.weight.dtype)
     linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, **options)
     return linear.requires_grad_(layer.weight.requires_grad)
 
@@ -130,12 +206,39 @@ def join_outputs(outputs: list, order: Tensor, sizes: list[int], lists: bool) ->
 # Methods of diffusers' modules that would read the weights of the mixed layers as those of one plain model.
 NOT_OF_A_REMIX = {
     "save_pretrained": "a Remix is saved with torch.save(remix.state_dict(), path)",
+    "push_to_hub": "a Remix is saved with torch.save(remix.state_dict(), path), and uploaded as a file",
     "fuse_qkv_projections": "only the projections of a plain expert can be fused: remix.expert(i)",
+    **dict.fromkeys(
+        ("load_lora_adapter", "add_adapter"),
+        "a Remix takes no adapters such as LoRA: use a FoldedRemix(remix), or give rank for LoRA of its own",
+    ),
 }
 
 
+def call_each(name: str, modules: Sequence[nn.Module], *args, **kwargs) -> Any:
+    """Call a method of several modules with the same arguments, and return the first result, or all as one context."""
+    results = []
+    for module in modules:
+        # set_attn_processor of diffusers empties the dictionary that it gets.
+        values = [value.copy() if isinstance(value, dict) else value for value in args]
+        named = {key: value.copy() if isinstance(value, dict) else value for key, value in kwargs.items()}
+        results.append(getattr(module, name)(*values, **named))
+    return join_contexts(results) if isinstance(results[0], AbstractContextManager) else results[0]
+
+
+@contextmanager
+def join_contexts(contexts: Sequence[AbstractContextManager]) -> Iterator[Any]:
+    """Enter several contexts as one."""
+    with ExitStack() as stack:
+        first, *_ = [stack.enter_context(context) for context in contexts]
+        yield first
+
+
 class TransparentModule(nn.Module):
-    """A module with another one as `backbone`, whose attributes are also attributes of this one."""
+    """A module with another one as `backbone`, whose attributes are also attributes of this one.
+
+    If it has `copies` of the backbone too, the methods of the backbone are called for all of them.
+    """
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -145,7 +248,11 @@ class TransparentModule(nn.Module):
                 raise
             if name in NOT_OF_A_REMIX:
                 raise AttributeError(NOT_OF_A_REMIX[name]) from None
-            return getattr(self.backbone, name)
+            value = getattr(self.backbone, name)
+            copies = self._modules.get("copies", ())
+            if not (copies and inspect.ismethod(value)):
+                return value
+            return partial(call_each, name, [self.backbone, *copies])
 
 
 class Arguments:

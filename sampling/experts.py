@@ -63,8 +63,23 @@ class ExpertSwitch(nn.Module):
         return classifier_free_guidance(self, x, t, y, cfg_scale, guided_channels)
 
 
+# Methods of diffusers' models that would use the weights of one expert for all of them.
+NOT_OF_A_FOLDED_REMIX = {
+    **dict.fromkeys(
+        ("save_pretrained", "push_to_hub"),
+        "a FoldedRemix holds one expert: write all with interop.expert_folder.write_experts(remix, folder)",
+    ),
+    **dict.fromkeys(
+        ("fuse_qkv_projections", "fuse_lora"),
+        "the weights of a FoldedRemix change with the expert: fuse those of a plain one, remix.expert(i)",
+    ),
+}
+
+
 class FoldedRemix(ExpertSwitch):
     """Runs a Remix as one plain model, whose weights are overwritten when the expert changes.
+
+    Attributes of the plain model are also attributes of this one. It may get adapters (LoRA) like a plain model.
 
     Args:
         remix: the Remix. Its parameters must not change later, because its coefficients are copied to the host.
@@ -85,7 +100,20 @@ class FoldedRemix(ExpertSwitch):
         except AttributeError:
             if name == "plain" or name.startswith("__"):
                 raise
+            if name in NOT_OF_A_FOLDED_REMIX:
+                raise AttributeError(NOT_OF_A_FOLDED_REMIX[name]) from None
             return getattr(self.plain, name)
+
+    @property
+    def __class__(self) -> type:
+        # Pipelines of diffusers manage the adapters of a ModelMixin only.
+        plain = self.__dict__.get("_modules", {}).get("plain")
+        kinds = [kind.__name__ for kind in type(plain).__mro__]
+        return type(plain) if "ModelMixin" in kinds else type(self)
+
+    def __reduce__(self) -> tuple:
+        # By default, pickle checks __class__.
+        return nn.Module.__new__, (type(self),), self.__dict__
 
     @property
     def boundaries(self) -> list[float]:

@@ -2,13 +2,14 @@
 
 import copy
 import json
+import pickle
 import re
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, relative
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -229,6 +230,26 @@ def test_the_expert_of_a_sample_with_several_noise_levels_is_that_of_the_highest
             torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
+@classes
+@pytest.mark.parametrize("settings", [{}, {"rank": 2}, {"rest": "separate"}], ids=str)
+def test_experts_folded_inside_one_autocast_use_their_own_weights(kind, settings):
+    """Autocast keeps the casts of parameters, which are overwritten when the expert changes."""
+    remix, arguments = make(kind, **settings)
+    samples = [sample(arguments, i) for i in (0, 1, 2, 3, 0)]
+    folded, plain = FoldedRemix(remix), remix.expert(0)
+    with torch.no_grad():
+        expected = []
+        for one in samples:
+            with torch.autocast("cpu", torch.bfloat16):
+                expected.append(folded(**one).sample)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(torch.equal(folded(**one).sample, out) for one, out in zip(samples, expected, strict=True))
+            for expert, one, out in zip((*EXPERTS, 0), samples, expected, strict=True):
+                remix.fold_(plain, expert)
+                assert torch.equal(plain(**one).sample, out)
+    assert not torch.allclose(expected[0], expected[1], rtol=0.1)
+
+
 @ranks
 def test_experts_with_separate_parameters(rank):
     remix, arguments = make("wan", rest="separate", rank=rank)
@@ -358,10 +379,91 @@ def test_state_dicts_and_copies():
         assert torch.equal(twin(**arguments).sample, expected)
 
 
-def test_a_remix_is_not_saved_as_a_plain_model():
-    remix, _ = make("dit")
-    with pytest.raises(AttributeError, match=r"saved with torch\.save"):
-        remix.save_pretrained("folder")
+def test_what_holds_one_expert_only_is_refused():
+    remix, _ = make("sd3")
+    folded = FoldedRemix(remix)
+    for model, names, message in (
+        (remix, ("save_pretrained", "push_to_hub"), r"saved with torch\.save"),
+        (remix, ("load_lora_adapter", "add_adapter"), r"no adapters such as LoRA: use a FoldedRemix"),
+        (remix, ("fuse_qkv_projections",), r"only the projections of a plain expert"),
+        (folded, ("save_pretrained", "push_to_hub"), r"write_experts\(remix, folder\)"),
+        (folded, ("fuse_qkv_projections", "fuse_lora"), r"fuse those of a plain one, remix\.expert\(i\)"),
+    ):
+        for name in names:
+            with pytest.raises(AttributeError, match=message):
+                getattr(model, name)("folder")
+
+
+def test_a_folded_remix_is_copied_and_pickled():
+    remix, arguments = make("sd3")
+    folded, one = FoldedRemix(remix), sample(arguments, 1)
+    with torch.no_grad():
+        for twin in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
+            assert type(twin) is FoldedRemix
+            assert torch.equal(twin(**one).sample, folded(**one).sample)
+
+
+def test_methods_of_the_module_reach_the_copies_of_all_experts():
+    remix, arguments = make("wan", rest="separate")
+    called = set()
+
+    def processor(expert):
+        original = remix._module(expert).blocks[0].attn1.processor
+
+        def process(attention, *args, **kwargs):
+            called.add(attention)
+            return original(attention, *args, **kwargs)
+
+        return process
+
+    # Diffusers empties the dictionary.
+    remix.set_attn_processor({name: processor(0) for name in remix.attn_processors})
+    with torch.no_grad(), remix.cache_context("cond"):
+        remix(**arguments)
+    assert called == {block.attn1 for i in set(EXPERTS) for block in remix._module(i).blocks} | {
+        block.attn2 for i in set(EXPERTS) for block in remix._module(i).blocks
+    }
+    remix.enable_gradient_checkpointing()
+    remix.disable_gradient_checkpointing()
+    assert not any(remix._module(i).is_gradient_checkpointing for i in range(4))
+
+
+# Layers that are not called
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "wan", "pixart"])
+def test_fused_projections_are_refused(kind):
+    model, arguments = KINDS[kind][0](), KINDS[kind][1](4)
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"is not called, because the projections are fused: call unfuse_qkv"):
+        Remix(model, n_experts=4)
+    model.unfuse_qkv_projections()
+    remix = Remix(model, n_experts=4)
+    remix(**arguments, timestep=LEVELS * KINDS[kind][2]).sample.square().sum().backward()
+    assert all(layer.weight.grad is not None for _, layer in remix.mixed())
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": 2}, {"rest": "separate"}], ids=str)
+def test_layers_that_the_first_call_does_not_reach_are_refused(settings):
+    class Unused(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+            self.unused = nn.Linear(6, 6)
+
+        def forward(self, x, sigma):
+            return self.heads[1](super().forward(x, sigma))
+
+    options = dict(n_basis=2, n_experts=2, timestep="sigma", highest_level=1, **settings)
+    x, sigma = torch.randn(2, 6), torch.tensor([0.1, 0.1])
+    remix = Remix(Unused(), ["a", "heads.*", "unused"], **options)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"layers: a Unused was called and did not call unused, which would not"):
+            remix(x, sigma)
+    # One layer of a name is enough, as in a mixture of experts.
+    remix = Remix(Unused(), ["a", "heads.*"], **options)
+    remix(x, sigma)
+    assert not any(layer._forward_pre_hooks for _, layer in remix.mixed())
 
 
 @models
@@ -508,6 +610,66 @@ def test_a_pipeline_moves_a_remix_to_half_precision():
         images.append(generate("sd3", pipe))
     assert relative(*images) < 0.05
     assert remix.logits.dtype == remix.intervals.inner.dtype == torch.float32
+
+
+# LoRA in the pipeline of a FoldedRemix
+
+
+def write_lora(kind: str, targets: list[str], path, seed: int):
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    model = for_pipeline(kind)
+    model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets))
+    torch.manual_seed(seed)
+    state = {f"transformer.{key}": 0.5 * torch.randn_like(v) for key, v in get_peft_model_state_dict(model).items()}
+    save_file(state, path)
+
+
+@pytest.mark.parametrize("rest", ["shared", "separate"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "wan"])
+def test_loras_of_a_folded_remix_are_managed_as_those_of_a_plain_model(kind, rest, tmp_path):
+    # proj_out is not mixed in any block of SD3 and Wan.
+    outside = {"sd3": "proj_out", "flux": "x_embedder", "wan": "proj_out"}[kind]
+    files = {"a": tmp_path / "a.safetensors", "b": tmp_path / "b.safetensors"}
+    write_lora(kind, ["to_q", outside], files["a"], 1)
+    write_lora(kind, ["to_v"], files["b"], 2)
+    remix = randomize(Remix(for_pipeline(kind), n_experts=4, rest=rest).eval())
+    if rest == "separate":
+        for i in range(4):
+            remix._module(i).get_submodule(outside).weight.data *= 1 + i
+    arguments = KINDS[kind][1](4) | dict(timestep=LEVELS * KINDS[kind][2])
+    if kind == "wan":
+        arguments["hidden_states"] = torch.randn(4, 16, 2, 4, 4)
+    folded = FoldedRemix(remix)
+    pipe = pipeline(kind, folded)
+
+    def check(weights: dict[str, float]):
+        for i, expert in enumerate(EXPERTS):
+            plain = pipeline(kind, remix.expert(expert))
+            for name in weights:
+                plain.load_lora_weights(files[name], adapter_name=name)
+            if weights:
+                plain.set_adapters(list(weights), list(weights.values()))
+            with torch.no_grad():
+                expected = plain.transformer(**sample(arguments, i)).sample
+                torch.testing.assert_close(folded(**sample(arguments, i)).sample, expected)
+
+    pipe.load_lora_weights(files["a"], adapter_name="a")
+    check({"a": 1})
+    pipe.load_lora_weights(files["b"], adapter_name="b")
+    pipe.set_adapters(["a", "b"], [0.5, 2])
+    check({"a": 0.5, "b": 2})
+    assert pipe.get_active_adapters() == ["a", "b"]
+    pipe.disable_lora()
+    check({})
+    pipe.enable_lora()
+    pipe.delete_adapters("b")
+    pipe.set_adapters("a", 0.5)
+    check({"a": 0.5})
+    with pytest.raises(AttributeError, match="fuse those of a plain one"):
+        pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    check({})
 
 
 # Wan 2.2's pair
@@ -773,6 +935,30 @@ def test_intervals_are_right_after_the_meta_device():
     remix.to_empty(device="cpu")
     assert remix.expert_index(torch.tensor([0.1, 0.3, 0.6, 0.9])).tolist() == [0, 1, 2, 3]
     assert remix.intervals.prior.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"rank": 2}, {"rest": "separate"}], ids=str)
+def test_layers_without_biases_are_right_after_the_meta_device(settings, assign):
+    def build() -> Remix:
+        module = Tiny()
+        module.a, module.b = nn.Linear(6, 6, bias=False), nn.Linear(6, 6)
+        return Remix(module, ["a", "b"], 4, timestep="sigma", boundaries=[0, 0.25, 0.5, 0.75, 1], **settings)
+
+    torch.manual_seed(0)
+    remix, x, sigma = randomize(build()), torch.randn(4, 6), torch.tensor([0.1, 0.3, 0.6, 0.9])
+    with torch.device("meta"):
+        other = build()
+    if not assign:
+        other.to_empty(device="cpu")
+        for tensor in other.state_dict(keep_vars=True).values():
+            tensor.data.fill_(torch.nan)
+    other.load_state_dict(remix.state_dict(), assign=assign)
+    with torch.no_grad():
+        assert torch.equal(other(x, sigma), remix(x, sigma))
+        assert torch.equal(other.prior_loss(), remix.prior_loss())
+    assert [name for name, _ in other.named_buffers()] == ["intervals.prior", "intervals.inner"]
+    assert other.expert(1).a.bias is None
 
 
 def test_arguments_that_would_select_wrong_experts_are_refused():

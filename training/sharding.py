@@ -51,7 +51,7 @@ def shard_bases(model: Remix, world: World):
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of which this process owns a part, by their names in the model."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, ShardedRemixLinear)}
-    return {f"{name}.{part}": getattr(module, part) for name, module in modules.items() for part in ("weight", "bias")}
+    return {f"{name}.{part}": p for name, module in modules.items() for part, p in module.named_parameters()}
 
 
 def choose_sharding(
@@ -161,7 +161,12 @@ class ShardedRemixLinear(RemixLinear):
         with torch.device("meta"):
             super().__init__(whole.in_features, whole.out_features, len(whole.weight), coefficients, whole.row)
         self.weight = nn.Parameter(own_rows(whole.weight.detach(), rank, coefficients.size))  # [K, out / R, in]
-        self.bias = nn.Parameter(own_rows(whole.bias.detach(), rank, coefficients.size))  # [K, out / R]
+        if whole.bias is not None:
+            self.bias = nn.Parameter(own_rows(whole.bias.detach(), rank, coefficients.size))  # [K, out / R]
+        else:
+            # The mixtures of zeros are sent, so that the exchange is the same for all layers.
+            del self.bias
+            self.register_buffer("bias", self.weight.new_zeros(self.weight.shape[:2]), persistent=False)
         self.index = len(coefficients.layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -211,7 +216,8 @@ def gather_model(model: Remix, world: World, everywhere: bool = False) -> Remix 
         tensors = {part: gather(tensor) for part, tensor in layer.state_dict().items()}
         if whole is not None:
             with torch.device("meta"):
-                linear = RemixLinear(layer.in_features, layer.out_features, model.n_basis, coefficients, layer.row)
+                shape = layer.in_features, layer.out_features, model.n_basis
+                linear = RemixLinear(*shape, coefficients, layer.row, bias="bias" in tensors)
             linear.load_state_dict(tensors, assign=True)
             whole.backbone.set_submodule(name, linear)
     if whole is not None:

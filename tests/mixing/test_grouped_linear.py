@@ -75,6 +75,20 @@ def test_output_and_gradients_are_those_of_the_equations(device, dtype, groups):
         assert relative(gradient, expected_gradient) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["grouped", "batched"])
+@pytest.mark.parametrize("groups", [1, 3, RECOMPUTED_GROUPS])
+def test_layers_without_biases_equal_those_with_zeros(device, on_cpu, groups, monkeypatch):
+    monkeypatch.setattr(grouped_linear, "on_cpu", lambda tensor: on_cpu)
+    x, pi, weight, bias, grad = random_layer(device, groups, n_basis=4)
+    out = mix_and_apply(x, pi, weight, None)
+    gradients = torch.autograd.grad(out, (x, pi, weight), grad)
+    expected, expected_gradients = reference(x, pi, weight, torch.zeros_like(bias), grad)
+    assert relative(out, expected) < 1e-5
+    for gradient, expected_gradient in zip(gradients, expected_gradients[:3], strict=True):
+        assert relative(gradient, expected_gradient) < 1e-5
+
+
 # The compiled layers take 5 to 30 seconds each.
 PRECISION_CASES = [(False, 4, 1), (False, 4, 4), (False, 8, 16), (True, 4, 4)]
 PRECISION_CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 4, 1), (True, 8, 16))]

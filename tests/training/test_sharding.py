@@ -111,6 +111,33 @@ def test_gradients_norm_and_losses_are_those_of_one_process(tmp_path, size, comp
     in_processes(size, check_training, tmp_path, depth, compiled)
 
 
+def model_without_biases() -> RemixDiT:
+    model = random_remix_dit(depth=1)
+    for name, layer in model.mixed():
+        if name.endswith("qkv"):
+            layer.bias = None
+    return model
+
+
+def check_layers_without_biases(world: World, folder: Path):
+    expected = torch.load(folder / "one.pt")
+    trainer = make_trainer(world, model_without_biases(), shard=True)
+    result = train(trainer, range(3))
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    whole = trainer.whole_ema()
+    if world.is_main:
+        assert {name: tensor.shape for name, tensor in whole.state_dict().items()} == expected["shapes"]
+        for name, gradient in expected["gradients"].items():
+            assert relative(result["gradients"][name], gradient) < 1e-5, name
+
+
+def test_sharded_layers_without_biases_get_none(tmp_path):
+    one = make_trainer(ONE, model_without_biases())
+    shapes = {name: tensor.shape for name, tensor in one.model.state_dict().items()}
+    torch.save(train(one, range(3)) | {"shapes": shapes}, tmp_path / "one.pt")
+    in_processes(2, check_layers_without_biases, tmp_path)
+
+
 def continue_run(world: World, folder: Path, steps: range, shard: bool, grad_accum: int):
     """Train from the checkpoint in `folder` and replace it."""
     trainer = make_trainer(world, shard=shard)
