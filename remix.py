@@ -27,7 +27,7 @@ from mixing.grouped_linear import mix_into, mixed_linear
 from mixing.low_rank import LowRankLinear
 from mixing.options import PRIOR_BONUS, complete_options
 from mixing.presets import complete_preset
-from models import build_plain, classifier_free_guidance, find_backbone, find_model, model_names
+from models import DiT_models, build_plain, classifier_free_guidance, find_backbone
 
 
 class RemixLinear(nn.Module):
@@ -174,9 +174,7 @@ class Remix(wrapping.TransparentModule):
         self.mixer, self.scope, self.rank, self.rest = mixer, scope, rank, rest
         self.highest_level = wrapped.highest_level
         self.mixing_config = options | dict(layers=layers and [*layers], timestep=wrapped.timestep)
-        self.mixing_config["unbatched"] = [*unbatched]
-        if batch_dims:
-            self.mixing_config["batch_dims"] = dict(batch_dims)
+        self.mixing_config |= dict(unbatched=[*unbatched], batch_dims=dict(batch_dims or {}))
         self.arguments = wrapping.Arguments(module, wrapped.timestep, wrapped.unbatched, wrapped.batch_dims)
         self.unchecked = [*wrapped.layers]
         linears = wrapping.find_linears(module, wrapped.layers, wrapped.optional_layers)
@@ -267,9 +265,8 @@ class Remix(wrapping.TransparentModule):
     def freeze_shared(self):
         """Let only the bases and the coefficients be trained: with low rank, the pairs and the coefficients."""
         self.requires_grad_(False)
-        for _, layer in self.mixed():
-            for basis in layer.bases():
-                basis.requires_grad_()
+        for basis in (basis for _, layer in self.mixed() for basis in layer.bases()):
+            basis.requires_grad_()
         self.logits.requires_grad_(self.mixer != "one-hot")
 
     @torch.no_grad()
@@ -307,8 +304,7 @@ class Remix(wrapping.TransparentModule):
         present, counts = experts.unique(return_counts=True)
         if len(present) == 1:
             return self._run(present, args, kwargs)
-        order = experts.argsort(stable=True)  # [B]
-        sizes = counts.tolist()
+        order, sizes = experts.argsort(stable=True), counts.tolist()  # [B]
         lists = self.arguments.batches_are_lists(len(t), args, kwargs)
         parts = [self.arguments.take(rows, len(t), args, kwargs) for rows in order.split(sizes)]
         outputs = [self._run(expert, *part) for expert, part in zip(present.split(1), parts, strict=True)]
@@ -412,7 +408,7 @@ class RemixDiT(Remix):
         self, backbone: nn.Module, n_basis: int, n_experts: int, mixer: str = "softmax", scope="global", **options
     ):
         options = {name: value for name, value in options.items() if value is not None}
-        scale = scale_of(options.get("boundaries", [TIMESTEPS]))
+        scale = scale_of(options.get("boundaries") or [TIMESTEPS])
         highest = TIMESTEPS if scale.whole else scale.highest
         defaults = dict(layers=find_backbone(backbone).mixed_layers, timestep="t", highest_level=highest)
         options = dict(n_basis=n_basis, n_experts=n_experts, mixer=mixer, scope=scope) | defaults | options
@@ -452,4 +448,4 @@ def build_remix(name: str, **options) -> RemixDiT:
     return remix
 
 
-RemixDiT_models = {name: partial(build_remix, name) for name in model_names() if find_model(name)[2]}
+RemixDiT_models = {f"Remix{name}": partial(build_remix, name) for name in DiT_models}
