@@ -222,7 +222,7 @@ def linear_per_group(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Compute `linear_per_group` without the biases, for GPUs, whose batched matrix products are faster."""
     parts = x.reshape(len(weight), -1, x.shape[-1])  # [G, B / G * ..., in]
-    return torch.bmm(parts, weight.transpose(1, 2)).view(*x.shape[:-1], -1)
+    return torch.bmm(parts, weight.transpose(1, 2)).view(*x.shape[:-1], weight.shape[1])
 
 
 @torch.library.custom_op("remix::grouped_linear", mutates_args=())
@@ -235,7 +235,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             torch.mm(parts[g], weight[g].T, out=out[g])
         else:
             torch.addmm(bias[g], parts[g], weight[g].T, out=out[g])
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], weight.shape[1])
 
 
 @torch.library.custom_op("remix::linear_per_group_backward", mutates_args=())

@@ -89,6 +89,16 @@ def test_layers_without_biases_equal_those_with_zeros(device, on_cpu, groups, mo
         assert relative(gradient, expected_gradient) < 1e-5
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["grouped", "batched"])
+def test_no_tokens_give_no_tokens(device, on_cpu, monkeypatch):
+    monkeypatch.setattr(grouped_linear, "on_cpu", lambda tensor: on_cpu)
+    *inputs, grad = random_layer(device, 2, n_basis=4, tokens=0)
+    out = mix_and_apply(*inputs)
+    assert out.shape == grad.shape == (4, 0, 48)
+    assert all(gradient.count_nonzero() == 0 for gradient in torch.autograd.grad(out, inputs, grad))
+
+
 # The compiled layers take 5 to 30 seconds each.
 PRECISION_CASES = [(False, 4, 1), (False, 4, 4), (False, 8, 16), (True, 4, 4)]
 PRECISION_CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 4, 1), (True, 8, 16))]
