@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same_weights, disk_full_of, losses, run, training_flags
-from safetensors.torch import save_file
 
 from checkpoint import build_model, load_model, model_config
 from interop.own import checkpoints, find_checkpoint, find_corruption, read_checkpoint, save_checkpoint
@@ -226,10 +225,8 @@ def test_files_of_an_earlier_version_are_refused(features, tmp_path):
     model = DiT_models["DiT-T/2"](input_size=8)
     save(tmp_path / "a.pt", model, "DiT-T/2")
     save_checkpoint(tmp_path / "earlier.pt", torch.load(tmp_path / "a.pt", weights_only=True) | {"version": 2})
-    save_file(model.state_dict(), tmp_path / "earlier.safetensors", metadata={"config": "{}"})
-    for name in ("earlier.pt", "earlier.safetensors"):
-        with pytest.raises(UserError, match=f"{name} was written by an earlier version of this code, in format 2"):
-            load_model(tmp_path / name)
+    with pytest.raises(UserError, match=r"earlier\.pt was written by an earlier version of this code, in format 2"):
+        load_model(tmp_path / "earlier.pt")
     flags = [*training_flags(features, tmp_path, "run"), "--resume", tmp_path / "earlier.pt"]
     stderr = run("train_fast.py", *flags, expect=2).stderr
     assert "earlier version" in stderr
