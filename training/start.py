@@ -16,7 +16,7 @@ from diffusion.intervals import TIMESTEPS
 from features.dataset import FeatureDataset
 from interop.own import checkpoints, find_checkpoint, find_corruption, read_checkpoint
 from interop.shapes import assumed_vae, flow_target
-from models import build_plain, find_backbone
+from models import build_plain, find_backbone, meta_device
 from remix import RemixDiT, build_remix
 from runtime.command_line import number
 from runtime.errors import UserError, is_first_process
@@ -223,7 +223,7 @@ def load_initial_model(
         return RemixDiT(loaded, **mixing, prior_bonus=prior_bonus) if mixing else loaded
     if not mixing:
         raise UserError(f"--load-weight {path} holds a RemixDiT, which cannot start a {name}")
-    with torch.device("meta"):
+    with meta_device():
         asked = RemixDiT(build_plain(name, **shape), **mixing).mixing_config
     for key, value in asked.items():
         if (found := loaded.mixing_config[key]) != value:
