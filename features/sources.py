@@ -5,8 +5,6 @@ import io
 import os
 from pathlib import Path
 
-from torchvision.datasets import ImageFolder
-
 from features.images import describe_kinds, is_image
 from runtime import hub
 from runtime.errors import LocalError, UserError, first_line, is_first_process
@@ -67,6 +65,9 @@ class FolderImages(LabelledImages):
     """
 
     def __init__(self, path):
+        # Importing torchvision takes longer than importing PyTorch, and Hugging Face datasets do not need it.
+        from torchvision.datasets import ImageFolder
+
         if not Path(path).is_dir():
             raise UserError(f"--data-path {path}: no such folder")
         others = [entry.name for entry in os.scandir(path) if entry.is_file()]
