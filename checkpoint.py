@@ -1,11 +1,10 @@
 """Models and their configs: building a model, and loading it from any format that interop/ reads."""
 
-import torch
 from torch import Tensor, nn
 
 from interop import FORMATS, diffusers
 from interop.own import find_checkpoint, read_checkpoint
-from models import BACKBONES, find_backbone
+from models import BACKBONES, find_backbone, meta_device
 from remix import Remix, RemixDiT
 from runtime.errors import UserError, first_line
 
@@ -123,7 +122,7 @@ def check_shapes(path, config: dict, state: dict[str, Tensor]):
     depth = sum(value for key, value in config["backbone"].items() if key.endswith("depth"))
     if depth > len(state):
         raise UserError(f"{path} does not fit the model: {depth} blocks, but {len(state)} tensors")
-    with torch.device("meta"):
+    with meta_device():
         expected = build_model(config).state_dict()
     for key, value in expected.items():
         if key in state and state[key].shape != value.shape:

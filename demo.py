@@ -20,8 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from runtime.command_line import ArgumentParser, flags, positive_int, run_script
@@ -122,6 +120,10 @@ def split_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         For "train", "validation" (300 images for choosing settings) and "heldout" (300 images for reported results):
         images, uint8 [n, 8, 8] (the dataset's 0..16 scaled to 0..255), and labels [n].
     """
+    # Only the first run reads the digits.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images, labels = (digits.images * (255 / 16)).round().astype(np.uint8), digits.target
     rest, heldout = train_test_split(np.arange(len(images)), test_size=300, stratify=labels, random_state=0)

@@ -4,21 +4,43 @@ A record (`Backbone`) says everything that the rest of the code needs to know ab
 class and a record.
 
 DiT's parameter names and shapes are those of facebookresearch/DiT, so its checkpoints load unchanged. Patch embedding,
-attention and MLP come from timm. Shapes in comments: B samples, L tokens, D hidden size, C channels, P patch size.
+attention and MLP compute what timm's do, but importing timm takes longer than importing PyTorch. Shapes in comments:
+B samples, L tokens, D hidden size, C channels, P patch size, H heads.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed
-from timm.layers.attention import Attention
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.overrides import TorchFunctionMode
+
+
+class SkipNormal(TorchFunctionMode):
+    """Leave out the initialization with normal numbers."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.init.normal_:
+            return kwargs["tensor"]
+        return func(*args, **kwargs or {})
+
+
+@contextmanager
+def meta_device() -> Iterator[None]:
+    """Build modules whose tensors have shapes but no storage, as with torch.device("meta"), to look at the shapes.
+
+    The state of the global random generator is the same afterwards.
+
+    Normal numbers are left out. On this device, PyTorch implements them by Python code that imports the compiler, which
+    takes two thirds of the time of importing PyTorch.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), SkipNormal():
+        yield
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -101,6 +123,81 @@ class TanhGELU(nn.Module):
         return (y * torch.sigmoid(math.sqrt(8 / math.pi) * y * (1 + 0.044715 * y * y))).to(x.dtype)
 
 
+class PatchEmbed(nn.Module):
+    """Embed the patches of an image by a convolution whose stride is its kernel size.
+
+    Args:
+        input_size: height and width of the input.
+        patch_size: side P of a patch.
+        in_channels: number of input channels C.
+        hidden_size: size D of the tokens.
+    """
+
+    def __init__(self, input_size: int, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.input_size = input_size
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed the images x [B, C, height, width] -> [B, L, D].
+
+        Raises:
+            ValueError: if they have another size.
+        """
+        height, width = x.shape[2:]
+        if height != self.input_size or width != self.input_size:
+            raise ValueError(f"the model takes a height and width of {self.input_size}, not {height} and {width}")
+        return self.proj(x).flatten(2).transpose(1, 2)  # [B, D, height / P, width / P] -> [B, L, D]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention.
+
+    Args:
+        hidden_size: size D of the tokens.
+        num_heads: number H of heads.
+
+    Attributes:
+        fused_attn: use PyTorch's fused kernel, rather than two matrix products with a softmax between them.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.fused_attn = True
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform the tokens x [B, L, D] -> [B, L, D]."""
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, L, 3, H, D / H]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, L, D / H] each
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with `TanhGELU` between them.
+
+    Args:
+        hidden_size: size D of the tokens.
+        inner_size: size between the layers.
+    """
+
+    def __init__(self, hidden_size: int, inner_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, inner_size)
+        self.act = TanhGELU()
+        self.fc2 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform the tokens x [B, L, D] -> [B, L, D]."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero conditioning.
 
@@ -113,9 +210,9 @@ class DiTBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=TanhGELU)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -240,12 +337,12 @@ class DiT(nn.Module):
         self.frequency_shift = frequency_shift
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
 
-        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, shift=frequency_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        positions = sincos_positions(hidden_size, input_size // patch_size)
         # A parameter rather than a buffer, as in the published checkpoints.
-        self.pos_embed = nn.Parameter(positions.unsqueeze(0), requires_grad=False)  # [1, L, D]
+        positions = torch.empty(1, (input_size // patch_size) ** 2, hidden_size)  # [1, L, D]
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.reset_parameters()
@@ -255,6 +352,7 @@ class DiT(nn.Module):
 
         Linear layers are Xavier uniform, embeddings normal with std 0.02, modulation and output layers zero.
         """
+        self.pos_embed.copy_(sincos_positions(self.config["hidden_size"], math.isqrt(self.pos_embed.shape[1])))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -312,9 +410,12 @@ def sincos_positions(dim: int, side: int) -> Tensor:
     Args:
         dim: number of channels. It must be divisible by 4. The first half encodes x, the second half y.
         side: number of positions along x and along y.
+
+    Returns:
+        The embedding, float32, on the CPU.
     """
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
+    angles = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, dim / 2]
     along_x = line.repeat(side, 1)  # [side * side, dim / 2]
     along_y = line.repeat_interleave(side, dim=0)  # [side * side, dim / 2]
@@ -341,6 +442,8 @@ class Backbone:
         class_embedding: name of the `nn.Embedding` of the classes. The null class, if there is one, is its last row.
         before_compile: function that is called with a model that will be compiled, and the device that it will run on,
             and changes the model in place; None if nothing changes.
+        flops: function that `count_flops` calls; None to count the operations of a forward pass without data, which
+            imports the compiler.
     """
 
     name: str
@@ -351,6 +454,7 @@ class Backbone:
     blocks: str = "blocks"
     class_embedding: str = "y_embedder.embedding_table"
     before_compile: Callable[[nn.Module, torch.device], None] | None = None
+    flops: Callable[[dict], int] | None = None
 
     def models(self) -> dict[str, Callable[..., nn.Module]]:
         """Return what builds the model of each size, by the model's name. It takes further keyword arguments."""
@@ -373,7 +477,11 @@ class Backbone:
         Args:
             config: the keyword arguments of the class.
         """
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        if self.flops is not None:
+            return self.flops(config)
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with meta_device(), FlopCounterMode(display=False) as counter:
             model = self.module(**config).eval()
             x = torch.empty(1, config["in_channels"], config["input_size"], config["input_size"])
             model(x, torch.empty(1), torch.empty(1, dtype=torch.long))
@@ -407,7 +515,7 @@ def choose_attention(model: nn.Module, device: torch.device):
     On CPUs, two matrix products with a compiled softmax between them are faster than PyTorch's fused attention kernel.
 
     Args:
-        model: its timm `Attention` modules are changed in place.
+        model: its `Attention` modules are changed in place.
         device: the device the model will run on. Nothing changes unless it is a CPU.
     """
     if device.type != "cpu":
@@ -415,6 +523,21 @@ def choose_attention(model: nn.Module, device: torch.device):
     for module in model.modules():
         if isinstance(module, Attention):
             module.fused_attn = False
+
+
+def dit_flops(config: dict) -> int:
+    """Count the FLOPs of the matrix products of one forward pass of a `DiT`, per image. See `Backbone.count_flops`."""
+    width, patch = config["hidden_size"], config["patch_size"] ** 2
+    tokens = config["input_size"] ** 2 // patch
+    channels, out_channels = config["in_channels"], config["in_channels"] * (1 + config["learn_sigma"])
+    # Number of weights of the linear layers that are applied to each token: attention and MLP, patches and output.
+    block = 4 * width**2 + 2 * width * int(width * config["mlp_ratio"])
+    per_token = config["depth"] * block + width * patch * (channels + out_channels)
+    # And to each image: the embedding of its timestep from 256 sinusoids, and the modulation layers.
+    per_image = 256 * width + width**2 + (6 * config["depth"] + 2) * width**2
+    # The two products of the attention, for each pair of tokens.
+    pairs = config["depth"] * 2 * width
+    return 2 * (tokens * per_token + per_image + tokens**2 * pairs)
 
 
 DIT_SIZES = {
@@ -431,6 +554,7 @@ DIT = Backbone(
     mixed_layers=("blocks.*.attn.qkv", "blocks.*.attn.proj", "blocks.*.mlp.fc1", "blocks.*.mlp.fc2"),
     modulation=("blocks.*.adaLN_modulation.1",),
     before_compile=choose_attention,
+    flops=dit_flops,
 )
 # Every backbone, by its name.
 BACKBONES = {backbone.name: backbone for backbone in (DIT,)}

@@ -46,8 +46,6 @@ def main(args: argparse.Namespace):
     for expert in independent_runs(args):
         if not train(expert):
             break
-        # The compiler limits how often it compiles the same code for another model.
-        torch.compiler.reset()
 
 
 def train(args: argparse.Namespace) -> bool:
@@ -92,6 +90,9 @@ def train(args: argparse.Namespace) -> bool:
             end = loop(outputs, sampler, batches, step, stop)
     outputs.writer.wait()
     restore_signals()
+    if run.execution.compile:
+        # The compiler limits how often it compiles the same code for another model.
+        torch.compiler.reset()
     return report_end(outputs, sampler, end, stop)
 
 

@@ -24,11 +24,6 @@ from functools import partial
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 
-import matplotlib
-
-# This backend needs no screen.
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -148,6 +143,13 @@ def draw_coefficients(out: Path, model: Remix, name: str):
 
 def draw_training(out: Path, run: Path):
     """Draw the coefficients of every expert over the steps of a run, from the metrics.jsonl in its folder."""
+    # The grids and --help do not need matplotlib.
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     metrics = run / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(f"{metrics}: no such file")
@@ -162,17 +164,16 @@ def draw_training(out: Path, run: Path):
         title += ", mean over the blocks"
     n_experts, n_basis = alpha.shape[1:]
 
-    figure, axes = plt.subplots(
-        n_basis, 1, sharex=True, sharey=True, layout="constrained", squeeze=False, figsize=(8, 1.6 * n_basis + 1)
-    )
-    colors = plt.get_cmap("plasma")(np.linspace(0, 0.9, n_experts))
+    figure = Figure((8, 1.6 * n_basis + 1), layout="constrained")
+    axes = figure.subplots(n_basis, 1, sharex=True, sharey=True, squeeze=False)
+    colors = colormaps["plasma"](np.linspace(0, 0.9, n_experts))
     for k, axis in enumerate(axes[:, 0]):
         for i in range(n_experts):
             axis.plot(steps, alpha[:, i, k], color=colors[i], linewidth=1)
         axis.set_ylabel(f"basis {k}")
     axes[-1, 0].set_xlabel("step")
-    scale = plt.cm.ScalarMappable(plt.Normalize(0, n_experts - 1), plt.matplotlib.colors.ListedColormap(colors))
-    ticks = matplotlib.ticker.MaxNLocator(integer=True)
+    scale = ScalarMappable(Normalize(0, n_experts - 1), ListedColormap(colors))
+    ticks = MaxNLocator(integer=True)
     figure.colorbar(scale, ax=axes[:, 0].tolist(), label="expert (expert 0: least noise)", ticks=ticks)
     figure.suptitle(title, fontsize=10)
     save_png(figure, out)
@@ -228,10 +229,15 @@ def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, model: Rem
     The left one is relative to the pretrained model, the right one to the best expert of each interval. Where the
     experts are good in their own intervals, the diagonal of the right one is 0.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    from matplotlib.colors import SymLogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure((14, 6), layout="constrained")
+    axes = figure.subplots(1, 2)
     above_best = (1 + errors) / (1 + errors).min(0) - 1
     # Differences are tenths of a percent inside an expert's interval, and up to a factor of ten far outside it.
-    scale = partial(matplotlib.colors.SymLogNorm, linthresh=0.5, vmax=100)
+    scale = partial(SymLogNorm, linthresh=0.5, vmax=100)
     maps = (
         (100 * errors, "RdBu_r", scale(vmin=-100), "the pretrained model", [-100, -10, -1, 0, 1, 10, 100]),
         (100 * above_best, "viridis_r", scale(vmin=0), "the best expert of the interval", [0, 1, 10, 100]),
@@ -239,8 +245,8 @@ def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, model: Rem
     noise_scale = scale_of(model.boundaries)
     for axis, (values, colors, norm, baseline, ticks) in zip(axes, maps, strict=True):
         image = axis.imshow(values, cmap=colors, norm=norm)
-        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-        axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel(f"interval of {noise_scale.unit}s (interval 0: least noise)")
         axis.set_ylabel("expert")
         figure.colorbar(image, ax=axis, label=f"error relative to {baseline}, %", ticks=ticks, format="%d")
@@ -282,9 +288,12 @@ def ema_scores(
 
 def draw_ema(out: Path, scores: dict[float | None, dict[str, float]], name: str):
     """Draw the results of ema_scores, one panel for each score."""
+    from matplotlib.figure import Figure
+
     stds = sorted(std for std in scores if std is not None)
     kinds = list(scores[None])
-    figure, axes = plt.subplots(1, len(kinds), figsize=(7 * len(kinds), 4), layout="constrained", squeeze=False)
+    figure = Figure((7 * len(kinds), 4), layout="constrained")
+    axes = figure.subplots(1, len(kinds), squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
         axis.plot(stds, [scores[std][kind] for std in stds], marker="o", label="post-hoc EMA")
         axis.axhline(scores[None][kind], color="gray", linestyle="--", label="EMA of the training")
@@ -335,7 +344,6 @@ def draw_grids(out: Path, paths: list[str], count: int):
 def save_png(figure, path: Path):
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)
 
 
 def write_csv(figure: Path, header: list, rows: list[list]):

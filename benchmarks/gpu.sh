@@ -7,8 +7,8 @@
 #
 # Stages for one GPU: checks, s, b, l, xl, sampling, path. For all GPUs of this machine: s-all, b-all, l-all, xl-all.
 # A measurement that fails, for example because the memory is too small, does not end the others. They are listed at the
-# end, and the exit code is then 1. In a copy without .git, set COMMIT in the environment. Needs torch, torchvision and
-# timm. The stage `checks` also needs pytest, and `path` needs diffusers and scipy. Compilation takes most of the time:
+# end, and the exit code is then 1. In a copy without .git, set COMMIT in the environment. Needs torch. The
+# stage `checks` also needs pytest, and `path` needs torchvision, diffusers and scipy. Compilation takes most of the time:
 # each model of S/2 or B/2 takes about one minute, and each of XL/2 more than two.
 
 set -uo pipefail

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import expit, logit, ndtr, ndtri
 from torch import Tensor
 
 TIME_SAMPLINGS = ("uniform", "logit-normal")
@@ -90,10 +89,18 @@ class TimeDistribution(NamedTuple):
     def cdf(self, u: np.ndarray) -> np.ndarray:
         """Return the probability of a noise level below u."""
         u = shift_noise_levels(np.asarray(u, dtype=np.float64), 1 / self.shift)
-        return u if self.sampling == "uniform" else ndtr((logit(u) - self.mean) / self.std)
+        if self.sampling == "uniform":
+            return u
+        # Only runs with logit-normal times pay for this import.
+        from scipy.special import logit, ndtr
+
+        return ndtr((logit(u) - self.mean) / self.std)
 
     def quantile(self, p: np.ndarray) -> np.ndarray:
         """Return the noise levels of probabilities: the inverse of `cdf`."""
         p = np.asarray(p, dtype=np.float64)
-        u = p if self.sampling == "uniform" else expit(self.mean + self.std * ndtri(p))
-        return shift_noise_levels(u, self.shift)
+        if self.sampling == "uniform":
+            return shift_noise_levels(p, self.shift)
+        from scipy.special import expit, ndtri
+
+        return shift_noise_levels(expit(self.mean + self.std * ndtri(p)), self.shift)

@@ -1,7 +1,6 @@
 """The scores, as ADM's evaluator defines them: Frechet distance, Inception Score, precision and recall, KID."""
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -45,6 +44,9 @@ def _eigenvalues_of_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
     If b = r r', they are the eigenvalues of r' a r. If b is singular, some eigenvalues that are 0 are left out.
     """
+    # Importing scipy takes a quarter of a second, and only a run that computes FID needs it.
+    import scipy.linalg
+
     try:
         # LAPACK takes the Cholesky factor of b as r.
         return scipy.linalg.eigh(a, b, type=2, eigvals_only=True, driver="gv")

@@ -6,8 +6,6 @@ import os
 import re
 from pathlib import Path
 
-from torchvision.datasets import ImageFolder
-
 from features.images import describe_hidden, describe_kinds, find_files, is_hidden, is_image
 from runtime import hub
 from runtime.errors import LocalError, UserError, first_line, is_first_process
@@ -63,16 +61,6 @@ class LabelledImages:
         return {}
 
 
-class ClassFolders(ImageFolder):
-    """An ImageFolder without the folders that are hidden or belong to the system, which are not classes."""
-
-    def find_classes(self, directory) -> tuple[list[str], dict[str, int]]:
-        classes = [name for name in super().find_classes(directory)[0] if not is_hidden(name)]
-        if not classes:
-            raise FileNotFoundError(f"{directory} holds no classes")
-        return classes, {name: label for label, name in enumerate(classes)}
-
-
 class FolderImages(LabelledImages):
     """The images below a folder, in ImageFolder's order. Hidden files and folders are left out.
 
@@ -86,6 +74,9 @@ class FolderImages(LabelledImages):
     def __init__(self, path):
         if Path(path).is_file():
             raise UserError(f"--data-path {path} is a file: unpack it to a folder with one folder of images per class")
+        # Importing torchvision takes longer than importing PyTorch, and Hugging Face datasets do not need it.
+        from features.class_folders import ClassFolders
+
         if not Path(path).is_dir():
             raise UserError(f"--data-path {path}: no such folder")
         others, hidden, start = [], [], len(os.path.join(path, ""))

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def prior_bases(n_basis: int, n_experts: int, device: torch.device | None = None) -> Tensor:
+def prior_bases(n_basis: int, n_experts: int, device: torch.device | str) -> Tensor:
     """Return the basis of each expert in the one-hot prior [N]: floor(i K / N) for expert i."""
-    return torch.arange(n_experts, device=device) * n_basis // n_experts
+    return torch.tensor([i * n_basis // n_experts for i in range(n_experts)], device=device)
 
 
 def initial_logits(n_basis: int, n_experts: int, depth: int | None, mixer: str, prior_bonus: float) -> Tensor:
@@ -24,13 +24,13 @@ def initial_logits(n_basis: int, n_experts: int, depth: int | None, mixer: str, 
         prior_bonus: number added to the logit of each expert's basis in the prior.
 
     Returns:
-        pi [N, K], or [depth, N, K].
+        pi [N, K], or [depth, N, K], on the CPU.
     """
-    logits = F.one_hot(prior_bases(n_basis, n_experts), n_basis).float()  # [N, K]
+    logits = F.one_hot(prior_bases(n_basis, n_experts, "cpu"), n_basis).float()  # [N, K]
     if depth is not None:
         logits = logits.expand(depth, -1, -1)  # [depth, N, K]
     if mixer != "one-hot":
-        logits = torch.randn(logits.shape) + prior_bonus * logits
+        logits = torch.randn(logits.shape, device="cpu") + prior_bonus * logits
     # With "raw", the rows are non-negative and sum to 1: these experts also start as averages of the bases.
     return logits.softmax(-1) if mixer == "raw" else logits
 

@@ -3,9 +3,11 @@
 The results do not depend on the implementation, except for rounding. benchmarks/README.md has the measurements.
 """
 
+import functools
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,6 +23,22 @@ if TRITON:
 
 # From this number of groups on, the backward pass mixes the weights again instead of keeping them in memory.
 RECOMPUTED_GROUPS = 8
+
+
+def compiled_as_operator(function: Callable) -> Callable:
+    """Decorate a function that compiled code calls as a custom operator, which the compiler does not look into.
+
+    Other code calls the function itself, because the first call of a custom operator imports the compiler. The result
+    has the decorator `register_fake` of `torch.library.custom_op`.
+    """
+    operator = torch.library.custom_op(f"remix::{function.__name__}", function, mutates_args=())
+
+    @functools.wraps(function)
+    def call(*args):
+        return (operator if torch.compiler.is_compiling() else function)(*args)
+
+    call.register_fake = operator.register_fake
+    return call
 
 
 def mixed_linear(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -88,7 +106,7 @@ class LinearPerGroupFunction(torch.autograd.Function):
 
 # A custom operator, because the compiler would keep the mixtures of the forward pass instead of mixing again. The
 # compiler must compute this operator in the backward pass, because its input `grad` exists only there.
-@torch.library.custom_op("remix::in_backward", mutates_args=())
+@compiled_as_operator
 def in_backward(alpha: Tensor, grad: Tensor) -> Tensor:
     """Return a copy of alpha that exists only in the backward pass, in which `grad` is computed."""
     return alpha.clone()
@@ -218,14 +236,14 @@ def linear_per_group(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 # The matrix products of the groups are custom operators. If a tensor is an input of two batched products, once as a
 # view and once transposed, torch.compile makes two copies of it. For CPUs, it turns writes into parts of one output
 # into copies.
-@torch.library.custom_op("remix::batched_linear", mutates_args=())
+@compiled_as_operator
 def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Compute `linear_per_group` without the biases, for GPUs, whose batched matrix products are faster."""
     parts = x.reshape(len(weight), -1, x.shape[-1])  # [G, B / G * ..., in]
     return torch.bmm(parts, weight.transpose(1, 2)).view(*x.shape[:-1], weight.shape[1])
 
 
-@torch.library.custom_op("remix::grouped_linear", mutates_args=())
+@compiled_as_operator
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute `linear_per_group` one group after the other, for CPUs, whose batched matrix products are slower."""
     parts = x.reshape(len(weight), -1, x.shape[-1])
@@ -238,7 +256,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.view(*x.shape[:-1], weight.shape[1])
 
 
-@torch.library.custom_op("remix::linear_per_group_backward", mutates_args=())
+@compiled_as_operator
 def linear_per_group_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of x, of weight [G, out, in] (contiguous) and of bias [G, out] (float32)."""
     grads = grad.reshape(len(weight), -1, grad.shape[-1])  # [G, B / G * ..., out]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shlex
 import subprocess
 
@@ -124,3 +125,33 @@ def test_the_table_of_training_speeds_from_results(tmp_path):
     assert f"| {speed:.2f} |" in remix
     (tmp_path / "other.json").write_text("[]")
     assert "not a result file" in run("benchmarks/table.py", tmp_path / "other.json", expect=2).stderr
+
+
+def test_the_start_of_scripts_is_compared_with_another_checkout(tmp_path):
+    """Scripts that do nothing stand for those of two checkouts. Those of the second one compute before they end."""
+    start = runpy.run_path(str(ROOT / "benchmarks/start.py"))
+    script = "import sys, time\nend = time.process_time() + {}\nwhile time.process_time() < end: pass\n"
+    script += "sys.exit(2 if '--wrong' in sys.argv else 0)\n"
+    for name, seconds in (("fast", 0), ("slow", 0.2)):
+        (tmp_path / name).mkdir()
+        for stem in start["SCRIPTS"]:
+            (tmp_path / name / f"{stem}.py").write_text(script.format(seconds))
+    commands = {
+        name: command
+        for name, command in start["commands"](tmp_path / "runs", 0).items()
+        if name in ("train_fast.py --help", "train_fast.py --wrong", "sample_ddp.py, one image")
+    }
+    fast, slow = (
+        {"import torch": 0.5} | {name: start["cpu_seconds"](tmp_path / tree, c) for name, c in commands.items()}
+        for tree in ("fast", "slow")
+    )
+    rows = [row.strip("| ").split(" | ") for row in start["table_rows"](fast, slow)]
+    assert [row[0] for row in rows] == ["command", "---", "import torch", *commands]
+    for name, now, ratio, older, _, change in rows[3:]:
+        assert fast[name] < 0.2 <= slow[name]
+        assert [float(now), float(ratio), float(older), float(change)] == pytest.approx(
+            [fast[name], fast[name] / 0.5, slow[name], fast[name] / slow[name]], abs=0.006
+        )
+    (tmp_path / "fast/train_fast.py").write_text("raise SystemExit('broken')")
+    with pytest.raises(start["UserError"], match=r"train_fast\.py --help ended with exit code 1: broken"):
+        start["cpu_seconds"](tmp_path / "fast", commands["train_fast.py --help"])

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import golden, relative
+from torch import nn
 
-from models import DIT, DiT, DiT_models, choose_attention
+from models import DIT, Attention, DiT, DiT_models, Mlp, PatchEmbed, TanhGELU, choose_attention
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,12 @@ def test_numbers_of_parameters_and_registry():
     assert {f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)} < set(DiT_models)
 
 
+@pytest.mark.parametrize("size", [dict(input_size=8), dict(input_size=8, learn_sigma=False, mlp_ratio=3.3)])
+def test_operations_are_those_of_a_forward_pass(size):
+    config = DiT_models["DiT-T/2"](**size).config
+    assert DIT.count_flops(config) == replace(DIT, flops=None).count_flops(config)
+
+
 def test_an_untrained_model_predicts_zero():
     model = DiT_models["DiT-T/2"](input_size=8, num_classes=5)
     out = model(torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 4]))
@@ -66,6 +75,50 @@ def test_dropped_labels_become_the_null_class(published):
 def test_invalid_sizes(sizes):
     with pytest.raises(ValueError):
         DiT_models["DiT-T/2"](**{"input_size": 8} | sizes)
+
+
+@pytest.mark.parametrize("layer", ["patches", "fused attention", "attention", "mlp"])
+def test_layers_equal_those_of_timm_bit_for_bit(layer):
+    import timm.layers
+    from timm.layers.attention import Attention as TimmAttention
+
+    def make(build) -> nn.Module:
+        torch.manual_seed(0)
+        return build()
+
+    def run(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+        x = x.clone().requires_grad_()
+        out = module(x)
+        return [out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
+
+    torch.manual_seed(1)
+    tokens = torch.randn(3, 16, 48)
+    if layer == "patches":
+        ours = make(lambda: PatchEmbed(8, 2, 4, 48))
+        timms = make(lambda: timm.layers.PatchEmbed(8, 2, 4, 48))
+        x = torch.randn(3, 4, 8, 8)
+    elif layer == "mlp":
+        ours = make(lambda: Mlp(48, 100))
+        timms = make(lambda: timm.layers.Mlp(48, 100, act_layer=TanhGELU))
+        x = tokens
+    else:
+        ours = make(lambda: Attention(48, 3))
+        timms = make(lambda: TimmAttention(48, num_heads=3, qkv_bias=True))
+        ours.fused_attn = timms.fused_attn = layer == "fused attention"
+        x = tokens
+    state, expected = ours.state_dict(), timms.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], expected[name]) for name in state), "the same random draws"
+    for dtype in (torch.float32, torch.bfloat16):
+        results, references = (run(module.to(dtype), x.to(dtype)) for module in (ours, timms))
+        assert all(map(torch.equal, results, references)), dtype
+
+
+@pytest.mark.parametrize("shape", [(4, 16), (6, 6)])
+def test_images_of_another_size_are_refused(shape):
+    model = DiT_models["DiT-T/2"](input_size=8)
+    with pytest.raises(ValueError, match=f"height and width of 8, not {shape[0]} and {shape[1]}"):
+        model(torch.zeros(1, 4, *shape), torch.zeros(1), torch.zeros(1, dtype=torch.long))
 
 
 def test_new_classes_keep_embeddings_by_label():

@@ -10,7 +10,7 @@ from torch import nn
 from checkpoint import load_model, model_config
 from features.dataset import FeatureDataset
 from interop.shapes import assumed_vae, flow_target
-from models import build_plain, find_backbone, find_model
+from models import build_plain, find_backbone, find_model, meta_device
 from remix import RemixDiT, build_remix
 from runtime.errors import UserError
 from training.settings import RunSettings
@@ -172,7 +172,7 @@ def load_initial_model(
         return RemixDiT(loaded, **mixing, prior_bonus=prior_bonus) if mixing else loaded
     if not mixing:
         raise UserError(f"--load-weight {path} holds a RemixDiT, which cannot start a {name}")
-    with torch.device("meta"):
+    with meta_device():
         asked = RemixDiT(build_plain(name, **shape), **mixing).mixing_config
     for key, value in asked.items():
         if (found := loaded.mixing_config[key]) != value:

@@ -18,6 +18,7 @@ from models import find_backbone
 from runtime.processes import World
 from training.batches import Microbatch
 from training.experts import experts_of
+from training.optimizer import AdamW
 from training.posthoc_ema import decay_at
 from training.settings import Execution, RunSettings
 from training.sharding import gather_model, gather_rows, own_rows, shard_bases, sharded_parameters
@@ -108,6 +109,7 @@ class Trainer:
         optimizer: AdamW, with one group for the weights and one for the mixing logits.
         scaler: gradient scaler of fp16; it does nothing in other precisions.
         stats: running sums of the losses, and the non-finite steps.
+        compiled: whether the model and its losses are compiled.
         optimize_ddp: whether a compiled graph is cut where DDP's buckets end.
         cuda_graphs: whether the compiled forward and backward pass are recorded as CUDA graphs. A graph starts all its
             kernels at once. Its results are overwritten when it runs again. It keeps the memory of its activations and
@@ -143,7 +145,7 @@ class Trainer:
 
         weights = [p for p in self.trained if not any(p is logits for logits in self.experts.logits)]
         groups = [{"params": weights}, {"params": self.experts.logits}]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0, fused=True)
+        self.optimizer = AdamW(groups, lr=settings.lr, weight_decay=0, fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
 
         if execution.checkpoint_activations:
@@ -158,7 +160,8 @@ class Trainer:
         # compiler may otherwise reuse their memory. CUDA graphs that hold exchanges were not tested with several GPUs.
         self.optimize_ddp = not execution.shard
         self.cuda_graphs = execution.compile and world.device.type == "cuda" and not execution.shard
-        if execution.compile:
+        self.compiled = execution.compile
+        if self.compiled:
             options = OVERLAP if execution.shard else {"triton.cudagraphs": self.cuda_graphs}
             # The shapes do not change during a run, and symbolic sizes would be slower.
             self.loss.compile(dynamic=False, options=options)
@@ -283,8 +286,9 @@ class Trainer:
         """
         # Tensors, because compiled code would be specific to the value of a number.
         weights = tuple(torch.full((), w, device=self.world.device) for w in self.term_weights.values())
-        # The compiler reads this setting of the process in the first step.
-        torch._dynamo.config.optimize_ddp = self.optimize_ddp
+        if self.compiled:
+            # The compiler reads this setting of the process in the first step.
+            torch._dynamo.config.optimize_ddp = self.optimize_ddp
         microbatches = list(microbatches)
         if self.world.size > 1 and len(microbatches) > 1 and self.replicated[0].grad is None:
             # DDP moves the gradients into its buckets in the first exchange, and rebuilds the buckets in the second.
