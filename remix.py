@@ -26,7 +26,7 @@ from mixing.experts import ExpertIntervals, centered_gram, fold_layers, measure_
 from mixing.grouped_linear import mix_into, mixed_linear
 from mixing.low_rank import LowRankLinear
 from mixing.options import PRIOR_BONUS, complete_options
-from mixing.presets import complete_preset
+from mixing.presets import Preset, complete_preset
 from models import DiT_models, build_plain, classifier_free_guidance, find_backbone
 
 
@@ -167,7 +167,8 @@ class Remix(wrapping.TransparentModule):
         batch_dims: Mapping[str, int] | None = None,
     ):
         super().__init__()
-        wrapped = complete_preset(module, layers, timestep, highest_level, unbatched, batch_dims, boundaries)
+        given = Preset(layers, (), timestep, highest_level, unbatched, batch_dims or {})
+        wrapped = complete_preset(module, given, boundaries)
         options = dict(n_basis=n_basis, n_experts=n_experts, mixer=mixer, scope=scope, boundaries=boundaries)
         options = complete_options(options | dict(highest_level=wrapped.highest_level, rank=rank, rest=rest))
         self.n_basis, self.n_experts, self.boundaries = n_basis, options["n_experts"], options["boundaries"]

@@ -89,21 +89,13 @@ PRESETS = {
 }
 
 
-def complete_preset(
-    module: nn.Module,
-    layers: Sequence[str] | None,
-    timestep: str | Callable[..., Tensor] | None,
-    highest_level: float | None,
-    unbatched: Sequence[str],
-    batch_dims: Mapping[str, int] | None,
-    boundaries: Sequence[float] | None,
-) -> Preset:
+def complete_preset(module: nn.Module, given: Preset, boundaries: Sequence[float] | None) -> Preset:
     """Return how a module is wrapped: as the arguments say, and otherwise as the preset of its class.
 
     Args:
         module: the module.
-        layers, timestep, highest_level: see `Preset`; None for those of the class.
-        unbatched, batch_dims: see `Preset`; added to those of the class.
+        given: what the arguments of a Remix give. Of its layers, timestep and highest_level, None stands for that of the
+            class. Its unbatched and batch_dims are added to those of the class.
         boundaries: boundaries between experts. They end at the highest noise level of a class that is not known.
 
     Raises:
@@ -111,13 +103,15 @@ def complete_preset(
             missing and the class is not known.
     """
     name = type(module).__name__
+    layers, timestep, highest_level = given.layers, given.timestep, given.highest_level
+    unbatched, batch_dims = given.unbatched, given.batch_dims
     if not isinstance(module, nn.Module):
         raise ValueError(f"module must be an nn.Module, such as a pipeline's transformer, but it is a {name}")
     if isinstance(unbatched, str):
         raise ValueError(f"unbatched must be a list of names of arguments, but it is {unbatched!r}")
     parameters = inspect.signature(module.forward).parameters
     if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
-        for argument in (*unbatched, *(batch_dims or {})):
+        for argument in (*unbatched, *batch_dims):
             if argument not in parameters:
                 raise ValueError(f"{name}.forward has no argument {argument!r}, only {', '.join(parameters)}")
     known = next((PRESETS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in PRESETS), None)
@@ -133,5 +127,5 @@ def complete_preset(
         timestep or known.timestep,
         known.highest_level if highest_level is None else highest_level,
         (*unbatched, *known.unbatched),
-        {**known.batch_dims, **(batch_dims or {})},
+        {**known.batch_dims, **batch_dims},
     )
