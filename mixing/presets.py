@@ -94,8 +94,8 @@ def complete_preset(module: nn.Module, given: Preset, boundaries: Sequence[float
 
     Args:
         module: the module.
-        given: what the arguments of a Remix give. Of its layers, timestep and highest_level, None stands for that of the
-            class. Its unbatched and batch_dims are added to those of the class.
+        given: what the arguments of a Remix give. Of its layers, timestep and highest_level, None stands for that of
+            the class. Its unbatched and batch_dims are added to those of the class.
         boundaries: boundaries between experts. They end at the highest noise level of a class that is not known.
 
     Raises:
