@@ -42,8 +42,7 @@ from features.dataset import (
 )
 from features.images import MAX_PIXELS, describe_counts, read_image
 from features.sources import LabelledImages, load_images
-from models import DiT_models
-from remix import RemixDiT_models
+from models import build_plain, meta_device, model_names
 from runtime.command_line import ArgumentParser, counted, number, positive_int, run_script, seed_int
 from runtime.errors import LocalError, UserError, is_first_process
 from runtime.files import check_disk, check_settings, lock_folder, remove_leftovers, write_json
@@ -176,10 +175,12 @@ def features_side(image_size: int, autoencoder: Autoencoder, model: str | None) 
     if image_size % autoencoder.factor:
         raise UserError(f"--image-size {image_size} is not a multiple of the VAE's factor {autoencoder.factor}")
     side = image_size // autoencoder.factor
-    if model and side % int(model[-1]):
-        raise UserError(
-            f"--image-size {image_size} gives features of side {side}, which is not a multiple of {model}'s patch size"
-        )
+    if model:
+        try:
+            with meta_device():
+                build_plain(model, input_size=side)
+        except ValueError as error:
+            raise UserError(f"--image-size {image_size} gives features of side {side}. {model}: {error}") from None
     return side
 
 
@@ -442,7 +443,7 @@ if __name__ == "__main__":
     parser.add_argument("--features-path", required=True, help="folder to which the features are written")
     parser.add_argument(
         "--model",
-        choices=[*DiT_models, *RemixDiT_models],
+        choices=model_names(),
         metavar="NAME",
         help="check that the features suit this architecture, such as RemixDiT-S/2",
     )

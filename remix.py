@@ -380,7 +380,6 @@ class Remix(wrapping.TransparentModule):
             raise IndexError(f"the expert index must be from 0 to {self.n_experts - 1}, but it is {i}")
         self._fold(module, self.coefficients_per_expert()[i], i)
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _fold(self, module: nn.Module, alpha: list[list[float]], i: int):
         """Write the mixed weights for the coefficients alpha [1 or depth][K] of expert i into `module`, in place."""
