@@ -235,24 +235,32 @@ def join_contexts(contexts: Sequence[AbstractContextManager]) -> Iterator[Any]:
 
 
 class TransparentModule(nn.Module):
-    """A module with another one as `backbone`, whose attributes are also attributes of this one.
+    """A module with a submodule, by default `backbone`, whose attributes are also attributes of this one.
 
-    If it has `copies` of the backbone too, the methods of the backbone are called for all of them.
+    If it has `copies` of the submodule too, the methods of the submodule are called for all of them.
+
+    Attributes:
+        _inner: name of the submodule.
+        _refused: names of attributes of the submodule that this module does not have, each with what to do instead.
     """
+
+    _inner: str = "backbone"
+    _refused: Mapping[str, str] = NOT_OF_A_REMIX
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "backbone" or name.startswith("__"):
+            if name == self._inner or name.startswith("__"):
                 raise
-            if name in NOT_OF_A_REMIX:
-                raise AttributeError(NOT_OF_A_REMIX[name]) from None
-            value = getattr(self.backbone, name)
+            if name in self._refused:
+                raise AttributeError(self._refused[name]) from None
+            inner = getattr(self, self._inner)
+            value = getattr(inner, name)
             copies = self._modules.get("copies", ())
             if not (copies and inspect.ismethod(value)):
                 return value
-            return partial(call_each, name, [self.backbone, *copies])
+            return partial(call_each, name, [inner, *copies])
 
 
 class Arguments:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.intervals import check_boundaries, find_time, level_dtype
+from mixing.wrapping import TransparentModule
 from models import DiT, classifier_free_guidance
 from remix import Remix
 
@@ -76,7 +77,7 @@ NOT_OF_A_FOLDED_REMIX = {
 }
 
 
-class FoldedRemix(ExpertSwitch):
+class FoldedRemix(ExpertSwitch, TransparentModule):
     """Runs a Remix as one plain model, whose weights are overwritten when the expert changes.
 
     Attributes of the plain model are also attributes of this one. It may get adapters (LoRA) like a plain model.
@@ -85,6 +86,8 @@ class FoldedRemix(ExpertSwitch):
         remix: the Remix. Its parameters must not change later, because its coefficients are copied to the host.
     """
 
+    _inner, _refused = "plain", NOT_OF_A_FOLDED_REMIX
+
     def __init__(self, remix: Remix):
         super().__init__()
         self.remix = remix
@@ -92,17 +95,6 @@ class FoldedRemix(ExpertSwitch):
         self.alpha = remix.coefficients_per_expert()
         self.plain = remix._plain(0)
         self.folded = None
-
-    def __getattr__(self, name: str) -> Any:
-        # Pipelines of diffusers read attributes of the plain model, such as its config.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "plain" or name.startswith("__"):
-                raise
-            if name in NOT_OF_A_FOLDED_REMIX:
-                raise AttributeError(NOT_OF_A_FOLDED_REMIX[name]) from None
-            return getattr(self.plain, name)
 
     @property
     def __class__(self) -> type:
