@@ -18,10 +18,11 @@ from interop.shapes import (
     find_state_dict,
     flow_target,
     make_config,
+    stored_model_name,
     stored_settings,
     warn_of_frequencies,
 )
-from models import DiT_models, sinusoid_frequencies
+from models import sinusoid_frequencies
 from runtime.errors import UserError, warn
 from runtime.files import atomic_write
 
@@ -50,7 +51,7 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     if backbone is None or not (repa or {"path_type", "prediction"} <= args.keys()):
         return None
     name = str(args.get("model")).replace("SiT-", "DiT-")
-    config = make_config(path, backbone, None, ({"model": name} if name in DiT_models else {}) | overrides, args)
+    config = make_config(path, backbone, None, stored_model_name({"model": name}) | overrides, args)
     if not repa:
         # SiT ignores the weight of velocity predictions.
         weight = "none" if args["prediction"] == "velocity" else args.get("loss_weight") or "none"
