@@ -168,6 +168,15 @@ def test_decompression_bombs_truncated_images_and_other_files(tmp_path):
     assert len(FeatureDataset(tmp_path / "f")) == 3
 
 
+def test_an_image_size_that_does_not_suit_the_model_is_refused(tmp_path):
+    tree = make_images(tmp_path / "images", per_class=1, size=12)
+    flags = (f"--data-path={tree}", f"--features-path={tmp_path / 'f'}", "--vae=none", "--image-size=12")
+    stderr = run("extract_features.py", *flags, "--model=RemixDiT-T/8", expect=2).stderr
+    assert "--image-size 12 gives features of side 12. RemixDiT-T/8: patch_size must divide" in stderr
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "f").exists()
+
+
 def test_latents_of_a_local_vae(vae, tmp_path):
     tree = make_images(tmp_path / "images", per_class=3, size=16)
     flags = (f"--data-path={tree}", f"--vae={vae}", "--image-size=16", "--num-workers=1", "--batch-size=4")
