@@ -27,7 +27,7 @@ def model_config(name: str, model: nn.Module) -> dict:
 
     Args:
         name: the model's name, such as "RemixDiT-S/2".
-        model: one of the backbones of models.py, or a Remix of one.
+        model: one of the backbones of models/, or a Remix of one.
     """
     remix = isinstance(model, Remix)
     backbone = model.backbone if remix else model
@@ -119,7 +119,8 @@ def check_shapes(path, config: dict, state: dict[str, Tensor]):
         UserError: if a tensor has another shape than in the model, or if the model has more blocks than the file has
             tensors.
     """
-    depth = sum(value for key, value in config["backbone"].items() if key.endswith("depth"))
+    depths = [value for key, value in config["backbone"].items() if key.endswith("depth")]
+    depth = sum(sum(value) if isinstance(value, list) else value for value in depths)
     if depth > len(state):
         raise UserError(f"{path} does not fit the model: {depth} blocks, but {len(state)} tensors")
     with meta_device():

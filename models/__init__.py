@@ -25,9 +25,11 @@ from .dit import (
     sincos_positions,
     sinusoid_frequencies,
 )
+from .ditdh import DITDH, DiTDH, DiTDH_models
+from .lightningdit import LIGHTNINGDIT, LightningDiT, LightningDiT_models
 
 # Every backbone, by its name.
-BACKBONES = {backbone.name: backbone for backbone in (DIT,)}
+BACKBONES = {backbone.name: backbone for backbone in (DIT, LIGHTNINGDIT, DITDH)}
 
 
 def find_backbone(module: nn.Module) -> Backbone:
@@ -88,11 +90,17 @@ def build_plain(name: str, **options) -> nn.Module:
 __all__ = [
     "BACKBONES",
     "DIT",
+    "DITDH",
+    "LIGHTNINGDIT",
     "TIMESTEP_FREQUENCIES",
     "Attention",
     "Backbone",
     "DiT",
+    "DiTDH",
+    "DiTDH_models",
     "DiT_models",
+    "LightningDiT",
+    "LightningDiT_models",
     "Mlp",
     "ModelName",
     "PatchEmbed",
