@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from interop import FORMATS, diffusers
 from interop.own import find_checkpoint, read_checkpoint
+from interop.shapes import recognize_other
 from models import BACKBONES, find_backbone, meta_device
 from remix import Remix, RemixDiT
 from runtime.errors import UserError, first_line
@@ -45,16 +46,16 @@ def load_model(
     """Load a model for inference.
 
     Args:
-        path: a checkpoint of this project, of facebookresearch/DiT or willisma/SiT (a state dict, also under "ema" or
-            "model"), of REPA or of the original Remix-DiT, or a DiT in diffusers' layout (a folder or a name on the
-            Hugging Face hub). hf:OWNER/REPOSITORY/FILE is a file on the hub. The folder of a run of this project stands
-            for its newest checkpoint.
+        path: a checkpoint of this project, of facebookresearch/DiT, willisma/SiT, LightningDiT or RAE (a state dict,
+            also under "ema" or "model"), of REPA, REPA-E or the original Remix-DiT, or a DiT in diffusers' layout (a
+            folder or a name on the Hugging Face hub). hf:OWNER/REPOSITORY/FILE is a file on the hub. The folder of a
+            run of this project stands for its newest checkpoint.
         ema: load the EMA weights if the file has them, otherwise the raw weights.
         allow_pickle: let the file execute code.
         verify: compare the file with its checksums first.
         overrides: what the caller expects or knows about the model: `model`, its name such as "RemixDiT-S/2", and its
-            keyword arguments. `num_heads` is required if the file holds no config and no registered model has its
-            width and depth.
+            keyword arguments. `num_heads` (two for a DiTDH) is required if the file holds no config, no registered
+            model has its width and depth, and the tensors do not show it.
 
     Returns:
         The model in eval mode on the CPU, and its config. If the file holds no config, the config is determined from
@@ -104,6 +105,8 @@ def _read_any(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, di
     for format in FORMATS.values():
         if found := format.module.read(path, content, ema, overrides):
             return found
+    if kind := recognize_other(content):
+        raise UserError(f"{path} holds {kind}")
     raise UserError(f"{path} holds no state dict of a DiT or RemixDiT in a known format")
 
 

@@ -100,6 +100,8 @@ class DiTDH(nn.Module):
         for name, values in (("hidden_size", hidden_size), ("depth", depth), ("num_heads", num_heads)):
             if not isinstance(values, list | tuple) or len(values) != 2:
                 raise ValueError(f"{name} must have two values, for the encoder and the head, but it is {values}")
+        if min(depth) < 1:
+            raise ValueError(f"depth must be at least 1 in each part, but it is {depth}")
         for width, heads in zip(hidden_size, num_heads, strict=True):
             check_sizes(input_size, patch_size, width, heads)
         self.config = dict(
