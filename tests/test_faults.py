@@ -3,10 +3,8 @@
 Each test compares the results with those of an undisturbed run, bit for bit.
 """
 
-import multiprocessing
 import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -16,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import (
     PIXELS,
     ROOT,
@@ -24,6 +21,7 @@ from conftest import (
     losses,
     make_images,
     sampled_images,
+    start,
     training_flags,
     training_processes,
     wait_for,
@@ -34,31 +32,16 @@ from interop.own import checkpoints, find_corruption
 pytestmark = pytest.mark.faults
 KILLS = 20
 
-# Scripts are forked from a server process that has their libraries loaded, so that a start does not take seconds.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train_fast", "extract_features", "sample_ddp"])
 
-
-def run_in_child(log: str, script: str, flags: list[str]):
-    os.setsid()
-    torch.set_num_threads(1)
-    # The file stays open as long as the process runs.
-    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
-    sys.argv = [str(ROOT / script), *flags]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def start(log: Path, script: str, *flags):
+def start_script(log: Path, script: str, *flags):
     """Start a script in a process of its own, which prints to `log`."""
-    process = context.Process(target=run_in_child, args=(str(log), script, [str(flag) for flag in flags]))
-    process.start()
-    return process
+    return start([ROOT / script, *flags], log, log)
 
 
 def run_to_end(log: Path, script: str, *flags) -> float:
     """Run a script and return the seconds it took."""
     began = time.perf_counter()
-    process = start(log, script, *flags)
+    process = start_script(log, script, *flags)
     process.join(120)
     assert process.exitcode == 0, log.read_text()[-3000:]
     return time.perf_counter() - began
@@ -68,7 +51,7 @@ def kill_at_random_moments(log: Path, seconds: float, script: str, *flags):
     """Start a script and kill it within `seconds`, KILLS times; a run that finishes earlier is simply started again."""
     generator = random.Random(0)
     for _ in range(KILLS):
-        process = start(log, script, *flags)
+        process = start_script(log, script, *flags)
         process.join(generator.uniform(0.02, seconds))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
@@ -123,7 +106,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(features, tmp_pa
     flags = ["--max-steps=300", "--ckpt-every=1000", "--num-workers=2"]
     run_to_end(tmp_path / "log", "train_fast.py", *training_flags(features, tmp_path, "undisturbed"), *flags)
     stopped = [*training_flags(features, tmp_path, "stopped"), *flags, "--resume=auto"]
-    process = start(tmp_path / "log", "train_fast.py", *stopped)
+    process = start_script(tmp_path / "log", "train_fast.py", *stopped)
     metrics = tmp_path / "stopped/metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
     os.killpg(process.pid, which)
@@ -142,7 +125,7 @@ def test_two_runs_with_the_same_folder(features, tmp_path):
     flags = ["--max-steps=60", "--ckpt-every=20"]
     run_to_end(tmp_path / "log", "train_fast.py", *training_flags(features, tmp_path, "alone"), *flags)
     logs = [tmp_path / "first", tmp_path / "second"]
-    runs = [start(log, "train_fast.py", *training_flags(features, tmp_path, "shared"), *flags) for log in logs]
+    runs = [start_script(log, "train_fast.py", *training_flags(features, tmp_path, "shared"), *flags) for log in logs]
     for process in runs:
         process.join(120)
     assert sorted(process.exitcode for process in runs) == [0, 2]
@@ -235,7 +218,7 @@ def test_a_full_disk_costs_only_checkpoints(features, tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=True)
     try:
         flags = [*training_flags(features, disk, "run"), *steps]
-        process = start(log, "train_fast.py", *flags)
+        process = start_script(log, "train_fast.py", *flags)
         wait_for(lambda: checkpoints(disk / "run/checkpoints"))
         wait_for(lambda: fill(disk / "filler") or "COULD NOT SAVE" in log.read_text())
         process.join(120)
@@ -248,7 +231,7 @@ def test_a_full_disk_costs_only_checkpoints(features, tmp_path):
         assert all(find_corruption(path) is None for path in left)
 
         refused = tmp_path / "refused"
-        process = start(refused, "train_fast.py", *training_flags(features, disk, "other"), "--max-steps=2")
+        process = start_script(refused, "train_fast.py", *training_flags(features, disk, "other"), "--max-steps=2")
         process.join(60)
         assert process.exitcode == 2
         assert "not enough disk space" in refused.read_text()

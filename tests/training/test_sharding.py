@@ -2,7 +2,6 @@
 
 import copy
 import math
-import multiprocessing
 import re
 from collections import Counter
 from itertools import product
@@ -37,8 +36,7 @@ ONE = World(0, 1, torch.device("cpu"))
 def in_processes(size: int, function, *arguments):
     """Run function(world, *arguments) in `size` processes of one gloo group."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    # The processes are forks of a server that has imported this module. Other tests may have started threads here.
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    # The processes are forks of the server of conftest.py.
     start_processes(_process, (size, store.port, function, *arguments), nprocs=size, start_method="forkserver")
 
 
