@@ -19,6 +19,10 @@ from pathlib import Path
 
 # Two processes on two cores must not compete for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# All processes of a run of the tests share what the compiler writes. The processes of pytest-xdist inherit the folder.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="torchinductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = COMPILED.name
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -38,8 +42,11 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # The tests' own threads make forks of their processes unsafe.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["pytest", "train_fast", "extract_features", "sample_ddp", "evaluator", "torchvision", "torch._inductor.utils"]
+    ["pytest", "train_fast", "extract_features", "sample_ddp", "evaluator", "torch._inductor.utils"]
 )
+# The default backend of torch.compile takes half a minute for a small model on a CPU. The others trace the same graphs,
+# but write no kernels.
+INDUCTOR = pytest.param("inductor", marks=[] if torch.cuda.is_available() else pytest.mark.slow)
 # Flags of extract_features.py for the small images below, and of sample_ddp.py for few samples in few steps.
 PIXELS = ("--vae=none", "--image-size=8", "--num-workers=0")
 FEW_SAMPLES = ("--num-fid-samples=14", "--num-sampling-steps=8")
