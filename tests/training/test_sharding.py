@@ -163,7 +163,7 @@ def continue_run(world: World, folder: Path, steps: range, shard: bool, grad_acc
     ids=len,
 )
 def test_a_run_resumes_with_any_sharding_and_number_of_processes(tmp_path, runs):
-    """Each of the runs takes two steps from the checkpoint of the one before it, the first one from a single process."""
+    """Each run takes two steps from the checkpoint of the one before it, the first one from one of a single process."""
     whole = make_trainer(ONE)
     train(whole, range(2))
     torch.save(whole.state_dict() | {"window": whole.stats.state_dict()}, tmp_path / "state.pt")
