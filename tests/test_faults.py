@@ -20,6 +20,7 @@ from conftest import (
     assert_same_weights,
     losses,
     make_images,
+    run,
     sampled_images,
     start,
     training_flags,
@@ -100,10 +101,12 @@ def test_sampling_killed_at_random_moments(trained, tmp_path):
     assert (a / "grid.png").read_bytes() == (b / "grid.png").read_bytes()
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "which", [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGINT, signal.SIGUSR1))]
+)
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(features, tmp_path, which):
     """The signal is sent twice to the whole process group, as schedulers do; the DataLoader's workers ignore it."""
-    flags = ["--max-steps=300", "--ckpt-every=1000", "--num-workers=2"]
+    flags = ["--max-steps=200", "--ckpt-every=1000", "--num-workers=2"]
     run_to_end(tmp_path / "log", "train_fast.py", *training_flags(features, tmp_path, "undisturbed"), *flags)
     stopped = [*training_flags(features, tmp_path, "stopped"), *flags, "--resume=auto"]
     process = start_script(tmp_path / "log", "train_fast.py", *stopped)
@@ -134,9 +137,21 @@ def test_two_runs_with_the_same_folder(features, tmp_path):
     assert_same_run(tmp_path / "alone", tmp_path / "shared")
 
 
+def two_process_flags(features: Path, results: Path, prefix: str) -> list[str]:
+    return [*training_flags(features, results, prefix), "--max-steps=400", "--ckpt-every=20", "--resume=auto"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(features, tmp_path_factory) -> Path:
+    """The folder of a run of two processes."""
+    path = tmp_path_factory.mktemp("undisturbed")
+    run("train_fast.py", *two_process_flags(features, path, "run"), processes=2)
+    return path / "run"
+
+
 def torchrun(features: Path, tmp_path: Path, prefix: str, *more) -> subprocess.Popen:
     """Start training on two processes; `more` are flags of torchrun."""
-    flags = [*training_flags(features, tmp_path, prefix), "--max-steps=400", "--ckpt-every=20", "--resume=auto"]
+    flags = two_process_flags(features, tmp_path, prefix)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more]
     return subprocess.Popen([*command, ROOT / "train_fast.py", *flags], stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
@@ -154,6 +169,7 @@ def test_a_signal_to_one_process_of_two_stops_both(features, tmp_path):
     assert f"resumed from {before}" in stderr
 
 
+@pytest.mark.slow
 def test_one_process_of_two_is_killed(features, tmp_path):
     agent = torchrun(features, tmp_path, "killed")
     wait_for(lambda: checkpoints(tmp_path / "killed/checkpoints"))
@@ -164,22 +180,20 @@ def test_one_process_of_two_is_killed(features, tmp_path):
     assert not training_processes("killed"), "no process is left"
 
 
-def test_one_process_of_two_is_killed_and_torchrun_restarts_the_run(features, tmp_path):
-    undisturbed = torchrun(features, tmp_path, "undisturbed")
-    undisturbed.communicate(timeout=120)
+# The simulated job of test_scripts.py is restarted as well.
+@pytest.mark.slow
+def test_one_process_of_two_is_killed_and_torchrun_restarts_the_run(undisturbed, features, tmp_path):
     agent = torchrun(features, tmp_path, "restarted", "--max-restarts=1")
     wait_for(lambda: checkpoints(tmp_path / "restarted/checkpoints"))
     os.kill(training_processes("restarted")[1], signal.SIGKILL)
     _, stderr = agent.communicate(timeout=120)
     assert agent.returncode == 0, stderr[-3000:]
     assert "resumed from" in stderr
-    assert_same_run(tmp_path / "undisturbed", tmp_path / "restarted")
+    assert_same_run(undisturbed, tmp_path / "restarted")
 
 
-def test_training_ends_when_torchrun_is_killed(features, tmp_path):
+def test_training_ends_when_torchrun_is_killed(undisturbed, features, tmp_path):
     """A run that is started too early is refused; one that is started later resumes where the first one stopped."""
-    undisturbed = torchrun(features, tmp_path, "undisturbed")
-    undisturbed.communicate(timeout=120)
     agent = torchrun(features, tmp_path, "orphaned")
     wait_for(lambda: checkpoints(tmp_path / "orphaned/checkpoints"))
     orphans = training_processes("orphaned")
@@ -200,7 +214,7 @@ def test_training_ends_when_torchrun_is_killed(features, tmp_path):
     resumed = torchrun(features, tmp_path, "orphaned")
     _, stderr = resumed.communicate(timeout=120)
     assert f"resumed from {before}" in stderr
-    assert_same_run(tmp_path / "undisturbed", tmp_path / "orphaned")
+    assert_same_run(undisturbed, tmp_path / "orphaned")
 
 
 def fill(path: Path):
