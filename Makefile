@@ -2,8 +2,8 @@
 #
 #   make demo        the whole pipeline on handwritten digits, on a CPU
 #   make test        lint, then the tests without the markers slow and faults
-#   make test-faults the tests with the marker faults
-#   make test-all    make test, then the tests with these markers
+#   make test-faults the tests with the marker faults and without slow: one of each kind of fault
+#   make test-all    make test, then all tests with these markers
 #   make format      format the code and fix what ruff can fix
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,7 +17,7 @@ test: .venv/installed lint
 	$(PYTEST) -m "not slow and not faults"
 
 test-faults: .venv/installed
-	$(PYTEST) -m faults
+	$(PYTEST) -m "faults and not slow"
 
 test-all: test
 	$(PYTEST) -m "slow or faults"

@@ -64,7 +64,7 @@ def main(args: argparse.Namespace):
     world = setup()
     name = args.name or default_name(args, world)
     machine = describe_machine(world)
-    floors = measure_floors(world, args.precision)
+    floors = measure_floors(world, args)
     results = {"machine": machine, "settings": vars(args), "floors": floors}
     lines = [f"# {name}", "", *(f"{key}: {value}" for key, value in machine.items())]
     lines += [f"copy bandwidth: {floors['copy_gb_s']:.1f} GB/s (bytes read and written)"]
@@ -115,14 +115,14 @@ def default_name(args: argparse.Namespace, world: World) -> str:
     return f"{device}-{args.model}-b{args.batch_size}-{args.precision}-{compiled}{sharded}".replace("/", "").lower()
 
 
-def measure_floors(world: World, precision: str) -> dict[str, float]:
+def measure_floors(world: World, args: argparse.Namespace) -> dict[str, float]:
     """Measure the copy bandwidth (GB/s, read and written) and the rate of a large matrix product (TFLOP/s)."""
     source = torch.randn(2**26, device=world.device)
     target = torch.empty_like(source)
     seconds = min(Clock(world).time(lambda: target.copy_(source)) for _ in range(6))
     return {
         "copy_gb_s": 2 * source.nbytes / seconds / 1e9,
-        "tflops": matmul_rate(world.device, precision, 50) / 1e12,
+        "tflops": matmul_rate(world.device, args.precision, 3 if args.toy else 50) / 1e12,
     }
 
 
@@ -558,7 +558,7 @@ def evaluator(args: argparse.Namespace, world: World, floors: dict) -> list[dict
 
     # As in evaluator.py, without TF32.
     torch.set_float32_matmul_precision("highest")
-    rates = {precision: matmul_rate(world.device, precision, 50) for precision in ("fp32", "fp64")}
+    rates = {precision: matmul_rate(world.device, precision, 3 if args.toy else 50) for precision in ("fp32", "fp64")}
     jobs, floor = {}, {}
     for name, width in (("FID", dim), ("sFID", spatial)):
         jobs[name] = (

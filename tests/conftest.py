@@ -10,19 +10,26 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from multiprocessing.connection import wait
 from pathlib import Path
 
 # Two processes on two cores must not compete for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# All processes of a run of the tests share what the compiler writes. The processes of pytest-xdist inherit the folder.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="torchinductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = COMPILED.name
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from runtime.files import lock_folder  # noqa: E402
@@ -31,6 +38,15 @@ torch.set_num_threads(1)
 GOLDEN = ROOT / "tests" / "golden"
 # The devices that tests of kernels and of compilation run on.
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# Processes are forked from a server that has imported what the scripts and the tests need, which takes several seconds.
+# The tests' own threads make forks of their processes unsafe.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["pytest", "train_fast", "extract_features", "sample_ddp", "evaluator", "torch._inductor.utils"]
+)
+# The default backend of torch.compile takes half a minute for a small model on a CPU. The others trace the same graphs,
+# but write no kernels.
+INDUCTOR = pytest.param("inductor", marks=[] if torch.cuda.is_available() else pytest.mark.slow)
 # Flags of extract_features.py for the small images below, and of sample_ddp.py for few samples in few steps.
 PIXELS = ("--vae=none", "--image-size=8", "--num-workers=0")
 FEW_SAMPLES = ("--num-fid-samples=14", "--num-sampling-steps=8")
@@ -60,7 +76,8 @@ def run(script: str, *flags, processes: int = 1, expect: int = 0) -> subprocess.
     Args:
         script: path of the script relative to the project.
         *flags: command line, converted to strings.
-        processes: number of processes. Several run under torchrun; one runs in this process, which saves the imports.
+        processes: number of processes. One runs in this process, which saves the imports; several are forks with the
+            environment variables of torchrun. test_faults.py runs torchrun itself.
         expect: exit code; the test fails if the script exits with another one.
 
     Returns:
@@ -68,8 +85,7 @@ def run(script: str, *flags, processes: int = 1, expect: int = 0) -> subprocess.
     """
     arguments = [str(ROOT / script), *map(str, flags)]
     if processes > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=300, cwd=ROOT)
+        done = _run_forks(arguments, processes)
     else:
         out, err, code = io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -81,6 +97,59 @@ def run(script: str, *flags, processes: int = 1, expect: int = 0) -> subprocess.
         done = subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
+
+
+def start(arguments: list, out: Path, err: Path, **variables) -> multiprocessing.Process:
+    """Start a script in a process of its own, the leader of a process group, and return this process.
+
+    Args:
+        arguments: path of the script and its command line, converted to strings.
+        out: file to which the process appends what it prints.
+        err: the same for errors and the log.
+        **variables: environment variables in addition to those of this process, converted to strings.
+    """
+    environment = dict(os.environ) | {name: str(value) for name, value in variables.items()}
+    process = FORKS.Process(target=_run_fork, args=(list(map(str, arguments)), str(out), str(err), environment))
+    process.start()
+    return process
+
+
+def _run_fork(arguments: list[str], out: str, err: str, environment: dict[str, str]):
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    # A script that is started by a user has this default. Here it would be that of the server.
+    multiprocessing.set_start_method("fork", force=True)
+    # The files stay open as long as the process runs.
+    sys.stdout, sys.stderr = (open(path, "a", buffering=1) for path in (out, err))  # noqa: SIM115
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _run_forks(arguments: list[str], processes: int) -> subprocess.CompletedProcess:
+    """Run a script in several processes of one group, and return the first exit code other than 0."""
+    # Like torchrun, this process holds the store by which the processes find each other.
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        ranks = [
+            start(arguments, out, err, **group, WORLD_SIZE=processes, RANK=rank, LOCAL_RANK=rank)
+            for rank in range(processes)
+        ]
+        running, code, deadline = {process.sentinel: process for process in ranks}, 0, time.monotonic() + 300
+        while running and time.monotonic() < deadline:
+            for sentinel in wait(running, timeout=1):
+                process = running.pop(sentinel)
+                process.join()
+                code = code or process.exitcode
+                # The others may wait for a process that has failed.
+                deadline = min(deadline, time.monotonic() + 10) if code else deadline
+        for process in running.values():
+            process.kill()
+            process.join()
+        return subprocess.CompletedProcess(arguments, code or bool(running), out.read_text(), err.read_text())
 
 
 @contextmanager

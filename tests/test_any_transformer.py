@@ -625,8 +625,17 @@ def write_lora(kind: str, targets: list[str], path, seed: int):
     save_file(state, path)
 
 
-@pytest.mark.parametrize("rest", ["shared", "separate"])
-@pytest.mark.parametrize("kind", ["sd3", "flux", "wan"])
+@pytest.mark.parametrize(
+    ("kind", "rest"),
+    [
+        ("sd3", "separate"),
+        ("flux", "shared"),
+        ("wan", "shared"),
+        pytest.param("sd3", "shared", marks=pytest.mark.slow),
+        pytest.param("flux", "separate", marks=pytest.mark.slow),
+        pytest.param("wan", "separate", marks=pytest.mark.slow),
+    ],
+)
 def test_loras_of_a_folded_remix_are_managed_as_those_of_a_plain_model(kind, rest, tmp_path):
     # proj_out is not mixed in any block of SD3 and Wan.
     outside = {"sd3": "proj_out", "flux": "x_embedder", "wan": "proj_out"}[kind]

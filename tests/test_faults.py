@@ -3,10 +3,8 @@
 Each test compares the results with those of an undisturbed run, bit for bit.
 """
 
-import multiprocessing
 import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -16,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import (
     PIXELS,
     ROOT,
     assert_same_weights,
     losses,
     make_images,
+    run,
     sampled_images,
+    start,
     training_flags,
     training_processes,
     wait_for,
@@ -34,31 +33,16 @@ from interop.own import checkpoints, find_corruption
 pytestmark = pytest.mark.faults
 KILLS = 20
 
-# Scripts are forked from a server process that has their libraries loaded, so that a start does not take seconds.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train_fast", "extract_features", "sample_ddp"])
 
-
-def run_in_child(log: str, script: str, flags: list[str]):
-    os.setsid()
-    torch.set_num_threads(1)
-    # The file stays open as long as the process runs.
-    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
-    sys.argv = [str(ROOT / script), *flags]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def start(log: Path, script: str, *flags):
+def start_script(log: Path, script: str, *flags):
     """Start a script in a process of its own, which prints to `log`."""
-    process = context.Process(target=run_in_child, args=(str(log), script, [str(flag) for flag in flags]))
-    process.start()
-    return process
+    return start([ROOT / script, *flags], log, log)
 
 
 def run_to_end(log: Path, script: str, *flags) -> float:
     """Run a script and return the seconds it took."""
     began = time.perf_counter()
-    process = start(log, script, *flags)
+    process = start_script(log, script, *flags)
     process.join(120)
     assert process.exitcode == 0, log.read_text()[-3000:]
     return time.perf_counter() - began
@@ -68,7 +52,7 @@ def kill_at_random_moments(log: Path, seconds: float, script: str, *flags):
     """Start a script and kill it within `seconds`, KILLS times; a run that finishes earlier is simply started again."""
     generator = random.Random(0)
     for _ in range(KILLS):
-        process = start(log, script, *flags)
+        process = start_script(log, script, *flags)
         process.join(generator.uniform(0.02, seconds))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
@@ -117,13 +101,15 @@ def test_sampling_killed_at_random_moments(trained, tmp_path):
     assert (a / "grid.png").read_bytes() == (b / "grid.png").read_bytes()
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "which", [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGINT, signal.SIGUSR1))]
+)
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(features, tmp_path, which):
     """The signal is sent twice to the whole process group, as schedulers do; the DataLoader's workers ignore it."""
-    flags = ["--max-steps=300", "--ckpt-every=1000", "--num-workers=2"]
+    flags = ["--max-steps=200", "--ckpt-every=1000", "--num-workers=2"]
     run_to_end(tmp_path / "log", "train_fast.py", *training_flags(features, tmp_path, "undisturbed"), *flags)
     stopped = [*training_flags(features, tmp_path, "stopped"), *flags, "--resume=auto"]
-    process = start(tmp_path / "log", "train_fast.py", *stopped)
+    process = start_script(tmp_path / "log", "train_fast.py", *stopped)
     metrics = tmp_path / "stopped/metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
     os.killpg(process.pid, which)
@@ -142,7 +128,7 @@ def test_two_runs_with_the_same_folder(features, tmp_path):
     flags = ["--max-steps=60", "--ckpt-every=20"]
     run_to_end(tmp_path / "log", "train_fast.py", *training_flags(features, tmp_path, "alone"), *flags)
     logs = [tmp_path / "first", tmp_path / "second"]
-    runs = [start(log, "train_fast.py", *training_flags(features, tmp_path, "shared"), *flags) for log in logs]
+    runs = [start_script(log, "train_fast.py", *training_flags(features, tmp_path, "shared"), *flags) for log in logs]
     for process in runs:
         process.join(120)
     assert sorted(process.exitcode for process in runs) == [0, 2]
@@ -151,9 +137,21 @@ def test_two_runs_with_the_same_folder(features, tmp_path):
     assert_same_run(tmp_path / "alone", tmp_path / "shared")
 
 
+def two_process_flags(features: Path, results: Path, prefix: str) -> list[str]:
+    return [*training_flags(features, results, prefix), "--max-steps=400", "--ckpt-every=20", "--resume=auto"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(features, tmp_path_factory) -> Path:
+    """The folder of a run of two processes."""
+    path = tmp_path_factory.mktemp("undisturbed")
+    run("train_fast.py", *two_process_flags(features, path, "run"), processes=2)
+    return path / "run"
+
+
 def torchrun(features: Path, tmp_path: Path, prefix: str, *more) -> subprocess.Popen:
     """Start training on two processes; `more` are flags of torchrun."""
-    flags = [*training_flags(features, tmp_path, prefix), "--max-steps=400", "--ckpt-every=20", "--resume=auto"]
+    flags = two_process_flags(features, tmp_path, prefix)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more]
     return subprocess.Popen([*command, ROOT / "train_fast.py", *flags], stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
@@ -171,6 +169,7 @@ def test_a_signal_to_one_process_of_two_stops_both(features, tmp_path):
     assert f"resumed from {before}" in stderr
 
 
+@pytest.mark.slow
 def test_one_process_of_two_is_killed(features, tmp_path):
     agent = torchrun(features, tmp_path, "killed")
     wait_for(lambda: checkpoints(tmp_path / "killed/checkpoints"))
@@ -181,22 +180,20 @@ def test_one_process_of_two_is_killed(features, tmp_path):
     assert not training_processes("killed"), "no process is left"
 
 
-def test_one_process_of_two_is_killed_and_torchrun_restarts_the_run(features, tmp_path):
-    undisturbed = torchrun(features, tmp_path, "undisturbed")
-    undisturbed.communicate(timeout=120)
+# The simulated job of test_scripts.py is restarted as well.
+@pytest.mark.slow
+def test_one_process_of_two_is_killed_and_torchrun_restarts_the_run(undisturbed, features, tmp_path):
     agent = torchrun(features, tmp_path, "restarted", "--max-restarts=1")
     wait_for(lambda: checkpoints(tmp_path / "restarted/checkpoints"))
     os.kill(training_processes("restarted")[1], signal.SIGKILL)
     _, stderr = agent.communicate(timeout=120)
     assert agent.returncode == 0, stderr[-3000:]
     assert "resumed from" in stderr
-    assert_same_run(tmp_path / "undisturbed", tmp_path / "restarted")
+    assert_same_run(undisturbed, tmp_path / "restarted")
 
 
-def test_training_ends_when_torchrun_is_killed(features, tmp_path):
+def test_training_ends_when_torchrun_is_killed(undisturbed, features, tmp_path):
     """A run that is started too early is refused; one that is started later resumes where the first one stopped."""
-    undisturbed = torchrun(features, tmp_path, "undisturbed")
-    undisturbed.communicate(timeout=120)
     agent = torchrun(features, tmp_path, "orphaned")
     wait_for(lambda: checkpoints(tmp_path / "orphaned/checkpoints"))
     orphans = training_processes("orphaned")
@@ -217,7 +214,7 @@ def test_training_ends_when_torchrun_is_killed(features, tmp_path):
     resumed = torchrun(features, tmp_path, "orphaned")
     _, stderr = resumed.communicate(timeout=120)
     assert f"resumed from {before}" in stderr
-    assert_same_run(tmp_path / "undisturbed", tmp_path / "orphaned")
+    assert_same_run(undisturbed, tmp_path / "orphaned")
 
 
 def fill(path: Path):
@@ -235,7 +232,7 @@ def test_a_full_disk_costs_only_checkpoints(features, tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=True)
     try:
         flags = [*training_flags(features, disk, "run"), *steps]
-        process = start(log, "train_fast.py", *flags)
+        process = start_script(log, "train_fast.py", *flags)
         wait_for(lambda: checkpoints(disk / "run/checkpoints"))
         wait_for(lambda: fill(disk / "filler") or "COULD NOT SAVE" in log.read_text())
         process.join(120)
@@ -248,7 +245,7 @@ def test_a_full_disk_costs_only_checkpoints(features, tmp_path):
         assert all(find_corruption(path) is None for path in left)
 
         refused = tmp_path / "refused"
-        process = start(refused, "train_fast.py", *training_flags(features, disk, "other"), "--max-steps=2")
+        process = start_script(refused, "train_fast.py", *training_flags(features, disk, "other"), "--max-steps=2")
         process.join(60)
         assert process.exitcode == 2
         assert "not enough disk space" in refused.read_text()

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, GOLDEN, golden, random_remix_dit, relative
+from conftest import DEVICES, GOLDEN, INDUCTOR, golden, random_remix_dit, relative
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.profiler import profile
@@ -150,7 +150,7 @@ def test_groups_give_the_result_of_no_groups(remix):
 def test_groups_compile_to_one_graph(remix):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(remix, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(remix, fullgraph=True, backend="eager")
     for ts in ([1, 2, 900, 901], [500, 501, 3, 4], [340, 341, 700, 701]):
         x, t, y = batch(ts)
         assert relative(compiled(x, t, y, groups=2), remix(x, t, y)) < 1e-5
@@ -302,8 +302,8 @@ def sum_of_bases(layer: RemixLinear, alpha: torch.Tensor, x: torch.Tensor) -> to
 @pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_layer_and_its_gradients_match_the_definition(device, dtype, compiled):
+@pytest.mark.parametrize("backend", [None, "aot_eager", INDUCTOR])
+def test_a_layer_and_its_gradients_match_the_definition(device, dtype, backend):
     torch.manual_seed(0)
     coefficients = BatchCoefficients()
     layer = RemixLinear(32, 48, 4, coefficients).to(device)
@@ -315,7 +315,7 @@ def test_a_layer_and_its_gradients_match_the_definition(device, dtype, compiled)
         coefficients.alpha = inputs[0].unsqueeze(0)
         layer.zero_grad()
         if fast:
-            run = torch.compile(layer, fullgraph=True) if compiled else layer
+            run = torch.compile(layer, fullgraph=True, backend=backend) if backend else layer
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 out = run(inputs[1])
         else:
@@ -329,14 +329,14 @@ def test_a_layer_and_its_gradients_match_the_definition(device, dtype, compiled)
 
 
 @pytest.mark.usefixtures("exact_products")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", [None, INDUCTOR])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_mixing_takes_no_memory_per_basis(compiled, groups):
+def test_mixing_takes_no_memory_per_basis(backend, groups):
     """Peak memory is the gradient of the bases plus a few mixtures, whatever K is."""
     n_basis, width = 16, 256
     coefficients = BatchCoefficients()
     layer = RemixLinear(width, width, n_basis, coefficients)
-    run = torch.compile(layer, fullgraph=True) if compiled else layer
+    run = torch.compile(layer, fullgraph=True, backend=backend) if backend else layer
 
     def train():
         coefficients.alpha = torch.full((1, groups, n_basis), 1 / n_basis, requires_grad=True)
@@ -362,16 +362,17 @@ def test_mixing_takes_no_memory_per_basis(compiled, groups):
 
 @pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["eager", INDUCTOR])
 @pytest.mark.parametrize("kind", ["folded", "independent"])
 @torch.no_grad()
-def test_sampling_compiles_once_for_all_experts(device, kind):
+def test_sampling_compiles_once_for_all_experts(device, backend, kind):
     remix = random_remix_dit(device).eval()
     model = FoldedRemix(remix)
     if kind == "independent":
         model = IndependentExperts([remix.expert(i) for i in range(20)], list(range(0, 1001, 50)))
     x = torch.randn(4, 4, 8, 8, device=device)
     y = torch.tensor([3, 4, 10, 10], device=device)
-    fast = torch.compile(classifier_free_guidance)
+    fast = torch.compile(classifier_free_guidance, backend=backend)
     for t in range(975, 0, -50):
         ts = torch.full((4,), t, device=device)
         expected = classifier_free_guidance(lambda x, t, y: remix(x, t, y, groups=1), x, ts, y, 1.5)

@@ -1,7 +1,7 @@
 """What a run writes: metrics, snapshots, checkpoints, pictures and scores."""
 
 import logging
-from functools import partial
+from functools import cache, partial
 
 from runtime.processes import StopSignal
 from training.loggers import MetricLogger
@@ -10,6 +10,9 @@ from training.run import Inputs, Run
 from training.statistics import ThroughputTimer, matmul_rate, report_line
 from training.trainer import Trainer, save_checkpoint
 from training.writer import CheckpointWriter
+
+# Runs that follow each other in one process, such as independent experts, share the measurement.
+peak_rate = cache(matmul_rate)
 
 
 class Outputs:
@@ -37,7 +40,7 @@ class Outputs:
         self.log = log
         self.scorer = inputs.scorer
         self.writer = CheckpointWriter(run.folder / "checkpoints", log, run.retention)
-        peak_flops_per_s = matmul_rate(world.device, run.settings.precision) * world.size
+        peak_flops_per_s = peak_rate(world.device, run.settings.precision) * world.size
         self.timer = ThroughputTimer(world.device, trainer.experts.training_flops(), peak_flops_per_s)
         self.picture_s = 0.0  # the time of the latest pictures
         self.previews = None

@@ -4,14 +4,13 @@ import argparse
 import csv
 import gzip
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PIXELS, ROOT, run
+from conftest import PIXELS, ROOT, run, start
 
 sys.path.insert(0, str(ROOT / "studies"))
 
@@ -188,8 +187,10 @@ assert DIT.sizes == before
 fashion.register_width(24, 4)
 assert build_plain("DiT-T24/4", input_size=16).config["hidden_size"] == 24
 """
-    path = f"{ROOT}:{ROOT / 'studies'}"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": path}, check=True)
+    (tmp_path / "code.py").write_text(code)
+    process = start([tmp_path / "code.py"], tmp_path / "log", tmp_path / "log")
+    process.join(120)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
 
 
 def test_the_images_of_a_timestep_are_of_many_classes(study, monkeypatch):

@@ -2,13 +2,12 @@
 
 import logging
 import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, assert_same_weights, file_limit, losses, make_images, run, training_flags
+from conftest import GOLDEN, ROOT, assert_same_weights, file_limit, losses, make_images, run, start, training_flags
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -142,22 +141,18 @@ def test_wrong_input(features, tmp_path, monkeypatch, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_wandb_without_a_key(features, tmp_path):
+def test_wandb_without_a_key(features, tmp_path, monkeypatch):
     """The script runs in a separate process, because wandb reads the environment only once per process."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
     flags = [*training_flags(features, tmp_path, "run", "DiT-T/2"), "--max-steps", 1, "--log-to", "wandb"]
-    done = subprocess.run(
-        [sys.executable, "train_fast.py", *map(str, flags)],
-        cwd=ROOT,
-        env=environment | {"HOME": str(tmp_path)},
-        # wandb must not ask for a key on the terminal.
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert done.stderr.splitlines()[-1].startswith("train_fast.py: error: --log-to wandb:")
-    assert "WANDB_MODE=offline" in done.stderr
+    # The process has no terminal, on which wandb would ask for a key.
+    process = start([ROOT / "train_fast.py", *flags], tmp_path / "out", tmp_path / "err", HOME=tmp_path)
+    process.join(120)
+    stderr = (tmp_path / "err").read_text()
+    assert process.exitcode == 2, stderr[-2000:]
+    assert stderr.splitlines()[-1].startswith("train_fast.py: error: --log-to wandb:")
+    assert "WANDB_MODE=offline" in stderr
     assert not (tmp_path / "run").exists()
 
 
