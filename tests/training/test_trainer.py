@@ -1,9 +1,11 @@
 import copy
+import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, make_trainer, random_microbatch, random_remix_dit
+from conftest import DEVICES, make_trainer, random_microbatch, random_remix_dit, relative
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -41,15 +43,51 @@ def test_training_in_bf16_and_compiled_follows_fp32(device):
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
 
+def test_learning_rates_of_the_warm_up_and_the_schedules():
+    rates = {}
+    for schedule in ("cosine", "constant"):
+        options = {"lr": 1.0, "coeff_lr": 10.0, "coeff_lr_end": 2.0, "max_steps": 8, "lr_schedule": schedule}
+        trainer = make_trainer(random_remix_dit(depth=1), warmup=4, **options)
+        rates[schedule] = []
+        for step in range(9):
+            trainer.set_schedule(step)
+            rates[schedule].append((trainer.schedule()["lr"], trainer.schedule()["coeff_lr"]))
+    rise = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]
+    assert rates["constant"] == [(factor, 10 * factor) for factor in rise]
+    fall = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(9)]
+    expected = [(f * (0.5 + 0.5 * c), f * (2 + 8 * c)) for f, c in zip(rise, fall, strict=True)]
+    assert np.array(rates["cosine"]) == pytest.approx(np.array(expected))
+
+
+def test_weight_decay_and_beta2_are_those_of_adamw_and_spare_the_logits():
+    batch, steps = random_microbatch(), {}
+    for decay, beta2 in ((0.0, 0.999), (0.5, 0.999), (0.0, 0.9)):
+        trainer = make_trainer(random_remix_dit(depth=1), lr=1e-2, weight_decay=decay, beta2=beta2)
+        before = [p.detach().clone() for p in trainer.trained]
+        for step in range(2):
+            trainer.step(step, [batch])
+        steps[decay, beta2] = [p.detach() - b for p, b in zip(trainer.trained, before, strict=True)]
+        groups = trainer.optimizer.param_groups
+        assert [group["weight_decay"] for group in groups] == [decay, 0]
+        assert [group["betas"] for group in groups] == [(0.9, beta2)] * 2
+        logits = next(i for i, p in enumerate(trainer.trained) if p is trainer.experts.logits[0])
+    plain, decayed, other = steps.values()
+    assert relative(decayed[logits], plain[logits]) < 0.05
+    # Two steps take 1e-2 x 0.5 of each weight away, beside the gradient's step.
+    weights = next(i for i, p in enumerate(trainer.trained) if p.ndim == 3)
+    assert relative(decayed[weights] - plain[weights], -2 * 5e-3 * before[weights]) < 0.2
+    assert relative(other[weights], plain[weights]) > 1e-3
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_fifty_steps_with_changing_experts_and_weights_of_the_prior_compile_once(device):
     world = World(0, 1, torch.device(device))
-    trainer = make_trainer(random_remix_dit(device), world=world, precision="bf16", compile=True)
+    trainer = make_trainer(random_remix_dit(device), world=world, precision="bf16", compile=True, max_steps=52)
     experts_seen = set()
     for step in range(52):
         batch = random_microbatch(step, device=device)
         experts_seen.add(tuple(trainer.model.expert_index(batch.t).tolist()))
-        trainer.set_progress(step / 52)
+        trainer.set_schedule(step)
         trainer.step(step, [batch])
         if step == 1:
             warm = counters["stats"]["unique_graphs"]
@@ -63,15 +101,16 @@ def test_a_flow_compiles_to_one_graph(compile_with, checkpoint_activations):
     compile_with("eager")
     flow = create_flow()
     model = RemixDiT(DiT(8, 2, 4, 32, 3, 2, num_classes=10), n_basis=4, n_experts=20, boundaries=flow.quantiles(20))
-    options = {"compile": True, "checkpoint_activations": checkpoint_activations}
+    options = {"compile": True, "checkpoint_activations": checkpoint_activations, "cosine_weight": 1.0, "max_steps": 4}
     trainer = make_trainer(model, flow, precision="bf16", **options)
     for step in range(4):
         batch = random_microbatch(step)
-        trainer.set_progress(step / 4)
+        trainer.set_schedule(step)
         trainer.step(step, [batch._replace(t=1 - (batch.t + 0.5) / 1000)])
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert trainer.stats.read()[0]["loss"] > 0
+    assert trainer.stats.read()[0]["cosine"] > 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
