@@ -172,21 +172,20 @@ class FeatureDataset(Dataset):
         self.published = None
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such folder of features")
-        shards = find_shards(self.path)
-        if statistics and not shards:
-            raise UserError(
-                f"--latent-stats is for published features: {self.path} holds none, and its features are normalized"
-            )
         if (self.path / INDEX).is_file():
             self._open_packed()
-        elif shards:
-            self._open_published(shards, statistics, normalization)
         elif folders := self._find_original():
             self._open_original(*folders)
+        elif shards := find_shards(self.path):
+            self._open_published(shards, statistics, normalization)
         else:
             raise UserError(
                 f"{self.path} holds no features: "
                 f"neither {INDEX} (run extract_features.py to its end) nor *_features/ and *_labels/ nor {PATTERN}"
+            )
+        if statistics and not self.published:
+            raise UserError(
+                f"--latent-stats is for published features: {self.path} holds none, and its features are normalized"
             )
         self.size = len(self.labels)
 
@@ -231,7 +230,7 @@ class FeatureDataset(Dataset):
         self.views = len(VIEWS)
         self.normalization = normalization
         if normalization is None:
-            beside = self.path / STATISTICS
+            beside = shards[0].with_name(STATISTICS)
             if not statistics and not beside.is_file():
                 raise UserError(
                     f"{self.path} holds latents that are not normalized, without {STATISTICS}: set --latent-stats"

@@ -19,8 +19,15 @@ OPEN_SHARDS = 128
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """Return the shards in a folder, in the order of their names."""
-    return sorted(folder.glob(PATTERN))
+    """Return the shards in a folder or in one folder below it, in the order of their names; none if there are none.
+
+    Raises:
+        UserError: if several folders hold shards.
+    """
+    shards = sorted(folder.rglob(PATTERN))
+    if len(folders := sorted({path.parent for path in shards})) > 1:
+        raise UserError(f"{folder} holds published features in {' and '.join(map(str, folders))}: give one of them")
+    return shards
 
 
 class PublishedShards:

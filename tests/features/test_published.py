@@ -120,6 +120,15 @@ def test_a_run_on_published_features(published, tmp_path):
     assert (sampled_images(tmp_path / "own") != sampled_images(tmp_path / "without")).any()
 
 
+def test_shards_below_the_folder_are_found_unless_there_are_several_folders(vectors, published, tmp_path):
+    assert len(FeatureDataset(published.parent, str(published.parent / "latents_stats.pt"))) == 5
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "latents_rank00_shard000.safetensors").touch()
+    with pytest.raises(UserError, match="give one of them"):
+        FeatureDataset(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
