@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffusion.interpolants import dimension_shift
 from interop.lightningdit import block_options, count_blocks
 from interop.shapes import find_state_dict, flow_target, make_config, stored_model_name, stored_settings
 from interop.sit import warn_of_shift
@@ -95,7 +96,7 @@ def _said_depth(path, n_blocks: int, said) -> list[int]:
 
 def usual_shift(backbone: dict) -> float:
     """Return the shift of the noise levels with which RAE trains and samples latents of this size."""
-    return math.sqrt(backbone["in_channels"] * backbone["input_size"] ** 2 / 4096)
+    return dimension_shift((backbone["in_channels"], backbone["input_size"], backbone["input_size"]))
 
 
 def reverse_time(state: dict[str, Tensor]) -> dict[str, Tensor]:

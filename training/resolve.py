@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from diffusion import FlowMatching, GaussianDiffusion, Process, create_process
 from diffusion.flow import FLOW_OPTIONS
+from diffusion.interpolants import RAE_TIME_MAX, dimension_shift
 from models import find_model
 from runtime.command_line import counted
 from runtime.errors import UserError
@@ -35,10 +35,8 @@ RECIPES = {
     "paper": dict(experts_per_batch=8, coeff_lr=1e-2, coeff_lr_end=1e-5, prior_strength=1e-4, prior_bonus=3.0),
     "lightningdit": dict(process=FlowMatching.name, time_sampling="logit-normal", cosine_weight=1.0, beta2=0.95),
     # The shift depends on the features, see `process_options`.
-    "rae": dict(process=FlowMatching.name, time_max=0.999, shift="dimension"),
+    "rae": dict(process=FlowMatching.name, time_max=RAE_TIME_MAX, shift="dimension"),
 }
-# The latents whose number of values C H W is this one are not shifted by RAE (arXiv 2510.11690).
-UNSHIFTED_DIMENSION = 4096
 
 
 def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
@@ -95,7 +93,7 @@ def process_options(args: argparse.Namespace, shape: tuple[int, ...]) -> dict:
         return {"process": args.process} | ({} if learns_sigma else {"learn_sigma": False})
     options = {name: recipe[name] for name in FLOW_OPTIONS if name in recipe} | options
     if options.get("shift") == "dimension":
-        options["shift"] = math.sqrt(math.prod(shape) / UNSHIFTED_DIMENSION)
+        options["shift"] = dimension_shift(shape)
     if options.keys() & {"time_mean", "time_std"} and options.get("time_sampling") != "logit-normal":
         raise UserError("--time-mean and --time-std need --time-sampling logit-normal")
     try:
