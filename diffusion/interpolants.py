@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The highest noise level of RAE's training, before the shift (arXiv 2510.11690).
-RAE_TIME_MAX = 0.999
 TIME_SAMPLINGS = ("uniform", "logit-normal")
 
 

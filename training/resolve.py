@@ -9,7 +9,7 @@ import torch
 
 from diffusion import FlowMatching, GaussianDiffusion, Process, create_process
 from diffusion.flow import FLOW_OPTIONS
-from diffusion.interpolants import RAE_TIME_MAX, dimension_shift
+from diffusion.interpolants import dimension_shift
 from models import find_model
 from runtime.command_line import counted
 from runtime.errors import UserError
@@ -35,7 +35,7 @@ RECIPES = {
     "paper": dict(experts_per_batch=8, coeff_lr=1e-2, coeff_lr_end=1e-5, prior_strength=1e-4, prior_bonus=3.0),
     "lightningdit": dict(process=FlowMatching.name, time_sampling="logit-normal", cosine_weight=1.0, beta2=0.95),
     # The shift depends on the features, see `process_options`.
-    "rae": dict(process=FlowMatching.name, time_max=RAE_TIME_MAX, shift="dimension"),
+    "rae": dict(process=FlowMatching.name, time_max=0.999, shift="dimension"),
 }
 
 
