@@ -129,6 +129,8 @@ def whole_bases(model: Remix, format: str) -> RemixDiT:
 def load_vae(name: str | None):
     """Return the diffusers.AutoencoderKL of --vae, or None if the pipeline gets none."""
     autoencoder = load_autoencoder(name or "none")
+    if not isinstance(autoencoder, Latents) and name not in (None, "none"):
+        raise UserError(f"--vae {name}: the pipeline takes an AutoencoderKL, and this is an AutoencoderRAE")
     return autoencoder.vae if isinstance(autoencoder, Latents) else None
 
 

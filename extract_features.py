@@ -28,7 +28,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from features.autoencoder import Autoencoder, Latents, load_autoencoder, load_normalization
+from features.autoencoder import Autoencoder, load_autoencoder, load_normalization
 from features.dataset import (
     DTYPES,
     INDEX,
@@ -42,6 +42,7 @@ from features.dataset import (
 )
 from features.images import MAX_PIXELS, describe_counts, read_image
 from features.sources import LabelledImages, load_images
+from features.statistics import LATENT_STATS_FLAG, load_statistics
 from models import build_plain, meta_device, model_names
 from runtime.command_line import ArgumentParser, counted, number, positive_int, run_script, seed_int
 from runtime.errors import LocalError, UserError, is_first_process
@@ -56,7 +57,7 @@ def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is used.
     folder = Path(args.features_path)
     images = load_images(args.data_path)
-    check_pixel_flags(args.vae, args.store, args.grayscale)
+    check_pixel_flags(args.vae, args.store, args.grayscale, args.latent_stats)
     settings = dict(
         images=len(images),
         classes=images.classes,
@@ -70,8 +71,11 @@ def main(args: argparse.Namespace):
         dtype=args.dtype,
     )
     # Pixels have none.
+    normalization = load_normalization(args.vae)
+    if args.latent_stats:
+        normalization = load_statistics(args.latent_stats)
     if args.vae != "none":
-        settings |= load_normalization(args.vae).record()
+        settings |= normalization.record()
     settings |= images.samples()
     complete = finished(folder, settings)
     crops = Crops(images, args.image_size, args.grayscale, args.max_pixels)
@@ -81,7 +85,12 @@ def main(args: argparse.Namespace):
         log(f"{folder} already holds these features, nothing to do")
         return report_skipped(folder, args.skip_bad, log)
     autoencoder = load_autoencoder(args.vae)
+    autoencoder.normalization = normalization
+    if args.store == "moments" and not autoencoder.draws:
+        raise UserError(f"--store moments: {args.vae} encodes an image to one latent, so that there is nothing to draw")
     side = features_side(args.image_size, autoencoder, args.model)
+    if args.latent_stats:
+        load_statistics(args.latent_stats, (autoencoder.channels[0], side, side))
     lock_folder(folder, "--features-path")
     remove_leftovers(folder)
     n_shards = count_shards(images)
@@ -125,7 +134,7 @@ def main(args: argparse.Namespace):
     if world.is_main:
         described = dict(vae=args.vae, **autoencoder.normalization.record())
         described |= dict(image_size=args.image_size, classes=images.classes)
-        drawn = args.store == "draw" and args.vae != "none"
+        drawn = args.store == "draw" and autoencoder.draws
         seed = args.global_seed if drawn else None
         index = write_index(folder, n_shards, seed, **described, store=args.store, dtype=args.dtype)
         logger.info(
@@ -137,10 +146,12 @@ def main(args: argparse.Namespace):
     report_skipped(folder, args.skip_bad, logger.info)
 
 
-def check_pixel_flags(vae: str, store: str, grayscale: bool):
+def check_pixel_flags(vae: str, store: str, grayscale: bool, latent_stats: str | None = None):
     """Raise UserError for flags that do not suit a VAE, or its absence."""
     if store == "moments" and vae == "none":
         raise UserError("--store moments is for a VAE's latents: with --vae none there is nothing to draw")
+    if latent_stats and vae == "none":
+        raise UserError("--latent-stats is for the latents of a VAE, not for --vae none")
     if grayscale and vae != "none":
         raise UserError("--grayscale is for pixels: use it with --vae none")
 
@@ -172,6 +183,8 @@ def repaired_shards(folder: Path, crops: "Crops") -> set[int]:
 
 def features_side(image_size: int, autoencoder: Autoencoder, model: str | None) -> int:
     """Return the side of the features. Raises UserError if the image size does not suit the VAE or the model."""
+    if autoencoder.image_size not in (None, image_size):
+        raise UserError(f"--image-size {image_size}, but the autoencoder is for images of {autoencoder.image_size}")
     if image_size % autoencoder.factor:
         raise UserError(f"--image-size {image_size} is not a multiple of the VAE's factor {autoencoder.factor}")
     side = image_size // autoencoder.factor
@@ -327,7 +340,7 @@ class Encoder:
         mean, std = (moment.unflatten(0, x.shape[:2]) for moment in self.autoencoder.moments(x.flatten(0, 1)))
         if self.store == "moments":
             return self._stored(torch.cat([mean, std], dim=2))
-        if isinstance(self.autoencoder, Latents):
+        if self.autoencoder.draws:
             # Drawn on the CPU, so that the features do not depend on the device.
             noise = SampleGenerators(self.seed, indices).randn(mean.shape[1:])
             noise = noise.pin_memory() if self.device.type == "cuda" else noise
@@ -402,7 +415,7 @@ def encode_shards(
             features, labels, skipped, record = encode_images(crops, own, encoder)
             write_record(Path(args.features_path), shard, record)
             write_shard(Path(args.features_path), shard, features, labels, skipped, encoder.dtype)
-            if shard == missing[0] and isinstance(encoder.autoencoder, Latents) and len(features):
+            if shard == missing[0] and not encoder.autoencoder.bounded and len(features):
                 report_scale(features, encoder.store, logger)
             bar.update(min(len(indices) * world.size, bar.total - bar.n))
 
@@ -423,7 +436,7 @@ def report_scale(features: np.ndarray, store: str, logger: logging.Logger):
     if not 0.5 <= std <= 2:
         logger.warning(
             "warning: the standard deviation should be about 1: check scaling_factor, shift_factor, latents_mean and "
-            "latents_std in the VAE's config.json (docs/features.md)"
+            "latents_std in the VAE's config.json, or --latent-stats (docs/features.md)"
         )
 
 
@@ -453,6 +466,7 @@ if __name__ == "__main__":
         default="ema",
         help="autoencoder: ema or mse (the published VAEs), a hub name, a local folder, or none for pixels in [-1, 1]",
     )
+    parser.add_argument("--latent-stats", **LATENT_STATS_FLAG)
     parser.add_argument(
         "--store",
         choices=STORES,

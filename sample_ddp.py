@@ -28,14 +28,15 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from diffusion import PROCESSES, Process, create_process
+from diffusion import PROCESSES, create_process
 from diffusion.flow import LAST_STEPS
 from diffusion.interpolants import DIFFUSION_FORMS
 from diffusion.intervals import TIMESTEPS
+from features.statistics import LATENT_STATS_FLAG, load_statistics
 from figures import save_grid
 from interop.own import find_checkpoint, fingerprint
 from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, flow_target, frequency_override, heads_override
-from models import model_names
+from models import BACKBONES, model_names
 from runtime.command_line import ArgumentParser, counted, folder_name, number, positive_int, run_script, seed_int
 from runtime.errors import UserError, is_first_process
 from runtime.files import (
@@ -51,9 +52,20 @@ from runtime.files import (
 from runtime.processes import PRECISIONS, World, rank0_logger, setup
 from sampling.guidance import parse_pieces
 from sampling.loading import choose_process, load_denoiser
-from sampling.pipeline import SAMPLE_BATCH, Pipeline, SampleSettings, label_of, make_pipeline, sample, trained_classes
+from sampling.pipeline import (
+    SAMPLE_BATCH,
+    Pipeline,
+    SampleSettings,
+    label_of,
+    make_pipeline,
+    published_settings,
+    sample,
+    trained_classes,
+)
 
 GRID_IMAGES = 100
+# The guidance scale of the published DiT.
+CFG_SCALE = 1.5
 # What a guide has in common with the model: the shape of the samples.
 SHAPE = ("in_channels", "input_size")
 # dopri5 chooses its steps. This is an estimate of its network evaluations.
@@ -70,11 +82,15 @@ def main(args: argparse.Namespace):
     choose_process(args.ckpt[0], config, args.process)
     check_data_flags(args.image_size, args.num_classes, config, args.ckpt[0])
     check_original_flags(args.n_basis, args.n_experts, args.tf32, config, args.ckpt[0])
-    settings = sample_settings(args, create_process(**config["diffusion"]))
+    settings = sample_settings(args, config)
+    if args.latent_stats:
+        config["data"] |= latent_statistics(args, config)
     vae = args.vae or config["data"]["vae"]
+    if vae is None:
+        raise UserError(f"{args.ckpt[0]} does not record the VAE of its latents: set --vae")
     guide = load_guide(args, config) if args.guide_ckpt else None
     pipeline = make_pipeline(model, guide, config, settings, vae, args.ckpt[0])
-    folder = Path(args.sample_dir) / (args.name or default_name(args.ckpt[0], args.guide_ckpt, settings))
+    folder = Path(args.sample_dir) / (args.name or default_name(args, settings))
     fingerprints = [fingerprint(path) for path in args.ckpt]
     record = {
         "ckpt": args.ckpt,
@@ -132,32 +148,59 @@ def main(args: argparse.Namespace):
         logger.info(f"wrote {folder / 'samples.npz'} and {folder / 'grid.png'}")
 
 
-def sample_settings(args: argparse.Namespace, process: Process) -> SampleSettings:
-    """Return the settings that the flags give, with the defaults of the sampler.
+def sample_settings(args: argparse.Namespace, config: dict) -> SampleSettings:
+    """Return the settings that the flags give, with the defaults of the sampler and of the published models.
 
     Args:
         args: the flags.
-        process: the process of the checkpoint.
+        config: config of the checkpoint.
 
     Raises:
-        UserError: if the sampler is not one of the process, or if a flag has no meaning for the sampler.
+        UserError: if the sampler is not one of the process, if a flag has no meaning for the sampler, or if two flags
+            contradict each other.
     """
+    process, published = create_process(**config["diffusion"]), published_settings(config)
     values = {field.name: getattr(args, field.name) for field in fields(SampleSettings)}
     sampler = args.sampler or next(iter(process.samplers))
     if sampler not in process.samplers:
         kind, names = f"a model of the process {process.name}", ", ".join(process.samplers)
         raise UserError(f"--sampler {sampler}: {args.ckpt[0]} is {kind}: use one of {names}")
-    defaults = {} if sampler == "dopri5" else {"num_sampling_steps": "250"}
-    if sampler == "sde":
-        defaults |= {"diffusion_form": "sigma", "last_step": "mean", "last_step_size": 0.04}
-    for name in ("num_sampling_steps", "diffusion_form", "last_step", "last_step_size"):
+    defaults = process.sampler_settings(sampler)
+    defaults |= {name: published[name] for name in defaults.keys() & published.keys()}
+    for name in ("num_sampling_steps", "diffusion_form", "last_step", "last_step_size", "time_shift", "last_level"):
         if values[name] is None:
             values[name] = defaults.get(name)
         elif name not in defaults:
             raise UserError(f"--{name.replace('_', '-')} has no meaning for --sampler {sampler}")
+    if published and "time_shift" in defaults and values["time_shift"] is None:
+        values["time_shift"] = config["diffusion"].get("shift", 1.0)
     if args.last_step == "none" and args.last_step_size is not None:
         raise UserError("--last-step-size has no meaning for --last-step none")
+    if args.cfg_all_channels and args.guided_channels:
+        raise UserError("--cfg-all-channels and --guided-channels contradict each other: give one of them")
+    if args.cfg_scale is None:
+        values["cfg_scale"] = published.get("cfg_scale", CFG_SCALE)
+    if args.guidance_interval is None and not isinstance(values["cfg_scale"], str) and values["cfg_scale"] != 1:
+        values["guidance_interval"] = published.get("guidance_interval")
+    if args.guided_channels is None and not args.cfg_all_channels and "guided_channels" in published:
+        channels, guided = config["model"]["backbone"]["in_channels"], published["guided_channels"]
+        values["guided_channels"] = channels if guided == "all" else min(guided, channels)
     return SampleSettings(**values | {"sampler": sampler})
+
+
+def latent_statistics(args: argparse.Namespace, config: dict) -> dict:
+    """Return entries for the config's part "data": the VAE and the normalization that --latent-stats gives.
+
+    Raises:
+        UserError: if the checkpoint records its normalization, if no VAE is given, or if the statistics do not fit.
+    """
+    backbone = config["model"]["backbone"]
+    if config["training"]:
+        raise UserError(f"--latent-stats: {args.ckpt[0]} records the normalization of its latents")
+    if args.vae in (None, "none"):
+        raise UserError("--latent-stats needs the --vae that decodes the latents")
+    shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
+    return {"vae": args.vae, **load_statistics(args.latent_stats, shape).record()}
 
 
 def load_guide(args: argparse.Namespace, config: dict) -> nn.Module:
@@ -201,15 +244,17 @@ def check_original_flags(n_basis: int | None, n_experts: int | None, tf32: bool,
         )
 
 
-def default_name(ckpt: str, guide_ckpt: str | None, settings: SampleSettings) -> str:
-    """Return the name of the folder for a checkpoint, a guide and settings."""
-    run = run_name(ckpt)
+def default_name(args: argparse.Namespace, settings: SampleSettings) -> str:
+    """Return the name of the folder for the flags, and the settings that follow from them."""
+    run = run_name(args.ckpt[0])
     weights = "" if settings.ema else "-raw"
     sampler = f"{settings.sampler}{settings.num_sampling_steps or ''}-cfg{settings.cfg_scale}".replace(":", "-")
     if settings.guidance_interval:
         sampler += "-in{:g}-{:g}".format(*settings.guidance_interval)
-    if guide_ckpt:
-        sampler += f"-by-{run_name(guide_ckpt)}"
+    for what, given in (("shift", args.time_shift), ("to", args.last_level), ("channels", args.guided_channels)):
+        sampler += "" if given is None else f"-{what}{given:.4g}"
+    if args.guide_ckpt:
+        sampler += f"-by-{run_name(args.guide_ckpt)}"
     labels = "" if settings.labels is None else "-equal" if settings.labels == "equal" else "-chosen"
     return f"{run}{weights}-{sampler}{labels}-seed{settings.global_seed}"
 
@@ -287,6 +332,18 @@ def scale_argument(text: str) -> float | str:
             f"expected SCALE@LOW:HIGH,... such as 1.0@0:200,2.0@200:1000, got {text!r}"
         ) from None
     return text
+
+
+def published_defaults(name: str) -> str:
+    """Return text for --help: the defaults of a setting that the published models of some backbones have."""
+    found = {}
+    for backbone in BACKBONES.values():
+        for settings in backbone.sampling.values():
+            if name in settings:
+                value = settings[name]
+                value = " ".join(f"{part:g}" for part in value) if isinstance(value, list) else value
+                found.setdefault(f"{value:.4g}" if isinstance(value, float) else str(value), []).append(backbone.name)
+    return "".join(f"; {value} for {' and '.join(names)}" for value, names in found.items())
 
 
 def label_list(text: str) -> str | list[int]:
@@ -376,6 +433,11 @@ if __name__ == "__main__":
         "none for models of pixels (default: the checkpoint's)",
     )
     group.add_argument(
+        "--latent-stats",
+        **LATENT_STATS_FLAG
+        | dict(help=LATENT_STATS_FLAG["help"] + "; for files that do not record them (default: the VAE's)"),
+    )
+    group.add_argument(
         "--image-size", type=positive_int, help="side of the images in pixels, compared with the checkpoint"
     )
     group.add_argument("--num-classes", type=positive_int, help="number of classes, compared with the checkpoint")
@@ -383,8 +445,9 @@ if __name__ == "__main__":
     group.add_argument("--num-fid-samples", type=positive_int, default=50_000, help="number of images")
     group.add_argument(
         "--num-sampling-steps",
-        help="number of steps (default: 250; dopri5 chooses its own); for ddpm and ddim also ddim50 (50 steps, spaced "
-        "as in the DDIM paper) or 10,15,20 (numbers of steps in equal sections of the timesteps)",
+        help=f"number of steps (default: 250{published_defaults('num_sampling_steps')}; dopri5 chooses its own); for "
+        "ddpm and ddim also ddim50 (50 steps, spaced as in the DDIM paper) or 10,15,20 (numbers of steps in equal "
+        "sections of the timesteps)",
     )
     group.add_argument(
         "--sampler",
@@ -408,19 +471,34 @@ if __name__ == "__main__":
         help="part of the time that the last step of the sde covers (default: 0.04)",
     )
     group.add_argument(
+        "--time-shift",
+        type=number(float, 0, above=True),
+        metavar="S",
+        help="move the noise levels u of a flow's steps to S u / (1 + (S - 1) u); not for dopri5 (default: that of the "
+        f"training{published_defaults('time_shift')})",
+    )
+    group.add_argument(
+        "--last-level",
+        type=number(float, 0, 1),
+        metavar="U",
+        help="noise level, before --time-shift, at which the steps of euler and heun end; for flows "
+        f"(default: 0{published_defaults('last_level')})",
+    )
+    group.add_argument(
         "--cfg-scale",
         type=scale_argument,
-        default=1.5,
         metavar="SCALE",
         help="scale of the guidance, 1 for none; or a scale per interval of noise levels, such as "
-        "1.0@0:200,2.0@200:1000 (timesteps from 0 to 1000, for flows from 0 to 1)",
+        "1.0@0:200,2.0@200:1000 (timesteps from 0 to 1000, for flows from 0 to 1) "
+        f"(default: {CFG_SCALE}{published_defaults('cfg_scale')})",
     )
     group.add_argument(
         "--guidance-interval",
         type=number(float, 0, TIMESTEPS),
         nargs=2,
         metavar=("LO", "HI"),
-        help="guide only at these noise levels, and run the model without guidance at the others (arXiv 2404.07724)",
+        help="guide only at these noise levels, and run the model without guidance at the others (arXiv 2404.07724) "
+        f"(default: all{published_defaults('guidance_interval')})",
     )
     group.add_argument(
         "--guide-ckpt",
@@ -432,6 +510,13 @@ if __name__ == "__main__":
         "--cfg-all-channels",
         action="store_true",
         help="guide all channels; without this flag only the first three of four are guided, as in DiT",
+    )
+    group.add_argument(
+        "--guided-channels",
+        type=positive_int,
+        metavar="C",
+        help="guide the first C channels (default: three of four, and all of any other number"
+        f"{published_defaults('guided_channels')})",
     )
     group.add_argument(
         "--labels",

@@ -110,7 +110,7 @@ def loop(outputs: Outputs, sampler: BatchSampler, batches: Iterator[StepBatch], 
     args, settings = run.args, run.settings
     finished = failed = stopped = False
     while not (step == settings.max_steps or failed or stopped):
-        trainer.set_progress(min(1, step / (settings.schedule_steps or settings.max_steps)))
+        trainer.set_schedule(step)
         trainer.step(step, sampler.microbatches(next(batches)))
         outputs.timer.add(settings.global_batch_size)
         step += 1

@@ -1,6 +1,7 @@
 """Measure the speed of training, sampling, data loading, extraction and evaluation on this machine.
 
     python benchmarks/benchmark.py --model S/2 --batch-size 8 --precision bf16
+    python benchmarks/benchmark.py --parts training --backbone LightningDiT --model S/1 --input-size 16
     torchrun --nproc_per_node=8 benchmarks/benchmark.py --parts training --model B/2
 
 Every part is compared with a reference implementation or a lower bound of its time. Implementations that are compared
@@ -31,9 +32,9 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from diffusion import create_diffusion
+from diffusion import create_diffusion, create_flow
 from features.dataset import DTYPES, SHARD_SIZE, FeatureDataset, write_index, write_shard
-from models import DiT, DiT_models, classifier_free_guidance
+from models import BACKBONES, DIT, DiT_models, build_plain, classifier_free_guidance
 from remix import RemixDiT
 from runtime.command_line import ArgumentParser, number, positive_int, run_script
 from runtime.errors import UserError
@@ -57,6 +58,10 @@ def main(args: argparse.Namespace):
             raise UserError(f"--experts-per-batch {groups} does not divide --batch-size {args.batch_size}")
     if world_size() > 1 and args.parts != ["training"]:
         raise UserError("several processes can only measure --parts training")
+    if args.backbone != DIT.name and args.parts != ["training"]:
+        raise UserError(f"--backbone {args.backbone} can only measure --parts training")
+    if args.model not in BACKBONES[args.backbone].sizes:
+        raise UserError(f"--model {args.model}: a {args.backbone} has {', '.join(BACKBONES[args.backbone].sizes)}")
     if world_size() == 1 and args.shard_bases:
         raise UserError("--shard-bases needs several processes (torchrun)")
     if args.rank and args.shard_bases:
@@ -112,7 +117,8 @@ def default_name(args: argparse.Namespace, world: World) -> str:
     device = f"{world.size}x{device}" if world.size > 1 else device
     compiled = "compiled" if args.compile else "eager"
     sharded = "-sharded" if args.shard_bases else ""
-    return f"{device}-{args.model}-b{args.batch_size}-{args.precision}-{compiled}{sharded}".replace("/", "").lower()
+    model = args.model if args.backbone == DIT.name else f"{args.backbone}-{args.model}"
+    return f"{device}-{model}-b{args.batch_size}-{args.precision}-{compiled}{sharded}".replace("/", "").lower()
 
 
 def measure_floors(world: World, args: argparse.Namespace) -> dict[str, float]:
@@ -240,8 +246,8 @@ def markdown_table(rows: list[dict]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-# The name of the reference loop in the results.
-USUAL = "DiT, the usual way"
+# What follows the backbone's name in the name of the reference loop.
+USUAL = ", the usual way"
 
 
 @dataclass(frozen=True)
@@ -262,10 +268,14 @@ class TrainingRun:
 
 
 def training_runs(args: argparse.Namespace, world: World, floors: dict) -> dict[str, TrainingRun]:
-    """Return the models to train by name: a usual loop, DiT, and RemixDiT with several numbers of experts per batch."""
-    diffusion = create_diffusion()
+    """Return the models to train by name: a usual loop, the plain model, and its Remix with several experts per batch.
+
+    DiTs are trained with Gaussian diffusion, other backbones as flows.
+    """
+    diffusion = create_diffusion() if args.backbone == DIT.name else create_flow()
+    boundaries = None if args.backbone == DIT.name else diffusion.expert_boundaries(N_EXPERTS)
     torch.manual_seed(0)
-    dit = DiT_models[f"DiT-{args.model}"](input_size=args.input_size)
+    dit = build_plain(f"{args.backbone}-{args.model}", input_size=args.input_size)
     images = torch.randn(args.batch_size, dit.in_channels, args.input_size, args.input_size, device=world.device)
     noise = torch.randn_like(images)
     y = torch.zeros(args.batch_size, dtype=torch.long, device=world.device)
@@ -279,7 +289,7 @@ def training_runs(args: argparse.Namespace, world: World, floors: dict) -> dict[
         conditions = {"y": y, "label_drop": label_drop} | ({"groups": groups} if groups else {})
         return [Microbatch(images, t.to(world.device, non_blocking=True), conditions, noise)]
 
-    def add(name: str, model: DiT | RemixDiT, groups: int | None):
+    def add(name: str, model: torch.nn.Module, groups: int | None):
         """Add a model to `runs`."""
         sharded = args.shard_bases and groups is not None
         experts = experts_of(model)
@@ -300,18 +310,19 @@ def training_runs(args: argparse.Namespace, world: World, floors: dict) -> dict[
 
     # The usual loop has one process.
     if not args.skip_usual and world.size == 1:
-        runs[USUAL] = usual_training(dit, diffusion, batch, args.steps, world)
-    add("DiT", copy.deepcopy(dit), None)
+        runs[args.backbone + USUAL] = usual_training(dit, diffusion, batch, args.steps, world)
+    add(args.backbone, copy.deepcopy(dit), None)
+    make = partial(RemixDiT, dit, N_BASIS, N_EXPERTS, boundaries=boundaries)
     for groups in args.experts_per_batch:
-        name = f"RemixDiT G={groups}" + (", sharded bases" if args.shard_bases else "")
-        add(name, RemixDiT(dit, N_BASIS, N_EXPERTS), groups)
+        name = f"Remix{args.backbone} G={groups}" + (", sharded bases" if args.shard_bases else "")
+        add(name, make(), groups)
         for rank in args.rank:
-            add(f"RemixDiT rank {rank} G={groups}", RemixDiT(dit, N_BASIS, N_EXPERTS, rank=rank), groups)
+            add(f"Remix{args.backbone} rank {rank} G={groups}", make(rank=rank), groups)
     return runs
 
 
 def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
-    """Measure the training step of DiT, of RemixDiT with several numbers of experts per batch, and of a usual loop."""
+    """Measure the training step of a plain model, of its Remix with several experts per batch, and of a usual loop."""
     runs = training_runs(args, world, floors)
     functions = {name: training_run.run for name, training_run in runs.items()}
     clocks = {name: training_run.clock for name, training_run in runs.items()}
@@ -330,18 +341,19 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
     # On a CPU the first steps compile.
     memory = memory or peaks(args.warmup + args.rounds, 5)
     with torch.device("meta"):
-        flops = experts_of(DiT_models[f"DiT-{args.model}"](input_size=args.input_size)).training_flops()
+        plain = build_plain(f"{args.backbone}-{args.model}", input_size=args.input_size)
+        flops = experts_of(plain).training_flops()
     rows = []
     for name, rounds in times.items():
         row = {"model": name, "ms/step": median(rounds) / args.steps * 1e3}
         row["images/s"] = args.batch_size * world.size / row["ms/step"] * 1e3
         row["MFU"] = flops * row["images/s"] / world.size / floors["tflops"] / 1e12
-        row["speed / DiT"] = relative_speed(rounds, times["DiT"])
+        row["speed / DiT"] = relative_speed(rounds, times[args.backbone])
         if runs[name].parameters:
             row["parameters, M"] = runs[name].parameters / 1e6
             if world.size == 1:
                 row["floor ms"] = runs[name].floor_ms
-                row["floor's speed / DiT"] = runs["DiT"].floor_ms / row["floor ms"]
+                row["floor's speed / DiT"] = runs[args.backbone].floor_ms / row["floor ms"]
             row["peak GiB"] = memory[name] / 2**30
             for stage in (stage for stage in rounds[0] if stage != "total"):
                 row[f"{stage} %"] = 100 * median(rounds, stage) / median(rounds)
@@ -370,7 +382,7 @@ def weight_traffic(experts: Experts, groups: int | None, precision: str) -> floa
     return plain + mixing + 4 * (7 + 3 + 1) * trained
 
 
-def usual_training(dit: DiT, diffusion, batch: Callable, steps: int, world: World) -> TrainingRun:
+def usual_training(dit: torch.nn.Module, diffusion, batch: Callable, steps: int, world: World) -> TrainingRun:
     """Return a training loop as many scripts have it.
 
     It is eager and in fp32, with the default AdamW, a loop over the parameters for the EMA, and loss.item() in every
@@ -635,7 +647,8 @@ PARTS = {
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
-    sizes = sorted({name.removeprefix("DiT-") for name in DiT_models})
+    parser.add_argument("--backbone", choices=BACKBONES, default=DIT.name, help="kind of the plain model (training)")
+    sizes = sorted({size for backbone in BACKBONES.values() for size in backbone.sizes})
     parser.add_argument("--model", choices=sizes, default="S/2", metavar="SIZE", help="S/2, B/2, XL/2, ...")
     parser.add_argument("--input-size", type=positive_int, default=32, help="side of the latents")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="images per process and step")

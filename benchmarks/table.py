@@ -35,7 +35,8 @@ def table_rows(path: Path) -> list[list[str]]:
         raise UserError(f"{path} is not a result file of benchmark.py") from None
     rows = []
     for row in result.get("training", []):
-        name = row["model"].replace("DiT", f"DiT-{settings['model']}")
+        backbone = settings.get("backbone", "DiT")
+        name = row["model"].replace(backbone, f"{backbone}-{settings['model']}")
         shown = f"{row['images/s']:,.4g}", f"{row['speed / DiT']:.2f}", f"{row['MFU']:.2f}"
         memory = f"{row['peak GiB']:.1f}" if "peak GiB" in row else ""
         mode = f", {settings['precision']}{', compiled' if settings['compile'] else ''}"

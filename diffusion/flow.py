@@ -20,7 +20,7 @@ from .samplers import MARGIN, Dopri5, FixedSteps, as_denoiser, drop_variance
 PREDICTIONS = ("velocity", "noise", "score")
 WEIGHTS = ("none", "velocity", "likelihood")
 # The arguments of `FlowMatching`. train_fast.py has a flag for each.
-FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift")
+FLOW_OPTIONS = ("path", "prediction", "weight", "time_sampling", "time_mean", "time_std", "shift", "time_max")
 LAST_STEPS = ("none", "mean", "euler", "tweedie")
 
 
@@ -37,6 +37,7 @@ class FlowMatching(Process):
         time_std: standard deviation of logit(u) of logit-normal noise levels.
         shift: s > 0 moves noise levels u to s u / (1 + (s - 1) u), in training and in sampling (arXiv 2403.03206,
             eq. 23).
+        time_max: highest noise level of training, before the shift; RAE (arXiv 2510.11690) trains up to 0.999.
 
     Raises:
         ValueError: if a name is unknown, a number is out of range, or a weight is given for a velocity prediction.
@@ -46,8 +47,8 @@ class FlowMatching(Process):
     title = "flow matching"
     loss_names = ("loss",)
     samplers: ClassVar = {
-        "euler": lambda flow, steps: flow.ode_steps("euler", steps),
-        "heun": lambda flow, steps: flow.ode_steps("heun", steps),
+        "euler": lambda flow, steps, **options: flow.ode_steps("euler", steps, **options),
+        "heun": lambda flow, steps, **options: flow.ode_steps("heun", steps, **options),
         "dopri5": lambda flow, steps, boundaries=(): Dopri5(flow, boundaries),
         "sde": lambda flow, steps, **options: flow.sde_steps(steps=steps, **options),
     }
@@ -65,6 +66,7 @@ class FlowMatching(Process):
         time_std: float = 1.0,
         *,
         shift: float = 1.0,
+        time_max: float = 1.0,
     ):
         self.path = _choose("path", path, PATHS)
         self.prediction = _choose("prediction", prediction, PREDICTIONS)
@@ -78,14 +80,28 @@ class FlowMatching(Process):
         for name, value in (("time_std", time_std), ("shift", shift)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, not {value}")
+        if not 0 < time_max <= 1:
+            raise ValueError(f"time_max must be above 0 and at most 1, not {time_max}")
         time_sampling = _choose("time sampling", time_sampling, TIME_SAMPLINGS)
         self.times = TimeDistribution(time_sampling, float(time_mean), float(time_std), float(shift))
+        self.time_max = float(time_max)
 
     @property
     def config(self) -> dict:
         """The keyword arguments that build this object."""
         times = dict(time_sampling=self.times.sampling, time_mean=self.times.mean, time_std=self.times.std)
-        return dict(path=self.path, prediction=self.prediction, weight=self.weight, **times, shift=self.times.shift)
+        times |= dict(shift=self.times.shift)
+        # Left out at its default, so that runs of earlier versions resume.
+        times |= dict(time_max=self.time_max) if self.time_max < 1 else {}
+        return dict(path=self.path, prediction=self.prediction, weight=self.weight, **times)
+
+    def sampler_settings(self, name: str) -> dict:
+        settings = {} if name == "dopri5" else super().sampler_settings(name) | {"time_shift": None}
+        if name == "sde":
+            settings |= {"diffusion_form": "sigma", "last_step": "mean", "last_step_size": 0.04}
+        elif name != "dopri5":
+            settings |= {"last_level": None}
+        return settings
 
     def interval(self, training: bool = False, last_step_size: float = 0.0) -> tuple[float, float]:
         """Return the times (t0, t1) that training or sampling uses. They are SiT's and avoid divisions by zero.
@@ -100,6 +116,8 @@ class FlowMatching(Process):
             t0, t1 = 0.0, 1.0
         else:
             t0, t1 = 1e-3, 1 - 1e-3
+        if training and self.time_max < 1:
+            t0 = max(t0, 1 - float(shift_noise_levels(self.time_max, self.times.shift)))
         return t0, 1 - last_step_size if last_step_size else t1
 
     def quantiles(self, n: int) -> list[float]:
@@ -110,7 +128,10 @@ class FlowMatching(Process):
         """
         if n < 1:
             raise ValueError(f"the number of intervals must be at least 1, not {n}")
-        return self.times.quantile(np.arange(n + 1) / n).tolist()
+        if self.time_max == 1:
+            return self.times.quantile(np.arange(n + 1) / n).tolist()
+        highest = shift_noise_levels(self.time_max, self.times.shift)
+        return [*self.times.quantile(np.arange(n) / n * self.times.cdf(highest)).tolist(), 1.0]
 
     def expert_boundaries(self, n: int) -> list[float]:
         # Rounded, so that other versions of SciPy give the same.
@@ -160,6 +181,11 @@ class FlowMatching(Process):
         path = PATHS[self.path](t)
         return _expand(path.alpha, x_start) * x_start + _expand(path.sigma, x_start) * noise
 
+    def velocity(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Return the velocity of data x_start [B, ...] and noise at times t [B]: alpha' x_1 + sigma' eps."""
+        path = PATHS[self.path](t)
+        return _expand(path.d_alpha, x_start) * x_start + _expand(path.d_sigma, x_start) * noise
+
     def training_losses(
         self, model, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None, noise: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -180,7 +206,7 @@ class FlowMatching(Process):
         out = drop_variance(model(x_t, t, **(model_kwargs or {})), x_t)
         path = PATHS[self.path](t)
         if self.prediction == "velocity":
-            error = out - (_expand(path.d_alpha, out) * x_start + _expand(path.d_sigma, out) * noise)
+            error = out - self.velocity(x_start, t, noise)
         elif self.prediction == "noise":
             error = out - noise
         else:  # the score is -eps / sigma
@@ -203,17 +229,43 @@ class FlowMatching(Process):
         # v = alpha' / alpha x - (alpha' sigma - alpha sigma') / alpha eps
         return (path.d_alpha / path.alpha, -path.spread / path.alpha * eps), (zero, eps)
 
-    def _grid(self, t0: float, t1: float, n: int) -> Tensor:
-        """Return n + 1 times from t0 to t1, float64 rounded to float32: an even grid of noise levels, shifted."""
-        start, end = shift_noise_levels(np.array([1 - t0, 1 - t1]), 1 / self.times.shift)
-        times = 1 - shift_noise_levels(np.linspace(start, end, n + 1), self.times.shift)
-        times[[0, -1]] = t0, t1
+    def _grid(self, t0: float, t1: float, n: int, shift: float | None = None, last_level: float = 0.0) -> Tensor:
+        """Return n + 1 times from t0 to t1, float64 rounded to float32: an even grid of noise levels, shifted.
+
+        Args:
+            t0, t1: the first and the last time.
+            n: number of steps.
+            shift: see `ode_steps`.
+            last_level: see `ode_steps`. The last time is that of this level if it comes before t1.
+        """
+        shift = self.times.shift if shift is None else shift
+        if not 0 < shift < math.inf:
+            raise ValueError(f"the shift must be a positive number, not {shift}")
+        start, end = shift_noise_levels(np.array([1 - t0, 1 - t1]), 1 / shift)
+        if not 0 <= last_level < start:
+            raise ValueError(f"the last noise level must be at least 0 and below {start:g}, not {last_level}")
+        times = 1 - shift_noise_levels(np.linspace(start, max(end, last_level), n + 1), shift)
+        times[0] = t0
+        if last_level <= end:
+            times[-1] = t1
         return torch.from_numpy(times.astype(np.float32)).double()
 
-    def ode_steps(self, method: str = "euler", steps: int | str = 250) -> FixedSteps:
-        """Prepare the steps of `ode_sample_loop` for the methods "euler" and "heun"."""
+    def ode_steps(
+        self, method: str = "euler", steps: int | str = 250, shift: float | None = None, last_level: float = 0.0
+    ) -> FixedSteps:
+        """Prepare the steps of `ode_sample_loop` for the methods "euler" and "heun".
+
+        Args:
+            method: "euler" or "heun".
+            steps: number of steps.
+            shift: shift of the noise levels of the steps. None for that of training.
+            last_level: noise level before the shift at which the steps end. The result is the sample at this level.
+
+        Raises:
+            ValueError: if a name is unknown, or a number is out of range.
+        """
         method = _choose("method", method, ("euler", "heun"))
-        times = self._grid(*self.interval(), _check_steps(steps, least=1))
+        times = self._grid(*self.interval(), _check_steps(steps, least=1), shift, last_level)
         velocity, _ = self.velocity_and_noise(times)
         return FixedSteps(method, times.tolist(), _pairs(velocity), noise=[], last=None)
 
@@ -224,8 +276,9 @@ class FlowMatching(Process):
         form: str = "sigma",
         last_step: str = "mean",
         last_step_size: float = 0.04,
+        shift: float | None = None,
     ) -> FixedSteps:
-        """Prepare the steps of `sde_sample_loop`, which explains the arguments."""
+        """Prepare the steps of `sde_sample_loop`, which explains the arguments; for `shift` see `ode_steps`."""
         method = _choose("method", method, ("euler", "heun"))
         form = _choose("diffusion form", form, DIFFUSION_FORMS)
         last_step = _choose("last step", last_step, LAST_STEPS)
@@ -233,7 +286,7 @@ class FlowMatching(Process):
         if has_last and not 0 < last_step_size < 1 - self.interval()[0]:
             raise ValueError(f"last_step_size must be between 0 and {1 - self.interval()[0]:g}, not {last_step_size}")
         n = _check_steps(steps, least=1 + has_last) - has_last
-        times = self._grid(*self.interval(last_step_size=last_step_size if has_last else 0.0), n)
+        times = self._grid(*self.interval(last_step_size=last_step_size if has_last else 0.0), n, shift)
         path = PATHS[self.path](times)
         if has_last and path.sigma[-1] == 0:
             raise ValueError(f"last_step_size {last_step_size} is too small for float32")

@@ -4,6 +4,7 @@ The time t is SiT's (arXiv 2401.08740): t = 1 is data and t = 0 is noise. Noise 
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +70,11 @@ def shift_noise_levels(u: np.ndarray, shift: float) -> np.ndarray:
     """Shift noise levels u to s u / (1 + (s - 1) u) (arXiv 2403.03206, eq. 23). A shift of 1 / s is the inverse."""
     # In this form 0 and 1 are exact fixed points.
     return shift * u / (shift * u + (1 - u))
+
+
+def dimension_shift(shape: Iterable[int]) -> float:
+    """Return RAE's shift of the noise levels of latents, sqrt(C H W / 4096), for their shape (arXiv 2510.11690)."""
+    return math.sqrt(math.prod(shape) / 4096)
 
 
 class TimeDistribution(NamedTuple):

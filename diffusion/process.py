@@ -59,6 +59,10 @@ class Process:
             raise ValueError(f"unknown sampler {name!r}: choose from {', '.join(self.samplers)}")
         return self.samplers[name](self, steps, **options)
 
+    def sampler_settings(self, name: str) -> dict:
+        """Return the settings of sample_ddp.py that one of `samplers` has, by name, with their defaults."""
+        return {"num_sampling_steps": "250"}
+
     def sample_times(self, generator: np.random.Generator, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Draw the training times of the rows of a batch.
 

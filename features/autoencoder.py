@@ -1,11 +1,17 @@
-"""Conversion between images and what the model denoises: a VAE's latents (diffusers' AutoencoderKL) or plain pixels."""
+"""Conversion between images and what the model denoises: an autoencoder's latents or plain pixels.
 
+The autoencoders are diffusers' AutoencoderKL (a VAE) and AutoencoderRAE (a frozen image encoder and its decoder).
+"""
+
+import base64
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +22,8 @@ from runtime.hub import offline
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 # The default of AutoencoderKL.
 DEFAULT_SCALING_FACTOR = 0.18215
+# What AutoencoderRAE adds to its standard deviations.
+RAE_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -23,12 +31,18 @@ class Normalization:
     """The affine map from a VAE's latents z to what the model denoises: x = (z - shift) * scale.
 
     Attributes:
-        scale: the factor, one for all channels or a list with one per channel.
-        shift: what is subtracted, one number for all channels or a list with one per channel.
+        scale: the factor, one for all channels, a list with one per channel, or for one per position [C, H, W] the text
+            that `pack` makes of them.
+        shift: what is subtracted, likewise.
     """
 
-    scale: float | list[float] = 1.0
-    shift: float | list[float] = 0.0
+    scale: float | list[float] | str = 1.0
+    shift: float | list[float] | str = 0.0
+
+    @classmethod
+    def from_tensors(cls, scale: Tensor, shift: Tensor) -> "Normalization":
+        """Return the normalization with one factor and one shift per position, each [C, H, W]."""
+        return cls(pack(scale), pack(shift))
 
     @classmethod
     def from_vae(cls, config: Mapping) -> "Normalization":
@@ -56,6 +70,32 @@ class Normalization:
         return cls([scale / s for s in std], list(mean))
 
     @classmethod
+    def from_rae(cls, config: Mapping) -> "Normalization":
+        """Read the normalization from the config of a diffusers.AutoencoderRAE.
+
+        It is (z - latents_mean) / (latents_std + 1e-5) * scaling_factor, with numbers for each position or channel.
+
+        Raises:
+            ValueError: if the statistics are incomplete, of different shapes, or not finite.
+        """
+        scale = float(config.get("scaling_factor", 1.0))
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None and std is None:
+            return cls(scale)
+        try:
+            mean, std = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError("latents_mean and latents_std must be lists of numbers") from None
+        if mean.shape != std.shape or not (mean.isfinite().all() and std.isfinite().all() and (std >= 0).all()):
+            raise ValueError(
+                "latents_mean and latents_std must be finite numbers of equal shapes, and latents_std >= 0"
+            )
+        factor = scale / (std + RAE_EPS)
+        if mean.numel() == 1:
+            return cls(factor.item(), mean.item())
+        return cls.from_tensors(factor.squeeze(0), mean.squeeze(0))
+
+    @classmethod
     def from_record(cls, data: Mapping) -> "Normalization":
         """Read the normalization from an index of features or from the "data" part of a checkpoint's config."""
         return cls(data["scale"], data["shift"])
@@ -65,7 +105,15 @@ class Normalization:
         return {"scale": self.scale, "shift": self.shift}
 
     def vae_config(self) -> dict:
-        """Return the entries for the config of a diffusers.AutoencoderKL."""
+        """Return the entries for the config of a diffusers.AutoencoderKL.
+
+        Raises:
+            UserError: if each position has a number of its own, which that class does not have.
+        """
+        if isinstance(self.scale, str):
+            raise UserError(
+                "an AutoencoderKL of diffusers has no normalization per position, as this model's latents do"
+            )
         if isinstance(self.scale, list):
             std = [1 / scale for scale in self.scale]
             return dict(scaling_factor=1.0, shift_factor=None, latents_mean=self.shift, latents_std=std)
@@ -73,8 +121,11 @@ class Normalization:
 
     def apply(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """Normalize the mean and the standard deviation of latents, each [B, C, H, W]; only the mean is shifted."""
-        scale = _per_channel(self.scale, mean)
-        return (mean - _per_channel(self.shift, mean)) * scale, std * scale
+        return self.normalize(mean), std * _per_channel(self.scale, mean)
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """Convert latents [..., C, H, W] to what the model denoises."""
+        return (z - _per_channel(self.shift, z)) * _per_channel(self.scale, z)
 
     def invert(self, x: Tensor) -> Tensor:
         """Convert what the model denoises, [B, C, H, W], to latents."""
@@ -86,8 +137,34 @@ def _finite(values) -> bool:
     return isinstance(values, list | tuple) and all(type(x) in (int, float) and math.isfinite(x) for x in values)
 
 
-def _per_channel(value: float | list[float], like: Tensor) -> float | Tensor:
-    """Return a list as a tensor [C, 1, 1] of the type and on the device of another tensor; a number as it is."""
+def pack(values: Tensor) -> str:
+    """Return the numbers of a tensor, rounded to float32, as text: float32, its shape, and the bytes in base64."""
+    shape = "x".join(map(str, values.shape))
+    return f"float32:{shape}:{base64.b64encode(values.float().numpy().astype('<f4').tobytes()).decode()}"
+
+
+@functools.cache
+def unpack(text: str) -> Tensor:
+    """Return the tensor that `pack` has made a text of, float32.
+
+    Raises:
+        ValueError: if it is another text.
+    """
+    kind, _, rest = text.partition(":")
+    shape, _, numbers = rest.partition(":")
+    if kind != "float32":
+        raise ValueError(f"{text[:20]!r} does not stand for numbers")
+    values = np.frombuffer(base64.b64decode(numbers, validate=True), "<f4").astype(np.float32)
+    return torch.from_numpy(values).view(*map(int, shape.split("x")))
+
+
+def _per_channel(value: float | list[float] | str, like: Tensor) -> float | Tensor:
+    """Return what a `Normalization` holds as it multiplies latents, in the type and on the device of these.
+
+    A number is returned as it is, a list as a tensor [C, 1, 1], and a text as a tensor [C, H, W].
+    """
+    if isinstance(value, str):
+        return unpack(value).to(like)
     return like.new_tensor(value)[:, None, None] if isinstance(value, list) else value
 
 
@@ -99,12 +176,16 @@ class Autoencoder:
         normalization: what is done to the latents.
         bounded: whether the data lie in [-1, 1].
         channels: numbers of channels that a model may have.
+        draws: whether encoding gives a distribution, from which features are drawn.
+        image_size: the only side of images, in pixels, that it encodes; None for any multiple of the factor.
     """
 
     factor: int
     normalization = Normalization()
     bounded: bool
     channels: tuple[int, ...]
+    draws = False
+    image_size: int | None = None
 
     def to(self, device: torch.device) -> "Autoencoder":
         """Move the weights to a device and return self."""
@@ -157,6 +238,7 @@ class Latents(Autoencoder):
     """
 
     bounded = False
+    draws = True
 
     def __init__(self, name: str):
         from diffusers import AutoencoderKL
@@ -182,6 +264,52 @@ class Latents(Autoencoder):
         return to_uint8(self.vae.decode(self.normalization.invert(samples)).sample)
 
 
+class RepresentationLatents(Autoencoder):
+    """diffusers' AutoencoderRAE: the tokens of a frozen image encoder, and the decoder that was trained for them.
+
+    Its encode and decode normalize the latents. Here this is undone, and `normalization` does the same instead, so that
+    it is recorded and can be replaced by published statistics.
+
+    Args:
+        name: as for `Latents`.
+
+    Raises:
+        UserError: if the autoencoder cannot be loaded.
+    """
+
+    bounded = False
+
+    def __init__(self, name: str):
+        from diffusers import AutoencoderRAE
+
+        self.normalization = load_normalization(name)
+        with _located(name) as (repository, where):
+            rae = AutoencoderRAE.from_pretrained(repository, low_cpu_mem_usage=False, **where)
+        mean, std = rae._latents_mean, rae._latents_std
+        if rae.config.latents_mean is not None and not torch.equal(mean, torch.tensor(rae.config.latents_mean)):
+            raise UserError(f"--vae {name}: latents_mean of its config is not that of its weights")
+        # It divides by the standard deviation plus RAE_EPS.
+        rae._latents_mean, rae._latents_std = torch.zeros_like(mean), torch.full_like(std, 1 - RAE_EPS)
+        rae.register_to_config(scaling_factor=1.0)
+        self.vae = rae.eval().requires_grad_(False)
+        self.factor = rae.decoder_patch_size
+        self.image_size = rae.decoder_image_size
+        self.channels = (rae.config.encoder_hidden_size,)
+
+    def to(self, device: torch.device) -> "RepresentationLatents":
+        self.vae.to(device)
+        return self
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the normalized latents, and zeros, see `Autoencoder.moments`."""
+        z = self.normalization.normalize(self.vae.encode(images / 2 + 0.5).latent)
+        return z, torch.zeros_like(z)
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """Convert normalized latents to images, see `Autoencoder.decode`."""
+        return to_uint8(2 * self.vae.decode(self.normalization.invert(samples)).sample - 1)
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Convert images [B, 1 or 3, H, W] in [-1, 1] to [B, H, W, 3], uint8; one channel is repeated to give three."""
     images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
@@ -192,12 +320,20 @@ def load_autoencoder(name: str) -> Autoencoder:
     """Load an autoencoder by name.
 
     Args:
-        name: "none" for pixels, "ema" or "mse" for the published VAEs, or the name of `Latents`.
+        name: "none" for pixels, "ema" or "mse" for the published VAEs, or the name of `Latents` or of
+            `RepresentationLatents`.
 
     Raises:
         UserError: if the VAE cannot be loaded.
     """
-    return Pixels() if name == "none" else Latents(SHORT_NAMES.get(name, name))
+    if name == "none":
+        return Pixels()
+    name = SHORT_NAMES.get(name, name)
+    return CLASSES[_read_config(name)[0]](name)
+
+
+# By the names of diffusers' classes.
+CLASSES = {"AutoencoderKL": Latents, "AutoencoderRAE": RepresentationLatents}
 
 
 def load_normalization(name: str) -> Normalization:
@@ -207,23 +343,26 @@ def load_normalization(name: str) -> Normalization:
         name: a name as of `load_autoencoder`.
 
     Raises:
-        UserError: if the config cannot be read, or is not that of an AutoencoderKL.
+        UserError: if the config cannot be read, or is not that of a class of `CLASSES`.
     """
-    if name == "none":
-        return Normalization()
+    return Normalization() if name == "none" else _read_config(SHORT_NAMES.get(name, name))[1]
+
+
+def _read_config(name: str) -> tuple[str, Normalization]:
+    """Return the class of an autoencoder and its normalization, from its config. Raises UserError if it is another."""
     # The import takes seconds, and runs on pixels never need it.
     from diffusers import AutoencoderKL
     from diffusers.utils import logging
 
     # The one-line error replaces diffusers' warnings.
     logging.set_verbosity_error()
-    with _located(SHORT_NAMES.get(name, name)) as (repository, where):
+    with _located(name) as (repository, where):
         config = AutoencoderKL.load_config(repository, **where)
         kind = config.get("_class_name", "AutoencoderKL")
         # Another class would be read as an AutoencoderKL with random weights.
-        if kind != "AutoencoderKL":
+        if kind not in CLASSES:
             raise ValueError(f"it is an {kind}")
-        return Normalization.from_vae(config)
+        return kind, Normalization.from_rae(config) if kind == "AutoencoderRAE" else Normalization.from_vae(config)
 
 
 @contextmanager
@@ -239,5 +378,5 @@ def _located(name: str) -> Iterator[tuple[str, dict]]:
         reason = "the Hugging Face hub cannot be reached" if cached_only else first_line(error)
         raise UserError(
             f"cannot load the VAE {name!r} ({reason}): use --vae PATH for a local folder of a diffusers "
-            "AutoencoderKL, or --vae none for models of pixels"
+            "AutoencoderKL or AutoencoderRAE, or --vae none for models of pixels"
         ) from None

@@ -28,6 +28,8 @@ import torch
 from torch.utils.data import Dataset
 
 from features.autoencoder import Normalization
+from features.published import OPEN_SHARDS, PATTERN, VIEWS, PublishedShards, find_shards
+from features.statistics import load_statistics
 from runtime.errors import UserError
 from runtime.files import atomic_write, cache_folder, wait_for_lock, write_array, write_json
 from runtime.processes import seed_for
@@ -41,8 +43,8 @@ SUFFIXES = {"skipped": "txt", "record": "json"}
 SAMPLES = 64
 # More labels of the original layout than this are kept in the cache: reading ImageNet's million files takes minutes.
 FEW_LABELS = 10_000
-# Every shard that is open holds a file descriptor, and systems limit these, often to 1024.
-OPEN_SHARDS = 128
+# The statistics of published features, if they are in the same folder.
+STATISTICS = "latents_stats.pt"
 
 
 def shard_path(folder: Path, kind: str, shard: int) -> Path:
@@ -135,7 +137,7 @@ def write_index(folder: Path, n_shards: int, seed: int | None = None, **describe
 
 
 class FeatureDataset(Dataset):
-    """Encoded images, from this project's packed shards or from the original layout of one .npy file per image.
+    """Encoded images: packed shards of this project, the original layout of one .npy file per image, or published.py.
 
     An item is addressed as image, (image, view) or (image, view, draw); view and draw default to 0. If the VAE's
     posterior is stored, `draw` selects one draw from it, which is a function of (draw, image, view) alone. Otherwise
@@ -143,36 +145,47 @@ class FeatureDataset(Dataset):
 
     Args:
         path: folder of features. The original layout is a folder that holds *_features/ and *_labels/.
+        statistics: file of the statistics by which published features are normalized, see `load_statistics`; None for
+            the file latents_stats.pt in the folder.
+        normalization: how published features are normalized, instead of `statistics`.
 
     Attributes:
         shape: shape (C, H, W) of an item.
         views: number of stored views per image.
         labels: labels [images], int64.
         store: "draw" or "moments".
-        dtype: type in which the features are stored, "float32" or "float16"; None for the original layout. An item is
+        dtype: type in which the features are stored, "float32" or "float16"; None if they do not record it. An item is
             float32 in any case.
-        classes: class names. None for the original layout.
-        vae: name of the VAE. None for the original layout.
-        normalization: what was done to the VAE's latents. None for the original layout.
-        image_size: side of the images in pixels. None if the original layout does not record it.
+        classes: class names. None if the features do not record them.
+        vae: name of the VAE. None if the features do not record it.
+        normalization: what was done to the VAE's latents, in published features when an item is read. None for the
+            original layout.
+        image_size: side of the images in pixels. None if the features do not record it.
         recorded_fingerprint: the fingerprint in the index; None if there is none.
 
     Raises:
         UserError: if the folder is missing, holds neither layout, or is damaged.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, statistics: str | None = None, normalization: Normalization | None = None):
         self.path = Path(path)
+        self.published = None
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such folder of features")
         if (self.path / INDEX).is_file():
             self._open_packed()
         elif folders := self._find_original():
             self._open_original(*folders)
+        elif shards := find_shards(self.path):
+            self._open_published(shards, statistics, normalization)
         else:
             raise UserError(
                 f"{self.path} holds no features: "
-                f"neither {INDEX} (run extract_features.py to its end) nor *_features/ and *_labels/"
+                f"neither {INDEX} (run extract_features.py to its end) nor *_features/ and *_labels/ nor {PATTERN}"
+            )
+        if statistics and not self.published:
+            raise UserError(
+                f"--latent-stats is for published features: {self.path} holds none, and its features are normalized"
             )
         self.size = len(self.labels)
 
@@ -208,6 +221,23 @@ class FeatureDataset(Dataset):
                 raise ValueError(f"store {self.store!r}, dtype {self.dtype!r}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.path / INDEX} is not an index of features ({error!r})") from None
+
+    def _open_published(self, shards: list[Path], statistics: str | None, normalization: Normalization | None):
+        """Open the layout of LightningDiT, see published.py."""
+        self.files = None
+        self.published = PublishedShards(shards)
+        self.labels, self.shape = self.published.labels, self.published.shape
+        self.views = len(VIEWS)
+        self.normalization = normalization
+        if normalization is None:
+            beside = shards[0].with_name(STATISTICS)
+            if not statistics and not beside.is_file():
+                raise UserError(
+                    f"{self.path} holds latents that are not normalized, without {STATISTICS}: set --latent-stats"
+                )
+            self.normalization = load_statistics(statistics or str(beside), self.shape)
+        self.vae = self.image_size = self.classes = self.dtype = self.recorded_fingerprint = None
+        self.store = "draw"
 
     def _find_original(self) -> tuple[Path, Path] | None:
         """Return the original layout's folders of features and labels, or None."""
@@ -289,7 +319,10 @@ class FeatureDataset(Dataset):
             return self.recorded_fingerprint
         digest = hashlib.sha256(repr((self.views, self.shape)).encode() + self.labels.astype(np.int64).tobytes())
         for image in sorted({i * (len(self) - 1) // (SAMPLES - 1) for i in range(SAMPLES)}):
-            stored = self._original_image(image) if self.files else self._packed_image(image)
+            if self.published:
+                stored = torch.stack([self.published.read(image, view) for view in range(self.views)]).numpy()
+            else:
+                stored = self._original_image(image) if self.files else self._packed_image(image)
             digest.update(np.ascontiguousarray(stored).tobytes())
         return digest.hexdigest()
 
@@ -326,6 +359,8 @@ class FeatureDataset(Dataset):
         image, view, draw = (*item, 0)[:3] if isinstance(item, tuple) else (item, 0, 0)
         if not 0 <= image < self.size:
             raise IndexError(image)
+        if self.published:
+            return self.normalization.normalize(self.published.read(image, view)), int(self.labels[image])
         stored = self._original_image(image) if self.files else self._packed_image(image)
         # A copy, because the file is mapped read-only. torch converts float16 three times as fast as numpy.
         features = torch.from_numpy(np.array(stored[view])).float()

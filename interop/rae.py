@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffusion.interpolants import dimension_shift
 from interop.lightningdit import block_options, count_blocks
 from interop.shapes import find_state_dict, flow_target, make_config, stored_model_name, stored_settings
 from interop.sit import warn_of_shift
@@ -36,7 +37,7 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     if heads := overrides.get("num_heads"):
         overrides = overrides | {"num_heads": [heads] * 2 if isinstance(heads, int) else [*heads]}
     config = make_config(path, backbone, None, stored_model_name(stored) | overrides, stored, DITDH)
-    config["diffusion"], config["source"] = dict(PROCESS), CHANGES
+    config["diffusion"], config["source"] = PROCESS | {"shift": usual_shift(backbone)}, CHANGES
     return config, reverse_time(state)
 
 
@@ -93,6 +94,11 @@ def _said_depth(path, n_blocks: int, said) -> list[int]:
     )
 
 
+def usual_shift(backbone: dict) -> float:
+    """Return the shift of the noise levels with which RAE trains and samples latents of this size."""
+    return dimension_shift((backbone["in_channels"], backbone["input_size"], backbone["input_size"]))
+
+
 def reverse_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Change the weights of v(x, t) to those of -v(x, 1 - t). Twice gives the same weights again, except for rounding.
 
@@ -111,6 +117,6 @@ def write(path, models: dict[str, nn.Module], config: dict):
     """Write the EMA weights of a DiT^DH as a bare state dict, which RAE's scripts load. `interop` documents it."""
     if flow_target(config["diffusion"]) != PROCESS:
         raise UserError("a file of RAE holds a flow of the linear path that predicts the velocity, which this is not")
-    warn_of_shift(path, config)
+    warn_of_shift(path, config, usual_shift(config["model"]["backbone"]))
     with atomic_write(path) as temporary:
         torch.save(reverse_time(models["ema"].state_dict()), temporary)

@@ -9,6 +9,8 @@ the same flow has the velocity v(x, t) = -v_REPA(x, 1 - t). Both changes are lin
 `read` makes them in the weights, and nothing else needs to know of REPA's convention.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -127,9 +129,9 @@ def flow_options(process: dict, paths: dict[str, str]) -> dict:
     }
 
 
-def warn_of_shift(path, config: dict):
-    """Print a warning if a file cannot say that the noise levels are shifted."""
-    if (shift := config["diffusion"].get("shift", 1)) != 1:
+def warn_of_shift(path, config: dict, usual: float = 1):
+    """Print a warning if the noise levels have another shift than the usual one, which a file cannot say."""
+    if not math.isclose(shift := config["diffusion"].get("shift", 1), usual):
         warn(f"{path} cannot record the shift {shift:g} of the noise levels, which sampling would use")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -56,6 +56,11 @@ class Backbone:
         class_embedding: name of the `nn.Embedding` of the classes. The null class, if there is one, is its last row.
         before_compile: function that is called with a model that will be compiled, and the device that it will run on,
             and changes the model in place; None if nothing changes.
+        latents: number of channels of the latents that the published models denoise, and pixels of an image per latent
+            along each side.
+        sampling: by the name of a process, the settings of sample_ddp.py with which the published models are sampled,
+            which are then the defaults. `guided_channels` may be "all". With `closed_interval`, the interval of
+            guidance holds both of its ends.
         flops: function that `count_flops` calls; None to count the operations of a forward pass without data, which
             imports the compiler.
     """
@@ -69,6 +74,8 @@ class Backbone:
     blocks: str = "blocks"
     class_embedding: str = "y_embedder.embedding_table"
     before_compile: Callable[[nn.Module, torch.device], None] | None = None
+    latents: tuple[int, int] = (4, 8)
+    sampling: dict[str, dict] = field(default_factory=dict)
     flops: Callable[[dict], int] | None = None
 
     def models(self) -> dict[str, Callable[..., nn.Module]]:

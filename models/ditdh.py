@@ -213,6 +213,17 @@ DITDH = Backbone(
     modulation=LIGHTNINGDIT.modulation,
     file_options=(*LIGHTNINGDIT.file_options, "use_pos_embed"),
     before_compile=choose_attention,
+    latents=(768, 16),
+    # 50 times, the last of which is not data. The shift is that of the training.
+    sampling={
+        "flow": dict(
+            num_sampling_steps="49",
+            last_level=0.001,
+            cfg_scale=1.42,
+            guided_channels="all",
+            closed_interval=True,
+        )
+    },
     flops=ditdh_flops,
 )
 DiTDH_models = DITDH.models()

@@ -360,6 +360,18 @@ LIGHTNINGDIT = Backbone(
     modulation=("blocks.*.adaLN_modulation.1",),
     file_options=("mlp_ratio", "use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm", "wo_shift"),
     before_compile=choose_attention,
+    latents=(32, 16),
+    # Those of the weights of 800 epochs: 250 times from noise to data, shifted by 0.3 in t.
+    sampling={
+        "flow": dict(
+            num_sampling_steps="249",
+            time_shift=1 / 0.3,
+            cfg_scale=6.7,
+            guided_channels=3,
+            guidance_interval=[0, 0.875],
+            closed_interval=True,
+        )
+    },
     flops=lightningdit_flops,
 )
 LightningDiT_models = LIGHTNINGDIT.models()

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffusion.intervals import find_time
+from diffusion.intervals import ROUNDING, find_time
 from diffusion.samplers import time_tensor
 from models import DiT, classifier_free_guidance, default_guided_channels
 from sampling.experts import ExpertSwitch
@@ -40,13 +40,16 @@ class GuidanceSchedule:
         return self.scales[find_time(self.boundaries, t)]
 
 
-def make_schedule(scale: float | str, interval: list[float] | None, highest: float) -> GuidanceSchedule:
+def make_schedule(
+    scale: float | str, interval: list[float] | None, highest: float, closed: bool = False
+) -> GuidanceSchedule:
     """Build a guidance schedule.
 
     Args:
         scale: a scale for all noise levels, or text as in `parse_pieces`. Levels that the text leaves out are unguided.
         interval: lowest and highest noise level with guidance; None for all levels.
         highest: highest noise level of the process.
+        closed: whether `interval` holds its highest level, too.
 
     Raises:
         ValueError: if the intervals overlap, or are not increasing numbers from 0 to `highest`.
@@ -55,6 +58,9 @@ def make_schedule(scale: float | str, interval: list[float] | None, highest: flo
     low, high = interval or (0, highest)
     if not 0 <= low < high <= highest:
         raise ValueError(f"{low:g} to {high:g} is not an interval of the noise levels from 0 to {highest}")
+    if closed:
+        # Noise levels are rounded. Boundaries are compared as lower ones, by up to ROUNDING.
+        high = min(high + 2 * ROUNDING * highest, highest)
     boundaries, scales, end = [0], [], 0
     for value, start, stop in sorted(pieces, key=lambda piece: piece[1]):
         if not end <= start < stop <= highest:

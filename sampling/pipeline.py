@@ -13,7 +13,7 @@ import torch
 from diffusion import create_process
 from diffusion.samplers import Sampler
 from features.autoencoder import Autoencoder, Normalization, load_autoencoder
-from models import DiT
+from models import BACKBONES, DiT
 from runtime.errors import UserError
 from runtime.processes import SampleGenerators, World
 from sampling.experts import ExpertSwitch
@@ -45,6 +45,9 @@ class SampleSettings:
     save_png: bool
     precision: str
     labels: str | list[int] | None
+    time_shift: float | None = None
+    last_level: float | None = None
+    guided_channels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,19 @@ def trained_classes(config: dict) -> int:
     return len(config["data"]["classes"] or []) or config["model"]["backbone"]["num_classes"]
 
 
+def published_settings(config: dict) -> dict:
+    """Return the settings with which the published models of a checkpoint's backbone and process are sampled.
+
+    Args:
+        config: config of the model.
+
+    Returns:
+        See `models.Backbone.sampling`; an empty dict for a backbone that has none.
+    """
+    process = create_process(**config["diffusion"]).name
+    return BACKBONES[config["model"]["architecture"]].sampling.get(process, {})
+
+
 def make_pipeline(
     model: DiT | ExpertSwitch,
     guide: DiT | ExpertSwitch | None,
@@ -110,14 +126,20 @@ def make_pipeline(
         raise UserError(f"--labels {max(settings.labels)}: {ckpt} has the classes 0 to {trained_classes(config) - 1}")
     process = create_process(**config["diffusion"])
     try:
-        schedule = make_schedule(settings.cfg_scale, settings.guidance_interval, process.scale.highest)
+        closed = published_settings(config).get("closed_interval", False)
+        schedule = make_schedule(settings.cfg_scale, settings.guidance_interval, process.scale.highest, closed)
     except ValueError as error:
         raise UserError(f"--cfg-scale or --guidance-interval: {error}") from None
     if not schedule.guides and (guide is not None or settings.guidance_interval):
         raise UserError("--guide-ckpt and --guidance-interval need a --cfg-scale other than 1 within the interval")
-    options = {}
+    if (settings.guided_channels or 0) > backbone["in_channels"]:
+        raise UserError(
+            f"--guided-channels {settings.guided_channels}: {ckpt} denoises {backbone['in_channels']} channels"
+        )
+    options = {"shift": settings.time_shift, "last_level": settings.last_level}
+    options = {name: value for name, value in options.items() if value is not None}
     if settings.sampler == "sde":
-        options = {"form": settings.diffusion_form, "last_step": settings.last_step}
+        options |= {"form": settings.diffusion_form, "last_step": settings.last_step}
         options["last_step_size"] = settings.last_step_size
     elif settings.sampler == "dopri5":
         switches = [network.boundaries for network in (model, guide) if isinstance(network, ExpertSwitch)]
@@ -183,7 +205,7 @@ def sample(
         pipeline.null_label,
         pipeline.schedule,
         pipeline.guide,
-        channels=pipeline.shape[0] if settings.cfg_all_channels else None,
+        channels=pipeline.shape[0] if settings.cfg_all_channels else settings.guided_channels,
         run=torch.compile(predict, dynamic=False) if compiled else predict,
     )
 

@@ -39,6 +39,22 @@ def test_every_part_is_measured(tmp_path):
     assert all(f"## {part}" in report for part in ("training", "sampling", "data", "extraction", "evaluator"))
 
 
+def test_another_backbone_is_measured(tmp_path):
+    settings = flags(precision="fp32", compile=False, warmup=1, rounds=1, experts_per_batch=(4,), parts=("training",))
+    settings += flags(toy=True, backbone="LightningDiT", model="T/2", input_size=8, batch_size=4, skip_usual=True)
+    run("benchmarks/benchmark.py", *settings, *flags(out=tmp_path, name="toy"))
+    results = json.loads((tmp_path / "toy.json").read_text())
+    assert [row["model"] for row in results["training"]] == ["LightningDiT", "RemixLightningDiT G=4"]
+    table = run("benchmarks/table.py", tmp_path / "toy.json").stdout
+    assert "| RemixLightningDiT-T/2 G=4 |" in table
+    for wrong, message in (
+        (("--model=T/4",), "--model T/4: a LightningDiT has 1p6B/1"),
+        (("--parts", "training", "sampling"), "--backbone LightningDiT can only measure --parts training"),
+    ):
+        done = run("benchmarks/benchmark.py", *settings, *wrong, *flags(out=tmp_path), expect=2)
+        assert message in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sharded", "name"), [((), "RemixDiT G=2"), (("--shard-bases",), "RemixDiT G=2, sharded bases")]

@@ -13,10 +13,14 @@ from conftest import MISSING, ROOT, run
 pytestmark = pytest.mark.usefixtures("no_hub")
 RECIPE = ROOT / "recipes" / "run.sh"
 RUNS = dict.fromkeys(("S", "B", "L"), ("pretraining", "continued", "4-8", "4-20", "independent"))
-RUNS |= {f"SiT-{size}": ("published", "continued", "4-8", "4-20") for size in ("S", "B", "L", "XL")}
+RUNS |= dict.fromkeys(
+    (*(f"SiT-{size}" for size in ("S", "B", "L", "XL")), "LightningDiT-XL", "DiTDH-XL"),
+    ("published", "continued", "4-8", "4-20"),
+)
 RUNS = [(size, run) for size, runs in RUNS.items() for run in runs]
 # The other sizes differ in the names of the models and the files, and in the number of steps of the pretraining.
 DIFFERENT = [(size, run) for size, run in RUNS if size in ("S", "SiT-S")]
+DIFFERENT += [(size, run) for size in ("LightningDiT-XL", "DiTDH-XL") for run in ("published", "4-8")]
 DIFFERENT += [("B", "pretraining"), pytest.param("L", "4-20", marks=pytest.mark.slow), ("SiT-XL", "4-20")]
 
 
@@ -37,12 +41,14 @@ def no_python(tmp_path_factory) -> str:
 
 def test_the_tables_have_a_row_for_every_published_run(no_python):
     """Every run has a row, and run.sh knows it and gives its models the size of the row."""
-    rows = re.findall(r"^\| ((?:SiT-)?[SBLX]+) \| (\S+) \|", RECIPE.with_name("README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| ((?:\w+-)?[SBLX]+) \| (\S+) \|", RECIPE.with_name("README.md").read_text(), re.MULTILINE)
     assert rows == RUNS
     for size, name in RUNS:
         printed = recipe(size, name, "--dry-run", path=no_python).stdout
-        trained = re.findall(r"^\$ torchrun .* train_fast\.py --model \w+-(\w+)/2 ", printed, re.MULTILINE)
-        assert trained == [size.removeprefix("SiT-")] * (name != "published")
+        trained = re.findall(r"^\$ torchrun .* train_fast\.py --model (\w+)-(\w+)/[12] ", printed, re.MULTILINE)
+        kind, _, width = size.rpartition("-")
+        remix = "Remix" if name.startswith("4-") else ""
+        assert trained == [(remix + (kind if kind not in ("", "SiT") else "DiT"), width)] * (name != "published")
 
 
 @pytest.mark.parametrize(("size", "name"), DIFFERENT)
@@ -50,7 +56,8 @@ def test_the_scripts_accept_every_command(size, name, no_python, monkeypatch, tm
     printed = recipe(size, name, "--dry-run", path=no_python).stdout
     commands = re.findall(r"^\$ (?:torchrun|python) (?:--\S+ )*(\w+\.py) (.*)$", printed, re.MULTILINE)
     order = ["extract_features.py", "train_fast.py", "sample_ddp.py", "evaluator.py"]
-    order = order[2:] if name == "published" else order
+    # LightningDiT's latents are downloaded.
+    order = order[2:] if name == "published" else order[1:] if size == "LightningDiT-XL" else order
     assert list(dict.fromkeys(script for script, _ in commands)) == order
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -77,6 +84,14 @@ def test_a_dry_run_plans_every_training_for_eight_gpus(tmp_path):
     assert all(command.startswith("$ ") for command in (extracting, sampling, scoring))
 
 
+def test_published_runs_say_the_scores_to_compare_with(no_python):
+    """They are those of the table."""
+    for size, scores in (("SiT-XL", "2.06, 2.15"), ("LightningDiT-XL", "1.35, 2.17"), ("DiTDH-XL", "1.13")):
+        printed = recipe(size, "published", "--dry-run", path=no_python).stdout
+        assert re.findall(r"\b\d\.\d\d\b", printed.splitlines()[0]) == scores.split(", ")
+        assert f"| {size} | published | - | {scores} |" in RECIPE.with_name("README.md").read_text()
+
+
 def test_without_dry_run_the_commands_are_executed_in_order(tmp_path):
     """Stubs of the three commands write down how they were called."""
     for name in ("torchrun", "python", "install"):
@@ -88,7 +103,7 @@ def test_without_dry_run_the_commands_are_executed_in_order(tmp_path):
 
 
 def test_wrong_arguments_give_one_line():
-    for arguments in ((), ("XL", "4-20"), ("S", "published"), ("SiT-S", "independent"), ("S", "4-20", "--quick")):
+    for arguments in ((), ("XL", "4-20"), ("S", "published"), ("DiTDH-XL", "independent"), ("S", "4-20", "--quick")):
         done = recipe(*arguments, expect=2)
         assert re.fullmatch(r"recipes/run\.sh: .*\n", done.stderr), arguments
         assert not done.stdout

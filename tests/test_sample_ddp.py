@@ -1,6 +1,7 @@
 """Sampling from a checkpoint: what is written, what it depends on, resuming, and wrong input."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -65,6 +66,7 @@ def test_settings_are_recorded(ckpt, sampled):
         # What has no meaning for these settings, or was not asked for.
         **dict.fromkeys(("diffusion_form", "last_step", "last_step_size", "guidance_interval", "labels"), None),
         **dict.fromkeys(("guide_ckpt", "guide_fingerprint", "step_sizes"), None),
+        **dict.fromkeys(("time_shift", "last_level", "guided_channels"), None),
     }
 
 
@@ -208,6 +210,33 @@ def test_sampling_a_flow_equals_the_plain_loop(flow_ckpt, tmp_path, name):
     assert (settings["diffusion_form"] is not None) == (name == "sde")
 
 
+@torch.no_grad()
+def test_the_steps_of_sampling_can_differ_from_those_of_training(flow_ckpt, tmp_path):
+    """Another shift, a last noise level before data, and guidance of the first channel only."""
+    flags = ("--num-fid-samples=2", f"--sample-dir={tmp_path}", "--num-sampling-steps=7", "--cfg-scale=3")
+    flags += ("--time-shift=3", "--last-level=0.2", "--guided-channels=1")
+    run("sample_ddp.py", "--ckpt", flow_ckpt, *flags)
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.endswith("euler7-cfg3.0-shift3-to0.2-channels1-seed0")
+    settings = json.loads((folder / "settings.json").read_text())
+    assert [settings[name] for name in ("time_shift", "last_level", "guided_channels")] == [3, 0.2, 1]
+    model, _ = load_model(flow_ckpt)
+    noise = SampleGenerators(0, [1]).randn((3, 8, 8))
+    label = torch.tensor([label_of(0, 1, 3), 3])
+
+    def denoise(x, t):
+        return model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), label, 3.0, 1)[:1]
+
+    # Noise levels u are evenly spaced from 1 to 0.2, and then shifted.
+    u = np.linspace(1, 0.2, 8)
+    times = torch.from_numpy(1 - 3 * u / (1 + 2 * u)).float()
+    x = noise
+    for t, following in pairwise(times):
+        x = x + (following - t) * denoise(x, t[None])[:, :3]
+    expected = (127.5 * x[0] + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    assert largest_difference(expected, sampled_images(folder)[1]) <= 1
+
+
 def test_the_process_of_a_foreign_file_can_be_given(tmp_path):
     """The networks of DiT and SiT have the same tensors, so a bare state dict does not say its process."""
     torch.manual_seed(0)
@@ -231,6 +260,10 @@ def test_the_process_of_a_foreign_file_can_be_given(tmp_path):
         (("--sampler=sde", "--last-step-size=1"), "last_step_size must be between"),
         (("--sampler=sde", "--last-step=none", "--last-step-size=0.1"), "no meaning for --last-step none"),
         (("--num-sampling-steps=ddim8",), "whole number"),
+        (("--sampler=sde", "--last-level=0.1"), "--last-level has no meaning for --sampler sde"),
+        (("--last-level=1",), "must be at least 0 and below 1, not 1.0"),
+        (("--guided-channels=4",), "denoises 3 channels"),
+        (("--guided-channels=2", "--cfg-all-channels"), "contradict each other"),
     ],
 )
 def test_wrong_input_for_a_flow(flow_ckpt, tmp_path, flags, message):
@@ -309,6 +342,7 @@ def test_the_folder_is_named_after_the_checkpoint_and_the_settings(ckpt, tmp_pat
         (("--labels", "cat"), "expected a whole number"),
         (("--num-sampling-steps", "2000"), "cannot keep 2000"),
         (("--sampler", "heun"), "use one of ddpm, ddim"),
+        (("--time-shift", "2"), "--time-shift has no meaning for --sampler ddpm"),
         (("--vae", "/no/such/vae"), "cannot load the VAE"),
         (("--n-experts", "8"), "--n-experts 8, but"),
         (("--n-basis", "4", "--n-experts", "6"), "was trained with 2: leave the flag out"),

@@ -13,14 +13,14 @@ from conftest import GOLDEN, assert_same_weights, losses, run, training_flags
 from checkpoint import load_model
 from diffusion import create_flow, create_process
 from features.dataset import write_index, write_shard
-from interop.own import checkpoints, find_corruption
+from interop.own import checkpoints, find_corruption, read_checkpoint, save_checkpoint
 from models import DiT_models
 from runtime.command_line import flags as flags_of
 from runtime.errors import UserError
 from sampling.loading import load_denoiser
 from training.flags import make_parser
 from training.initial import InitialWeights, make_model
-from training.resolve import resolve_settings
+from training.resolve import process_options, resolve_settings
 
 
 def test_the_files_of_a_run(trained, features):
@@ -167,6 +167,83 @@ def test_a_recipe_gives_the_settings_that_the_flags_leave_open():
     assert (plain.lr, plain.experts_per_batch, plain.coeff_lr_end) == (1e-4, 1, None)
     with pytest.raises(UserError, match="--experts-per-batch 8 does not divide"):
         settings("--recipe=paper", "--global-batch-size=12")
+
+
+def test_the_recipes_of_flows_and_the_optimizers_flags_are_recorded_and_resumed(features, tmp_path):
+    """The recipe's flow, loss and optimizer, in a dry run, a run, a resumed run and a run with changed settings."""
+    flags = [*training_flags(features, tmp_path, "run"), "--recipe=lightningdit", "--max-steps=4", "--ckpt-every=2"]
+    flags += ["--warmup=2", "--lr-schedule=constant", "--weight-decay=0.1", "--clip-grad=1", "--sample-every=0"]
+    optimizer = "optimizer: lr_schedule=constant, warmup=2, beta2=0.95, weight_decay=0.1, clip_grad=1.0"
+    assert optimizer in run("train_fast.py", *flags, "--dry-run").stdout
+    run("train_fast.py", *flags)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["diffusion"]["time_sampling"] == "logit-normal"
+    expected = dict(lr_schedule="constant", warmup=2, beta2=0.95, weight_decay=0.1, cosine_weight=1.0)
+    assert expected.items() <= config["training"].items()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+    assert all(line["cosine_weight"] == 1 and 0 < line["cosine"] < 2 for line in lines)
+    assert optimizer in (tmp_path / "run/log.txt").read_text()
+    (tmp_path / "run/checkpoints/0000004.pt").rename(tmp_path / "whole.pt")
+    refused = run("train_fast.py", *flags, "--resume=auto", "--beta2=0.9", expect=2).stderr
+    assert "training.beta2=0.95, this run asks for 0.9" in refused
+    run("train_fast.py", *flags, "--resume=auto")
+    assert_same_weights(tmp_path / "whole.pt", tmp_path / "run/checkpoints/0000004.pt")
+
+
+def test_flags_of_a_flows_recipe_can_be_overridden(features):
+    shape = (768, 16, 16)
+
+    def settings(*flags):
+        args = make_parser().parse_args(["--data-path=-", *flags])
+        process = process_options(args, shape)
+        return process, resolve_settings(args, 1000, create_process(**process))
+
+    process, training = settings("--recipe=rae")
+    assert (process["process"], process["time_sampling"], process["time_max"]) == ("flow", "uniform", 0.999)
+    assert process["shift"] == pytest.approx(6.9282, abs=1e-4)
+    assert (training.beta2, training.cosine_weight) == (0.999, 0)
+    process, training = settings("--recipe=rae", "--time-shift=2", "--time-max=1", "--beta2=0.9", "--cosine-weight=3")
+    assert (process["shift"], process.get("time_max")) == (2, None)
+    assert (training.beta2, training.cosine_weight) == (0.9, 3)
+    flags = ("--time-sampling=uniform", "--beta2=0.999", "--cosine-weight=0")
+    process, training = settings("--recipe=lightningdit", *flags)
+    assert (process["time_sampling"], training.beta2, training.cosine_weight) == ("uniform", 0.999, 0)
+    process, training = settings("--recipe=lightningdit", "--time-mean=1")
+    assert (process["time_mean"], training.beta2, training.cosine_weight) == (1, 0.95, 1)
+    with pytest.raises(UserError, match="--recipe rae needs --process flow"):
+        settings("--recipe=rae", "--process=gaussian")
+    with pytest.raises(UserError, match="--cosine-weight needs --prediction velocity, not score"):
+        settings("--recipe=lightningdit", "--prediction=score")
+
+
+def test_a_checkpoint_without_later_settings_resumes(trained, features, tmp_path):
+    """Earlier versions did not record the optimizer's schedule."""
+    shutil.copytree(trained, tmp_path / "trained")
+    path = tmp_path / "trained/checkpoints/0000004.pt"
+    state = read_checkpoint(path)
+    for name in ("lr_schedule", "warmup", "beta2", "weight_decay", "cosine_weight"):
+        del state["config"]["training"][name]
+    save_checkpoint(path, state)
+    flags = [*training_flags(features, tmp_path, "trained"), "--max-steps=5", "--resume=auto"]
+    run("train_fast.py", *flags)
+    assert read_checkpoint(tmp_path / "trained/checkpoints/0000005.pt")["config"]["training"]["beta2"] == 0.999
+
+
+def test_a_run_continues_with_another_rate_precision_and_ema_from_its_weights(trained, features, tmp_path):
+    """As docs/recovery.md explains it: with the flags of the run, from its EMA weights, as a new run."""
+    flags = [f"--config={trained / 'config.json'}", f"--load-weight={trained}", f"--results-dir={tmp_path}"]
+    flags += ["--lr=5e-4", "--precision=bf16", "--ema-decay=0.5", "--warmup=1", "--prefix=changed", "--max-steps=1"]
+    run("train_fast.py", *flags)
+    before = read_checkpoint(trained / "checkpoints/0000004.pt")
+    state = read_checkpoint(tmp_path / "changed/checkpoints/0000001.pt")
+    now, old = state["config"]["training"], before["config"]["training"]
+    assert (now["lr"], now["precision"], now["ema_decay"], now["warmup"]) == (5e-4, "bf16", 0.5, 1)
+    assert now["global_batch_size"] == old["global_batch_size"]
+    key = "backbone.blocks.0.attn.qkv.weight"
+    # One step of Adam changes a weight by at most the rate, and the EMA by half of it.
+    assert 0 < (state["ema"][key] - before["ema"][key]).abs().max() <= 2.5e-4 * 1.01
+    assert all(moments["step"] == 1 for moments in state["optimizer"]["state"].values())
 
 
 def test_a_run_resumes_with_its_learning_rates_and_its_prior(features, tmp_path):
@@ -381,6 +458,9 @@ def wrong(name, message, *flags, processes=1, model="RemixDiT-T/2"):
         wrong("boundaries of a flow", "run from 0 to 1", "--process=flow", "--boundaries", "0", "875", "1000"),
         wrong("experts without times", "6 experts of equal probability", "--process=flow", "--time-shift=1e6"),
         wrong("path", "need --process flow", "--path=VP"),
+        wrong("cosine of Gaussian diffusion", "need --process flow", "--cosine-weight=1"),
+        wrong("beta2", "it must be below 1", "--beta2=1"),
+        wrong("end of a constant rate", "no meaning", "--lr-schedule=constant", "--coeff-lr-end=1e-3"),
         wrong("loss weight of a flow", "need --process gaussian", "--process=flow", "--min-snr=5"),
         wrong("bound of no loss weight", "needs --min-snr", "--min-weight=0.2"),
         wrong("bound of 1", "makes every weight 1", "--min-snr=5", "--min-weight=1"),

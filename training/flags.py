@@ -13,6 +13,7 @@ from diffusion.flow import PREDICTIONS, WEIGHTS
 from diffusion.interpolants import PATHS, TIME_SAMPLINGS
 from diffusion.intervals import TIMESTEPS
 from evaluation.scores import NEIGHBOURS
+from features.statistics import LATENT_STATS_FLAG
 from interop.shapes import TIMESTEP_FREQUENCIES_FLAG
 from mixing.options import MIXERS, SCOPES
 from models import model_names
@@ -22,7 +23,7 @@ from training.loggers import logger_names
 from training.posthoc_ema import SNAPSHOT_DTYPES
 from training.resolve import RECIPES
 from training.scoring import FID_SAMPLES
-from training.settings import RunSettings
+from training.settings import LR_SCHEDULES, RunSettings
 
 # What a run's config.json does not record: the run's name, how it was started, and whether its files are trusted.
 NOT_RECORDED = ("config", "prefix", "resume", "extend", "dry_run", "trust_pickle")
@@ -45,6 +46,7 @@ class TrainingParser(ArgumentParser):
         path = first.parse_known_args(words)[0].config
         # Of two equal flags, the later one counts.
         args = super().parse_args([*(self._read_config(path, words) if path else []), *words])
+        args.process = args.process or RECIPES[args.recipe].get("process", next(iter(PROCESSES)))
         args.recorded = {
             name: value for name, value in vars(args).items() if value is not None and name not in NOT_RECORDED
         }
@@ -82,6 +84,7 @@ def make_parser() -> TrainingParser:
         add_model_flags,
         add_process_flags,
         add_training_flags,
+        add_optimizer_flags,
         add_speed_flags,
         add_report_flags,
         add_score_flags,
@@ -196,6 +199,14 @@ def add_model_flags(parser: ArgumentParser):
         "of the null class and of classes whose names occur in both the model and the features",
     )
     add("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
+    add(
+        "--latent-stats",
+        **LATENT_STATS_FLAG
+        | dict(
+            help=LATENT_STATS_FLAG["help"] + "; for published features, which are not normalized (default: "
+            "latents_stats.pt in the folder of the features)"
+        ),
+    )
     add("--image-size", type=positive_int, metavar="PIXELS", help="side of the images, which the features must have")
     add("--num-classes", type=positive_int, metavar="N", help="number of classes (default: the features', or 1000)")
     add(
@@ -253,7 +264,11 @@ def add_model_flags(parser: ArgumentParser):
 def add_process_flags(parser: ArgumentParser):
     """Add the flags of the group "process" of --help."""
     add = parser.add_argument_group("process").add_argument
-    add("--process", choices=PROCESSES, default=next(iter(PROCESSES)), help="Gaussian diffusion, or flow matching")
+    add(
+        "--process",
+        choices=PROCESSES,
+        help="Gaussian diffusion, or flow matching (default: gaussian, or flow with a --recipe that is one's)",
+    )
     add(
         "--min-snr",
         type=number(float, 0, above=True),
@@ -283,7 +298,21 @@ def add_process_flags(parser: ArgumentParser):
         type=number(float, 0, above=True),
         dest="shift",
         metavar="S",
-        help="move a flow's noise levels u to S u / (1 + (S - 1) u), in training and in sampling (default: 1)",
+        help="move a flow's noise levels u to S u / (1 + (S - 1) u), in training and in sampling (default: 1, or with "
+        "--recipe rae the square root of the numbers in a sample / 4096)",
+    )
+    add(
+        "--time-max",
+        type=number(float, 0, 1, above=True),
+        metavar="U",
+        help="highest noise level of a flow's training, before --time-shift (default: 1, or 0.999 with --recipe rae)",
+    )
+    add(
+        "--cosine-weight",
+        type=number(float, 0),
+        metavar="W",
+        help="weight of 1 minus the cosine similarity, over the channels, of a flow's predicted velocity and its "
+        "target (arXiv 2501.01423; default: 0, or 1 with --recipe lightningdit)",
     )
 
 
@@ -294,8 +323,10 @@ def add_training_flags(parser: ArgumentParser):
         "--recipe",
         choices=RECIPES,
         default="default",
-        help="paper: the published settings where no flag gives others: 8 experts per batch, mixing logits with a "
-        "learning rate from 1e-2 to 1e-5, and a prior with bonus 3 and weight 1e-4; the published --lr is the default",
+        help="settings where no flag gives others. paper: those of Remix-DiT: 8 experts per batch, mixing logits with "
+        "a rate from 1e-2 to 1e-5, and a prior with bonus 3 and weight 1e-4; the published --lr is the default. "
+        "lightningdit: a flow with logit-normal noise levels, --cosine-weight 1 and --beta2 0.95 (arXiv 2501.01423). "
+        "rae: a flow with --time-max 0.999 and the --time-shift of the latents' dimension (arXiv 2510.11690)",
     )
     add("--grad-accum", type=positive_int, default=1, metavar="N", help="microbatches per step on each process")
     add(
@@ -347,6 +378,40 @@ def add_training_flags(parser: ArgumentParser):
         "this interval; from them, convert.py --ema-std makes an EMA of any width (default: none)",
     )
     add("--ema-snapshot-dtype", choices=SNAPSHOT_DTYPES, default="float16", help="type of the numbers in the snapshots")
+
+
+def add_optimizer_flags(parser: ArgumentParser):
+    """Add the flags of the group "optimizer" of --help."""
+    add = parser.add_argument_group(
+        "optimizer", "AdamW, whose rates are --lr and --coeff-lr; the defaults are the published settings."
+    ).add_argument
+    add(
+        "--lr-schedule",
+        choices=LR_SCHEDULES,
+        default=RunSettings.lr_schedule,
+        help="cosine: the learning rates fall by a cosine over the run; constant: they stay at their peaks",
+    )
+    add(
+        "--warmup",
+        type=number(int, 0),
+        default=RunSettings.warmup,
+        metavar="STEPS",
+        help="steps at the beginning in which the learning rates rise linearly to those of the schedule",
+    )
+    add(
+        "--beta2",
+        type=number(float, 0, 1),
+        metavar="BETA",
+        help=f"decay of the second moments per step (default: {RunSettings.beta2:g}, or "
+        f"{RECIPES['lightningdit']['beta2']:g} with --recipe lightningdit)",
+    )
+    add(
+        "--weight-decay",
+        type=number(float, 0),
+        default=RunSettings.weight_decay,
+        metavar="DECAY",
+        help="weight decay of all weights but the mixing logits: each step subtracts learning rate x DECAY x weight",
+    )
     add(
         "--clip-grad",
         type=number(float, 0),
@@ -402,7 +467,7 @@ def add_report_flags(parser: ArgumentParser):
         "--vae",
         metavar="NAME",
         help="VAE that decodes the samples: ema, mse, a name on the Hugging Face hub or a folder (default: show three "
-        "latent channels as colours)",
+        "latent channels as colours); recorded with published features, which do not name theirs",
     )
 
 

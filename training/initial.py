@@ -1,5 +1,6 @@
 """The features of a run, its model at step 0, and its configuration."""
 
+import argparse
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -17,48 +18,49 @@ from training.settings import RunSettings
 
 
 class AssumedFeatures:
-    """Features that do not exist yet, for a dry run: ImageNet's training set, encoded by the published VAE.
+    """Features that do not exist yet, for a dry run: ImageNet's training set, encoded as for the published models.
 
     Args:
         path: the folder that does not exist.
         image_size: side of the images in pixels.
+        latents: number of channels of the latents, and pixels of an image per latent along each side.
 
     Raises:
         UserError: if the VAE cannot encode images of that size.
     """
 
-    def __init__(self, path: str, image_size: int):
-        if image_size % 8:
-            raise UserError(f"--image-size {image_size} is not a multiple of 8, which the VAE needs")
+    def __init__(self, path: str, image_size: int, latents: tuple[int, int]):
+        channels, factor = latents
+        if image_size % factor:
+            raise UserError(f"--image-size {image_size} is not a multiple of {factor}, which the VAE needs")
         self.path = Path(path)
         self.image_size = image_size
-        self.shape = (4, image_size // 8, image_size // 8)
+        self.shape = (channels, image_size // factor, image_size // factor)
         self.labels = torch.tensor([0, 999])
         self.classes = None
-        self.vae, self.store, self.dtype = None, "draw", "float32"
+        self.vae, self.store, self.dtype, self.normalization = None, "draw", "float32", None
         self.views, self.fingerprint = 2, None
 
     def __len__(self) -> int:
         return 1_281_167
 
 
-def open_features(path: str, image_size: int | None, assume: bool) -> FeatureDataset | AssumedFeatures:
-    """Open the encoded images and check their size.
+def open_features(args: argparse.Namespace) -> FeatureDataset | AssumedFeatures:
+    """Open the encoded images that the flags name, and check their size.
 
     Args:
-        path: folder of features.
-        image_size: side of the images in pixels that the user expects; None to accept any.
-        assume: if the folder does not exist, assume ImageNet's features.
+        args: the flags.
 
     Returns:
-        The dataset; or the number, shape and labels of ImageNet's features if they are assumed.
+        The dataset; or, in a dry run without features, the number, shape and labels of ImageNet's features.
 
     Raises:
         UserError: if the folder holds no features, or features of images of another size.
     """
-    if assume and not Path(path).exists():
-        return AssumedFeatures(path, image_size or 256)
-    dataset = FeatureDataset(path)
+    path, image_size = args.data_path, args.image_size
+    if args.dry_run and not Path(path).exists():
+        return AssumedFeatures(path, image_size or 256, find_model(args.model).backbone.latents)
+    dataset = FeatureDataset(path, args.latent_stats)
     if image_size and dataset.image_size and image_size != dataset.image_size:
         raise UserError(f"--image-size {image_size}, but {path} holds features of {dataset.image_size}-pixel images")
     return dataset
@@ -226,7 +228,9 @@ def run_config(
         settings: the settings of the run.
         process: keyword arguments of `create_process`.
     """
-    vae = {"vae": dataset.vae, **dataset.normalization.record()} if dataset.vae else assumed_vae(dataset.shape[0])
+    vae = assumed_vae(dataset.shape[0])
+    if dataset.normalization is not None:
+        vae = {"vae": dataset.vae, **dataset.normalization.record()}
     image_size = dataset.image_size or image_size or 256
     data = dict(images=len(dataset), image_size=image_size, classes=dataset.classes, **vae)
     data |= dict(store=dataset.store, dtype=dataset.dtype, views=dataset.views, fingerprint=dataset.fingerprint)

@@ -9,17 +9,19 @@ import torch
 
 from diffusion import FlowMatching, GaussianDiffusion, Process, create_process
 from diffusion.flow import FLOW_OPTIONS
+from diffusion.interpolants import dimension_shift
 from models import find_model
 from runtime.command_line import counted
 from runtime.errors import UserError
 from runtime.processes import world_size
 from training.batches import default_experts_per_batch
+from training.initial import open_features
 from training.posthoc_ema import TRACKED_STDS
 from training.resume import check_interval, check_new
 from training.settings import RunSettings
 
-# The values of flags that are not given, by --recipe; None: see `resolve_settings`. In the published runs, each of
-# eight processes drew one expert per step.
+# The values of flags that are not given, by --recipe, after those of "default"; None: see `resolve_settings`. In the
+# paper's runs, each of eight processes drew one expert per step.
 RECIPES = {
     "default": dict(
         experts_per_batch=None,
@@ -27,8 +29,13 @@ RECIPES = {
         coeff_lr_end=None,
         prior_strength=RunSettings.prior_strength,
         prior_bonus=RunSettings.prior_bonus,
+        beta2=RunSettings.beta2,
+        cosine_weight=RunSettings.cosine_weight,
     ),
     "paper": dict(experts_per_batch=8, coeff_lr=1e-2, coeff_lr_end=1e-5, prior_strength=1e-4, prior_bonus=3.0),
+    "lightningdit": dict(process=FlowMatching.name, time_sampling="logit-normal", cosine_weight=1.0, beta2=0.95),
+    # The shift depends on the features, see `process_options`.
+    "rae": dict(process=FlowMatching.name, time_max=0.999, shift="dimension"),
 }
 
 
@@ -40,7 +47,8 @@ def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
         raise UserError("--independent trains a plain DiT per interval: use it with --model DiT-... and no --timesteps")
     if args.resume not in (None, "auto"):
         raise UserError("--independent resumes its runs with --resume auto only")
-    boundaries = expert_boundaries(create_process(**process_options(args)), args.independent, args.boundaries)
+    process = create_process(**process_options(args, open_features(args).shape))
+    boundaries = expert_boundaries(process, args.independent, args.boundaries)
     if len(boundaries) != args.independent + 1:
         raise UserError(
             f"--independent {args.independent} needs {args.independent + 1} --boundaries, not {len(boundaries)}"
@@ -65,17 +73,28 @@ def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
     return runs[:1] if args.dry_run else runs
 
 
-def process_options(args: argparse.Namespace) -> dict:
-    """Return the keyword arguments of `create_process` that the flags give."""
+def process_options(args: argparse.Namespace, shape: tuple[int, ...]) -> dict:
+    """Return the keyword arguments of `create_process` that the flags give.
+
+    Args:
+        args: the flags.
+        shape: shape (C, H, W) of the features.
+    """
     options = {name: value for name in FLOW_OPTIONS if (value := getattr(args, name)) is not None}
+    recipe = RECIPES[args.recipe]
     if args.process != FlowMatching.name:
-        if options:
-            raise UserError("--path, --prediction, --weight and --time-* need --process flow")
+        if options or args.cosine_weight:
+            raise UserError("--path, --prediction, --weight, --time-* and --cosine-weight need --process flow")
+        if recipe.get("process", args.process) != args.process:
+            raise UserError(f"--recipe {args.recipe} needs --process {recipe['process']}")
         # Some backbones have no outputs for a learned variance.
         parameters = inspect.signature(find_model(args.model).backbone.module).parameters
         learns_sigma = "learn_sigma" in parameters and parameters["learn_sigma"].default
         return {"process": args.process} | ({} if learns_sigma else {"learn_sigma": False})
-    if options.keys() & {"time_mean", "time_std"} and args.time_sampling != "logit-normal":
+    options = {name: recipe[name] for name in FLOW_OPTIONS if name in recipe} | options
+    if options.get("shift") == "dimension":
+        options["shift"] = dimension_shift(shape)
+    if options.keys() & {"time_mean", "time_std"} and options.get("time_sampling") != "logit-normal":
         raise UserError("--time-mean and --time-std need --time-sampling logit-normal")
     try:
         return {"process": args.process, **FlowMatching(**options).config}
@@ -145,8 +164,8 @@ def resolve_settings(args: argparse.Namespace, n_images: int, process: Process) 
     Raises:
         UserError: if flags contradict each other, or a number does not divide the batch size as it must.
     """
-    recipe = {name: value for name, value in vars(args).items() if name in RECIPES["default"] and value is not None}
-    recipe = RECIPES[args.recipe] | recipe
+    given = {name: value for name, value in vars(args).items() if name in RECIPES["default"] and value is not None}
+    recipe = RECIPES["default"] | RECIPES[args.recipe] | given
     batch_size = args.global_batch_size
     if batch_size % (world_size() * args.grad_accum):
         processes = counted(world_size(), "process", "processes")
@@ -172,6 +191,12 @@ def resolve_settings(args: argparse.Namespace, n_images: int, process: Process) 
         raise UserError(f"--independent {args.independent}: there are fewer steps than experts")
     lr = args.lr or (2e-5 if args.load_weight else RunSettings.lr)
     coeff_lr, coeff_lr_end = recipe["coeff_lr"], recipe["coeff_lr_end"]
+    if args.lr_schedule == "constant" and args.coeff_lr_end is not None:
+        raise UserError("--coeff-lr-end has no meaning for --lr-schedule constant")
+    if recipe["beta2"] == 1:
+        raise UserError("--beta2 1: it must be below 1")
+    if recipe["cosine_weight"] and process.prediction != "velocity":
+        raise UserError(f"--cosine-weight needs --prediction velocity, not {process.prediction}")
     if coeff_lr_end is None:
         coeff_lr_end = min(lr / 2, coeff_lr)
     return RunSettings(
@@ -194,6 +219,11 @@ def resolve_settings(args: argparse.Namespace, n_images: int, process: Process) 
         freeze=bool(args.freeze),
         min_snr=args.min_snr,
         min_weight=args.min_weight,
+        lr_schedule=args.lr_schedule,
+        warmup=args.warmup,
+        beta2=recipe["beta2"],
+        weight_decay=args.weight_decay,
+        cosine_weight=recipe["cosine_weight"],
     )
 
 

@@ -1,11 +1,13 @@
 """The checkpoint that a run resumes from, and the checks that it belongs to the same run."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 from interop.own import checkpoints, find_checkpoint, find_corruption, read_checkpoint
 from runtime.errors import UserError, is_first_process
+from training.settings import RunSettings
 
 # The entry of a run's config that identifies its features, see `FeatureDataset.fingerprint`.
 FINGERPRINT = "data.fingerprint"
@@ -126,7 +128,9 @@ def read_resume(path: Path | str, config: dict, extend: str, verify: bool = Fals
     kept = {name: state["config"]["training"][name] for name in ("load_weight", "prior_bonus")}
     kept["schedule_steps"] = schedule_steps(path, state, config["training"], extend)
     config = config | {"training": config["training"] | kept}
-    before, now = flatten(state["config"]), flatten(config)
+    # Checkpoints of earlier versions have no entries for later settings.
+    trained = state["config"] | {"training": asdict(RunSettings()) | state["config"]["training"]}
+    before, now = flatten(trained), flatten(config)
     # The fingerprint comes last, because another option that differs says more.
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key == FINGERPRINT, key)):
         if before.get(key) != now.get(key) and key not in MAY_DIFFER:
@@ -135,8 +139,11 @@ def read_resume(path: Path | str, config: dict, extend: str, verify: bool = Fals
                     f"--resume {path} was trained on other features: their images, order, labels or draws differ from "
                     "those of --data-path: use the features of that run, or start a new one with another --prefix"
                 )
+            trained, asked = (
+                text if len(text := str(part.get(key))) < 200 else "other values" for part in (before, now)
+            )
             raise UserError(
-                f"--resume {path} was trained with {key}={before.get(key)}, this run asks for {now.get(key)}: "
+                f"--resume {path} was trained with {key}={trained}, this run asks for {asked}: "
                 "use the same settings, or start a new run with --load-weight and another --prefix"
             )
     return Resume(config, path, state)

@@ -38,6 +38,9 @@ from training.settings import Execution, RunSettings
 from training.sharding import choose_sharding
 from training.writer import Retention, check_checkpoint_space, count_checkpoints
 
+# Settings of the optimizer that are described where they differ from the published ones.
+OPTIMIZER = ("lr_schedule", "warmup", "beta2", "weight_decay", "clip_grad")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -93,6 +96,13 @@ class Run:
             *left_over_steps(self.args, len(dataset)),
             *([f"{self.process.title}: {', '.join(options)}"] if options else []),
         ]
+        changed = {
+            name: value for name in OPTIMIZER if (value := getattr(settings, name)) != getattr(RunSettings, name)
+        }
+        if changed:
+            lines.append("optimizer: " + ", ".join(f"{name}={value}" for name, value in changed.items()))
+        if settings.cosine_weight:
+            lines.append(f"loss plus {settings.cosine_weight:g} x (1 - cosine similarity of the velocities)")
         if settings.min_snr:
             lines.append(f"loss weight min(SNR, {settings.min_snr}) / SNR, at least {settings.min_weight or 0}")
         return lines
@@ -135,9 +145,9 @@ class Inputs:
 
 def plan_run(args: argparse.Namespace) -> Run:
     """Check the flags of a run against each other and the features, and build its model."""
-    dataset = open_features(args.data_path, args.image_size, assume=args.dry_run)
+    dataset = open_features(args)
     shape = model_shape(dataset, args.num_classes) | frequency_override(args.timestep_frequencies)
-    options = process_options(args)
+    options = process_options(args, dataset.shape)
     backbone = find_model(args.model).backbone
     if args.timestep_frequencies and "frequency_shift" not in inspect.signature(backbone.module).parameters:
         raise UserError(f"--timestep-frequencies: a {backbone.name} has no such option")
@@ -155,6 +165,8 @@ def plan_run(args: argparse.Namespace) -> Run:
     with torch.device("meta" if args.dry_run else "cpu"):
         model = make_model(args.model, shape, mixing, settings.prior_bonus, start, bool(args.freeze))
     config = run_config(args.model, model, dataset, args.image_size, settings, options)
+    # Published features do not record it.
+    config["data"]["vae"] = config["data"]["vae"] or args.vae
     execution = Execution(
         world_size(),
         args.grad_accum,

@@ -453,12 +453,13 @@ def open_held_out(path: str, dataset: FeatureDataset, num_classes: int) -> Featu
     Raises:
         UserError: if the folder holds no features, or features of another shape, VAE or classes.
     """
-    held_out = FeatureDataset(path)
+    held_out = FeatureDataset(path, normalization=dataset.normalization)
     for name in ("shape", "vae", "normalization", "image_size", "classes"):
         trained, given = getattr(dataset, name), getattr(held_out, name)
         # The original layout does not record all of them.
         if trained is not None and given is not None and trained != given:
-            values = f": {given}, not {trained}" if name != "classes" else ""
+            values = f": {given}, not {trained}"
+            values = values if len(values) < 200 else ""
             raise UserError(f"--held-out {path} has another {name} than {dataset.path}{values}")
     low, high = held_out.labels.min(), held_out.labels.max()
     if low < 0 or high >= num_classes:

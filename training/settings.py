@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from diffusion.intervals import TIMESTEPS
 from mixing.options import PRIOR_BONUS
 
+LR_SCHEDULES = ("cosine", "constant")
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -15,11 +17,16 @@ class RunSettings:
         global_batch_size: images per step, over all processes.
         experts_per_batch: experts per global batch; 1 for a plain model.
         timesteps: lowest timestep, and highest timestep plus one; for a flow the lowest and highest noise level.
-        lr: peak learning rate of the bases and shared weights, which a cosine lowers to half of this value.
+        lr: peak learning rate of the bases and shared weights, which the cosine lowers to half of this value.
         coeff_lr: peak learning rate of the mixing logits.
         coeff_lr_end: final learning rate of the mixing logits; None for half of `lr`, as published.
+        lr_schedule: "cosine", or "constant" for learning rates that stay at their peaks.
+        warmup: number of steps at the beginning in which the learning rates rise linearly to those of the schedule.
+        beta2: decay of AdamW's second moments per step.
+        weight_decay: weight decay of AdamW, which is multiplied by the learning rate; not for the mixing logits.
         ema_decay: EMA decay per step.
         clip_grad: largest gradient norm; 0 for no clipping.
+        cosine_weight: weight of 1 minus the cosine similarity of the predicted velocity and its target.
         prior_strength: weight of the prior's cross-entropy at step 0.
         prior_bonus: initial lead of the prior's basis in the mixing logits.
         precision: precision of the matrix products: "fp32" (TF32 on GPUs), "bf16" or "fp16".
@@ -51,6 +58,11 @@ class RunSettings:
     min_snr: float | None = None
     min_weight: float | None = None
     schedule_steps: int | None = None
+    lr_schedule: str = "cosine"
+    warmup: int = 0
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    cosine_weight: float = 0.0
 
 
 @dataclass(frozen=True)

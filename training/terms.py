@@ -8,8 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion import Process
+from diffusion.samplers import drop_variance
 from training.experts import Experts
 from training.settings import RunSettings
 
@@ -24,6 +27,8 @@ class StepTensors(NamedTuple):
         conditions: the keyword arguments of the model.
         noise: the noise in the model's input [B, C, H, W].
         extras: further tensors of the batch by name, see `training.batches.StepBatch`.
+        out: output of the model [B, C or 2C, H, W].
+        process: the process.
     """
 
     model: nn.Module
@@ -32,6 +37,8 @@ class StepTensors(NamedTuple):
     conditions: dict[str, Any]
     noise: Tensor
     extras: dict[str, Tensor]
+    out: Tensor
+    process: Process
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,22 @@ def prior_term(experts: Experts, settings: RunSettings) -> LossTerm | None:
     )
 
 
-TERMS: list[Callable[[Experts, RunSettings], LossTerm | None]] = [prior_term]
+def cosine_term(experts: Experts, settings: RunSettings) -> LossTerm | None:
+    """Return 1 minus the cosine similarity of a flow's predicted velocity and its target (arXiv 2501.01423).
+
+    The similarity is that of the vectors of all channels at one position, and is averaged over the positions.
+    """
+    if not settings.cosine_weight:
+        return None
+
+    def value(step: StepTensors) -> Tensor:
+        target = step.process.velocity(step.x, step.t, step.noise)
+        return 1 - F.cosine_similarity(drop_variance(step.out, step.x), target, dim=1).mean()
+
+    return LossTerm("cosine", weight=lambda progress: settings.cosine_weight, value=value)
+
+
+TERMS: list[Callable[[Experts, RunSettings], LossTerm | None]] = [prior_term, cosine_term]
 
 
 def loss_terms(experts: Experts, settings: RunSettings) -> list[LossTerm]:

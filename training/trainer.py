@@ -73,10 +73,16 @@ class TrainingLoss(nn.Module):
             is not finite, every gradient is NaN.
         """
         x, t, conditions, noise, extras = batch
-        losses = self.process.training_losses(self.model, x, t, conditions, noise)
+        outputs = []
+
+        def network(*args, **kwargs) -> Tensor:
+            outputs.append(self.model(*args, **kwargs))
+            return outputs[-1]
+
+        losses = self.process.training_losses(network, x, t, conditions, noise)
         means = {name: values.mean() for name, values in losses.items()}  # [B] -> []
         total = means["loss"]
-        step = StepTensors(self.model, x, t, conditions, noise, extras)
+        step = StepTensors(self.model, x, t, conditions, noise, extras, outputs[-1], self.process)
         for term, weight in zip(self.terms, weights, strict=True):
             means[term.name] = term.value(step)
             total = total + weight * means[term.name]
@@ -144,8 +150,11 @@ class Trainer:
         self.averages = {std: [p.detach().clone() for p in self.trained] for std in settings.ema_stds or ()}
 
         weights = [p for p in self.trained if not any(p is logits for logits in self.experts.logits)]
-        groups = [{"params": weights}, {"params": self.experts.logits}]
-        self.optimizer = AdamW(groups, lr=settings.lr, weight_decay=0, fused=True)
+        groups = [
+            {"params": weights, "weight_decay": settings.weight_decay},
+            {"params": self.experts.logits, "weight_decay": 0.0},
+        ]
+        self.optimizer = AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
 
         if execution.checkpoint_activations:
@@ -175,7 +184,7 @@ class Trainer:
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=bucket_mib(self.replicated),
             )
-        self.set_progress(0)
+        self.set_schedule(0)
 
     def state_dict(self) -> dict[str, dict]:
         """Return the weights, the EMA, the optimizer and the scaler for a checkpoint, as copies in host memory.
@@ -254,21 +263,24 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.stats.load_state_dict(state["window"])
 
-    def set_progress(self, progress: float):
-        """Set the learning rates, by a cosine from their first to their last value, and the weights of the terms.
+    def set_schedule(self, step: int):
+        """Set the learning rates and the weights of the terms.
 
         Args:
-            progress: completed fraction of the schedule, from 0 to 1.
+            step: number of completed steps.
         """
         settings = self.settings
+        progress = min(1, step / (settings.schedule_steps or settings.max_steps))
+        warmup = min(1, (step + 1) / settings.warmup) if settings.warmup else 1
         last_coeff_lr = settings.lr / 2 if settings.coeff_lr_end is None else settings.coeff_lr_end
         ranges = [(settings.lr, settings.lr / 2), (settings.coeff_lr, last_coeff_lr)]
         for group, (first, last) in zip(self.optimizer.param_groups, ranges, strict=True):
-            group["lr"] = last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+            last = first if settings.lr_schedule == "constant" else last
+            group["lr"] = warmup * (last + (first - last) * (1 + math.cos(math.pi * progress)) / 2)
         self.term_weights = {term.name: term.weight(progress) for term in self.terms}
 
     def schedule(self) -> dict[str, float]:
-        """Return what `set_progress` has set: "lr" of the bases and shared weights, "coeff_lr" of the mixing logits if
+        """Return what `set_schedule` has set: "lr" of the bases and shared weights, "coeff_lr" of the mixing logits if
         they are trained, and the weight of each term, as "prior_weight".
         """
         weights, logits = self.optimizer.param_groups

@@ -266,6 +266,14 @@ def test_the_grid_is_even_before_the_shift():
     times = create_flow(shift=3.0).sde_steps("euler", 50).times
     assert len(times) == 50
     assert times[-1] == pytest.approx(0.96)
+    # A shift of sampling alone, and a last noise level before it.
+    assert (
+        create_flow(shift=2.0).ode_steps("heun", 4, shift=3.0).times == create_flow(shift=3.0).ode_steps(steps=4).times
+    )
+    u = 1 - np.array(create_flow(shift=3.0).ode_steps("euler", 2, last_level=0.2).times)
+    np.testing.assert_allclose(u, [1, 9 / 11, 3 / 7], atol=1e-7)
+    times = create_flow().sde_steps("euler", 50, shift=3.0).times
+    assert times == create_flow(shift=3.0).sde_steps("euler", 50).times
 
 
 def test_dopri5_asks_one_expert_at_a_time():
@@ -344,6 +352,20 @@ def test_quantiles_are_equally_probable(name):
     np.testing.assert_allclose(counts, 10_000, rtol=0.05)
 
 
+@pytest.mark.parametrize("shift", [1.0, 6.9282])
+def test_a_highest_noise_level_of_training(shift):
+    """RAE draws u uniformly from 0 to 0.999, and shifts it. The experts' intervals have equal probability."""
+    flow, uniform = create_flow(shift=shift, time_max=0.999), np.linspace(0, 1, 1001)
+    before = 0.999 * uniform
+    expected = shift * before / (1 + (shift - 1) * before)
+    np.testing.assert_allclose(1 - flow.quantile_times(uniform), expected, atol=3e-6)
+    boundaries = np.array(flow.expert_boundaries(8))
+    assert (boundaries[0], boundaries[-1]) == (0, 1)
+    np.testing.assert_allclose(boundaries[:-1], expected[:1000:125], atol=1e-8)
+    assert flow.config["time_max"] == 0.999
+    assert "time_max" not in create_flow(shift=shift).config
+
+
 def test_quantiles_of_uniform_times_are_equal_intervals():
     assert create_flow().quantiles(4) == [0, 0.25, 0.5, 0.75, 1]
 
@@ -382,6 +404,7 @@ def test_training_times_avoid_divisions_by_zero():
         (dict(shift=math.nan), "shift must be a positive number"),
         (dict(time_std=0.0), "time_std must be a positive number"),
         (dict(time_mean=math.inf), "time_mean must be a finite number"),
+        (dict(time_max=1.5), "time_max must be above 0 and at most 1"),
     ],
 )
 def test_wrong_process(options, message):
@@ -395,6 +418,8 @@ def test_wrong_process(options, message):
         ("ddpm", 10, {}, "unknown sampler 'ddpm': choose from euler, heun, dopri5, sde"),
         ("euler", 0, {}, "at least 1, not 0"),
         ("euler", 2.5, {}, "must be a whole number"),
+        ("euler", 5, dict(shift=0.0), "the shift must be a positive number"),
+        ("heun", 5, dict(last_level=1.0), "the last noise level must be at least 0 and below 1"),
         ("sde", 1, {}, "at least 2, not 1"),
         ("sde", 10, dict(form="cosine"), "unknown diffusion form 'cosine'"),
         ("sde", 10, dict(last_step_size=1.0), "last_step_size must be between 0 and 1, not 1.0"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import golden, relative, run
+from conftest import golden, relative, run, training_flags
 
 from checkpoint import load_model, model_config
 from diffusion import create_process
@@ -43,7 +43,8 @@ def test_published_files_give_published_outputs(published, tmp_path, name, wrap)
     assert relative(out, g["out"]) < 1e-5
     remix = RemixDiT(model, n_basis=1, n_experts=1, mixer="one-hot", boundaries=[0, 1])
     assert relative(-remix(g["x"], 1 - g["t"], g["y"], groups=1), g["out"]) < 1e-5
-    assert config["diffusion"] == {"process": "flow", "path": "linear", "prediction": "velocity"}
+    shift = (24 * 4 * 4 / 4096) ** 0.5
+    assert config["diffusion"] == {"process": "flow", "path": "linear", "prediction": "velocity", "shift": shift}
     assert "called at 1 - t and its output is negated" in config["source"]
     # Written and read again, bit for bit, except for the layer that is rotated and rotated back.
     rae.write(tmp_path / "b.pt", {"ema": remix.expert(0)}, config)
@@ -102,15 +103,23 @@ def test_contradictions(tmp_path, stored, overrides, message):
         load_model(tmp_path / "t.pt", **overrides)
 
 
-def test_a_merged_remix_is_converted(tmp_path):
-    remix = RemixDiT(tiny(depth=[1, 1]), n_basis=2, n_experts=4, boundaries=[0, 0.25, 0.5, 0.75, 1])
+def test_a_merged_remix_is_converted_and_trained_on(tmp_path, features):
+    plain = tiny(input_size=8, in_channels=3, num_classes=3)
+    remix = RemixDiT(plain, n_basis=2, n_experts=4, boundaries=[0, 0.25, 0.5, 0.75, 1])
     config = {"model": model_config("custom", remix), "diffusion": {"process": "flow"}, "training": None}
-    config["data"] = {"image_size": 4, "classes": None, "vae": "none", "scale": 1.0, "shift": 0.0}
+    config["data"] = {"image_size": 8, "classes": None, "vae": "none", "scale": 1.0, "shift": 0.0}
     save_safetensors(tmp_path / "remix.safetensors", remix, config)
     run("convert.py", tmp_path / "remix.safetensors", tmp_path / "rae.pt", "--to=rae", "--merge=mean")
     back = load_model(tmp_path / "rae.pt")[0].state_dict()
     for key, value in remix.merge().state_dict().items():
         torch.testing.assert_close(back[key], value, rtol=0, atol=1e-6 if key == TIME_LAYER else 0)
+    flags = [*training_flags(features, tmp_path, "warm", "RemixDiTDH-T/1"), "--process=flow", "--max-steps=1"]
+    flags += ["--lr=1e-9", "--coeff-lr=0", "--checkpoint-activations"]
+    run("train_fast.py", *flags, "--load-weight", tmp_path / "rae.pt")
+    trained, _ = load_model(tmp_path / "warm/checkpoints/0000001.pt")
+    x, t, y = torch.randn(3, 3, 8, 8), torch.tensor([0.1, 0.5, 0.9]), torch.arange(3)
+    with torch.no_grad():
+        assert relative(trained(x, t, y), plain(x, t, y)) < 1e-4
     for process in ({"process": "gaussian"}, {"process": "flow", "path": "GVP"}):
         with pytest.raises(UserError, match="holds a flow of the linear path"):
             rae.write(tmp_path / "no.pt", {"ema": remix.merge()}, config | {"diffusion": process})

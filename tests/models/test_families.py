@@ -5,9 +5,10 @@ Their files are tested in tests/interop/.
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from conftest import golden, relative
+from conftest import FEW_SAMPLES, golden, relative, run, training_flags
 from torch import nn
 
 from mixing.wrapping import matches
@@ -176,6 +177,28 @@ def test_groups_compile_to_one_graph(family):
         assert relative(compiled(x, t, y, groups=4), remix(x, t, y)) < 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["LightningDiT-T/2", "RemixDiTDH-T/1"])
+def test_it_is_trained_scored_and_sampled(features, tmp_path, model):
+    """With pictures, held-out losses, recomputed activations, a dry run and a resumed run."""
+    flags = [*training_flags(features, tmp_path, "run", model), "--process=flow", "--ckpt-every=2", "--sample-every=2"]
+    assert f"{model}: " in run("train_fast.py", *flags, "--dry-run").stdout
+    flags += ["--score-every=2", f"--held-out={features}", "--checkpoint-activations"]
+    run("train_fast.py", *flags, "--max-steps=4")
+    last = tmp_path / "run/checkpoints/0000004.pt"
+    whole = torch.load(last, weights_only=True)
+    last.unlink()
+    (tmp_path / "run/metrics.jsonl").unlink()
+    run("train_fast.py", *flags, "--max-steps=4", "--resume=auto")
+    resumed = torch.load(last, weights_only=True)
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, resumed[part][key]) for key, value in whole[part].items())
+    flags = (f"--sample-dir={tmp_path}", "--name=out", "--sampler=euler", *FEW_SAMPLES)
+    run("sample_ddp.py", "--ckpt", last, *flags)
+    with np.load(tmp_path / "out/samples.npz") as samples:
+        assert samples["arr_0"].shape == (14, 8, 8, 3)
 
 
 @pytest.mark.parametrize("name", ["LightningDiT-T/2", "DiTDH-T/1"])

@@ -52,6 +52,13 @@ def test_an_interval_holds_its_lowest_level_and_not_its_highest():
     assert [flow.scale_at(float(np.float32(t))) for t in (1.0, 0.86, 0.85, 0.31, 0.3, 0.0)] == [1, 1, 2, 2, 1, 1]
 
 
+def test_a_closed_interval_holds_both_of_its_ends():
+    flow = make_schedule(2.0, [0.15, 0.7], 1, closed=True)
+    times = (1.0, 0.86, 0.85, 0.31, 0.3, 0.299, 0.0)
+    assert [flow.scale_at(float(np.float32(t))) for t in times] == [1, 1, 2, 2, 2, 1, 1]
+    assert make_schedule(2.0, [0, 1], 1, closed=True) == make_schedule(2.0, [0, 1], 1)
+
+
 def test_steps_without_guidance_run_half_the_batch():
     sizes = []
 

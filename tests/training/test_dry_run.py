@@ -88,7 +88,7 @@ def make_run(name: str, n_images: int, groups: int | None, model: dict, **execut
     )
     config = {"model": model_config(name, network)}
     args = Namespace(model=name, independent=None)
-    dataset = AssumedFeatures("x", 256)
+    dataset = AssumedFeatures("x", 256, (4, 8))
     return Run(args, Path("x"), dataset, network, create_diffusion(), settings, execution, config, [])
 
 

@@ -10,7 +10,7 @@ from diffusion import create_diffusion, create_flow
 from models import DiT_models
 from runtime.processes import World
 from training import terms
-from training.batches import BatchSampler
+from training.batches import BatchSampler, Microbatch
 from training.experts import experts_of
 from training.settings import RunSettings
 from training.terms import LossTerm, loss_terms
@@ -51,6 +51,24 @@ def test_the_loss_is_that_of_the_process_plus_the_weighted_terms(process):
     assert total.item() == pytest.approx(plain.item() + 0.5 * means[-1].item())
     total.backward()
     assert model.y_embedder.embedding_table.weight.grad.abs().sum() > 0
+
+
+def test_the_cosine_term_compares_velocities_over_the_channels():
+    """A network of the exact velocity has none; the similarity of a known angle is its cosine; variance is ignored."""
+    x, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    velocity = x - noise
+    # At each position: orthogonal to the velocity, and as long.
+    other = torch.cat([-velocity[:, 1:2], velocity[:, :1], -velocity[:, 3:], velocity[:, 2:3]], dim=1)
+    angle = torch.tensor(0.7)
+    settings = RunSettings(cosine_weight=0.5)
+    for out, expected in ((3 * velocity, 0.0), (angle.cos() * velocity + angle.sin() * other, 1 - angle.cos().item())):
+        model = DiT_models["DiT-T/4"](input_size=8, num_classes=10)
+        model.forward = lambda *args, out=out, **kwargs: torch.cat([out, out], dim=1)
+        (term,) = loss_terms(experts_of(model), settings)
+        batch = Microbatch(x, torch.tensor([0.1, 0.5, 0.9]), {}, noise, {})
+        total, means = TrainingLoss(model, create_flow(), [term])(batch, (torch.tensor(term.weight(0.3)),))
+        assert means[1].item() == pytest.approx(expected, abs=1e-6)
+        assert total.item() == pytest.approx(means[0].item() + 0.5 * expected, abs=1e-6)
 
 
 def test_a_term_gets_the_further_tensors_of_its_microbatch(monkeypatch):

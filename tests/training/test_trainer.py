@@ -1,9 +1,11 @@
 import copy
+import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_trainer, random_microbatch, random_remix_dit
+from conftest import make_trainer, random_microbatch, random_remix_dit, relative
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -41,11 +43,11 @@ def test_training_in_bf16_and_compiled_follows_fp32_and_compiles_once(device, ba
         model = random_remix_dit(device)
         start = copy.deepcopy(model.state_dict())
         world = World(0, 1, torch.device(device))
-        trainer = make_trainer(model, world=world, lr=1e-3, precision=precision, compile=compiled)
+        trainer = make_trainer(model, world=world, lr=1e-3, precision=precision, compile=compiled, max_steps=20)
         for step in range(20):
             batch = random_microbatch(step, device=device)
             experts_seen.add(tuple(model.expert_index(batch.t).tolist()))
-            trainer.set_progress(step / 20)
+            trainer.set_schedule(step)
             trainer.step(step, [batch])
         changes.append(torch.cat([(model.state_dict()[key] - start[key]).flatten() for key in start]))
         losses.append(trainer.stats.read()[0]["loss"])
@@ -57,20 +59,57 @@ def test_training_in_bf16_and_compiled_follows_fp32_and_compiles_once(device, ba
     assert not counters["graph_break"]
 
 
+def test_learning_rates_of_the_warm_up_and_the_schedules():
+    rates = {}
+    for schedule in ("cosine", "constant"):
+        options = {"lr": 1.0, "coeff_lr": 10.0, "coeff_lr_end": 2.0, "max_steps": 8, "lr_schedule": schedule}
+        trainer = make_trainer(random_remix_dit(depth=1), warmup=4, **options)
+        rates[schedule] = []
+        for step in range(9):
+            trainer.set_schedule(step)
+            rates[schedule].append((trainer.schedule()["lr"], trainer.schedule()["coeff_lr"]))
+    rise = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]
+    assert rates["constant"] == [(factor, 10 * factor) for factor in rise]
+    fall = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(9)]
+    expected = [(f * (0.5 + 0.5 * c), f * (2 + 8 * c)) for f, c in zip(rise, fall, strict=True)]
+    assert np.array(rates["cosine"]) == pytest.approx(np.array(expected))
+
+
+def test_weight_decay_and_beta2_are_those_of_adamw_and_spare_the_logits():
+    batch, steps = random_microbatch(), {}
+    for decay, beta2 in ((0.0, 0.999), (0.5, 0.999), (0.0, 0.9)):
+        trainer = make_trainer(random_remix_dit(depth=1), lr=1e-2, weight_decay=decay, beta2=beta2)
+        before = [p.detach().clone() for p in trainer.trained]
+        for step in range(2):
+            trainer.step(step, [batch])
+        steps[decay, beta2] = [p.detach() - b for p, b in zip(trainer.trained, before, strict=True)]
+        groups = trainer.optimizer.param_groups
+        assert [group["weight_decay"] for group in groups] == [decay, 0]
+        assert [group["betas"] for group in groups] == [(0.9, beta2)] * 2
+        logits = next(i for i, p in enumerate(trainer.trained) if p is trainer.experts.logits[0])
+    plain, decayed, other = steps.values()
+    assert relative(decayed[logits], plain[logits]) < 0.05
+    # Two steps take 1e-2 x 0.5 of each weight away, beside the gradient's step.
+    weights = next(i for i, p in enumerate(trainer.trained) if p.ndim == 3)
+    assert relative(decayed[weights] - plain[weights], -2 * 5e-3 * before[weights]) < 0.2
+    assert relative(other[weights], plain[weights]) > 1e-3
+
+
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
 def test_a_flow_compiles_to_one_graph(compile_with, checkpoint_activations):
     compile_with("eager")
     flow = create_flow()
     model = RemixDiT(DiT(8, 2, 4, 32, 3, 2, num_classes=10), n_basis=4, n_experts=20, boundaries=flow.quantiles(20))
-    options = {"compile": True, "checkpoint_activations": checkpoint_activations}
+    options = {"compile": True, "checkpoint_activations": checkpoint_activations, "cosine_weight": 1.0, "max_steps": 4}
     trainer = make_trainer(model, flow, precision="bf16", **options)
     for step in range(4):
         batch = random_microbatch(step)
-        trainer.set_progress(step / 4)
+        trainer.set_schedule(step)
         trainer.step(step, [batch._replace(t=1 - (batch.t + 0.5) / 1000)])
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    assert trainer.stats.read()[0]["loss"] > 0
+    losses = trainer.stats.read()[0]
+    assert losses["loss"] > 0 and losses["cosine"] > 0
 
 
 @cases

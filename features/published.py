@@ -1,0 +1,87 @@
+"""Published features of LightningDiT: latents of images and of their mirror images in safetensors shards.
+
+A shard latents_rank<RR>_shard<SSS>.safetensors holds `latents` and `latents_flip` [n, C, H, W], which are not
+normalized, and `labels` [n].
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from runtime.errors import UserError, first_line
+
+PATTERN = "latents_rank*_shard*.safetensors"
+VIEWS = ("latents", "latents_flip")
+# Every shard that is open holds a file descriptor, and systems limit these, often to 1024.
+OPEN_SHARDS = 128
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """Return the shards in a folder or in one folder below it, in the order of their names; none if there are none.
+
+    Raises:
+        UserError: if several folders hold shards.
+    """
+    shards = sorted(folder.rglob(PATTERN))
+    if len(folders := sorted({path.parent for path in shards})) > 1:
+        raise UserError(f"{folder} holds published features in {' and '.join(map(str, folders))}: give one of them")
+    return shards
+
+
+class PublishedShards:
+    """The images of all shards, in the order of the shards' names.
+
+    Args:
+        paths: the shards.
+
+    Attributes:
+        labels: labels [images], int64.
+        shape: shape (C, H, W) of a latent.
+
+    Raises:
+        UserError: if a shard is damaged, or its tensors have other shapes than described above.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+        labels, self.shape = [], None
+        for path in paths:
+            file = _open(path)
+            missing = {*VIEWS, "labels"} - set(file.keys())
+            if missing:
+                raise UserError(f"{path} holds no {' and no '.join(sorted(missing))}")
+            labels.append(file.get_tensor("labels").long().numpy())
+            shapes = [tuple(file.get_slice(view).get_shape()) for view in VIEWS]
+            self.shape = self.shape or shapes[0][1:]
+            expected = (labels[-1].size, *self.shape)
+            if labels[-1].ndim != 1 or len(self.shape) != 3 or shapes != [expected, expected]:
+                raise UserError(
+                    f"{path} holds {' and '.join(VIEWS)} of the shapes {' and '.join(map(str, shapes))}, not {expected}"
+                )
+        self.labels = np.concatenate(labels)
+        self.starts = np.cumsum([0, *map(len, labels)])
+        # Opened on first use in each process, because they must not be copied to a DataLoader's worker.
+        self.open_shards = {}
+
+    def read(self, image: int, view: int) -> torch.Tensor:
+        """Return one latent [C, H, W], float32, of an image (view 0) or of its mirror image (view 1)."""
+        shard = int(np.searchsorted(self.starts, image, side="right")) - 1
+        if shard not in self.open_shards:
+            if len(self.open_shards) == OPEN_SHARDS:
+                del self.open_shards[next(iter(self.open_shards))]
+            self.open_shards[shard] = _open(self.paths[shard])
+        return self.open_shards[shard].get_slice(VIEWS[view])[int(image - self.starts[shard])].float()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"open_shards": {}}
+
+
+def _open(path: Path):
+    """Open a shard. Raises UserError if it is damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:
+        # A damaged file can cause errors of any kind.
+        raise UserError(f"{path} is not a complete .safetensors file: {first_line(error)}") from None
