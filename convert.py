@@ -31,7 +31,7 @@ from diffusion.intervals import intervals
 from features.autoencoder import Latents, load_autoencoder
 from interop import FORMATS, diffusers
 from interop.own import find_checkpoint
-from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override, heads_override
+from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override
 from remix import Remix, RemixDiT
 from runtime.command_line import ArgumentParser, counted, number, run_script
 from runtime.errors import UserError
@@ -50,7 +50,8 @@ def main(args: argparse.Namespace):
         raise UserError(f"--expert and --merge give a plain model: use another format, not --to {args.to}")
 
     keys = ("ema", "model") if format.raw_weights else ("ema",)
-    overrides = heads_override(args.num_heads) | frequency_override(args.timestep_frequencies)
+    overrides = {"num_heads": args.num_heads} if args.num_heads else {}
+    overrides |= frequency_override(args.timestep_frequencies)
     models, config = load_models(args.ckpt, keys, args.trust_pickle, **overrides)
     if args.ema_std:
         fit = fit_snapshots(find_checkpoint(args.ckpt), args.ema_std)

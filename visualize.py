@@ -36,7 +36,7 @@ from evaluation.scores import NEIGHBOURS
 from features.dataset import FeatureDataset
 from figures import save_coefficients, save_grid
 from interop.own import find_checkpoint
-from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override, heads_override
+from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override
 from remix import Remix
 from runtime.command_line import ArgumentParser, number, positive_int, run_script, seed_int
 from runtime.errors import UserError
@@ -89,7 +89,8 @@ def main(args: argparse.Namespace):
         draw_ema(out, ema_scores(model, fits, measures), config["model"]["name"])
     else:
         args.ckpt = find_checkpoint(args.ckpt)
-        overrides = heads_override(args.num_heads) | frequency_override(args.timestep_frequencies)
+        overrides = {"num_heads": args.num_heads} if args.num_heads else {}
+        overrides |= frequency_override(args.timestep_frequencies)
         model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **overrides)
         name, architecture = config["model"]["name"], config["model"]["architecture"]
         if not config["model"]["remix"]:

@@ -42,13 +42,6 @@ CONFIG_PARTS = ("model", "data", "diffusion", "transport")
 GAUSSIAN_DEFAULTS = dict(noise_schedule="linear", predict_xstart=False, sigma_small=False, diffusion_steps=TIMESTEPS)
 # Options that tensor shapes do not always show. An override replaces their values.
 HIDDEN_OPTIONS = ("num_heads", "class_dropout_prob", "frequency_shift")
-NUM_HEADS_FLAG = dict(
-    type=positive_int,
-    nargs="+",
-    metavar="N",
-    help="number of attention heads, for a file without a config that fits no registered model; two for the encoder "
-    "and the head of a DiTDH",
-)
 TIMESTEP_FREQUENCIES_FLAG = dict(
     choices=[*TIMESTEP_FREQUENCIES],
     help="frequencies of the timestep embedding that the weights were trained with: those of the published DiT, or "
@@ -318,11 +311,18 @@ def assumed_vae(channels: int) -> dict:
     return PUBLISHED_VAE if channels == 4 else {"vae": "none", "scale": 1.0, "shift": 0.0}
 
 
-def heads_override(num_heads: list[int] | None) -> dict[str, int | list[int]]:
-    """Return the keyword argument of a backbone that --num-heads gives; none without the flag."""
-    if not num_heads:
-        return {}
-    return {"num_heads": num_heads[0] if len(num_heads) == 1 else num_heads}
+def head_numbers(text: str) -> int | list[int]:
+    """Convert the value of --num-heads, as an argparse type: a number, or several that are separated by commas."""
+    numbers = [positive_int(part) for part in text.split(",")]
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+NUM_HEADS_FLAG = dict(
+    type=head_numbers,
+    metavar="N",
+    help="number of attention heads, for a file without a config that fits no registered model; of encoder and head, "
+    "such as 16,16, for a DiTDH",
+)
 
 
 def frequency_override(choice: str | None) -> dict[str, int]:
