@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from interop import FORMATS, diffusers
 from interop.own import find_checkpoint, read_checkpoint
+from interop.shapes import recognize_other
 from models import BACKBONES, find_backbone, meta_device
 from remix import Remix, RemixDiT
 from runtime.errors import UserError, first_line
@@ -27,7 +28,7 @@ def model_config(name: str, model: nn.Module) -> dict:
 
     Args:
         name: the model's name, such as "RemixDiT-S/2".
-        model: one of the backbones of models.py, or a Remix of one.
+        model: one of the backbones of models/, or a Remix of one.
     """
     remix = isinstance(model, Remix)
     backbone = model.backbone if remix else model
@@ -45,16 +46,16 @@ def load_model(
     """Load a model for inference.
 
     Args:
-        path: a checkpoint of this project, of facebookresearch/DiT or willisma/SiT (a state dict, also under "ema" or
-            "model"), of REPA or of the original Remix-DiT, or a DiT in diffusers' layout (a folder or a name on the
-            Hugging Face hub). hf:OWNER/REPOSITORY/FILE is a file on the hub. The folder of a run of this project stands
-            for its newest checkpoint.
+        path: a checkpoint of this project, of facebookresearch/DiT, willisma/SiT, LightningDiT or RAE (a state dict,
+            also under "ema" or "model"), of REPA, REPA-E or the original Remix-DiT, or a DiT in diffusers' layout (a
+            folder or a name on the Hugging Face hub). hf:OWNER/REPOSITORY/FILE is a file on the hub. The folder of a
+            run of this project stands for its newest checkpoint.
         ema: load the EMA weights if the file has them, otherwise the raw weights.
         allow_pickle: let the file execute code.
         verify: compare the file with its checksums first.
         overrides: what the caller expects or knows about the model: `model`, its name such as "RemixDiT-S/2", and its
-            keyword arguments. `num_heads` is required if the file holds no config and no registered model has its
-            width and depth.
+            keyword arguments. `num_heads` (two for a DiTDH) is required if the file holds no config, no registered
+            model has its width and depth, and the tensors do not show it.
 
     Returns:
         The model in eval mode on the CPU, and its config. If the file holds no config, the config is determined from
@@ -104,6 +105,8 @@ def _read_any(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, di
     for format in FORMATS.values():
         if found := format.module.read(path, content, ema, overrides):
             return found
+    if kind := recognize_other(content):
+        raise UserError(f"{path} holds {kind}")
     raise UserError(f"{path} holds no state dict of a DiT or RemixDiT in a known format")
 
 
@@ -119,7 +122,8 @@ def check_shapes(path, config: dict, state: dict[str, Tensor]):
         UserError: if a tensor has another shape than in the model, or if the model has more blocks than the file has
             tensors.
     """
-    depth = sum(value for key, value in config["backbone"].items() if key.endswith("depth"))
+    depths = [value for key, value in config["backbone"].items() if key.endswith("depth")]
+    depth = sum(sum(value) if isinstance(value, list) else value for value in depths)
     if depth > len(state):
         raise UserError(f"{path} does not fit the model: {depth} blocks, but {len(state)} tensors")
     with meta_device():

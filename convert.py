@@ -3,6 +3,7 @@
     python convert.py outputs/RUN/checkpoints/0100000.pt original.pt --to original
     python convert.py outputs/RUN/checkpoints/0100000.pt expert3.pt --to dit --expert 3
     python convert.py outputs/RUN/checkpoints/0100000.pt expert3.pt --to sit --expert 3
+    python convert.py outputs/RUN/checkpoints/0100000.pt expert3.pt --to lightningdit --expert 3
     python convert.py outputs/RUN/checkpoints/0100000.pt remix.safetensors --to safetensors
     python convert.py outputs/RUN/checkpoints/0100000.pt remix --to diffusers --vae ema
     python convert.py outputs/RUN/checkpoints/0100000.pt merged.safetensors --to safetensors --merge mean
@@ -10,6 +11,8 @@
 original: a file of the original Remix-DiT repository, with state dicts under "ema" and "model".
 dit: a file of facebookresearch/DiT, with the same keys: a plain DiT, or one expert of a RemixDiT folded into a DiT.
 sit: a training checkpoint of willisma/SiT, likewise, from a model that was trained with --process flow.
+lightningdit: a file of hustvl/LightningDiT with the same keys and its config, from a LightningDiT or an expert of one.
+rae: the EMA weights of a DiTDH, or of an expert of one, as a bare state dict for bytetriper/RAE.
 safetensors: the EMA weights and the config. Loading a .safetensors file never executes code.
 diffusers: a folder with the EMA weights: a pipeline for a RemixDiT or a flow, otherwise a DiTTransformer2DModel.
 A file or folder that exists is not replaced.
@@ -28,9 +31,9 @@ from diffusion.intervals import intervals
 from features.autoencoder import Latents, load_autoencoder
 from interop import FORMATS, diffusers
 from interop.own import find_checkpoint
-from interop.shapes import TIMESTEP_FREQUENCIES_FLAG, frequency_override
+from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override, heads_override
 from remix import Remix, RemixDiT
-from runtime.command_line import ArgumentParser, counted, number, positive_int, run_script
+from runtime.command_line import ArgumentParser, counted, number, run_script
 from runtime.errors import UserError
 from runtime.files import check_unused
 from sampling.loading import choose_process
@@ -47,8 +50,7 @@ def main(args: argparse.Namespace):
         raise UserError(f"--expert and --merge give a plain model: use another format, not --to {args.to}")
 
     keys = ("ema", "model") if format.raw_weights else ("ema",)
-    overrides = {"num_heads": args.num_heads} if args.num_heads else {}
-    overrides |= frequency_override(args.timestep_frequencies)
+    overrides = heads_override(args.num_heads) | frequency_override(args.timestep_frequencies)
     models, config = load_models(args.ckpt, keys, args.trust_pickle, **overrides)
     if args.ema_std:
         fit = fit_snapshots(find_checkpoint(args.ckpt), args.ema_std)
@@ -168,10 +170,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "--vae", help="the VAE to store in the pipeline of --to diffusers: ema, mse, a hub name or a local folder"
     )
-    parser.add_argument(
-        "--num-heads",
-        type=positive_int,
-        help="number of attention heads, for a file without a config that fits no registered model",
-    )
+    parser.add_argument("--num-heads", **NUM_HEADS_FLAG)
     parser.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     run_script(main, parser)

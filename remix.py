@@ -27,7 +27,7 @@ from mixing.grouped_linear import mix_into, mixed_linear
 from mixing.low_rank import LowRankLinear
 from mixing.options import PRIOR_BONUS, complete_options
 from mixing.presets import Preset, complete_preset
-from models import DiT_models, build_plain, classifier_free_guidance, find_backbone
+from models import BACKBONES, build_plain, classifier_free_guidance, find_backbone
 
 
 class RemixLinear(nn.Module):
@@ -391,7 +391,7 @@ class Remix(wrapping.TransparentModule):
 
 
 class RemixDiT(Remix):
-    """A Remix of one of the backbones of models.py. It is called like its backbone.
+    """A Remix of one of the backbones of models/. It is called like its backbone.
 
     Args:
         backbone: a DiT or another backbone, which is not changed. Every basis starts as a copy of its weights.
@@ -410,8 +410,10 @@ class RemixDiT(Remix):
         options = {name: value for name, value in options.items() if value is not None}
         scale = scale_of(options.get("boundaries") or [TIMESTEPS])
         highest = TIMESTEPS if scale.whole else scale.highest
-        defaults = dict(layers=find_backbone(backbone).mixed_layers, timestep="t", highest_level=highest)
-        options = dict(n_basis=n_basis, n_experts=n_experts, mixer=mixer, scope=scope) | defaults | options
+        options = dict(timestep="t", highest_level=highest) | options
+        usual = find_backbone(backbone).mixed_layers
+        options["layers"] = wrapping.find_present(backbone, options.get("layers", usual), optional=usual)
+        options |= dict(n_basis=n_basis, n_experts=n_experts, mixer=mixer, scope=scope)
         super().__init__(copy.deepcopy(backbone), **options)
 
     def noise_level(self, t: Tensor | float) -> Tensor | np.float32:
@@ -448,4 +450,6 @@ def build_remix(name: str, **options) -> RemixDiT:
     return remix
 
 
-RemixDiT_models = {f"Remix{name}": partial(build_remix, name) for name in DiT_models}
+RemixDiT_models = {
+    f"Remix{name}": partial(build_remix, name) for backbone in BACKBONES.values() for name in backbone.models()
+}

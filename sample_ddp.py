@@ -34,7 +34,7 @@ from diffusion.interpolants import DIFFUSION_FORMS
 from diffusion.intervals import TIMESTEPS
 from figures import save_grid
 from interop.own import find_checkpoint, fingerprint
-from interop.shapes import TIMESTEP_FREQUENCIES_FLAG, flow_target, frequency_override
+from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, flow_target, frequency_override, heads_override
 from models import model_names
 from runtime.command_line import ArgumentParser, counted, folder_name, number, positive_int, run_script, seed_int
 from runtime.errors import UserError, is_first_process
@@ -64,8 +64,8 @@ def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is used.
     args.ckpt = [find_checkpoint(path) for path in args.ckpt]
     args.guide_ckpt = args.guide_ckpt and find_checkpoint(args.guide_ckpt)
-    overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
-    overrides |= frequency_override(args.timestep_frequencies)
+    overrides = heads_override(args.num_heads) | frequency_override(args.timestep_frequencies)
+    overrides |= {"model": args.model} if args.model else {}
     model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
     choose_process(args.ckpt[0], config, args.process)
     check_data_flags(args.image_size, args.num_classes, config, args.ckpt[0])
@@ -357,11 +357,7 @@ if __name__ == "__main__":
         help="process of the model in a file of another project that does not say it: flow for a SiT of linear path "
         "and velocity prediction (default: the checkpoint's, or gaussian)",
     )
-    group.add_argument(
-        "--num-heads",
-        type=positive_int,
-        help="number of attention heads; required only for a checkpoint of another project that fits no --model",
-    )
+    group.add_argument("--num-heads", **NUM_HEADS_FLAG)
     group.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     group.add_argument(
         "--ema",

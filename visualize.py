@@ -36,7 +36,7 @@ from evaluation.scores import NEIGHBOURS
 from features.dataset import FeatureDataset
 from figures import save_coefficients, save_grid
 from interop.own import find_checkpoint
-from interop.shapes import TIMESTEP_FREQUENCIES_FLAG, frequency_override
+from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override, heads_override
 from remix import Remix
 from runtime.command_line import ArgumentParser, number, positive_int, run_script, seed_int
 from runtime.errors import UserError
@@ -89,8 +89,7 @@ def main(args: argparse.Namespace):
         draw_ema(out, ema_scores(model, fits, measures), config["model"]["name"])
     else:
         args.ckpt = find_checkpoint(args.ckpt)
-        overrides = {"num_heads": args.num_heads} if args.num_heads else {}
-        overrides |= frequency_override(args.timestep_frequencies)
+        overrides = heads_override(args.num_heads) | frequency_override(args.timestep_frequencies)
         model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **overrides)
         name, architecture = config["model"]["name"], config["model"]["architecture"]
         if not config["model"]["remix"]:
@@ -376,9 +375,7 @@ if __name__ == "__main__":
             default=True,
             help="use the EMA weights, or those of the last step",
         )
-        figure.add_argument(
-            "--num-heads", type=positive_int, help="attention heads, for another project's file of an unregistered size"
-        )
+        figure.add_argument("--num-heads", **NUM_HEADS_FLAG)
         figure.add_argument(
             "--trust-pickle",
             action="store_true",

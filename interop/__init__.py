@@ -39,7 +39,7 @@ functions take and return a `remix.Remix`.
 from dataclasses import dataclass
 from types import ModuleType
 
-from interop import diffusers, dit, original, own, sit
+from interop import diffusers, dit, lightningdit, original, own, rae, sit
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,16 @@ class FileFormat:
     backbones: tuple[str, ...] | None = ("DiT",)
 
 
-# By the names of --to, in the order in which they are read. Files of an original Remix-DiT and of SiT have all the
-# tensor names of a published DiT, and are tried before it.
+# By the names of --to, in the order in which they are read. Files of an original Remix-DiT, of LightningDiT and of SiT
+# may have all the tensor names of a published DiT, and are tried before it.
 FORMATS = {
     "diffusers": FileFormat(diffusers, "a folder for diffusers", raw_weights=False, experts="any"),
     "safetensors": FileFormat(
         own, "safetensors with the config", raw_weights=False, experts="any", low_rank=True, backbones=None
     ),
     "original": FileFormat(original, "of the original Remix-DiT", experts="all"),
+    "lightningdit": FileFormat(lightningdit, "of hustvl/LightningDiT", backbones=("LightningDiT",)),
+    "rae": FileFormat(rae, "of bytetriper/RAE", raw_weights=False, backbones=("DiTDH",)),
     "sit": FileFormat(sit, "of willisma/SiT"),
     "dit": FileFormat(dit, "of facebookresearch/DiT"),
 }

@@ -6,7 +6,7 @@ A checkpoint is a dict of plain types and tensors, written by torch.save and rea
     config              everything that is needed to build the model again, in parts:
         model           the argument of `checkpoint.build_model`, with all arguments, also those with default values:
             name            name of the model, such as "RemixDiT-S/2", or "custom"
-            architecture    name of the backbone's record in models.py, such as "DiT"
+            architecture    name of the backbone's record in models/, such as "DiT"
             backbone        the keyword arguments of its class
             remix           the keyword arguments of `remix.RemixDiT`; None for a plain model
         diffusion       the keyword arguments of `diffusion.create_process`

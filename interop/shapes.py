@@ -1,6 +1,7 @@
 """Determine a model's config from the shapes of its tensors, for files that hold no config."""
 
 import argparse
+import inspect
 import math
 import re
 
@@ -9,21 +10,45 @@ from torch import Tensor
 from diffusion import create_process
 from diffusion.intervals import TIMESTEPS
 from features.autoencoder import SHORT_NAMES
-from models import DIT, TIMESTEP_FREQUENCIES, model_names
+from models import DIT, TIMESTEP_FREQUENCIES, Backbone, model_names
+from runtime.command_line import positive_int
 from runtime.errors import UserError, warn
 
 # The autoencoder of all published DiTs, and the factor by which they multiply its latents.
 PUBLISHED_VAE = {"vae": "stabilityai/sd-vae-ft-ema", "scale": 0.18215, "shift": 0.0}
 
+# Image pixels per latent along each side, by the number of channels of the published VAE, VA-VAE and RAE with DINOv2.
+LATENT_FACTORS = {4: 8, 32: 16, 768: 16}
+
 # DistributedDataParallel and torch.compile put these before every parameter name.
 WRAPPER_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
 
+# What files of other kinds hold, and a pattern of the names that only their tensors have. A state dict of a training
+# checkpoint of PyTorch Lightning has names that begin with that of the network.
+OTHER_FILES = {
+    "a JiT (arXiv 2511.13720), which is not read: it denoises pixels and has a patch embedding of two layers": (
+        r"x_embedder\.proj1\.|in_context_posemb$"
+    ),
+    "a DDT (arXiv 2504.05741), which is not read: only RAE's DiTDH, which is made after it, is": (
+        r"^(ema_)?denoiser\.|(^|\.)s_embedder\."
+    ),
+    "an autoencoder such as VA-VAE, not a denoiser: convert it for diffusers, and use it as --vae": (
+        r"^(module\.)?(encoder\..*|decoder\..*)conv_(in|out)\."
+    ),
+}
 # Parts of a file's config that describe its model, its data and its process.
 CONFIG_PARTS = ("model", "data", "diffusion", "transport")
 # Arguments of `create_diffusion` that a file may store, with their defaults.
 GAUSSIAN_DEFAULTS = dict(noise_schedule="linear", predict_xstart=False, sigma_small=False, diffusion_steps=TIMESTEPS)
-# Options of a DiT that tensor shapes do not show. An override replaces their values.
+# Options that tensor shapes do not always show. An override replaces their values.
 HIDDEN_OPTIONS = ("num_heads", "class_dropout_prob", "frequency_shift")
+NUM_HEADS_FLAG = dict(
+    type=positive_int,
+    nargs="+",
+    metavar="N",
+    help="number of attention heads, for a file without a config that fits no registered model; two for the encoder "
+    "and the head of a DiTDH",
+)
 TIMESTEP_FREQUENCIES_FLAG = dict(
     choices=[*TIMESTEP_FREQUENCIES],
     help="frequencies of the timestep embedding that the weights were trained with: those of the published DiT, or "
@@ -47,6 +72,17 @@ def find_state_dict(content: dict, ema: bool) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         return {}
     return {WRAPPER_PREFIXES.sub("", key): value for key, value in state.items()}
+
+
+def recognize_other(content: dict) -> str | None:
+    """Say what a file holds that no format reads, if the names of its tensors tell: None if they do not."""
+    names = set()
+    for value in (content, *content.values()):
+        names |= {key for key in value if isinstance(key, str)} if isinstance(value, dict) else set()
+    for kind, pattern in OTHER_FILES.items():
+        if any(re.search(pattern, name) for name in names):
+            return kind
+    return None
 
 
 def stored_settings(content: dict) -> dict:
@@ -120,16 +156,20 @@ def backbone_from_shapes(state: dict[str, Tensor]) -> dict | None:
         return None
 
 
-def make_config(path, backbone: dict, remix: dict | None, overrides: dict, stored: dict | None = None) -> dict:
+def make_config(
+    path, backbone: dict, remix: dict | None, overrides: dict, stored: dict | None = None, record: Backbone = DIT
+) -> dict:
     """Make the config of a model from a file that holds no config.
 
     Args:
         path: the file, for error messages.
-        backbone: the result of `backbone_from_shapes`.
-        remix: the keyword arguments of `remix.RemixDiT` that the file shows, or None for a plain DiT.
+        backbone: the keyword arguments of the backbone that the shapes show, such as the result of
+            `backbone_from_shapes`.
+        remix: the keyword arguments of `remix.RemixDiT` that the file shows, or None for a plain model.
         overrides: the overrides of `checkpoint.load_model`. Those of HIDDEN_OPTIONS are used as given. `model`, the
             expected name, and all other options are compared with the tensors.
         stored: the settings that the file stores, see `stored_settings`.
+        record: record of the backbone.
 
     Returns:
         The config (see own.py). Its part "training" is None.
@@ -139,28 +179,31 @@ def make_config(path, backbone: dict, remix: dict | None, overrides: dict, store
             the number of heads is not known.
     """
     stored = stored or {}
+    hidden = {key for key in HIDDEN_OPTIONS if key in inspect.signature(record.module).parameters}
+    hidden -= {"num_heads"} & backbone.keys()
     backbone = _count_classes(path, dict(backbone), stored, overrides)
-    size = DIT.find_size(backbone)
-    # The number of heads does not depend on the patch size.
-    if similar := DIT.find_size({key: value for key, value in backbone.items() if key != "patch_size"}):
-        backbone["num_heads"] = DIT.sizes[similar]["num_heads"]
-    if (heads := stored.get("num_heads")) is not None:
-        if overrides.get("num_heads", heads) != heads:
-            raise UserError(f"{path} holds num_heads={heads}, not {overrides['num_heads']}")
-        backbone["num_heads"] = heads
-        size = DIT.find_size(backbone)
+    if "num_heads" in hidden:
+        # The number of heads does not depend on the patch size.
+        if similar := record.find_size({key: value for key, value in backbone.items() if key != "patch_size"}):
+            backbone["num_heads"] = record.sizes[similar]["num_heads"]
+        if (heads := stored.get("num_heads")) is not None:
+            if overrides.get("num_heads", heads) != heads:
+                raise UserError(f"{path} holds num_heads={heads}, not {overrides['num_heads']}")
+            backbone["num_heads"] = heads
+    size = record.find_size(backbone)
     _check_stored(path, stored, backbone | (remix or {}))
-    name = f"{'RemixDiT' if remix else 'DiT'}-{size}" if size else None
+    name = f"{'Remix' if remix else ''}{record.name}-{size}" if size else None
     options = {key: value for key, value in overrides.items() if key != "model"}
-    _check_name(path, overrides.get("model", name), name, backbone, remix)
-    _check_options(path, options, backbone, remix)
-    backbone |= {key: options[key] for key in HIDDEN_OPTIONS if key in options}
+    kind = f"{'Remix' if remix else ''}{record.name}"
+    _check_name(path, overrides.get("model", name), name, f"a {kind} of {_shape(backbone)}")
+    _check_options(path, options, backbone | (remix or {}), hidden)
+    backbone |= {key: options[key] for key in hidden & options.keys()}
     if "num_heads" not in backbone:
         shape = f"width {backbone['hidden_size']}, depth {backbone['depth']}"
         raise UserError(f"{path} fits no registered model ({shape}): specify its number of heads (num_heads)")
     return {
-        "model": {"name": name or "custom", "architecture": DIT.name, "backbone": backbone, "remix": remix},
-        "diffusion": {"process": "gaussian"} | ({} if backbone["learn_sigma"] else {"learn_sigma": False}),
+        "model": {"name": name or "custom", "architecture": record.name, "backbone": backbone, "remix": remix},
+        "diffusion": {"process": "gaussian"} | ({} if backbone.get("learn_sigma") else {"learn_sigma": False}),
         "data": _guess_data(path, backbone, stored),
         "training": None,
     }
@@ -193,24 +236,33 @@ def warn_of_frequencies(path, config: dict):
         warn(f"{path} cannot record the timestep frequencies: load it with --timestep-frequencies diffusers")
 
 
-def _check_name(path, expected: str | None, name: str | None, backbone: dict, remix: dict | None):
-    """Raise UserError if the user expects another model than the one that the tensors belong to."""
+def _shape(backbone: dict) -> str:
+    """Describe the shape of a backbone."""
+    return "width {hidden_size}, depth {depth} and patch size {patch_size}".format(**backbone)
+
+
+def _check_name(path, expected: str | None, name: str | None, kind: str):
+    """Raise UserError if the user expects another model than the one that the tensors belong to, of this kind."""
     if expected == name:
         return
     if expected not in model_names():
         raise UserError(f"unknown model {expected!r}: use one of {', '.join(model_names())}")
-    kind = "RemixDiT" if remix else "DiT"
-    shape = "width {hidden_size}, depth {depth} and patch size {patch_size}".format(**backbone)
-    raise UserError(f"{path} holds {name or f'a {kind} of {shape}'}, not {expected}")
+    raise UserError(f"{path} holds {name or kind}, not {expected}")
 
 
-def _check_options(path, options: dict, backbone: dict, remix: dict | None):
-    """Raise UserError for an option that no model has, or that contradicts the tensors."""
-    known = backbone | (remix or {})
+def _check_options(path, options: dict, known: dict, hidden: set[str]):
+    """Raise UserError for an option that the model does not have, or that contradicts the tensors.
+
+    Args:
+        path: the file, for error messages.
+        options: the options.
+        known: those that the tensors show.
+        hidden: names of those that they do not show.
+    """
     for key, value in options.items():
-        if key not in known and key not in HIDDEN_OPTIONS:
+        if key not in known and key not in hidden:
             raise UserError(f"unknown model option {key}")
-        if key not in HIDDEN_OPTIONS and known[key] not in (None, value):
+        if key not in hidden and known[key] not in (None, value):
             raise UserError(f"{path} holds {key}={known[key]}, not {value}")
 
 
@@ -222,7 +274,8 @@ def _count_classes(path, backbone: dict, stored: dict, overrides: dict) -> dict:
     rows = backbone["num_classes"] + 1
     classes, dropout = stored.get("num_classes"), stored.get("class_dropout_prob", stored.get("cfg_prob"))
     dropout = overrides.get("class_dropout_prob", dropout)
-    for value in (classes, stored.get("num_heads"), dropout):
+    heads = stored.get("num_heads")
+    for value in (classes, dropout, *(heads if isinstance(heads, list) else [heads])):
         if value is not None and not isinstance(value, int | float):
             raise UserError(f"{path} says {value!r} where a number is needed (classes, label dropout or heads)")
     if classes is None:
@@ -245,7 +298,7 @@ def _check_stored(path, stored: dict, known: dict):
 def _guess_data(path, backbone: dict, stored: dict) -> dict:
     """Return the "data" part of a config: four channels are the latents of a published VAE, others are pixels."""
     vae = dict(assumed_vae(backbone["in_channels"]))
-    side = backbone["input_size"] * (1 if vae["vae"] == "none" else 8)
+    side = backbone["input_size"] * LATENT_FACTORS.get(backbone["in_channels"], 1)
     said = stored.get("image_size", stored.get("resolution"))
     if isinstance(said, int) and said != side:
         if vae["vae"] != "none":
@@ -263,6 +316,13 @@ def _guess_data(path, backbone: dict, stored: dict) -> dict:
 def assumed_vae(channels: int) -> dict:
     """Return the VAE and its normalization for data that do not record them: four channels are the published VAE's."""
     return PUBLISHED_VAE if channels == 4 else {"vae": "none", "scale": 1.0, "shift": 0.0}
+
+
+def heads_override(num_heads: list[int] | None) -> dict[str, int | list[int]]:
+    """Return the keyword argument of a backbone that --num-heads gives; none without the flag."""
+    if not num_heads:
+        return {}
+    return {"num_heads": num_heads[0] if len(num_heads) == 1 else num_heads}
 
 
 def frequency_override(choice: str | None) -> dict[str, int]:

@@ -33,6 +33,8 @@ REPA_PATHS = {"linear": "linear", "GVP": "cosine"}
 PROJECTORS = "projectors."
 # Earlier versions of REPA numbered the blocks after those that the projectors read from 0 again, under this name.
 DECODER = "decoder_blocks."
+# The batch norm of REPA-E (arXiv 2504.10483), which normalizes the latents.
+LATENT_NORM = "bn."
 REPA_CHANGES = "REPA: the network is called at 1 - t and its output is negated, both as a change of the weights"
 
 
@@ -46,16 +48,15 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     legacy = any(key.startswith(DECODER) for key in state)
     state = _join_blocks(state) if legacy else state
     projectors = [key for key in state if key.startswith(PROJECTORS)]
-    repa = legacy or bool(projectors) or "encoder_depth" in args
+    norm = {key.removeprefix(LATENT_NORM): state[key] for key in state if key.startswith(LATENT_NORM)}
+    repa = legacy or bool(projectors or norm) or "encoder_depth" in args
     backbone = backbone_from_shapes(state)
     if backbone is None or not (repa or {"path_type", "prediction"} <= args.keys()):
         return None
     name = str(args.get("model")).replace("SiT-", "DiT-")
     config = make_config(path, backbone, None, stored_model_name({"model": name}) | overrides, args)
     if not repa:
-        # SiT ignores the weight of velocity predictions.
-        weight = "none" if args["prediction"] == "velocity" else args.get("loss_weight") or "none"
-        config["diffusion"] = _process(path, SIT_PATHS, args) | {"weight": weight}
+        config["diffusion"] = stored_process(path, args)
         return config, state
     if args.get("prediction", "v") not in ("v", "velocity"):
         raise UserError(f"{path} says prediction={args['prediction']!r}, but REPA's networks predict the velocity (v)")
@@ -64,7 +65,24 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     if projectors:
         n_parameters = sum(state[key].numel() for key in projectors)
         warn(f"{path}: left out REPA's projector heads ({n_parameters:,} parameters)")
-    return config, _repa_to_sit({key: value for key, value in state.items() if key not in projectors})
+    if norm:
+        config["data"] |= _latent_normalization(path, norm, backbone["in_channels"])
+    left_out = (*projectors, *(f"{LATENT_NORM}{key}" for key in norm))
+    return config, _repa_to_sit({key: value for key, value in state.items() if key not in left_out})
+
+
+def _latent_normalization(path, norm: dict[str, Tensor], channels: int) -> dict:
+    """Return the entries of the config's part "data" for the batch norm over the latents of REPA-E.
+
+    It has no affine parameters: z becomes (z - mean) / sqrt(var) in each channel. The VAE was trained together with the
+    network, so that the file's latents are those of no published VAE.
+    """
+    mean, var = norm.get("running_mean"), norm.get("running_var")
+    if mean is None or var is None or mean.shape != var.shape or mean.shape != (channels,) or not (var > 0).all():
+        raise UserError(f"{path}: its batch norm over the latents (bn) does not have a mean and variance per channel")
+    if norm.keys() & {"weight", "bias"}:
+        raise UserError(f"{path}: its batch norm over the latents (bn) has affine parameters, which REPA-E's has not")
+    return {"vae": None, "scale": var.double().rsqrt().tolist(), "shift": mean.double().tolist()}
 
 
 def _join_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -92,6 +110,29 @@ def _process(path, paths: dict[str, str], args: dict) -> dict:
     raise UserError(f"{path} was trained with the unknown path type {args['path_type']!r}")
 
 
+def stored_process(path, args: dict) -> dict:
+    """Return the "diffusion" part of a config for the settings of SiT's transport that a file stores."""
+    # SiT ignores the weight of velocity predictions.
+    weight = "none" if args["prediction"] == "velocity" else args.get("loss_weight") or "none"
+    return _process(path, SIT_PATHS, args) | {"weight": weight}
+
+
+def flow_options(process: dict, paths: dict[str, str]) -> dict:
+    """Return the settings of SiT's transport for the "diffusion" part of a config, with the path names of `paths`."""
+    target, weight = flow_target(process), process.get("weight", "none")
+    return {
+        "path_type": paths[target["path"]],
+        "prediction": target["prediction"],
+        "loss_weight": None if weight == "none" else weight,
+    }
+
+
+def warn_of_shift(path, config: dict):
+    """Print a warning if a file cannot say that the noise levels are shifted."""
+    if (shift := config["diffusion"].get("shift", 1)) != 1:
+        warn(f"{path} cannot record the shift {shift:g} of the noise levels, which sampling would use")
+
+
 def _repa_to_sit(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Change the weights of REPA's v_REPA(x, s) to those of v(x, t) = -v_REPA(x, 1 - t).
 
@@ -112,20 +153,14 @@ def write(path, models: dict[str, nn.Module], config: dict):
     The arguments of the training run are stored as a dict, which torch.load reads without further permission.
     """
     process, name = config["diffusion"], config["model"]["name"]
-    target = flow_target(process)
-    if not target:
+    if not flow_target(process):
         raise UserError("a file of SiT holds a flow, and this model was trained with Gaussian diffusion")
     warn_of_frequencies(path, config)
-    if process.get("shift", 1) != 1:
-        warn(f"{path} cannot record the shift {process['shift']:g} of the noise levels, which sampling would use")
-    weight = process.get("weight", "none")
-    args = {
+    warn_of_shift(path, config)
+    args = flow_options(process, SIT_PATHS) | {
         "model": name.removeprefix("Remix").replace("DiT-", "SiT-"),
         "image_size": config["data"]["image_size"],
         "num_classes": config["model"]["backbone"]["num_classes"],
-        "path_type": SIT_PATHS[target["path"]],
-        "prediction": target["prediction"],
-        "loss_weight": None if weight == "none" else weight,
     }
     with atomic_write(path) as temporary:
         torch.save({key: model.state_dict() for key, model in models.items()} | {"args": args}, temporary)

@@ -53,6 +53,13 @@ def find_linears(
     return names
 
 
+def find_present(module: nn.Module, patterns: Sequence[str], optional: Sequence[str]) -> list[str]:
+    """Return patterns as of `find_linears` without those of the optional ones that match nothing in a module."""
+    names = [name for name, _ in module.named_modules()]
+    missing = {pattern for pattern in optional if not any(matches(name, [pattern]) for name in names)}
+    return [pattern for pattern in patterns if pattern not in missing]
+
+
 def check_linear(name: str, modules: dict[str, nn.Module]):
     """Raise ValueError if a layer cannot be replaced by a mixed layer.
 

@@ -63,7 +63,7 @@ def test_names():
     toy = build_plain("Toy-S", **SHAPE)
     assert find_backbone(toy) is TOY
     assert TOY.find_size(toy.config) == "S"
-    with pytest.raises(ValueError, match="a Linear is none of the backbones DiT, Toy"):
+    with pytest.raises(ValueError, match="a Linear is none of the backbones DiT, LightningDiT, DiTDH, Toy"):
         find_backbone(torch.nn.Linear(1, 1))
 
 

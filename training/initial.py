@@ -148,24 +148,25 @@ def load_initial_model(
 ) -> nn.Module:
     """Load the weights at step 0 and check that they fit the run; the arguments are those of `make_model`."""
     path = start.path
-    overrides = {key: value for key, value in shape.items() if key == "frequency_shift"}
+    record = find_model(name).backbone
+    # What the user says about a file's options is compared with the file.
+    overrides = {key: value for key, value in shape.items() if key in record.file_options}
     loaded, config = load_model(path, allow_pickle=start.allow_pickle, verify=True, **overrides)
     # A flow may start from a DiT, which has learned other features of the same images. The reverse is a mistake.
     for key, trained in flow_target(config["diffusion"]).items():
         if trained != start.process.get(key):
             run = start.process.get(key, "gaussian")
             raise UserError(f"--load-weight {path} was trained with {key}={trained}, this run has {run}")
-    architecture, needed_architecture = config["model"]["architecture"], find_model(name).backbone.name
-    if architecture != needed_architecture:
-        raise UserError(f"--load-weight {path} holds a {architecture}, this run trains a {needed_architecture}")
+    if (architecture := config["model"]["architecture"]) != record.name:
+        raise UserError(f"--load-weight {path} holds a {architecture}, this run trains a {record.name}")
     backbone = loaded.backbone if config["model"]["remix"] else loaded
     choose_classes(backbone, start, config["data"].get("classes"), shape["num_classes"])
+    shape = shape | {key: backbone.config[key] for key in record.file_options}
     # The draws of these weights, which are not used, precede those of the mixing logits.
     needed = model_config(name, build_plain(name, **shape))
     for key, value in needed["backbone"].items():
-        # Flows do not use the variance half of the output, which REPA's networks do not have. The frequencies are those
-        # of the file, which `load_model` has compared with the user's.
-        ignored = key == "frequency_shift" or (key == "learn_sigma" and flow_target(start.process))
+        # Flows do not use the variance half of the output, which REPA's networks do not have.
+        ignored = key == "learn_sigma" and flow_target(start.process)
         if backbone.config[key] != value and not ignored:
             raise UserError(f"--load-weight {path} has {key}={backbone.config[key]}, this run needs {value}")
     if not config["model"]["remix"]:

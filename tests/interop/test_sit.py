@@ -8,6 +8,7 @@ from conftest import golden, relative, run, training_flags
 
 from checkpoint import load_model
 from diffusion import create_process
+from features.autoencoder import Normalization
 from interop import sit
 from interop.shapes import PUBLISHED_VAE
 from models import DiT, DiT_models
@@ -192,3 +193,38 @@ def test_files_start_training(features, tmp_path):
         (["--process=flow", "--path=GVP"], "was trained with path=linear, this run has GVP"),
     ):
         assert message in run("train_fast.py", *flags, *wrong, "--prefix=no", expect=2).stderr
+
+
+def batch_norm(channels: int) -> dict[str, torch.Tensor]:
+    """The tensors of REPA-E's batch norm over the latents."""
+    mean, var = torch.randn(channels), torch.rand(channels) + 0.5
+    return {"bn.running_mean": mean, "bn.running_var": var, "bn.num_batches_tracked": torch.tensor(7)}
+
+
+@pytest.mark.parametrize("channels", [4, 32])
+def test_the_batch_norm_of_repa_e_is_the_normalization_of_the_latents(tmp_path, channels):
+    network, norm = tiny(learn_sigma=False, in_channels=channels), batch_norm(channels)
+    args = argparse.Namespace(path_type="linear", prediction="v", encoder_depth=2)
+    content = {"ema": network.state_dict() | norm, "vae": {}, "discriminator": {}, "args": args, "steps": 3}
+    torch.save(content, tmp_path / "repa-e.pt")
+    model, config = load_model(tmp_path / "repa-e.pt")
+    generator = torch.Generator().manual_seed(1)
+    x, t, y = torch.randn(2, channels, 8, 8, generator=generator), torch.tensor([0.2, 0.7]), torch.arange(2)
+    assert relative(model(x, t, y), -network(x, 1 - t, y)) < 1e-5
+    expected = (x - norm["bn.running_mean"][:, None, None]) / norm["bn.running_var"].sqrt()[:, None, None]
+    torch.testing.assert_close(Normalization.from_record(config["data"]).apply(x, x)[0], expected)
+    assert config["data"]["vae"] is None, "its VAE was trained with it"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bn.running_var": torch.ones(3)}, "does not have a mean and variance per channel"),
+        ({"bn.running_var": torch.zeros(4)}, "does not have a mean and variance per channel"),
+        ({"bn.weight": torch.ones(4)}, "has affine parameters"),
+    ],
+)
+def test_a_damaged_batch_norm(tmp_path, changes, message):
+    torch.save({"ema": tiny(learn_sigma=False).state_dict() | batch_norm(4) | changes}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "a.pt")

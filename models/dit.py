@@ -1,46 +1,17 @@
-"""The backbones: the diffusion transformer (DiT, Peebles & Xie, arXiv 2212.09748), and one record for each backbone.
+"""The diffusion transformer (DiT, Peebles & Xie, arXiv 2212.09748), and the parts that other backbones share with it.
 
-A record (`Backbone`) says everything that the rest of the code needs to know about a backbone. To add one, write its
-class and a record.
-
-DiT's parameter names and shapes are those of facebookresearch/DiT, so its checkpoints load unchanged. Patch embedding,
+Parameter names and shapes are those of facebookresearch/DiT, so its checkpoints load unchanged. Patch embedding,
 attention and MLP compute what timm's do, but importing timm takes longer than importing PyTorch. Shapes in comments:
 B samples, L tokens, D hidden size, C channels, P patch size, H heads.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-
-class SkipNormal(TorchFunctionMode):
-    """Leave out the initialization with normal numbers."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is nn.init.normal_:
-            return kwargs["tensor"]
-        return func(*args, **kwargs or {})
-
-
-@contextmanager
-def meta_device() -> Iterator[None]:
-    """Build modules whose tensors have shapes but no storage, as with torch.device("meta"), to look at the shapes.
-
-    The state of the global random generator is the same afterwards.
-
-    Normal numbers are left out. On this device, PyTorch implements them by Python code that imports the compiler, which
-    takes two thirds of the time of importing PyTorch.
-    """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), SkipNormal():
-        yield
+from .backbone import Backbone
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -170,8 +141,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform the tokens x [B, L, D] -> [B, L, D]."""
+        return self.attend(*self.project(x))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries, the keys and the values of the tokens x [B, L, D], [B, H, L, D / H] each."""
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, L, 3, H, D / H]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, L, D / H] each
+        return qkv.permute(2, 0, 3, 1, 4).unbind()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the output [B, L, D] for queries, keys and values [B, H, L, D / H]."""
         if self.fused_attn:
             x = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -348,26 +326,9 @@ class DiT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Draw the published initialization.
-
-        Linear layers are Xavier uniform, embeddings normal with std 0.02, modulation and output layers zero.
-        """
+        """Draw the published initialization, see `initialize`."""
         self.pos_embed.copy_(sincos_positions(self.config["hidden_size"], math.isqrt(self.pos_embed.shape[1])))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        # The patch convolution is initialized as the linear layer that it is equal to.
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(embedding.weight, std=0.02)
-        for linear in (
-            *(b.adaLN_modulation[1] for b in self.blocks),
-            self.final_layer.adaLN_modulation[1],
-            self.final_layer.linear,
-        ):
-            nn.init.zeros_(linear.weight)
+        initialize(self, self.x_embedder)
 
     @property
     def num_classes(self) -> int:
@@ -404,6 +365,32 @@ class DiT(nn.Module):
     forward_with_cfg = classifier_free_guidance
 
 
+def initialize(model: nn.Module, *embedders: PatchEmbed):
+    """Draw the published initialization of a DiT, or of a backbone with the same names.
+
+    Args:
+        model: its linear layers become Xavier uniform, its embeddings of classes and times normal with std 0.02, and
+            its modulation and output layers zero.
+        embedders: its patch embeddings.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for embedder in embedders:
+        # The patch convolution is initialized as the linear layer that it is equal to.
+        nn.init.xavier_uniform_(embedder.proj.weight.flatten(1))
+        nn.init.zeros_(embedder.proj.bias)
+    for embedding in (model.y_embedder.embedding_table, model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
+        nn.init.normal_(embedding.weight, std=0.02)
+    for linear in (
+        *(b.adaLN_modulation[1] for b in model.blocks),
+        model.final_layer.adaLN_modulation[1],
+        model.final_layer.linear,
+    ):
+        nn.init.zeros_(linear.weight)
+
+
 def sincos_positions(dim: int, side: int) -> Tensor:
     """Return the fixed 2D sine-cosine position embedding [side * side, dim].
 
@@ -420,93 +407,6 @@ def sincos_positions(dim: int, side: int) -> Tensor:
     along_x = line.repeat(side, 1)  # [side * side, dim / 2]
     along_y = line.repeat_interleave(side, dim=0)  # [side * side, dim / 2]
     return torch.cat([along_x, along_y], dim=1).float()
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """What the rest of the code knows about a backbone: its class, its sizes, and where its parts are.
-
-    The class is called as `DiT` is, model(x, t, y, label_drop=None), with an output of C or 2C channels. Its attribute
-    `config` is a dict of the keyword arguments that build it, in plain types. Each class has the arguments input_size,
-    in_channels, num_classes and class_dropout_prob, with the meanings that they have for `DiT`. The number of its
-    blocks, if it is an argument, is called depth, or has a name that ends so.
-
-    Attributes:
-        name: name of the backbone, such as "DiT". Its models are named after it and their size: "DiT-S/2", and with
-            experts "RemixDiT-S/2".
-        module: the class.
-        sizes: keyword arguments of each size, by its name such as "S/2".
-        mixed_layers: names of the `nn.Linear` layers that a Remix mixes, in which * stands for text without a dot.
-        modulation: names of layers that --mix-modulation mixes too. They start at zero.
-        blocks: name of the list of blocks. Their activations can be computed again in the backward pass.
-        class_embedding: name of the `nn.Embedding` of the classes. The null class, if there is one, is its last row.
-        before_compile: function that is called with a model that will be compiled, and the device that it will run on,
-            and changes the model in place; None if nothing changes.
-        flops: function that `count_flops` calls; None to count the operations of a forward pass without data, which
-            imports the compiler.
-    """
-
-    name: str
-    module: type[nn.Module]
-    sizes: dict[str, dict]
-    mixed_layers: tuple[str, ...]
-    modulation: tuple[str, ...] = ()
-    blocks: str = "blocks"
-    class_embedding: str = "y_embedder.embedding_table"
-    before_compile: Callable[[nn.Module, torch.device], None] | None = None
-    flops: Callable[[dict], int] | None = None
-
-    def models(self) -> dict[str, Callable[..., nn.Module]]:
-        """Return what builds the model of each size, by the model's name. It takes further keyword arguments."""
-        return {f"{self.name}-{size}": partial(self.module, **arguments) for size, arguments in self.sizes.items()}
-
-    def find_size(self, config: dict) -> str | None:
-        """Return the name of the size that has these keyword arguments, or None. Those that are missing match any."""
-        for size, arguments in self.sizes.items():
-            if all(config.get(key, value) == value for key, value in arguments.items()):
-                return size
-        return None
-
-    def find_blocks(self, module: nn.Module) -> list[nn.Module]:
-        """Return the blocks of a model of this class."""
-        return list(module.get_submodule(self.blocks))
-
-    def count_flops(self, config: dict) -> int:
-        """Count the FLOPs of the matrix products of one forward pass, per image.
-
-        Args:
-            config: the keyword arguments of the class.
-        """
-        if self.flops is not None:
-            return self.flops(config)
-        from torch.utils.flop_counter import FlopCounterMode
-
-        with meta_device(), FlopCounterMode(display=False) as counter:
-            model = self.module(**config).eval()
-            x = torch.empty(1, config["in_channels"], config["input_size"], config["input_size"])
-            model(x, torch.empty(1), torch.empty(1, dtype=torch.long))
-        return counter.get_total_flops()
-
-    @torch.no_grad()
-    def reset_classes(self, module: nn.Module, num_classes: int, kept: dict[int, int]):
-        """Replace the table of the class embeddings by a newly initialized one for other classes.
-
-        The embedding of the null class is kept.
-
-        Args:
-            module: a model of this class, which is changed in place.
-            num_classes: number of new classes.
-            kept: old label of each new class whose embedding is kept.
-        """
-        old, old_classes = module.get_submodule(self.class_embedding), module.config["num_classes"]
-        null_classes = old.num_embeddings - old_classes
-        new = nn.Embedding(num_classes + null_classes, old.embedding_dim).to(old.weight)
-        nn.init.normal_(new.weight, std=0.02)
-        rows = kept | {num_classes + i: old_classes + i for i in range(null_classes)}
-        for row, old_row in rows.items():
-            new.weight[row] = old.weight[old_row]
-        module.set_submodule(self.class_embedding, new)
-        module.config["num_classes"] = num_classes
 
 
 def choose_attention(model: nn.Module, device: torch.device):
@@ -553,64 +453,8 @@ DIT = Backbone(
     sizes={f"{size}/{p}": dict(**shape, patch_size=p) for size, shape in DIT_SIZES.items() for p in (2, 4, 8)},
     mixed_layers=("blocks.*.attn.qkv", "blocks.*.attn.proj", "blocks.*.mlp.fc1", "blocks.*.mlp.fc2"),
     modulation=("blocks.*.adaLN_modulation.1",),
+    file_options=("frequency_shift",),
     before_compile=choose_attention,
     flops=dit_flops,
 )
-# Every backbone, by its name.
-BACKBONES = {backbone.name: backbone for backbone in (DIT,)}
 DiT_models = DIT.models()
-
-
-def find_backbone(module: nn.Module) -> Backbone:
-    """Return the record of a module's class.
-
-    Raises:
-        ValueError: if the class has none.
-    """
-    # PyTorch's wrappers, such as fully_shard, make subclasses.
-    for kind in type(module).__mro__:
-        for backbone in BACKBONES.values():
-            if backbone.module is kind:
-                return backbone
-    raise ValueError(f"a {type(module).__name__} is none of the backbones {', '.join(BACKBONES)}")
-
-
-def model_names() -> list[str]:
-    """Return the names of all models: those of the backbones, and then those with experts, such as "RemixDiT-S/2"."""
-    names = [name for backbone in BACKBONES.values() for name in backbone.models()]
-    return [*names, *(f"Remix{name}" for name in names)]
-
-
-class ModelName(NamedTuple):
-    """What the name of a model says: its backbone, its size such as "S/2", and whether it has experts."""
-
-    backbone: Backbone
-    size: str
-    with_experts: bool
-
-
-def find_model(name: str) -> ModelName:
-    """Look up the name of a model, one of `model_names`.
-
-    Raises:
-        KeyError: if no model has this name.
-    """
-    kind, _, size = name.removeprefix("Remix").partition("-")
-    backbone = BACKBONES[kind]
-    if size not in backbone.sizes:
-        raise KeyError(name)
-    return ModelName(backbone, size, name.startswith("Remix"))
-
-
-def build_plain(name: str, **options) -> nn.Module:
-    """Build a plain backbone.
-
-    Args:
-        name: name of the model, such as "DiT-S/2", or that of its model with experts, "RemixDiT-S/2".
-        **options: further arguments of its class, such as `input_size`.
-
-    Raises:
-        ValueError: see the class.
-    """
-    backbone, size, _ = find_model(name)
-    return backbone.module(**backbone.sizes[size] | options)

@@ -1,0 +1,116 @@
+"""Files of the DiT^DH of RAE (bytetriper/RAE): state dicts, bare or under "ema" and "model".
+
+RAE's time s is 0 for data and 1 for noise, and its network predicts the velocity noise - data. At this project's time
+t = 1 - s, the same flow has the velocity v(x, t) = -v_RAE(x, 1 - t). Both changes are linear maps of single layers, so
+that `read` makes them in the weights and `write` undoes them, as in sit.py.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from interop.lightningdit import block_options, count_blocks
+from interop.shapes import find_state_dict, flow_target, make_config, stored_model_name, stored_settings
+from interop.sit import warn_of_shift
+from models import DITDH
+from runtime.errors import UserError
+from runtime.files import atomic_write
+
+PROCESS = {"process": "flow", "path": "linear", "prediction": "velocity"}
+CHANGES = "RAE: the network is called at 1 - t and its output is negated, both as a change of the weights"
+
+
+def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[str, Tensor]] | None:
+    """Read a DiT^DH. `interop` documents the arguments and the result.
+
+    The config's part "source" says how the weights were changed.
+    """
+    state = find_state_dict(content, ema)
+    backbone = _network_from_shapes(state)
+    if backbone is None:
+        return None
+    stored = stored_settings(content)
+    if backbone["depth"] is None:
+        backbone["depth"] = _said_depth(path, count_blocks(state), overrides.get("depth", stored.get("depth")))
+    if heads := overrides.get("num_heads"):
+        overrides = overrides | {"num_heads": [heads] * 2 if isinstance(heads, int) else [*heads]}
+    config = make_config(path, backbone, None, stored_model_name(stored) | overrides, stored, DITDH)
+    config["diffusion"], config["source"] = dict(PROCESS), CHANGES
+    return config, reverse_time(state)
+
+
+def _network_from_shapes(state: dict[str, Tensor]) -> dict | None:
+    """Determine the keyword arguments of a DiT^DH from the shapes of its tensors.
+
+    Args:
+        state: a state dict under RAE's parameter names.
+
+    Returns:
+        The keyword arguments of `models.DiTDH`, or None if the tensors are not those of one. `num_heads` is missing if
+        the model has neither rotary embeddings nor normalized queries. `depth` is None if the tensors do not show it.
+    """
+    try:
+        width, in_channels, patch_size, _ = state["s_embedder.proj.weight"].shape
+        widths = [len(state[f"blocks.{i}.attn.proj.weight"]) for i in range(count_blocks(state))]
+        head_width = len(state["x_embedder.proj.weight"])
+        depth = [widths.count(width), widths.count(head_width)]
+        if width == head_width:
+            # Each part has at least one block.
+            depth = [1, 1] if len(widths) == 2 else None
+        encoder = block_options(state, 0, "enc_feat_rope", width)
+        head = block_options(state, len(widths) - 1, "dec_feat_rope", head_width)
+        heads = [part.pop("num_heads") for part in (encoder, head) if "num_heads" in part]
+        # The same ratio can give sizes whose smallest ratios differ by rounding.
+        encoder["mlp_ratio"] = head["mlp_ratio"] = max(encoder["mlp_ratio"], head["mlp_ratio"])
+        if encoder != head or state["t_embedder.W"].ndim != 1:
+            return None
+        positions = state["pos_embed"] if "pos_embed" in state else state["enc_feat_rope.freqs_cos"][None]
+        return dict(
+            input_size=math.isqrt(positions.shape[1]) * patch_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            hidden_size=[width, head_width],
+            depth=depth,
+            class_dropout_prob=0.1,
+            num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
+            use_pos_embed="pos_embed" in state,
+            **encoder,
+            **({"num_heads": heads} if heads else {}),
+        )
+    except (LookupError, ValueError, TypeError, ArithmeticError):
+        # A missing tensor, or one with other dimensions.
+        return None
+
+
+def _said_depth(path, n_blocks: int, said) -> list[int]:
+    """Return the numbers of blocks of both parts as the file or the user says them, if they suit the tensors."""
+    if isinstance(said, list | tuple) and len(said) == 2 and sum(said) == n_blocks:
+        return [*said]
+    raise UserError(
+        f"{path} holds a DiTDH whose encoder and head have one width: specify how its {n_blocks} blocks are divided "
+        "(depth, two numbers)"
+    )
+
+
+def reverse_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Change the weights of v(x, t) to those of -v(x, 1 - t). Twice gives the same weights again, except for rounding.
+
+    The first layer of the time embedding reads sin(f s) and cos(f s), which the addition theorems write as sums of
+    sin(f t) and cos(f t) with s = 1 - t.
+    """
+    first = state["t_embedder.mlp.0.weight"]  # [D, 2 * frequencies], the sines before the cosines
+    f = 2 * math.pi * state["t_embedder.W"].double()
+    sines, cosines = first.double().chunk(2, dim=1)
+    rotated = torch.cat([cosines * f.sin() - sines * f.cos(), cosines * f.cos() + sines * f.sin()], dim=1)
+    negated = {key: -state[key] for key in ("final_layer.linear.weight", "final_layer.linear.bias")}
+    return state | negated | {"t_embedder.mlp.0.weight": rotated.to(first.dtype)}
+
+
+def write(path, models: dict[str, nn.Module], config: dict):
+    """Write the EMA weights of a DiT^DH as a bare state dict, which RAE's scripts load. `interop` documents it."""
+    if flow_target(config["diffusion"]) != PROCESS:
+        raise UserError("a file of RAE holds a flow of the linear path that predicts the velocity, which this is not")
+    warn_of_shift(path, config)
+    with atomic_write(path) as temporary:
+        torch.save(reverse_time(models["ema"].state_dict()), temporary)
