@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import ROOT, relative
 from safetensors.torch import load_file, save_file
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
@@ -872,6 +871,8 @@ def test_the_documentation_trains_and_samples(steps, tmp_path, monkeypatch):
     exec(compile(code, "any-transformer.md", "exec"), names)
     torch.testing.assert_close(names["with_adapters"], names["with_remix"], rtol=1e-3, atol=1e-3)
     if not steps:
+        from sklearn.neighbors import KNeighborsClassifier
+
         classifier = KNeighborsClassifier().fit(names["images"].flatten(1), names["labels"])
         assert (classifier.predict(names["digits"].flatten(1)) == np.arange(100) % 10).mean() > 0.75
 
