@@ -127,8 +127,10 @@ def test_colours_that_are_recorded_without_a_profile_are_reported():
     def treatment(file) -> list[str]:
         return read_image(file)[1]
 
-    adobe = Image.Exif()
-    adobe.get_ifd(0x8769)[0xA005] = {1: "R03"}
+    # Three directories with one entry each: the tag, type, number and value. The first two hold the place of the next.
+    entries = ((0x8769, 4, 1, struct.pack(">I", 26)), (0xA005, 4, 1, struct.pack(">I", 44)), (1, 2, 4, b"R03\0"))
+    adobe = b"".join(struct.pack(">HHHI", 1, *entry[:3]) + entry[3] + bytes(4) for entry in entries)
+    adobe = b"Exif\0\0MM\0*" + struct.pack(">I", 8) + adobe
     reported = ["colours other than sRGB's, recorded without a profile, not applied"]
     gamma, chromaticity = struct.pack(">I", 45455), (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
     assert treatment(png(gAMA=gamma, cHRM=struct.pack(">8I", *chromaticity))) == []
