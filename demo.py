@@ -105,7 +105,9 @@ def write_digits(out: Path):
             accuracy = np.mean(classifier(as_input(images))[2].argmax(1).numpy() == labels)
         print(f"{split}: {len(images)} images, classifier accuracy {accuracy:.3f}", flush=True)
     example = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    program = torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    program = torch.export.export(
+        classifier, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=65536)},)
+    )
     with atomic_write(out / "classifier.pt2") as temporary:
         # torch.export.save accepts only this suffix.
         program_path = temporary.with_name(f"{temporary.name}.pt2")

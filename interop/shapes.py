@@ -293,16 +293,32 @@ def _guess_data(path, backbone: dict, stored: dict) -> dict:
     vae = dict(assumed_vae(backbone["in_channels"]))
     side = backbone["input_size"] * LATENT_FACTORS.get(backbone["in_channels"], 1)
     said = stored.get("image_size", stored.get("resolution"))
+    channels, latent_side = backbone["in_channels"], backbone["input_size"]
     if isinstance(said, int) and said != side:
         if vae["vae"] != "none":
             raise UserError(
                 f"{path} says that its images have {said} pixels per side, but the published VAE gives latents of side "
-                f"{backbone['input_size']} for {side}: save its state dict alone to use it with another VAE"
+                f"{latent_side} for {side}: save its state dict alone to use it with another VAE"
+            )
+        # A VAE halves the side some times.
+        factor, rest = divmod(said, latent_side)
+        if rest or factor.bit_count() != 1 or channels in (1, 3):
+            raise UserError(
+                f"{path} says that its images have {said} pixels per side, but its model denoises {channels} channels "
+                f"of side {latent_side}, which are not its pixels: save its state dict alone to use it with a VAE"
             )
         warn(f"{path} holds a model of latents, for images of {said} pixels: it does not say of which VAE (--vae)")
         side = said
-    if vae["vae"] != "none" and stored.get("vae") in SHORT_NAMES:
-        vae["vae"] = SHORT_NAMES[stored["vae"]]
+    name = stored.get("vae")
+    if isinstance(name, str) and (name in SHORT_NAMES or name in SHORT_NAMES.values()):
+        if channels != 4:
+            raise UserError(f"{path} says vae={name!r}, whose latents have 4 channels, but its tensors have {channels}")
+        vae["vae"] = SHORT_NAMES.get(name, name)
+    elif name and vae["vae"] != "none":
+        raise UserError(
+            f"{path} says vae={name!r}, whose normalization it does not say: save its state dict alone to use it with "
+            "another VAE than the published ones"
+        )
     return {"image_size": side, "classes": None, **vae}
 
 
