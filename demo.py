@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.command_line import ArgumentParser, flags, positive_int, run_script
+from runtime.errors import UserError
 from runtime.files import atomic_write, check_settings, write_json
 
 ROOT = Path(__file__).resolve().parent
@@ -45,10 +46,13 @@ SECONDS = {"images": 15, "encode": 35, "continued": 70, "remix": 100, "sample": 
 
 def main(args: argparse.Namespace):
     out = Path(args.out or "demo" + ("-quick" if args.quick else "") + (f"-seed-{args.seed}" if args.seed else ""))
-    if (out / "settings.json").exists():
-        check_settings(out / "settings.json", dict(seed=args.seed, quick=args.quick), "choose another --out")
+    settings, record = dict(seed=args.seed, quick=args.quick), out / "settings.json"
+    if record.exists():
+        check_settings(record, settings, "choose another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty, and not the folder of a demo: choose another one")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", dict(seed=args.seed, quick=args.quick))
+    write_json(record, settings)
     images, features, runs, samples = out / "images", out / "features", out / "runs", out / "samples"
     if args.quick:
         per_class, steps, n_samples, sampling_steps, per_time = 50, 20, 100, 5, 5

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from PIL import Image
 
 import demo
@@ -21,6 +22,7 @@ def commands(monkeypatch, tmp_path) -> list[tuple[str, list[str]]]:
     folder = Path("demo")
     (folder / "samples" / "remix").mkdir(parents=True)
     (folder / "samples" / "remix" / "grid.png").touch()
+    (folder / "settings.json").write_text('{"seed": 0, "quick": false}')
     recorded = []
 
     def record(processes: int, script: str, *words):
@@ -69,9 +71,13 @@ def test_a_demo_that_was_interrupted_skips_what_is_finished(commands, capsys):
     assert [script for script, _ in commands] == ["train_fast.py", "sample_ddp.py", "sample_ddp.py", "visualize.py"]
 
 
-def test_another_seed_does_not_continue_in_the_same_folder(commands):
+def test_only_the_same_demo_continues_in_a_folder(commands):
     with pytest.raises(UserError, match="seed=0, not 3"):
         demo.main(argparse.Namespace(out="demo", quick=False, processes=1, seed=3))
+    Path("other").mkdir()
+    Path("other", "file").touch()
+    with pytest.raises(UserError, match="--out other is not empty"):
+        demo.main(argparse.Namespace(out="other", quick=False, processes=1, seed=0))
 
 
 def test_the_images_are_those_of_the_sheets(tmp_path):
@@ -159,3 +165,27 @@ def test_the_demo_states_the_spread_over_the_seeds():
     change = fid["remix"] - fid["continued"]
     spread = f"{change.mean():.2f} ± {np.std(change, ddof=1):.2f}, lower in 5 of 5"
     assert f"Remix-DiT 4-20 relative to continued training: {spread}" in text
+
+
+def test_the_documentation_has_the_results():
+
+    def spread(numbers) -> str:
+        return f"{numbers.mean():.2f} ± {numbers.std(ddof=1):.2f}"
+
+    keys = (*demo.SCORES, "error")
+    values = {
+        name: {key: np.array([float(row[key]) for row in rows]) for key in keys} for name, rows in results().items()
+    }
+    fid = [values[name]["FID"] for name in demo.MODELS]
+    changes = [spread(after - before) for before, after in pairwise(fid)]
+    cells = [f"{own.mean():.2f} ({change})" for own, change in zip(fid[1:], changes, strict=True)]
+    line = " | ".join(["| FID", f"{fid[0].mean():.2f}", *cells]) + " |"
+    assert line in (ROOT / "README.md").read_text().splitlines()
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    for name, title in demo.MODELS.items():
+        shown = [spread(values[name][key]) for key in demo.SCORES]
+        change = 100 * (values[name]["error"] / values["pretrained"]["error"] - 1)
+        shown.append("0" if name == "pretrained" else f"{spread(change)} %")
+        assert " | ".join([f"| {title}", *shown]) + " |" in page.splitlines()
+    for change in changes:
+        assert change in page
