@@ -1,6 +1,6 @@
 # Each target except test-versions first creates .venv with the versions of requirements.lock.
 #
-#   make demo        the whole pipeline on handwritten digits, on a CPU
+#   make demo        the whole pipeline on Fashion-MNIST, on a CPU
 #   make test        lint, then the tests without the markers slow and faults
 #   make test-faults the tests with the marker faults and without slow: one of each kind of fault
 #   make test-all    make test, then all tests with these markers
