@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from evaluation.networks import save_program
 from runtime.command_line import ArgumentParser, flags, positive_int, run_script
-from runtime.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent
 # Prefix of each run: its name in the table of scores, and its model.
@@ -104,13 +104,7 @@ def write_digits(out: Path):
         with torch.no_grad():
             accuracy = np.mean(classifier(as_input(images))[2].argmax(1).numpy() == labels)
         print(f"{split}: {len(images)} images, classifier accuracy {accuracy:.3f}", flush=True)
-    example = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    program = torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    with atomic_write(out / "classifier.pt2") as temporary:
-        # torch.export.save accepts only this suffix.
-        program_path = temporary.with_name(f"{temporary.name}.pt2")
-        torch.export.save(program, program_path)
-        program_path.rename(temporary)
+    save_program(classifier, out / "classifier.pt2", side=8)
 
 
 def split_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -206,7 +200,8 @@ def score_table(samples: Path) -> str:
     lines = [f"{'':20} {'IS':>7} {'FID':>7} {'sFID':>7} {'Prec.':>7} {'Recall':>7}"]
     for prefix, (name, _) in MODELS.items():
         scores = json.loads((samples / prefix / "scores.json").read_text())
-        lines.append(f"{name:20} " + " ".join(f"{value:7.2f}" for value in scores.values()))
+        values = (value for score, value in scores.items() if not score.endswith(" std"))
+        lines.append(f"{name:20} " + " ".join(f"{value:7.2f}" for value in values))
     return "\n".join(lines)
 
 
