@@ -147,12 +147,16 @@ def charts(runs: list[RunRecord]) -> str:
     bad = ["bad_steps"] if any(any(run.series("bad_steps")[1]) for run in runs) else []
     weights = sorted({name for run in runs for line in run.reports for name in line if name.endswith("_weight")})
     parts = [section("Losses and errors", [*losses, *bad]), section("Scores", ["fid", "held_out_loss"])]
-    if levels := chart_of_noise_levels(runs):
+    # Timesteps and the noise levels of flows have an axis each.
+    scales = sorted({run.boundaries[-1] for run in runs if run.boundaries}, reverse=True)
+    levels = [drawn for highest in scales if (drawn := chart_of_noise_levels(runs, highest))]
+    if levels:
         which = "several scored steps" if len(runs) == 1 else "the last scored step of each run"
         parts.append(
             "<h2>Error over the noise levels</h2>\n<p class='soft'>The held-out loss of the EMA weights, each expert "
-            f"over its own interval, at {which}.</p>\n<figure class='panel'>{levels}</figure>"
+            f"over its own interval, at {which}.</p>"
         )
+        parts += [f"<figure class='panel wide'>{drawn}</figure>" for drawn in levels]
     over_steps = [
         panel(f"{run.name}: coefficients over the steps", drawn, wide=True)
         for number, run in enumerate(runs)

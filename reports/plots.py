@@ -74,17 +74,21 @@ def chart_of_series(name: str, runs: list[RunRecord], last_step: int) -> str:
     return to_svg(figure, f"series-{name}", TITLES.get(name, name))
 
 
-def chart_of_noise_levels(runs: list[RunRecord]) -> str | None:
+def chart_of_noise_levels(runs: list[RunRecord], highest: float) -> str | None:
     """Draw the held-out loss of each expert over its interval of the noise levels, as SVG; None without such losses.
 
     Of one run, several scored steps are drawn, the later the stronger; of several runs, the last one of each.
+
+    Args:
+        runs: the runs.
+        highest: the highest noise level. Runs of processes with another one are left out.
     """
     figure = new_figure(2 * SIZE[0], SIZE[1])
     axis = figure.subplots()
     drawn, values = [], []
     for number, run in enumerate(runs):
         lines = [line for line in run.scores if run.expert_errors(line)]
-        if not lines or run.boundaries is None:
+        if not lines or run.boundaries is None or run.boundaries[-1] != highest:
             continue
         chosen = sorted({round(i) for i in np.linspace(0, len(lines) - 1, SCORED_STEPS)}) if len(runs) == 1 else [-1]
         for place, i in enumerate(chosen):
@@ -109,10 +113,10 @@ def chart_of_noise_levels(runs: list[RunRecord]) -> str | None:
     if 0 < min(values) < max(values) / LOG_RATIO:
         axis.set_yscale("log")
         plain_log_ticks(axis)
-    axis.set_xlabel(f"{scale_of(next(run.boundaries for run in runs if run.boundaries)).unit} (left: least noise)")
+    axis.set_xlabel(f"{scale_of([0, highest]).unit} (left: least noise)")
     axis.margins(x=0)
     axis.legend(*zip(*drawn, strict=True), fontsize=12, labelcolor=INK, framealpha=0, edgecolor=GRID)
-    return to_svg(figure, "noise-levels", "held-out loss of each expert over its noise levels")
+    return to_svg(figure, f"noise-levels-{highest:g}", "held-out loss of each expert over its noise levels")
 
 
 def chart_of_coefficients(run: RunRecord, number: int, last_step: int) -> str | None:

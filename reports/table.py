@@ -2,6 +2,7 @@
 
 import csv
 import math
+import textwrap
 from pathlib import Path
 from statistics import median
 
@@ -107,11 +108,7 @@ def draw_table(out: Path, titles: list[str], cells: list[list[tuple[str, bool]]]
     """Draw a table as PNG, with the best numbers in bold. Long titles are broken into lines."""
     from matplotlib.figure import Figure
 
-    titles = [
-        title.replace(": ", ":\n").replace("FID while", "FID\nwhile").replace("held-out", "held-out\n")
-        for title in titles
-    ]
-    titles = ["\n".join(filter(None, map(str.strip, title.split("\n")))) for title in titles]
+    titles = ["\n".join(textwrap.wrap(title, 15)) for title in titles]
     columns = [[title, *(row[i][0] for row in cells)] for i, title in enumerate(titles)]
     # In characters of the default font at its default size.
     widths = [max(len(line) for text in column for line in text.split("\n")) + 2 for column in columns]
