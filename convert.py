@@ -14,7 +14,8 @@ sit: a training checkpoint of willisma/SiT, likewise, from a model that was trai
 lightningdit: a file of hustvl/LightningDiT with the same keys and its config, from a LightningDiT or an expert of one.
 rae: the EMA weights of a DiTDH, or of an expert of one, as a bare state dict for bytetriper/RAE.
 safetensors: the EMA weights and the config. Loading a .safetensors file never executes code.
-diffusers: a folder with the EMA weights: a pipeline for a RemixDiT or a flow, otherwise a DiTTransformer2DModel.
+diffusers: a folder with the EMA weights: a pipeline for a RemixDiT or a flow, or with --vae for a DiT; otherwise a
+    DiTTransformer2DModel.
 A file or folder that exists is not replaced.
 --ema-std makes an EMA of any width, if the training stored snapshots (train_fast.py --ema-snapshots).
 --merge makes one plain DiT of all experts, as a baseline or as a start for distillation, in any format but original.
@@ -77,9 +78,9 @@ def main(args: argparse.Namespace):
 
     options = {}
     if args.vae:
-        if not diffusers.is_pipeline(config):
-            raise UserError("--vae is stored in the pipeline of a RemixDiT or a flow, this is the folder of one DiT")
-        options = {"vae": load_vae(args.vae)}
+        if args.expert is not None and not diffusers.is_pipeline(config):
+            raise UserError("--vae is stored in a pipeline, and one expert denoises only its own noise levels")
+        options = {"vae": load_vae(args.vae), "pipeline": True}
     format.module.write(args.out, models, config, **options)
     print(f"wrote {args.out}")
 
@@ -171,7 +172,9 @@ if __name__ == "__main__":
         help="what the model was trained for, if the file does not say it: a bare state dict of SiT is a flow",
     )
     parser.add_argument(
-        "--vae", help="the VAE to store in the pipeline of --to diffusers: ema, mse, a hub name or a local folder"
+        "--vae",
+        help="the VAE to store in the pipeline of --to diffusers: ema, mse, a hub name, a local folder, or none for a "
+        "model of pixels; a DiT becomes a pipeline only with this flag",
     )
     parser.add_argument("--num-heads", **NUM_HEADS_FLAG)
     parser.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)

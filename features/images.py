@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -230,6 +231,25 @@ def _records_other_colours(image: Image.Image) -> bool:
     # As in _orientation.
     except Exception:
         return False
+
+
+def write_images(path, chunks: Iterable[bytes], shape: tuple[int, int, int, int], labels: np.ndarray):
+    """Write images as the .npz file that ADM's evaluator reads. Only one chunk at a time is in memory.
+
+    Args:
+        path: the file.
+        chunks: the pixels, uint8 in C order, in any parts.
+        shape: (n, H, W, 3).
+        labels: labels, int64 [n].
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for chunk in chunks:
+                file.write(chunk)
+        with archive.open("arr_1.npy", "w") as file:
+            np.save(file, labels)
 
 
 def describe_counts(treated: dict[str, int]) -> str:

@@ -451,17 +451,18 @@ def _rename_to_theirs(state: dict[str, Tensor], embedders: list[str]) -> dict[st
     return theirs
 
 
-def write(path, models: dict[str, nn.Module], config: dict, vae=None):
+def write(path, models: dict[str, nn.Module], config: dict, vae=None, pipeline: bool = False):
     """Write the EMA model as a folder for diffusers.
 
-    A DiT becomes the folder of a DiTTransformer2DModel. A RemixDiT or a flow becomes the folder of a pipeline, which
-    holds all the code that diffusers needs to run it.
+    A DiT becomes the folder of a DiTTransformer2DModel, or that of a pipeline. A RemixDiT or a flow always becomes the
+    folder of a pipeline, which holds all the code that diffusers needs to run it.
 
     Args:
         path: the folder to create.
         models: "ema" maps to the model to write.
         config: the config of the checkpoint that the model comes from.
         vae: a diffusers.AutoencoderKL to store in the pipeline, or None.
+        pipeline: write a pipeline also for a DiT.
 
     Raises:
         UserError: if diffusers cannot represent the model, or the VAE has another number of channels.
@@ -469,7 +470,7 @@ def write(path, models: dict[str, nn.Module], config: dict, vae=None):
     model = models["ema"]
     make_transformer = _mixed_transformer if config["model"]["remix"] else _plain_transformer
     transformer = make_transformer(model, config)
-    if is_pipeline(config):
+    if pipeline or is_pipeline(config):
         _write_pipeline(path, transformer, config, vae)
     else:
         with _new_folder(path) as folder:
@@ -477,7 +478,7 @@ def write(path, models: dict[str, nn.Module], config: dict, vae=None):
 
 
 def is_pipeline(config: dict) -> bool:
-    """Return whether `write` writes a pipeline, because the model needs more than diffusers' own DiT pipeline."""
+    """Return whether `write` always writes a pipeline, because the model needs more than diffusers' own one of DiTs."""
     return config["model"]["remix"] is not None or _flow(config) is not None
 
 

@@ -293,6 +293,8 @@ def sample_and_score(study: Study, checkpoints: list[Path], name: str, seed: int
         output = flags(weights=network, json=folder / "scores.json", also="kid", batch_size=200, cache=folder / "cache")
         run("evaluator.py", images, folder / "samples.npz", *output)
         scores = json.loads((folder / "scores.json").read_text())
+        # The study states the spread over its seeds instead.
+        scores = {key: value for key, value in scores.items() if not key.endswith(" std")}
         results |= {f"{kind}{key.lower().replace(' ', '_')}": value for key, value in scores.items()}
     shutil.rmtree(folder)
     return results

@@ -401,6 +401,7 @@ def exported(ckpt, vae, tmp_path_factory):
     save(path / "dit.pt", dit, "DiT-T/4", data)
     save(path / "latent.pt", latent, "RemixDiT-T/2", data)
     run("convert.py", path / "dit.pt", path / "dit", "--to", "diffusers")
+    run("convert.py", path / "dit.pt", path / "dit-pipeline", "--to", "diffusers", "--vae", vae)
     run("convert.py", ckpt, path / "expert", "--to", "diffusers", "--expert", 4)
     run("convert.py", ckpt, path / "pixels", "--to", "diffusers", "--vae", "none")
     run("convert.py", path / "latent.pt", path / "latents", "--to", "diffusers", "--vae", vae)
@@ -500,6 +501,14 @@ with torch.no_grad():
         assert torch.equal(twice, listed)
         one = pipe(1, generator=torch.Generator().manual_seed(0), **few).images
         assert torch.equal(one, pipe([1], generator=torch.Generator().manual_seed(0), **few).images)
+    settings = dict(class_labels=given["labels"], latents=given["latents-noise"], num_inference_steps=10)
+    pipe = load_pipeline("dit-pipeline")
+    results["dit-pipeline-size"] = [image.size for image in pipe(**settings, output_type="pil").images]
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    results["dit-pipeline"] = pipe(**settings, output_type="latent").images
+    pipe.save_pretrained("dit-pipeline-saved")
+    again = load_pipeline("dit-pipeline-saved")
+    assert torch.equal(again(**settings, output_type="latent").images, results["dit-pipeline"])
     for name in ("flow-dit", "flow-remix"):
         settings = dict(class_labels=given["labels"], latents=given["latents-noise"], num_inference_steps=10)
         pipe = load_pipeline(name)
@@ -600,6 +609,22 @@ def test_exported_pipelines_give_our_samples(exported, results, ckpt, name, samp
     theirs = results[f"{name}-{sampler}"]
     assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
     assert ours.std() > 0.1
+
+
+@torch.no_grad()
+def test_a_dit_of_latents_becomes_a_whole_pipeline(exported, results, vae):
+    """With --vae: it gives our samples, holds the VAE with the checkpoint's normalization, and is read back."""
+    model, config = load_denoiser([exported / "dit.pt"])
+    labels, noise = torch.tensor(LABELS), draw_all(4)(None)
+    denoise = GuidedDenoiser(model, labels, 3, make_schedule(1.5, None, 1000))
+    ours = create_process().make_sampler("euler", "10")(denoise, noise, clip_denoised=False)
+    assert (results["dit-pipeline"] - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
+    assert results["dit-pipeline-size"] == [(16, 16)] * 3
+    back, config_back = load_model(exported / "dit-pipeline")
+    assert config_back["model"]["backbone"] == config["model"]["backbone"]
+    assert config_back["data"]["scale"] == 0.7
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(back.state_dict()[key], value, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FLOWS)
