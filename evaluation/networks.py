@@ -339,7 +339,9 @@ def save_program(network: nn.Module, path, side: int):
         side: side of the images in pixels.
     """
     example = torch.zeros(2, 3, side, side, dtype=torch.uint8)
-    program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    # PyTorch 2.6 requires a largest size.
+    shapes = ({0: torch.export.Dim("batch", min=1, max=65536)},)
+    program = torch.export.export(network, (example,), dynamic_shapes=shapes)
     with atomic_write(path) as temporary:
         # torch.export.save accepts only this suffix.
         program_path = temporary.with_name(f"{temporary.name}.pt2")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 from tqdm import tqdm
 
+from evaluation.networks import save_program
 from runtime.errors import UserError, first_line
 from runtime.files import atomic_write
 
@@ -145,8 +146,4 @@ def write_imagenet_features(path: Path, side: int):
         network = ImageNetFeatures()
     except ImportError:
         return print(f"no {path.name}: pip install -r studies/requirements.txt")
-    example = torch.zeros(2, 3, side, side, dtype=torch.uint8)
-    program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    # torch.export.save accepts only the suffix .pt2.
-    torch.export.save(program, path.with_suffix(".part.pt2"))
-    path.with_suffix(".part.pt2").rename(path)
+    save_program(network, path, side)

@@ -447,9 +447,9 @@ class ToyNetwork(torch.nn.Module):
 
 def export_network(network: torch.nn.Module, path: Path, side: int = 8) -> Path:
     """Write a network as a program for evaluator.py, for images of side x side pixels, and return `path`."""
-    shapes = ({0: torch.export.Dim("batch", min=1, max=65536)},)
-    example = torch.zeros(2, 3, side, side, dtype=torch.uint8)
-    torch.export.save(torch.export.export(network, (example,), dynamic_shapes=shapes), path)
+    from evaluation.networks import save_program
+
+    save_program(network, path, side)
     return path
 
 
