@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from diffusion.intervals import DIRECT, EITHER, TIMESTEPS, level_dtype, scale_of
 from mixing import wrapping
@@ -330,9 +329,8 @@ class Remix(wrapping.TransparentModule):
 
     def enable_gradient_checkpointing(self):
         """Let a model of diffusers store only the inputs of each block, and compute the activations again."""
-        function = partial(checkpoint, use_reentrant=False, context_fn=self.batch_coefficients.contexts)
         for i in range(self.n_experts if self.rest == "separate" else 1):
-            self._module(i).enable_gradient_checkpointing(function)
+            self._module(i).enable_gradient_checkpointing(self.batch_coefficients.checkpoint)
 
     def expert(self, i: int) -> nn.Module:
         """Return expert i as a module of the wrapped class with its own parameters, in eval mode; see `fold_`."""

@@ -1,11 +1,13 @@
 """The mixing coefficients: their initial logits, and those of the batch in flight, which all mixed layers share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import checkpoint
 
 
 def prior_bases(n_basis: int, n_experts: int, device: torch.device | str) -> Tensor:
@@ -80,6 +82,12 @@ class BatchCoefficients:
     def sum(self, values: Tensor) -> Tensor:
         """Sum values over the processes that the bases are divided among."""
         return values
+
+    def checkpoint(self, function: Callable, *args, **kwargs) -> Any:
+        """Call a function with activation checkpointing. It may contain mixed layers."""
+        # A compiled graph holds the coefficients of both passes, and no graph can enter the contexts.
+        options = {} if torch.compiler.is_compiling() else {"context_fn": self.contexts}
+        return checkpoint.checkpoint(function, *args, use_reentrant=False, **options, **kwargs)
 
     def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Return two contexts for activation checkpointing: one for the forward pass and one for its repetition.

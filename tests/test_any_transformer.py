@@ -512,6 +512,26 @@ def test_compiled_models_run_groups_without_graph_breaks(kind):
     assert_close(gradients(remix, compiled(**arguments, groups=4).sample), expected)
 
 
+@pytest.mark.parametrize("kind", ["tiny", *(pytest.param(kind, marks=pytest.mark.slow) for kind in CLASSES)])
+def test_compiled_models_checkpoint_their_activations(kind):
+    torch._dynamo.reset()
+    if kind == "tiny":
+        arguments = dict(x=torch.randn(4, 6), sigma=torch.tensor([0.1, 0.3, 0.6, 0.9]))
+        remix = wrap_tiny(Checkpointed())
+    else:
+        remix, arguments = make(kind)
+    expected = gradients(remix, first(remix(**arguments, groups=4)))
+    remix.enable_gradient_checkpointing()
+    compiled = torch.compile(remix, backend="aot_eager", fullgraph=True)
+    assert_close(gradients(remix, first(compiled(**arguments, groups=4))), expected, 5e-7 if kind == "tiny" else 1e-4)
+    # An eager call restores the coefficients in the backward pass.
+    assert_close(gradients(remix, first(remix(**arguments, groups=4))), expected, 5e-7 if kind == "tiny" else 1e-4)
+
+
+def first(output) -> Tensor:
+    return getattr(output, "sample", output)
+
+
 # Pipelines
 
 
@@ -876,6 +896,19 @@ class Tiny(nn.Module):
 
     def forward(self, x, sigma, *extra):
         return self.b(self.a(x).tanh() + sum(extra))
+
+
+class Checkpointed(Tiny):
+    """Computes its layers again in the backward pass, with the function that it gets as a model of diffusers does."""
+
+    checkpoint = None
+
+    def enable_gradient_checkpointing(self, function):
+        self.checkpoint = function
+
+    def forward(self, x, sigma):
+        x = self.a(x) if self.checkpoint is None else self.checkpoint(self.a, x)
+        return self.b(x.tanh())
 
 
 def wrap_tiny(module: nn.Module | None = None, **options) -> Remix:
