@@ -92,7 +92,7 @@ class FoldedRemix(ExpertSwitch, TransparentModule):
         super().__init__()
         self.remix = remix
         # On the host, so that a change of the expert does not wait for the device.
-        self.alpha = remix.coefficients_per_expert()
+        self.alpha = remix.coefficients.per_expert()
         self.plain = remix._plain(0)
         self.folded = None
 

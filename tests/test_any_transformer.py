@@ -204,6 +204,18 @@ def test_every_sample_of_a_mixed_batch_is_denoised_by_its_own_expert(kind):
     assert not torch.allclose(mixed[1], remix.expert(0)(**sample(arguments, 1)).sample, rtol=0.01)
 
 
+@classes
+@torch.no_grad()
+def test_low_rank_batches_of_several_experts_are_one_call(kind):
+    remix, arguments = make(kind, rank=2)
+    calls = []
+    remix.backbone.register_forward_pre_hook(lambda *_: calls.append(1))
+    mixed = remix(**arguments).sample
+    assert len(calls) == 1
+    alone = torch.cat([remix.expert(e)(**sample(arguments, i)).sample for i, e in enumerate(EXPERTS)])
+    torch.testing.assert_close(mixed, alone, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("scope", "rank"), [("global", 2), ("local", None)])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_experts_are_folded_for_all_mixers_scopes_and_ranks(mixer, scope, rank):
@@ -1119,9 +1131,10 @@ class Images(Tiny):
 
 @pytest.mark.parametrize("rows", [2, 3, 4])
 @pytest.mark.parametrize("sigma", [[0.9, 0.1, 0.6, 0.3], [0.9, 0.1, 0.95, 0.2]])
+@ranks
 @torch.no_grad()
-def test_lists_of_samples_are_divided_along_the_list(sigma, rows):
-    remix, images, sigma = wrap_tiny(Images()), [*torch.randn(4, rows, 6)], torch.tensor(sigma)
+def test_lists_of_samples_are_divided_along_the_list(rank, sigma, rows):
+    remix, images, sigma = wrap_tiny(Images(), rank=rank), [*torch.randn(4, rows, 6)], torch.tensor(sigma)
     captions = [torch.randn(4 + i) for i in range(4)]
     (mixed,) = remix(images, sigma, captions)
     for i in range(4):
