@@ -23,7 +23,7 @@ from mixing import wrapping
 from mixing.coefficients import BatchCoefficients, Coefficients, RowsError, expert_weights, initial_logits
 from mixing.experts import ExpertIntervals, centered_gram, fold_layers, measure_distances, restore_intervals
 from mixing.grouped_linear import mix_into, mixed_linear
-from mixing.low_rank import LowRankLinear, pair_options
+from mixing.low_rank import LowRankExpert, LowRankLinear, pair_options
 from mixing.options import PRIOR_BONUS, complete_options
 from mixing.presets import Preset, complete_preset
 from models import DiT_models, build_plain, classifier_free_guidance, find_backbone
@@ -371,6 +371,16 @@ class Remix(wrapping.TransparentModule):
         """Return a copy of expert i's module with plain layers, in eval mode; the mixed ones are not initialized."""
         plain = {id(layer): wrapping.plain_linear(layer) for _, layer in self.mixed()}
         return copy.deepcopy(self._module(i), plain).eval()
+
+    def _folding(self) -> nn.Module:
+        """Return a module to fold experts into, one after the other, in eval mode. Low-rank bases share all tensors."""
+        if self.rank is None:
+            return self._plain(0)
+        module = self.backbone
+        shared = {id(layer): LowRankExpert(layer) for _, layer in self.mixed()}
+        if self.rest == "shared":
+            shared |= {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+        return copy.deepcopy(module, shared).eval()
 
     @torch.no_grad()
     def fold_(self, module: nn.Module, i: int):

@@ -81,9 +81,13 @@ class LowRankLinear(nn.Module):
 
     @staticmethod
     def fold(layers: list["LowRankLinear"], linears: list[nn.Linear], alpha: list[float]):
-        """See `remix.RemixLinear.fold`."""
+        """See `remix.RemixLinear.fold`. The layers may be `LowRankExpert`s, which get the pairs only."""
         for layer, linear in zip(layers, linears, strict=True):
             a, b = layer.lora_pair(alpha)
+            # peft wraps the layers that it adapts.
+            if isinstance(expert := getattr(linear, "base_layer", linear), LowRankExpert):
+                expert.a, expert.b = a.detach(), b
+                continue
             weight, bias = dense_layer(layer.linear)
             # GPUs may compute products of float32 in TF32.
             linear.weight.copy_(weight.double() + b.double() @ a.double())
@@ -106,6 +110,37 @@ class LowRankLinear(nn.Module):
     def extra_repr(self) -> str:
         n_basis, rank, _ = self.lora_A.shape
         return f"in_features={self.in_features}, out_features={self.out_features}, n_basis={n_basis}, rank={rank}"
+
+
+class LowRankExpert(nn.Linear):
+    """One expert of a low-rank layer, as a linear layer without a weight of its own.
+
+    Args:
+        layer: the low-rank layer, whose linear layer is called. `LowRankLinear.fold` chooses the expert.
+    """
+
+    def __init__(self, layer: LowRankLinear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        # In a list, so that it is no submodule: adapters are for this layer.
+        self.layers = [layer]
+        self.register_buffer("a", None, persistent=False)  # [K * r, in]
+        self.register_buffer("b", None, persistent=False)  # [out, K * r]
+
+    @property
+    def weight(self) -> Tensor:
+        """See `LowRankLinear.weight`."""
+        return self.layers[0].weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """See `LowRankLinear.bias`."""
+        return self.layers[0].bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the expert, x [..., in] -> [..., out]."""
+        h = F.linear(x, self.a.to(x.dtype))
+        return self.layers[0].linear(x) + F.linear(h, self.b.to(h.dtype))
 
 
 def pair_options(linear: nn.Linear) -> dict:

@@ -258,7 +258,8 @@ def test_experts_folded_inside_one_autocast_use_their_own_weights(kind, settings
             assert all(torch.equal(folded(**one).sample, out) for one, out in zip(samples, expected, strict=True))
             for expert, one, out in zip((*EXPERTS, 0), samples, expected, strict=True):
                 remix.fold_(plain, expert)
-                assert torch.equal(plain(**one).sample, out)
+                # Low-rank pairs are applied to activations.
+                assert relative(plain(**one).sample, out) <= (0.02 if remix.rank else 0)
     assert not torch.allclose(expected[0], expected[1], rtol=0.1)
 
 
@@ -657,15 +658,21 @@ def write_lora(kind: str, targets: list[str], path, seed: int):
     save_file(state, path)
 
 
-@pytest.mark.parametrize("rest", ["shared", "separate"])
-@pytest.mark.parametrize("kind", ["sd3", "flux", "wan"])
-def test_loras_of_a_folded_remix_are_managed_as_those_of_a_plain_model(kind, rest, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "rest", "rank"),
+    [
+        *((kind, rest, None) for kind in ("sd3", "flux", "wan") for rest in ("shared", "separate")),
+        ("sd3", "shared", 2),
+        ("wan", "separate", 2),
+    ],
+)
+def test_loras_of_a_folded_remix_are_managed_as_those_of_a_plain_model(kind, rest, rank, tmp_path):
     # proj_out is not mixed in any block of SD3 and Wan.
     outside = {"sd3": "proj_out", "flux": "x_embedder", "wan": "proj_out"}[kind]
     files = {"a": tmp_path / "a.safetensors", "b": tmp_path / "b.safetensors"}
     write_lora(kind, ["to_q", outside], files["a"], 1)
     write_lora(kind, ["to_v"], files["b"], 2)
-    remix = randomize(Remix(for_pipeline(kind), n_experts=4, rest=rest).eval())
+    remix = randomize(Remix(for_pipeline(kind), n_experts=4, rest=rest, rank=rank).eval())
     if rest == "separate":
         for i in range(4):
             remix._module(i).get_submodule(outside).weight.data *= 1 + i
@@ -684,7 +691,8 @@ def test_loras_of_a_folded_remix_are_managed_as_those_of_a_plain_model(kind, res
                 plain.set_adapters(list(weights), list(weights.values()))
             with torch.no_grad():
                 expected = plain.transformer(**sample(arguments, i)).sample
-                torch.testing.assert_close(folded(**sample(arguments, i)).sample, expected)
+                tolerance = dict(rtol=1e-4, atol=1e-4) if rank else {}
+                torch.testing.assert_close(folded(**sample(arguments, i)).sample, expected, **tolerance)
 
     pipe.load_lora_weights(files["a"], adapter_name="a")
     check({"a": 1})

@@ -450,6 +450,28 @@ def test_coefficients_are_float32_or_refused():
         remix.coefficients()
 
 
+@torch.no_grad()
+def test_a_folded_remix_of_low_rank_bases_has_no_second_copy_of_the_weights():
+    def storages(tensors) -> dict[int, int]:
+        return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+    remix, x = wrap(Tiny(width=64)), torch.randn(4, 5, 64)
+    folded = FoldedRemix(remix)
+    outputs = [folded(x[i : i + 1], SIGMA[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(torch.cat(outputs), remix(x, SIGMA))
+    pairs = sum(layer.lora_B.nbytes for _, layer in remix.mixed())
+    own = sum(storages(remix.parameters()).values())
+    everything = storages([*folded.parameters(), *folded.buffers()])
+    for buffer in remix.buffers():
+        everything.pop(buffer.untyped_storage().data_ptr(), None)
+    assert sum(everything.values()) <= own + pairs
+    # Conversions reach the shared weights once.
+    folded.bfloat16()
+    assert folded.plain.a.weight is remix.backbone.a.linear.weight
+    assert folded.plain.a.weight.dtype == folded.plain.a.b.dtype == torch.bfloat16
+    assert relative(folded(x[:1].bfloat16(), SIGMA[:1]).float(), outputs[0]) < 0.05
+
+
 def test_copies_share_no_parameters():
     model = random_low_rank()
     other = copy.deepcopy(model)
