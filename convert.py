@@ -33,6 +33,7 @@ from features.autoencoder import Latents, load_autoencoder
 from interop import FORMATS, diffusers
 from interop.own import find_checkpoint
 from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override
+from mixing.experts import stored_state
 from remix import Remix, RemixDiT
 from runtime.command_line import ArgumentParser, counted, number, run_script
 from runtime.errors import UserError
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace):
     if args.ema_std:
         fit = fit_snapshots(find_checkpoint(args.ckpt), args.ema_std)
         print(fit)
-        models["ema"].load_state_dict(reconstruct(fit, models["ema"].state_dict()))
+        models["ema"].load_state_dict(reconstruct(fit, stored_state(models["ema"])))
         config["source"] = f"post-hoc EMA of relative standard deviation {args.ema_std} of {args.ckpt}"
     choose_process(args.ckpt, config, args.process)
     name, architecture = config["model"]["name"], config["model"]["architecture"]
