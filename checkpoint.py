@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from interop import FORMATS, diffusers
 from interop.own import find_checkpoint, read_checkpoint
 from interop.shapes import recognize_other
+from mixing.experts import stored_state
 from models import BACKBONES, find_backbone, meta_device
 from remix import Remix, RemixDiT
 from runtime.errors import UserError, first_line
@@ -127,7 +128,7 @@ def check_shapes(path, config: dict, state: dict[str, Tensor]):
     if depth > len(state):
         raise UserError(f"{path} does not fit the model: {depth} blocks, but {len(state)} tensors")
     with meta_device():
-        expected = build_model(config).state_dict()
+        expected = stored_state(build_model(config))
     for key, value in expected.items():
         if key in state and state[key].shape != value.shape:
             shapes = f"{list(state[key].shape)}, not {list(value.shape)}"

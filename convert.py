@@ -14,7 +14,8 @@ sit: a training checkpoint of willisma/SiT, likewise, from a model that was trai
 lightningdit: a file of hustvl/LightningDiT with the same keys and its config, from a LightningDiT or an expert of one.
 rae: the EMA weights of a DiTDH, or of an expert of one, as a bare state dict for bytetriper/RAE.
 safetensors: the EMA weights and the config. Loading a .safetensors file never executes code.
-diffusers: a folder with the EMA weights: a pipeline for a RemixDiT or a flow, otherwise a DiTTransformer2DModel.
+diffusers: a folder with the EMA weights: a pipeline for a RemixDiT or a flow, or with --vae for a DiT; otherwise a
+    DiTTransformer2DModel.
 A file or folder that exists is not replaced.
 --ema-std makes an EMA of any width, if the training stored snapshots (train_fast.py --ema-snapshots).
 --merge makes one plain DiT of all experts, as a baseline or as a start for distillation, in any format but original.
@@ -31,7 +32,8 @@ from diffusion.intervals import intervals
 from features.autoencoder import Latents, load_autoencoder
 from interop import FORMATS, diffusers
 from interop.own import find_checkpoint
-from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override, heads_override
+from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override
+from mixing.experts import stored_state
 from remix import Remix, RemixDiT
 from runtime.command_line import ArgumentParser, counted, number, run_script
 from runtime.errors import UserError
@@ -50,12 +52,13 @@ def main(args: argparse.Namespace):
         raise UserError(f"--expert and --merge give a plain model: use another format, not --to {args.to}")
 
     keys = ("ema", "model") if format.raw_weights else ("ema",)
-    overrides = heads_override(args.num_heads) | frequency_override(args.timestep_frequencies)
+    overrides = {"num_heads": args.num_heads} if args.num_heads else {}
+    overrides |= frequency_override(args.timestep_frequencies)
     models, config = load_models(args.ckpt, keys, args.trust_pickle, **overrides)
     if args.ema_std:
         fit = fit_snapshots(find_checkpoint(args.ckpt), args.ema_std)
         print(fit)
-        models["ema"].load_state_dict(reconstruct(fit, models["ema"].state_dict()))
+        models["ema"].load_state_dict(reconstruct(fit, stored_state(models["ema"])))
         config["source"] = f"post-hoc EMA of relative standard deviation {args.ema_std} of {args.ckpt}"
     choose_process(args.ckpt, config, args.process)
     name, architecture = config["model"]["name"], config["model"]["architecture"]
@@ -76,9 +79,9 @@ def main(args: argparse.Namespace):
 
     options = {}
     if args.vae:
-        if not diffusers.is_pipeline(config):
-            raise UserError("--vae is stored in the pipeline of a RemixDiT or a flow, this is the folder of one DiT")
-        options = {"vae": load_vae(args.vae)}
+        if args.expert is not None and not diffusers.is_pipeline(config):
+            raise UserError("--vae is stored in a pipeline, and one expert denoises only its own noise levels")
+        options = {"vae": load_vae(args.vae), "pipeline": True}
     format.module.write(args.out, models, config, **options)
     print(f"wrote {args.out}")
 
@@ -170,7 +173,9 @@ if __name__ == "__main__":
         help="what the model was trained for, if the file does not say it: a bare state dict of SiT is a flow",
     )
     parser.add_argument(
-        "--vae", help="the VAE to store in the pipeline of --to diffusers: ema, mse, a hub name or a local folder"
+        "--vae",
+        help="the VAE to store in the pipeline of --to diffusers: ema, mse, a hub name, a local folder, or none for a "
+        "model of pixels; a DiT becomes a pipeline only with this flag",
     )
     parser.add_argument("--num-heads", **NUM_HEADS_FLAG)
     parser.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)

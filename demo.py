@@ -1,217 +1,305 @@
-"""Run the whole pipeline on handwritten digits: encode, train, sample, score and draw, in minutes on a CPU.
+"""Run the whole pipeline on Fashion-MNIST: encode, fine-tune, sample, score and draw, in minutes on a CPU.
 
     python demo.py
 
-The dataset is scikit-learn's: 1,797 images of 8x8 pixels, which need no download. The demo prints each command before
-it runs it. The commands are the project's scripts with ordinary flags, and can be copied for other data. All files are
-written below --out. Steps that an earlier run finished are skipped.
+The images, 70,000 garments of 16x16 gray pixels (studies/fashion-mnist), the pretrained DiT and the classifier of the
+scores (studies/results/fashion) are in the repository, so nothing is downloaded. The demo prints each command before it
+runs it. The commands are the project's scripts with ordinary flags, and can be copied for other data. All files are
+written below --out. If the demo is interrupted, the same command continues.
 """
 
 import argparse
+import csv
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor, nn
 
 from runtime.command_line import ArgumentParser, flags, positive_int, run_script
-from runtime.files import atomic_write
+from runtime.errors import UserError
+from runtime.files import atomic_write, check_settings, write_json
 
 ROOT = Path(__file__).resolve().parent
-# Prefix of each run: its name in the table of scores, and its model.
-MODELS = {
-    "pretrained": ("pretrained DiT", "DiT-T/2"),
-    "continued": ("continued training", "DiT-T/2"),
-    "remix": ("Remix-DiT 4-20", "RemixDiT-T/2"),
-    "flow": ("DiT, flow matching", "DiT-T/2"),
-}
+IMAGES = ROOT / "studies" / "fashion-mnist"
+STUDY = ROOT / "studies" / "results" / "fashion"
+# The results of seeds 0 to 4, which are those of `seed_table`.
+RESULTS = STUDY / "demo.csv"
+SEEDS = 5
+SIDE = 16
+# Name of each model in the tables and figures, by the name of its run.
+MODELS = {"pretrained": "pretrained DiT", "continued": "continued training", "remix": "Remix-DiT 4-20"}
+# Scores of evaluator.py in the tables.
+SCORES = ("FID", "Inception Score", "Precision", "Recall")
+# Timesteps between two at which the error is measured, and timesteps that are averaged in the figure.
+EVERY, BIN = 5, 25
+# Seconds of each part of the demo on two cores of an AMD EPYC.
+SECONDS = {"images": 15, "encode": 35, "continued": 70, "remix": 100, "sample": 120, "score": 30, "draw": 20}
 
 
 def main(args: argparse.Namespace):
-    start = time.perf_counter()
-    out = Path(args.out or ("demo-quick" if args.quick else "demo"))
-    digits, features, outputs, samples = out / "digits", out / "features", out / "outputs", out / "samples"
+    out = Path(args.out or "demo" + ("-quick" if args.quick else "") + (f"-seed-{args.seed}" if args.seed else ""))
+    settings, record = dict(seed=args.seed, quick=args.quick), out / "settings.json"
+    if record.exists():
+        check_settings(record, settings, "choose another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty, and not the folder of a demo: choose another one")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(record, settings)
+    images, features, runs, samples = out / "images", out / "features", out / "runs", out / "samples"
     if args.quick:
-        pretraining_steps, finetuning_steps, n_samples, sampling_steps = 60, 40, 100, 10
+        per_class, steps, n_samples, sampling_steps, per_time = 50, 20, 100, 5, 5
     else:
-        pretraining_steps, finetuning_steps, n_samples, sampling_steps = 4000, 2000, 1000, 100
+        per_class, steps, n_samples, sampling_steps, per_time = None, 2500, 5000, 50, 100
+    checkpoints = {name: runs / name / "checkpoints" / f"{steps:07d}.pt" for name in MODELS}
+    checkpoints["pretrained"] = STUDY / "pretrained" / f"pixels-{args.seed}.safetensors"
+    compiled = not args.quick and can_compile()
+    progress = Progress()
 
-    print_heading("1. Write handwritten digits as image folders, and train a small classifier for the scores")
-    if not (digits / "classifier.pt2").exists():
-        write_digits(digits)
+    progress.heading("images", "Write the images of 55,000 garments for training and 10,000 for testing")
+    if not (images / "test.npz").exists():
+        write_images(images, per_class)
 
-    print_heading("2. Encode the images: as pixels here, with a VAE on ImageNet")
-    if not (features / "index.json").exists():
-        pixels = flags(vae="none", image_size=8, grayscale=True, mirror=False, num_workers=0)
-        run(args.processes, "extract_features.py", *flags(data_path=digits / "train", features_path=features), *pixels)
+    progress.heading("encode", "Encode the images: as pixels here, with a VAE on ImageNet")
+    for split in ("train", "test"):
+        if not (features / split / "index.json").exists():
+            pixels = flags(vae="none", image_size=SIDE, grayscale=True, mirror=False, batch_size=256, num_workers=0)
+            paths = flags(data_path=images / split, features_path=features / split)
+            run(args.processes, "extract_features.py", *paths, *pixels)
 
-    print_heading(
-        "3. Train a DiT, then continue its training as a DiT and as a Remix-DiT for the same number of steps; train a "
-        "DiT with flow matching for as many steps as the first one"
-    )
-    checkpoints = train(features, outputs, pretraining_steps, finetuning_steps, args.processes)
+    for name in ("continued", "remix"):
+        progress.heading(name, f"Fine-tune the pretrained DiT as a {'Remix-DiT' if name == 'remix' else 'DiT'}")
+        if not checkpoints[name].exists():
+            # The EMA covers the last fifth of the run.
+            words = flags(data_path=features / "train", results_dir=runs, prefix=name, max_steps=steps)
+            words += flags(
+                model="RemixDiT-T/4" if name == "remix" else "DiT-T/4", load_weight=checkpoints["pretrained"]
+            )
+            # The published prior.
+            words += flags(n_basis=4, n_experts=20, prior_bonus=3) if name == "remix" else []
+            words += flags(global_batch_size=128, lr=1e-3, ema_decay=0.998, global_seed=1000 + args.seed)
+            words += flags(compile=compiled, log_every=250, ckpt_every=500, keep=1, sample_every=0, num_workers=0)
+            run(args.processes, "train_fast.py", *words, *flags(resume="auto"))
 
-    print_heading(f"4. Sample {n_samples:,} digits from each model")
-    common = flags(num_fid_samples=n_samples, num_sampling_steps=sampling_steps, per_proc_batch_size=100)
-    for prefix, ckpt in checkpoints.items():
-        if not (samples / prefix / "samples.npz").exists():
-            run(args.processes, "sample_ddp.py", *flags(ckpt=ckpt, sample_dir=samples, name=prefix), *common)
+    progress.heading("sample", f"Sample {n_samples:,} images from each model")
+    for name, checkpoint in checkpoints.items():
+        if not (samples / name / "samples.npz").exists():
+            words = flags(ckpt=checkpoint, num_fid_samples=n_samples, num_sampling_steps=sampling_steps, cfg_scale=1)
+            words += flags(global_seed=args.seed, per_proc_batch_size=500, compile=compiled)
+            run(args.processes, "sample_ddp.py", *words, *flags(sample_dir=samples, name=name))
 
-    print_heading("5. Score the samples against digits that were not used for training")
-    for prefix in MODELS:
-        files = flags(weights=digits / "classifier.pt2", json=samples / prefix / "scores.json")
-        run(1, "evaluator.py", digits / "heldout.npz", samples / prefix / "samples.npz", *files)
+    progress.heading("score", "Score the samples against the test images, in the features of a classifier of garments")
+    if not (out / "scores.json").exists():
+        words = flags(weights=STUDY / f"classifier-{SIDE}.pt2", batch_size=200, cache=out / "cache")
+        paths = [samples / name / "samples.npz" for name in MODELS]
+        run(1, "evaluator.py", images / "test.npz", *paths, *words, *flags(json=out / "scores.json"))
 
-    print_heading("6. Draw the learned mixing coefficients")
+    progress.heading("draw", "Draw the mixing coefficients, and the errors of the predicted noise over the timesteps")
     for suffix in (".png", ".csv"):
         (out / f"coefficients{suffix}").unlink(missing_ok=True)
     run(1, "visualize.py", "coefficients", checkpoints["remix"], *flags(out=out / "coefficients.png"))
-    shutil.copyfile(samples / "remix" / "grid.png", out / "digits.png")
+    shutil.copyfile(samples / "remix" / "grid.png", out / "garments.png")
+    errors = {name: heldout_errors(path, features / "test", per_time) for name, path in checkpoints.items()}
+    draw_errors(errors, out / "errors.png")
 
-    table = score_table(samples)
-    (out / "scores.txt").write_text(table + "\n")
-    print_heading(f"Done in {(time.perf_counter() - start) / 60:.1f} minutes")
-    print(table)
-    print(f"{n_samples:,} samples of one seed against 300 held-out digits, {finetuning_steps:,} fine-tuning steps")
-    print(f"Generated digits       {out / 'digits.png'}")
-    print(f"Mixing coefficients    {out / 'coefficients.png'}")
+    scores = dict(zip(MODELS, json.loads((out / "scores.json").read_text()).values(), strict=True))
+    rows = [
+        dict(seed=args.seed, model=name, steps=0 if name == "pretrained" else steps)
+        | {score: f"{scores[name][score]:.4f}" for score in SCORES}
+        | dict(error=f"{errors[name].mean():.7f}")
+        for name in MODELS
+    ]
+    write_rows(out / "scores.csv", rows)
+    progress.end()
+    print(score_table(rows))
+    print(f"{n_samples:,} samples of each model in {sampling_steps} steps, {steps:,} steps of fine-tuning, one seed")
+    print("error: of the predicted noise, on test images, relative to the pretrained DiT")
+    print(
+        seed_table(read_rows(RESULTS))
+        if not args.quick
+        else "--quick tests that everything runs: the scores mean nothing"
+    )
+    print(f"Generated garments           {out / 'garments.png'}")
+    print(f"Mixing coefficients          {out / 'coefficients.png'}")
+    print(f"Errors over the timesteps    {out / 'errors.png'}")
 
 
-def write_digits(out: Path):
-    """Write the splits of the digits, and a classifier whose features evaluator.py uses instead of Inception's.
+def can_compile() -> bool:
+    """Return whether torch.compile has what it needs on a CPU: a C++ compiler and Python's header files."""
+    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler and Path(sysconfig.get_path("include"), "Python.h").exists():
+        return True
+    print(
+        "There is no C++ compiler, or Python.h is missing (python3-dev): without torch.compile, the demo takes longer"
+    )
+    return False
 
-    A split is a folder of PNG images, with one folder per class, and an .npz file for evaluator.py. The classifier,
-    classifier.pt2, is written last: if it exists, all other files do.
+
+def write_images(out: Path, per_class: int | None):
+    """Write the splits train and test as folders of PNG images, one folder per class, and test.npz for evaluator.py.
+
+    Args:
+        out: folder to write. test.npz is written last: if it exists, all other files do.
+        per_class: number of images of each class; None for all.
     """
-    splits = split_digits()
-    for split, (images, labels) in splits.items():
-        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            path = out / split / str(label) / f"{number:04d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
-        np.savez(out / f"{split}.npz", arr_0=np.repeat(images[..., None], 3, axis=-1), arr_1=labels)
+    from PIL import Image
 
-    classifier = train_classifier(*splits["train"])
-    for split, (images, labels) in splits.items():
-        with torch.no_grad():
-            accuracy = np.mean(classifier(as_input(images))[2].argmax(1).numpy() == labels)
-        print(f"{split}: {len(images)} images, classifier accuracy {accuracy:.3f}", flush=True)
-    example = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    program = torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    with atomic_write(out / "classifier.pt2") as temporary:
-        # torch.export.save accepts only this suffix.
-        program_path = temporary.with_name(f"{temporary.name}.pt2")
-        torch.export.save(program, program_path)
-        program_path.rename(temporary)
+    for split in ("train", "test"):
+        sheets = [(path.stem, cut_sheet(path)[:per_class]) for path in sorted((IMAGES / split).glob("*.png"))]
+        for name, images in sheets:
+            (out / split / name).mkdir(parents=True, exist_ok=True)
+            for number, image in enumerate(images):
+                # Little compression, because small files take a block of the disk anyway.
+                Image.fromarray(image).save(out / split / name / f"{number:04d}.png", compress_level=1)
+    with atomic_write(out / "test.npz") as temporary, open(temporary, "wb") as file:
+        images = np.concatenate([images for _, images in sheets])
+        np.savez(file, arr_0=np.repeat(images[..., None], 3, axis=-1))
 
 
-def split_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the images and labels of three disjoint splits, which are the same on every call.
+def cut_sheet(path: Path) -> np.ndarray:
+    """Return the images of a sheet of studies/fashion-mnist, uint8 [n, 16, 16]."""
+    from PIL import Image
 
-    Returns:
-        For "train", "validation" (300 images for choosing settings) and "heldout" (300 images for reported results):
-        images, uint8 [n, 8, 8] (the dataset's 0..16 scaled to 0..255), and labels [n].
+    sheet = np.asarray(Image.open(path))
+    return sheet.reshape(-1, SIDE, sheet.shape[1] // SIDE, SIDE).swapaxes(1, 2).reshape(-1, SIDE, SIDE)
+
+
+def heldout_errors(checkpoint: Path, features: Path, per_time: int) -> np.ndarray:
+    """Return the mean squared errors of a model's predicted noise on test images, [times], at every EVERY-th timestep.
+
+    The images and their noise at a timestep are the same for all models.
+
+    Args:
+        checkpoint: file of the model.
+        features: folder of the encoded test images.
+        per_time: images per timestep.
     """
-    # Only the first run reads the digits.
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    import torch
 
-    digits = load_digits()
-    images, labels = (digits.images * (255 / 16)).round().astype(np.uint8), digits.target
-    rest, heldout = train_test_split(np.arange(len(images)), test_size=300, stratify=labels, random_state=0)
-    train, validation = train_test_split(rest, test_size=300, stratify=labels[rest], random_state=0)
-    rows = {"train": train, "validation": validation, "heldout": heldout}
-    return {split: (images[i], labels[i]) for split, i in rows.items()}
+    from diffusion import create_process
+    from features.dataset import FeatureDataset
+    from sampling.loading import load_denoiser
+    from training.statistics import HeldOutErrors
 
-
-class Classifier(nn.Module):
-    """A small convolutional classifier of 10 classes of images of 8x8 pixels."""
-
-    def __init__(self):
-        super().__init__()
-        self.low = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.ReLU()
-        )
-        self.high = nn.Sequential(nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU())
-        self.logits = nn.Linear(64, 10)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the features of images.
-
-        Args:
-            images: uint8 [B, 3, 8, 8].
-
-        Returns:
-            Pooled features [B, 64], spatial features [B, 128] and logits [B, 10].
-        """
-        low = self.low(images.float().mean(1, keepdim=True) / 127.5 - 1)  # [B, 64, 4, 4]
-        pool = self.high(low)  # [B, 64]
-        return pool, low[:, :8].flatten(1), self.logits(pool)
+    # More threads are slower for so small a model.
+    torch.set_num_threads(1)
+    model, config = load_denoiser([checkpoint])
+    dataset = FeatureDataset(features)
+    # The images are stored class by class. In this order, any few of them are of many classes.
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    x, y = dataset.__getitems__(order.tolist())
+    return HeldOutErrors(create_process(**config["diffusion"]), x, y, per_time)(model, range(0, 1000, EVERY)).numpy()
 
 
-def train_classifier(images: np.ndarray, labels: np.ndarray) -> Classifier:
-    """Train a classifier of images [n, 8, 8] and labels [n] for 30 epochs, from seed 0."""
-    torch.manual_seed(0)
-    classifier = Classifier()
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
-    x, y = as_input(images), torch.from_numpy(labels)
-    for _ in range(30):
-        for rows in torch.randperm(len(x)).split(64):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(classifier(x[rows])[2], y[rows]).backward()
-            optimizer.step()
-    return classifier.eval()
+def error_changes(errors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the errors relative to those of the pretrained model, minus 1, in percent, as means of BIN timesteps.
+
+    Args:
+        errors: for each of MODELS, the errors at every EVERY-th timestep, from `heldout_errors`.
+    """
+    ratios = {name: values / errors["pretrained"] for name, values in errors.items()}
+    return {name: 100 * (values.reshape(-1, BIN // EVERY).mean(1) - 1) for name, values in ratios.items()}
 
 
-def as_input(images: np.ndarray) -> Tensor:
-    """Repeat grayscale images [n, H, W] as three channels, [n, 3, H, W]."""
-    return torch.from_numpy(images).unsqueeze(1).expand(-1, 3, -1, -1)
+def draw_errors(errors: dict[str, np.ndarray], path: Path):
+    """Draw the errors of the fine-tuned models over the timesteps, relative to those of the pretrained model.
+
+    Args:
+        errors: see `error_changes`.
+        path: the PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure((7, 3.8), layout="constrained")
+    axes = figure.subplots()
+    times = np.arange(0, 1000, EVERY).reshape(-1, BIN // EVERY).mean(1)
+    for (name, changes), color in zip(error_changes(errors).items(), ("gray", "tab:blue", "tab:red"), strict=True):
+        axes.plot(times, changes, color=color, label=MODELS[name])
+    # Linear up to 5 %, and logarithmic beyond, because the changes at high noise are much larger.
+    axes.set_yscale("symlog", linthresh=5, linscale=1.5)
+    ticks = [-60, -40, -20, -10, -5, -4, -3, -2, -1, 0, 1, 2, 5, 10, 20]
+    limits = axes.get_ylim()
+    axes.set_yticks(ticks, [f"{tick}" for tick in ticks])
+    axes.set(ylim=limits, xlim=(0, 1000), xlabel="timestep (0: least noise)")
+    axes.set_ylabel(
+        "change of the error on test images relative\nto the pretrained DiT, % (below -5: log scale)", size=9
+    )
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
-def train(
-    features: Path, outputs: Path, pretraining_steps: int, finetuning_steps: int, processes: int
-) -> dict[str, Path]:
-    """Train all MODELS that are not trained yet, and return their checkpoints by prefix."""
-    common = flags(data_path=features, results_dir=outputs, global_batch_size=128, ema_decay=0.999)
-    common += flags(log_every=500, num_workers=0, resume="auto")
-    checkpoints = {}
-    for prefix, (_, model) in MODELS.items():
-        from_scratch = prefix in ("pretrained", "flow")
-        steps = pretraining_steps if from_scratch else finetuning_steps
-        checkpoints[prefix] = outputs / prefix / "checkpoints" / f"{steps:07d}.pt"
-        if checkpoints[prefix].exists():
-            continue
-        words = flags(model=model, prefix=prefix, max_steps=steps)
-        if from_scratch:
-            words += flags(lr=2e-3, process="flow" if prefix == "flow" else None)
-        else:
-            words += flags(lr=1e-3, load_weight=checkpoints["pretrained"])
-        if prefix == "remix":
-            # On so few images, the published prior had a lower error on validation images than stronger ones.
-            words += flags(n_basis=4, n_experts=20, prior_bonus=3)
-        run(processes, "train_fast.py", *words, *common)
-    return checkpoints
+def write_rows(path: Path, rows: list[dict]):
+    """Write rows with the same columns as a CSV file."""
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
 
 
-def score_table(samples: Path) -> str:
-    """Return the scores of all models as a table."""
-    lines = [f"{'':20} {'IS':>7} {'FID':>7} {'sFID':>7} {'Prec.':>7} {'Recall':>7}"]
-    for prefix, (name, _) in MODELS.items():
-        scores = json.loads((samples / prefix / "scores.json").read_text())
-        lines.append(f"{name:20} " + " ".join(f"{value:7.2f}" for value in scores.values()))
+def read_rows(path: Path) -> list[dict]:
+    """Return the rows of a CSV file."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def score_table(rows: list[dict]) -> str:
+    """Return the scores and the error of each model as a table."""
+    lines = [f"{'':20} {'FID':>7} {'IS':>7} {'Prec.':>7} {'Recall':>7} {'error':>8}"]
+    for row in rows:
+        change = 100 * (float(row["error"]) / float(rows[0]["error"]) - 1)
+        scores = " ".join(f"{float(row[score]):7.2f}" for score in SCORES)
+        lines.append(f"{MODELS[row['model']]:20} {scores} {change:+7.2f}%")
     return "\n".join(lines)
 
 
-def print_heading(text: str):
-    print(f"\n== {text}", flush=True)
+def seed_table(rows: list[dict]) -> str:
+    """Return the changes of FID over the seeds of RESULTS: the mean, and the standard deviation over the seeds."""
+    fid = {name: np.array([float(row["FID"]) for row in rows if row["model"] == name]) for name in MODELS}
+    lines = [f"Change of FID in {len(fid['remix'])} seeds ({RESULTS.relative_to(ROOT)}):"]
+    for name, base in (("continued", "pretrained"), ("remix", "continued")):
+        change = fid[name] - fid[base]
+        lines.append(
+            f"  {MODELS[name]} relative to {MODELS[base]}: {change.mean():.2f} ± {change.std(ddof=1):.2f}, "
+            f"lower in {(change < 0).sum()} of {len(change)}"
+        )
+    return "\n".join(lines)
+
+
+class Progress:
+    """Prints a heading for each part of the demo, with the time that is left."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.began = {}
+
+    def heading(self, part: str, text: str):
+        """Print the heading of a part. The time left is estimated from the time that the parts before it took."""
+        now = time.perf_counter()
+        self.began[part] = now
+        names = list(SECONDS)
+        number = names.index(part)
+        left = sum(SECONDS[name] for name in names[number:])
+        ends = [*self.began.values()]
+        # Parts that an earlier run finished take no time.
+        taken = {name: end - begin for name, begin, end in zip(self.began, ends, ends[1:], strict=False)}
+        taken = {name: seconds for name, seconds in taken.items() if seconds > 1}
+        # The estimate of the first parts is worth 30 seconds of measurement.
+        expected = sum(SECONDS[name] for name in taken)
+        left *= (30 + sum(taken.values())) / (30 + expected)
+        print(f"\n== {number + 1} of {len(names)}: {text} ({timedelta(seconds=round(left))} left)", flush=True)
+
+    def end(self):
+        print(f"\n== Done in {(time.perf_counter() - self.start) / 60:.1f} minutes", flush=True)
 
 
 def run(processes: int, script: str, *words):
@@ -233,11 +321,14 @@ def run(processes: int, script: str, *words):
 
 if __name__ == "__main__":
     parser = ArgumentParser(
-        description="Encode, train, sample, score and draw, on handwritten digits, in minutes on a CPU."
+        description="Encode, fine-tune, sample, score and draw, on Fashion-MNIST, in minutes on a CPU."
     )
-    parser.add_argument("--out", help="folder to write (default: demo, or demo-quick)")
+    parser.add_argument("--out", help="folder to write (default: demo, demo-quick or demo-seed-SEED)")
     parser.add_argument(
         "--processes", type=positive_int, default=min(2, os.cpu_count() or 1), help="number of processes"
     )
-    parser.add_argument("--quick", action="store_true", help="few steps and samples, to test that everything runs")
+    parser.add_argument(
+        "--seed", type=int, choices=range(SEEDS), default=0, help="pretrained DiT, and seed of all random draws"
+    )
+    parser.add_argument("--quick", action="store_true", help="few images, steps and samples, to test that it runs")
     run_script(main, parser)

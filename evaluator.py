@@ -2,15 +2,22 @@
 
     python evaluator.py data/VIRTUAL_imagenet256_labeled.npz samples/NAME/samples.npz
 
-The reference and the samples are each an .npz file or a folder of images. An .npz file holds images (arr_0, uint8
-[n, H, W, 3]), statistics (mu, sigma, mu_s, sigma_s, as in ADM's reference files) or both. Statistics in a file are used
-instead of statistics computed from its images. The features come from ADM's Inception network, converted by
-torch-fidelity, or from any exported program. The features of a file are cached under the hash of its contents.
+The reference and the samples are each an .npz file, a folder of images or a folder of sample_ddp.py. An .npz file holds
+images (arr_0, uint8 [n, H, W, 3]), statistics (mu, sigma, mu_s, sigma_s, as in ADM's reference files) or both.
+Statistics in a file are used instead of statistics computed from its images. The features come from ADM's Inception
+network, converted by torch-fidelity, or from any exported program. The features of a file are cached under the hash of
+its contents.
+
+    python evaluator.py data/my_images.npz --fit-classifier data/classifier.pt2
+
+trains a small classifier on labelled images and writes it as such a program, for --weights.
 """
 
 import argparse
+import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,24 +33,41 @@ from evaluation.networks import (
     make_extractor,
     network_name,
 )
-from evaluation.scores import fid_bias, frechet_distance, inception_score, kernel_distance, precision_recall
+from evaluation.scores import (
+    RESAMPLES,
+    fid_bias,
+    fid_std,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from features.images import find_files
-from runtime.command_line import ArgumentParser, positive_int, run_script
+from runtime.command_line import ArgumentParser, counted, positive_int, run_script
 from runtime.errors import UserError
-from runtime.files import atomic_write, cache_folder, write_json
+from runtime.files import atomic_write, cache_folder, check_unused, write_json
 
 # Names that other programs import from this file.
 __all__ = ["frechet_distance", "inception_score", "precision_recall"]
 # Published tables use this number of samples.
 STANDARD_COUNT = 50_000
 EXTRA_SCORES = {"kid": "KID", "fd-dinov2": "FD-DINOv2"}
+# The name of a score's standard deviation is that of the score with this ending.
+STD = " std"
 
 
 def main(args: argparse.Namespace):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.fit_classifier:
+        return fit(args, device)
+
     # Check the flags and every input file.
     if not args.samples and not args.save_stats:
         raise UserError("no samples to score: list sample files after the reference, or use --save-stats")
-    paths = [args.reference, *args.samples]
+    # The files of the samples, by what the user calls them.
+    files = {path: samples_of(path) for path in args.samples}
+    args.reference = samples_of(args.reference)
+    paths = [args.reference, *files.values()]
     for path in paths:
         check_file(path)
         print_left_out(path)
@@ -53,7 +77,6 @@ def main(args: argparse.Namespace):
     network = network_name(args.weights)
 
     # Set up the feature networks, and run each of them on two images of every file that is not in the cache.
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for path in paths:
         check_networks(args.reference, path, network)
     cache = None if str(args.cache) == "none" else Path(args.cache)
@@ -72,18 +95,19 @@ def main(args: argparse.Namespace):
         with atomic_write(args.save_stats) as temporary, open(temporary, "wb") as file:
             np.savez(file, network=source, **{key: ref[key] for key in STATISTICS})
 
-    # Score the sample files one after the other.
-    results = {}
-    for path in args.samples:
+    # Score the sample files one after the other, and print the results when all progress bars have ended.
+    results, notes = {}, []
+    for name, path in files.items():
         sample = image_features(path, extractors)
         check_match(args.reference, ref, path, sample)
-        scores = evaluate(ref, sample, extra, device)
-        print_notes(args.reference, ref, path, sample, scores)
-        if len(args.samples) == 1:
-            print_scores(scores)
-        else:
-            print_row(path, scores, width=max(map(len, args.samples)), header=not results)
-        results[path] = scores
+        results[name] = evaluate(ref, sample, extra, device)
+        notes += describe_notes(args.reference, ref, path, sample, results[name])
+    for note in notes:
+        print(note, file=sys.stderr)
+    if len(results) == 1:
+        print_scores(*results.values())
+    elif results:
+        print_table(results | means_over_seeds(results))
 
     if args.json and results:
         # JSON has no nan.
@@ -92,6 +116,70 @@ def main(args: argparse.Namespace):
             for path, scores in results.items()
         }
         write_json(args.json, results[args.samples[0]] if len(args.samples) == 1 else results)
+
+
+def fit(args: argparse.Namespace, device: torch.device):
+    """Train and write the classifier of --fit-classifier, and print its accuracy."""
+    from evaluation.classifier import write_classifier
+
+    out = Path(args.fit_classifier)
+    if args.samples:
+        raise UserError(
+            "--fit-classifier takes labelled images only: score samples with a second command and --weights"
+        )
+    if out.suffix != ".pt2":
+        raise UserError(f"--fit-classifier {out}: the file name must end in .pt2")
+    check_unused(out)
+    check_file(args.reference)
+    print(write_classifier(args.reference, out, device))
+
+
+def samples_of(path: str) -> str:
+    """Return the file of samples in a folder of sample_ddp.py, and any other path as it is.
+
+    Raises:
+        UserError: if the sampling into this folder has not finished.
+    """
+    folder = Path(path)
+    if not (folder / "settings.json").is_file() or not is_folder_of_samples(folder):
+        return path
+    if not (folder / "samples.npz").is_file():
+        raise UserError(f"{path} holds no samples.npz: the sampling has not finished, run its command again")
+    return str(folder / "samples.npz")
+
+
+def is_folder_of_samples(folder: Path) -> bool:
+    """Return whether the settings.json in a folder is one of sample_ddp.py."""
+    try:
+        return "num_fid_samples" in json.loads((folder / "settings.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def means_over_seeds(results: dict[str, dict]) -> dict[str, dict]:
+    """Return the means and standard deviations of samples that differ only in their seeds, by what to call them.
+
+    Args:
+        results: the scores by the path of the samples.
+    """
+    groups: dict[str, list[str]] = {}
+    for path in results:
+        folder = next((place for place in (Path(path), Path(path).parent) if is_folder_of_samples(place)), None)
+        if folder:
+            settings = json.loads((folder / "settings.json").read_text())
+            # The same checkpoint may be called by different paths.
+            key = {name: value for name, value in settings.items() if name not in ("global_seed", "ckpt", "guide_ckpt")}
+            groups.setdefault(json.dumps(key), []).append(path)
+    means = {}
+    for paths in groups.values():
+        if len(paths) > 1:
+            means[f"mean of {len(paths)} seeds, from {paths[0]}"] = {
+                key: statistic([results[path][score] for path in paths])
+                for score in results[paths[0]]
+                if not score.endswith(STD)
+                for key, statistic in ((score, np.mean), (score + STD, partial(np.std, ddof=1)))
+            }
+    return means
 
 
 def check_match(reference, ref: dict, path, sample: dict):
@@ -115,64 +203,81 @@ def evaluate(ref: dict, sample: dict, extra: list[str], device: torch.device) ->
 
     Returns:
         The scores by name. Inception Score is nan if the samples hold no images. Precision, Recall and the extra scores
-        are nan if one of the files holds no images.
+        are nan if one of the files holds no images. Those of FID and KID are followed by their standard deviations;
+        that of FID is nan if there are as many samples as usual, or no images of them.
     """
     missing = float("nan")
     scores = {
         "Inception Score": float(sample.get("inception_score", missing)),
         "FID": frechet_distance(ref["mu"], ref["sigma"], sample["mu"], sample["sigma"]),
+        "FID std": missing,
         "sFID": frechet_distance(ref["mu_s"], ref["sigma_s"], sample["mu_s"], sample["sigma_s"]),
         "Precision": missing,
         "Recall": missing,
         **{EXTRA_SCORES[name]: missing for name in extra},
+        **({"KID std": missing} if "kid" in extra else {}),
     }
+    if len(sample.get("pools", ())) in range(1, STANDARD_COUNT):
+        scores["FID std"] = fid_std(ref["mu"], ref["sigma"], torch.from_numpy(sample["pools"]).to(device))
     if "pools" in ref and "pools" in sample:
         pooled = [torch.from_numpy(features["pools"]).to(device) for features in (ref, sample)]
         scores["Precision"], scores["Recall"] = precision_recall(*pooled)
         if "kid" in extra:
-            scores["KID"] = kernel_distance(*pooled)
+            scores["KID"], scores["KID std"] = kernel_distance(*pooled)
     if "mu_dinov2" in ref and "mu_dinov2" in sample:
         statistics = [features[key] for features in (ref, sample) for key in ("mu_dinov2", "sigma_dinov2")]
         scores["FD-DINOv2"] = frechet_distance(*statistics)
     return scores
 
 
-def print_notes(reference, ref: dict, path, sample: dict, scores: dict[str, float]):
-    """Print which scores are missing, and how much FID changes if the number of samples is not STANDARD_COUNT."""
+def describe_notes(reference, ref: dict, path, sample: dict, scores: dict[str, float]) -> list[str]:
+    """Say which scores are missing, and how FID depends on the number of samples if that is not STANDARD_COUNT."""
+    notes = []
     without_images = [str(file) for file in (reference, path) if not has_images(file)]
     if without_images:
-        missing = ", ".join(key for key, value in scores.items() if math.isnan(value))
-        files = " and ".join(without_images)
-        print(f"note: {missing} need images, and there are none in {files}", file=sys.stderr)
+        missing = ", ".join(key for key, value in scores.items() if math.isnan(value) and not key.endswith(STD))
+        notes.append(f"note: {missing} need images, and there are none in {' and '.join(without_images)}")
     if not has_images(path) or has_statistics(path) or len(sample["pools"]) == STANDARD_COUNT:
-        return
+        return notes
     count, width = sample["pools"].shape
     bias = fid_bias(ref["mu"], ref["sigma"], torch.from_numpy(sample["pools"]), scores["FID"])
     # FID is linear in 1 / count only if each half of the samples has more images than features.
     about = "about" if count > 2 * width else "very roughly"
-    print(
+    notes.append(
         f"warning: {path} has {count:,} images instead of the usual {STANDARD_COUNT:,}, which changes its FID by "
         f"{about} {bias * (1 - count / STANDARD_COUNT):+.3g} ({bias:+.3g} relative to infinitely many images; "
-        "arXiv 1911.07023)",
-        file=sys.stderr,
+        f"arXiv 1911.07023); FID std is that of {counted(RESAMPLES, 'bootstrap sample')}"
     )
+    return notes
+
+
+def with_std(name: str, scores: dict[str, float], between: str) -> str:
+    """Return a score as text, with its standard deviation if there is one."""
+    std = scores.get(name + STD, float("nan"))
+    text = format_score(name, scores[name])
+    return text if math.isnan(std) else f"{text}{between}{format_score(name, std)}"
 
 
 def print_scores(scores: dict[str, float]):
     """Print one score per line, and all of them as a row of a LaTeX table unless a score is missing."""
+    names = [name for name in scores if not name.endswith(STD)]
     for key, value in scores.items():
-        print(f"{key}: {value}")
+        if key in names or not math.isnan(value):
+            print(f"{key}: {value}")
     # Scores are nan if a file holds no images.
-    if not any(map(math.isnan, scores.values())):
-        print(" & ".join(format_score(key, value) for key, value in scores.items()) + r" \\")
+    if not any(math.isnan(scores[name]) for name in names):
+        print(" & ".join(with_std(name, scores, r" $\pm$ ") for name in names) + r" \\")
 
 
-def print_row(path: str, scores: dict[str, float], width: int, header: bool):
-    """Print the scores of one of several files as a row of a table, below the table's header if `header`."""
-    if header:
-        print(" " * width, *(f"{key:>8}" for key in scores), sep="  ")
-    cells = (format_score(key, value).rjust(max(8, len(key))) for key, value in scores.items())
-    print(path.ljust(width), *cells, sep="  ", flush=True)
+def print_table(results: dict[str, dict[str, float]]):
+    """Print the scores of several files as a table."""
+    names = [name for name in next(iter(results.values())) if not name.endswith(STD)]
+    rows = [["", *names]]
+    rows += [[path, *(with_std(name, scores, " ± ") for name in names)] for path, scores in results.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = (text.rjust(max(8, width)) for text, width in zip(row[1:], widths[1:], strict=True))
+        print(row[0].ljust(widths[0]), *cells, sep="  ")
 
 
 def format_score(name: str, value: float) -> str:
@@ -199,7 +304,8 @@ if __name__ == "__main__":
     )
     parser.add_argument(
         "reference",
-        help=".npz of images (arr_0), of statistics (mu, sigma, mu_s, sigma_s) or of both, or a folder of images",
+        help=".npz of images (arr_0), of statistics (mu, sigma, mu_s, sigma_s) or of both, a folder of images, or a "
+        "folder of sample_ddp.py; extract_features.py --reference writes one of your own images",
     )
     parser.add_argument("samples", nargs="*", help="same formats; several are printed as a table")
     parser.add_argument(
@@ -212,7 +318,14 @@ if __name__ == "__main__":
         "--also",
         type=extra_scores,
         metavar="NAMES",
-        help="further scores: kid, fd-dinov2 (torch.hub downloads and runs facebookresearch/dinov2), or kid,fd-dinov2",
+        help="further scores: kid (not multiplied by 1,000), fd-dinov2 (torch.hub downloads and runs "
+        "facebookresearch/dinov2), or kid,fd-dinov2",
+    )
+    parser.add_argument(
+        "--fit-classifier",
+        metavar="PT2",
+        help="instead of scoring, train a small classifier on the reference, which must hold labels (arr_1), and write "
+        "it to this file for --weights; its accuracy on held-out images is printed",
     )
     parser.add_argument("--json", metavar="PATH", help="also write the scores to this file")
     parser.add_argument("--save-stats", metavar="PATH", help="write the reference's statistics to this file (.npz)")

@@ -7,6 +7,8 @@ Every image is decoded, cropped to a square and encoded together with its mirror
 VAE's posterior is stored, which is a function of the seed and the image's index. With --store moments, the posterior's
 mean and standard deviation are stored, and training draws from them anew each epoch.
 
+With --reference OUT.npz, the crops themselves are written instead, as the reference of evaluator.py.
+
 Shards of images are divided among the processes; the files do not depend on the number of processes. If the extraction
 is interrupted, the same command encodes what is missing. It also tries the images again that could not be read before.
 """
@@ -15,9 +17,11 @@ import argparse
 import hashlib
 import logging
 import re
+import tempfile
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +32,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from features.autoencoder import Autoencoder, load_autoencoder, load_normalization
+from features.autoencoder import Autoencoder, Normalization, load_autoencoder, load_normalization
 from features.dataset import (
     DTYPES,
     INDEX,
@@ -40,23 +44,35 @@ from features.dataset import (
     write_record,
     write_shard,
 )
-from features.images import MAX_PIXELS, describe_counts, read_image
+from features.images import MAX_PIXELS, describe_counts, read_image, write_images
 from features.sources import LabelledImages, load_images
 from features.statistics import LATENT_STATS_FLAG, load_statistics
 from models import build_plain, meta_device, model_names
 from runtime.command_line import ArgumentParser, counted, number, positive_int, run_script, seed_int
 from runtime.errors import LocalError, UserError, is_first_process
-from runtime.files import check_disk, check_settings, lock_folder, remove_leftovers, write_json
+from runtime.files import (
+    atomic_write,
+    check_disk,
+    check_settings,
+    check_unused,
+    lock_folder,
+    remove_leftovers,
+    write_json,
+)
 from runtime.processes import SampleGenerators, World, rank0_logger, setup
 
 # The file that records what made the features, so that features of different settings are never mixed.
 SETTINGS = "settings.json"
+# Channels whose standard deviations differ by more than this factor are normalized one by one.
+CHANNELS_DIFFER = 1.5
 
 
 def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is used.
-    folder = Path(args.features_path)
     images = load_images(args.data_path)
+    if args.reference:
+        return make_reference(Path(args.reference), images, args) if is_first_process() else None
+    folder = Path(args.features_path)
     check_pixel_flags(args.vae, args.store, args.grayscale, args.latent_stats)
     settings = dict(
         images=len(images),
@@ -217,6 +233,47 @@ def report_skipped(folder: Path, accept: bool, log):
             f"{counted(len(skipped), 'image')} could not be read: left out. The same command tries again; --skip-bad "
             "accepts that, and --max-pixels accepts larger images."
         )
+        raise SystemExit(1)
+
+
+def make_reference(out: Path, images: LabelledImages, args: argparse.Namespace):
+    """Write the crops of all images and their labels to an .npz file for evaluator.py.
+
+    Unreadable images are left out and reported. They end the script with exit code 1, unless --skip-bad accepts them.
+
+    Args:
+        out: the file: arr_0 are the crops, uint8 [n, size, size, 3], and arr_1 the labels, int64 [n].
+        images: the images.
+        args: the flags, of which those about the autoencoder and the features have no effect.
+    """
+    if out.suffix != ".npz":
+        raise UserError(f"--reference {out}: the file name must end in .npz")
+    check_unused(out)
+    size = args.image_size
+    for note in [*images.notes, check_disk(out.parent, 2 * 3 * size**2 * len(images), "images and a copy of them")]:
+        print(note)
+    crops = Crops(images, size, args.grayscale, args.max_pixels)
+    loader = DataLoader(crops, args.batch_size, num_workers=args.num_workers, collate_fn=join)
+    labels, skipped = [], {}
+    with (
+        atomic_write(out) as temporary,
+        tempfile.TemporaryFile(dir=out.parent) as pixels,
+        tqdm(total=len(images), unit="img", desc="cropping", smoothing=0) as bar,
+    ):
+        for indices, batch, reasons, _ in loader:
+            skipped |= {images.name(i): reason for i, reason in reasons.items()}
+            labels += [images.labels[i] for i in indices]
+            if batch is not None:
+                # [n, C, size, size] -> [n, size, size, 3]; gray pixels have three equal channels.
+                pixels.write(batch.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy().data)
+            bar.update(len(indices) + len(reasons))
+        pixels.seek(0)
+        write_images(temporary, iter(partial(pixels.read, 2**24), b""), (len(labels), size, size, 3), np.array(labels))
+    print(f"wrote {out}: {counted(len(labels), 'image')} of {size}x{size} pixels with their labels")
+    for name, reason in skipped.items():
+        print(f"unreadable: {name} ({reason})")
+    if skipped and not args.skip_bad:
+        print(f"{counted(len(skipped), 'image')} could not be read: left out; --skip-bad accepts that")
         raise SystemExit(1)
 
 
@@ -416,28 +473,62 @@ def encode_shards(
             write_record(Path(args.features_path), shard, record)
             write_shard(Path(args.features_path), shard, features, labels, skipped, encoder.dtype)
             if shard == missing[0] and not encoder.autoencoder.bounded and len(features):
-                report_scale(features, encoder.store, logger)
+                report_scale(features, encoder.store, encoder.autoencoder.normalization, logger)
             bar.update(min(len(indices) * world.size, bar.total - bar.n))
 
 
-def report_scale(features: np.ndarray, store: str, logger: logging.Logger):
+def report_scale(features: np.ndarray, store: str, normalization: Normalization, logger: logging.Logger):
     """Log the mean and the standard deviation of latents [n, views, C or 2C, H, W].
 
-    The noise schedules are made for a standard deviation of about 1, so that another one gives a warning.
+    The noise schedules are made for a standard deviation of about 1, so that another one gives a warning, with the
+    numbers in the VAE's config that would give 1.
+
+    Args:
+        features: the latents, or their moments.
+        store: "draw" or "moments".
+        normalization: what has been done to the VAE's latents.
+        logger: the logger.
     """
     if store == "moments":
-        # The variance of draws is that of the means plus the mean of the variances.
         mean, spread = np.split(features.astype(np.float32), 2, axis=2)
-        std = float(np.sqrt(mean.var() + np.square(spread).mean()))
     else:
         mean = features.astype(np.float32)
-        std = float(mean.std())
+        spread = np.zeros_like(mean)
+    # The variance of draws is that of the means plus the mean of the variances.
+    std = float(np.sqrt(mean.var() + np.square(spread).mean()))
     logger.info(f"latents of the first shard: mean {mean.mean():.3f}, standard deviation {std:.3f}")
     if not 0.5 <= std <= 2:
-        logger.warning(
-            "warning: the standard deviation should be about 1: check scaling_factor, shift_factor, latents_mean and "
-            "latents_std in the VAE's config.json, or --latent-stats (docs/features.md)"
-        )
+        if isinstance(normalization.scale, str):
+            advice = "the statistics of each position are those of other latents"
+        else:
+            advice = f"in a copy of the VAE's config.json, write {unit_config(mean, spread, normalization)}"
+        logger.warning(f"warning: the standard deviation should be about 1: {advice} (docs/features.md)")
+
+
+def unit_config(mean: np.ndarray, spread: np.ndarray, normalization: Normalization) -> str:
+    """Return the entries of a VAE's config that give latents a mean of 0 and a standard deviation of 1.
+
+    They are one factor and one shift, or statistics per channel if the channels' standard deviations differ by more
+    than CHANNELS_DIFFER, or their means by as much of a standard deviation.
+
+    Args:
+        mean: normalized latents, or the means of their posteriors, [n, views, C, H, W].
+        spread: the posteriors' standard deviations, likewise.
+        normalization: how the latents were normalized.
+    """
+    axes = (0, 1, 3, 4)
+    means = mean.mean(axes, dtype=np.float64)
+    stds = np.sqrt(mean.var(axes, dtype=np.float64) + np.square(spread).mean(axes, dtype=np.float64))
+    if stds.max() > CHANNELS_DIFFER * stds.min() or np.ptp(means) > (CHANNELS_DIFFER - 1) * stds.max():
+        # x = (z - shift) scale, so z has the mean of x / scale + shift.
+        raw_means, raw_stds = means / normalization.scale + normalization.shift, stds / normalization.scale
+        lists = (", ".join(f"{value:.5g}" for value in values) for values in (raw_means, raw_stds))
+        return '"latents_mean": [{}], "latents_std": [{}], "scaling_factor": 1.0'.format(*lists)
+    scale, shift = (float(np.mean(value)) for value in (normalization.scale, normalization.shift))
+    std = np.sqrt(np.mean(stds**2) + means.var())
+    factor = f'"scaling_factor": {scale / std:.5g}'
+    # A mean of a tenth of the standard deviation is that of the published VAEs.
+    return factor if abs(means.mean()) < 0.1 * std else f'{factor}, "shift_factor": {shift + means.mean() / scale:.5g}'
 
 
 def split(indices: range, size: int) -> list[range]:
@@ -453,7 +544,14 @@ if __name__ == "__main__":
         help="folder with one folder of images per class, such as data/imagenet/train; or hf:NAME or hf:NAME@SPLIT, a "
         "Hugging Face dataset: a local folder or a name on the hub, such as hf:ILSVRC/imagenet-1k@validation",
     )
-    parser.add_argument("--features-path", required=True, help="folder to which the features are written")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--features-path", help="folder to which the features are written")
+    group.add_argument(
+        "--reference",
+        metavar="NPZ",
+        help="instead of encoding, write the images at the crop and size of the features to this file, with their "
+        "labels, as the reference of evaluator.py; flags about the autoencoder have no effect",
+    )
     parser.add_argument(
         "--model",
         choices=model_names(),

@@ -10,7 +10,9 @@ from remix import RemixDiT
 from runtime.files import atomic_write
 
 # Sizes in an image grid, in pixels.
-SMALLEST_TILE = 48
+SMALLEST_TILE = 64
+# Tiles are enlarged up to this height until their captions fit.
+WIDE_TILE = 144
 CAPTION_HEIGHT = 14
 GAP = 4
 # A heat map of more experts has no noise levels and no values in its cells.
@@ -22,29 +24,44 @@ def save_grid(path, images: np.ndarray, captions: list[str], columns: int = 10, 
 
     Args:
         path: file to write.
-        images: uint8 [n, H, W, 3]. Images of less than 48 pixels height are enlarged by a whole factor.
+        images: uint8 [n, H, W, 3]. Images of less than 64 pixels height are enlarged by a whole factor, and by a larger
+            one, up to 144 pixels, if their captions need it.
         captions: n captions.
         columns: images per row.
-        clip_captions: cut captions that are wider than their image. Otherwise they continue over the next image.
+        clip_captions: shorten captions that are wider than their image. Otherwise they continue over the next image,
+            and the grid is as wide as they are.
     """
     n, height, width, _ = images.shape
+    font = ImageFont.load_default(11)
+    widest = max(map(font.getlength, captions))
     zoom = max(1, -(-SMALLEST_TILE // height))
+    while clip_captions and widest > width * zoom and height * (zoom + 1) <= WIDE_TILE:
+        zoom += 1
     height, width = height * zoom, width * zoom
     columns = min(columns, n)
     rows = -(-n // columns)
     size = (columns * (width + GAP) + GAP, rows * (height + CAPTION_HEIGHT + GAP) + GAP)
+    if not clip_captions:
+        size = (max(size[0], round(widest) + 2 * GAP), size[1])
     grid = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
+    draw = ImageDraw.Draw(grid)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left = GAP + i % columns * (width + GAP)
         top = GAP + i // columns * (height + CAPTION_HEIGHT + GAP)
-        while clip_captions and draw.textlength(caption, font=font) > width:
-            caption = caption[:-1]
-        draw.text((left, top), caption, fill="black", font=font)
+        draw.text((left, top), shorten(caption, width, font) if clip_captions else caption, fill="black", font=font)
         tile = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
         grid.paste(tile, (left, top + CAPTION_HEIGHT))
     with atomic_write(Path(path)) as temporary:
         grid.save(temporary, format="PNG")
+
+
+def shorten(caption: str, width: int, font) -> str:
+    """Return a caption that is at most `width` pixels wide in a font; what is left out is marked by dots."""
+    if font.getlength(caption) <= width:
+        return caption
+    while caption and font.getlength(caption + "...") > width:
+        caption = caption[:-1]
+    return caption.rstrip() + "..."
 
 
 def save_coefficients(path, model: RemixDiT, title: str):

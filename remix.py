@@ -17,14 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from diffusion.intervals import DIRECT, EITHER, TIMESTEPS, level_dtype, scale_of
 from mixing import wrapping
-from mixing.coefficients import BatchCoefficients, expert_weights, initial_logits
+from mixing.coefficients import BatchCoefficients, Coefficients, RowsError, expert_weights, initial_logits
 from mixing.experts import ExpertIntervals, centered_gram, fold_layers, measure_distances, restore_intervals
 from mixing.grouped_linear import mix_into, mixed_linear
-from mixing.low_rank import LowRankLinear
+from mixing.low_rank import LowRankExpert, LowRankLinear, pair_options
 from mixing.options import PRIOR_BONUS, complete_options
 from mixing.presets import Preset, complete_preset
 from models import BACKBONES, build_plain, classifier_free_guidance, find_backbone
@@ -54,7 +53,7 @@ class RemixLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply mixture g to the g-th of the G equal parts of the batch, x [B, ..., in] -> [B, ..., out]."""
-        alpha = self.batch_coefficients.of(self.row)  # [G, K]
+        alpha = self.batch_coefficients.of(self.row, x)  # [G, K]
         return mixed_linear(x, alpha, self.weight, self.bias)  # [B, ..., out]
 
     def reset_parameters(self):
@@ -68,12 +67,11 @@ class RemixLinear(nn.Module):
     @torch.no_grad()
     def from_linear(cls, linear: nn.Linear, n_basis: int, *coefficients) -> "RemixLinear":
         """Return a mixed layer every basis of which is a copy of `linear`, with `batch_coefficients` and `row`."""
-        with torch.device(linear.weight.device):
+        with torch.device("meta"):
             mixed = cls(linear.in_features, linear.out_features, n_basis, *coefficients, bias=linear.bias is not None)
-        mixed = mixed.to(linear.weight.dtype)
-        mixed.weight.copy_(linear.weight.expand_as(mixed.weight))
+        mixed.weight = nn.Parameter(linear.weight.repeat(n_basis, 1, 1))
         if linear.bias is not None:
-            mixed.bias.copy_(linear.bias.expand_as(mixed.bias))
+            mixed.bias = nn.Parameter(linear.bias.repeat(n_basis, 1))
         return mixed
 
     def bases(self) -> list[nn.Parameter]:
@@ -115,7 +113,7 @@ class Remix(wrapping.TransparentModule):
 
     Args:
         module: the module. It is changed in place: its mixed layers are replaced. Every basis starts as a copy of the
-            layer that it replaces.
+            layer that it replaces. With `rank`, layers of subclasses of `nn.Linear` and quantized ones can be mixed.
         layers: names of the `nn.Linear` layers to mix, in which * stands for any text without a dot, such as
             "blocks.*.mlp.fc1"; every name must match a layer. None: those that mixing/presets.py lists for the module's
             class.
@@ -140,11 +138,13 @@ class Remix(wrapping.TransparentModule):
             names of the arguments. A list in these arguments is no batch, but may hold tensors that are.
 
     Attributes:
+        coefficients: a module that returns the coefficients alpha: `coefficients()` is [N, K], or [depth, N, K] if the
+            scope is local, in float32.
         mixing_config: the keyword arguments that build this Remix from its module; `prior_bonus`, which concerns only
             the initial logits, is left out.
 
     Raises:
-        ValueError: if the module is no `nn.Module`, no layer matches, a layer is no `nn.Linear`, the timestep is no
+        ValueError: if the module is no `nn.Module`, no layer matches, a layer cannot be mixed, the timestep is no
             argument of the module, or another argument is out of range or unknown.
     """
 
@@ -178,40 +178,42 @@ class Remix(wrapping.TransparentModule):
         self.mixing_config |= dict(unbatched=[*unbatched], batch_dims=dict(batch_dims or {}))
         self.arguments = wrapping.Arguments(module, wrapped.timestep, wrapped.unbatched, wrapped.batch_dims)
         self.unchecked = [*wrapped.layers]
-        linears = wrapping.find_linears(module, wrapped.layers, wrapped.optional_layers)
-        blocks = list(dict.fromkeys(wrapping.block_name(names[0]) for names in linears.values()))
+        if rank is None:
+            self._refused = wrapping.NOT_OF_A_REMIX | wrapping.NOT_OF_WHOLE_BASES
+        # Whether a batch of several experts is one call of the module. `forward` finds out if it cannot be.
+        self.runs_at_once = rank is not None and rest == "shared"
+        linears = wrapping.find_linears(module, wrapped.layers, wrapped.optional_layers, rank is not None)
+        names_of_layers = [*linears.values()]
+        blocks = list(dict.fromkeys(wrapping.block_name(names[0]) for names in names_of_layers))
+        device, dtype = pair_options(next(iter(linears))).values()
+        # Each layer is freed as soon as it is replaced.
+        del linears
 
+        # Its logits are the first parameter. They are drawn last.
+        self.register_module("coefficients", None)
         self.backbone = module
         self.batch_coefficients = BatchCoefficients()
-        for linear, names in linears.items():
+        for names in names_of_layers:
             row = blocks.index(wrapping.block_name(names[0])) if scope == "local" else 0
             shape = (n_basis,) if rank is None else (n_basis, rank)
             make = RemixLinear.from_linear if rank is None else LowRankLinear
-            mixed = make(linear, *shape, self.batch_coefficients, row)
+            mixed = make(module.get_submodule(names[0]), *shape, self.batch_coefficients, row)
             for name in names:
                 module.set_submodule(name, mixed)
         if rest == "separate":
             # The copies have the same mixed layers.
             shared = {id(layer): layer for _, layer in self.mixed()}
             self.copies = nn.ModuleList(copy.deepcopy(module, dict(shared)) for _ in range(self.n_experts - 1))
-        weight = next(iter(linears)).weight
-        self.intervals = ExpertIntervals(self.boundaries, n_basis, weight.device, self._directions())
+        self.intervals = ExpertIntervals(self.boundaries, n_basis, device, self._directions())
         self.register_load_state_dict_post_hook(restore_intervals)
         depth = len(blocks) if scope == "local" else None
         logits = initial_logits(n_basis, self.n_experts, depth, mixer, prior_bonus)
-        # The paper's pi. Its updates would be lost in half precision.
-        logits = logits.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-        self.logits = nn.Parameter(logits.contiguous(), requires_grad=mixer != "one-hot")
+        self.coefficients = Coefficients(logits.to(device, dtype), mixer)
 
-    def _apply(self, *args, **kwargs) -> "Remix":
-        """Move or convert all parameters, but keep the logits in float32 in half precision."""
-        logits = self.logits.data
-        super()._apply(*args, **kwargs)
-        if self.logits.dtype.itemsize < 4:
-            gradient, self.logits.grad = self.logits.grad, None
-            self.logits.data = logits.to(self.logits.device)
-            self.logits.grad = None if gradient is None else gradient.to(logits.dtype)
-        return self
+    @property
+    def logits(self) -> nn.Parameter:
+        """The logits pi of the mixing coefficients [N, K], or [depth, N, K] if the scope is local."""
+        return self.coefficients.logits
 
     @property
     def backbone_config(self) -> dict:
@@ -234,16 +236,6 @@ class Remix(wrapping.TransparentModule):
         """
         return self.intervals.find(self.noise_level(t), dtype or level_dtype(t))
 
-    def coefficients(self) -> Tensor:
-        """Return the coefficients alpha [N, K], or [depth, N, K] if the scope is local."""
-        return self.logits.softmax(-1) if self.mixer == "softmax" else self.logits
-
-    def coefficients_per_expert(self) -> list[list[list[float]]]:
-        """Return the coefficients of each expert, [N][1 or depth][K], computed on the host, as equal on all devices."""
-        logits = self.logits.detach().cpu()
-        alpha = logits.softmax(-1) if self.mixer == "softmax" else logits
-        return alpha.view(-1, self.n_experts, self.n_basis).transpose(0, 1).tolist()
-
     def _coefficients_per_row(self) -> Tensor:
         """Return the coefficients [1 or depth, N, K] for every scope."""
         return self.coefficients().view(-1, self.n_experts, self.n_basis)
@@ -257,6 +249,12 @@ class Remix(wrapping.TransparentModule):
         """Draw every basis separately, for training from scratch."""
         for _, layer in self.mixed():
             layer.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args):
+        """Also read the name of the logits in checkpoints; see `experts.stored_state`."""
+        if (logits := state_dict.pop(f"{prefix}logits", None)) is not None:
+            state_dict[f"{prefix}coefficients.logits"] = logits
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def mixed(self) -> list[tuple[str, RemixLinear | LowRankLinear]]:
         """Return the mixed layers and their names within the module."""
@@ -283,8 +281,9 @@ class Remix(wrapping.TransparentModule):
             *args, **kwargs: the arguments of the module.
             groups: if given, the caller promises that the batch is this many equal contiguous groups, each within the
                 noise levels of one expert. They run as one batch, without a host sync. Noise levels are not checked.
-                The first dimension of the inputs of all mixed layers must be the batch. By default, the experts of the
-                batch run one after the other. With rest="separate" they always do: `groups` has no effect.
+                The first dimension of the inputs of all mixed layers must be the batch. By default, low-rank bases run
+                the whole batch at once too, unless this dimension is another one or the samples are in lists. Whole
+                bases run one expert after the other. With rest="separate" they always do: `groups` has no effect.
 
         Returns:
             The result of the module.
@@ -301,12 +300,21 @@ class Remix(wrapping.TransparentModule):
                 raise ValueError(f"groups must divide the batch size {len(experts)}, but it is {groups}")
             # Rounding can move some samples of a group to the expert above, but none to the one below.
             return self._run(experts.view(groups, -1).amin(1), args, kwargs)
+        lists = self.arguments.batches_are_lists(len(t), args, kwargs)
+        at_once = self.runs_at_once and not lists
+        if at_once and torch.compiler.is_compiling():
+            return self._run(experts, args, kwargs, per_sample=len(experts) > 1)
         self.intervals.check(self.noise_level(t), level_dtype(t))
         present, counts = experts.unique(return_counts=True)
         if len(present) == 1:
             return self._run(present, args, kwargs)
+        if at_once:
+            try:
+                return self._run(experts, args, kwargs, per_sample=True)
+            except RowsError:
+                # Layers of this module see other rows than the samples, such as folded frames or routed tokens.
+                self.runs_at_once = False
         order, sizes = experts.argsort(stable=True), counts.tolist()  # [B]
-        lists = self.arguments.batches_are_lists(len(t), args, kwargs)
         parts = [self.arguments.take(rows, len(t), args, kwargs) for rows in order.split(sizes)]
         outputs = [self._run(expert, *part) for expert, part in zip(present.split(1), parts, strict=True)]
         return wrapping.join_outputs(outputs, order, sizes, lists)
@@ -315,10 +323,10 @@ class Remix(wrapping.TransparentModule):
         """Return what the argument `timestep` holds for each sample, [B] or [1]."""
         return self.arguments.times(args, kwargs)
 
-    def _run(self, experts: Tensor, args: tuple, kwargs: dict) -> Any:
-        """Run the module on G equal groups, with the experts [G]."""
+    def _run(self, experts: Tensor, args: tuple, kwargs: dict, per_sample: bool = False) -> Any:
+        """Run the module on G equal groups, or samples, with the experts [G]."""
         module = self._module(int(experts)) if self.rest == "separate" else self.backbone
-        self.batch_coefficients.start(self._coefficients_per_row(), experts)
+        self.batch_coefficients.start(self._coefficients_per_row(), experts, per_sample)
         try:
             return wrapping.call(module, self.unchecked, args, kwargs)
         finally:
@@ -330,9 +338,8 @@ class Remix(wrapping.TransparentModule):
 
     def enable_gradient_checkpointing(self):
         """Let a model of diffusers store only the inputs of each block, and compute the activations again."""
-        function = partial(checkpoint, use_reentrant=False, context_fn=self.batch_coefficients.contexts)
         for i in range(self.n_experts if self.rest == "separate" else 1):
-            self._module(i).enable_gradient_checkpointing(function)
+            self._module(i).enable_gradient_checkpointing(self.batch_coefficients.checkpoint)
 
     def expert(self, i: int) -> nn.Module:
         """Return expert i as a module of the wrapped class with its own parameters, in eval mode; see `fold_`."""
@@ -365,6 +372,16 @@ class Remix(wrapping.TransparentModule):
         plain = {id(layer): wrapping.plain_linear(layer) for _, layer in self.mixed()}
         return copy.deepcopy(self._module(i), plain).eval()
 
+    def _folding(self) -> nn.Module:
+        """Return a module to fold experts into, one after the other, in eval mode. Low-rank bases share all tensors."""
+        if self.rank is None:
+            return self._plain(0)
+        module = self.backbone
+        shared = {id(layer): LowRankExpert(layer) for _, layer in self.mixed()}
+        if self.rest == "shared":
+            shared |= {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+        return copy.deepcopy(module, shared).eval()
+
     @torch.no_grad()
     def fold_(self, module: nn.Module, i: int):
         """Write the parameters of expert i that it does not share into `module`, in place.
@@ -378,7 +395,7 @@ class Remix(wrapping.TransparentModule):
         """
         if not 0 <= i < self.n_experts:
             raise IndexError(f"the expert index must be from 0 to {self.n_experts - 1}, but it is {i}")
-        self._fold(module, self.coefficients_per_expert()[i], i)
+        self._fold(module, self.coefficients.per_expert()[i], i)
 
     @torch.no_grad()
     def _fold(self, module: nn.Module, alpha: list[list[float]], i: int):

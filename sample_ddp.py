@@ -17,7 +17,6 @@ If sampling is interrupted, the same command samples what is missing.
 
 import argparse
 import shutil
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -32,10 +31,11 @@ from diffusion import PROCESSES, create_process
 from diffusion.flow import LAST_STEPS
 from diffusion.interpolants import DIFFUSION_FORMS
 from diffusion.intervals import TIMESTEPS
+from features.images import write_images
 from features.statistics import LATENT_STATS_FLAG, load_statistics
 from figures import save_grid
 from interop.own import find_checkpoint, fingerprint
-from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, flow_target, frequency_override, heads_override
+from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, flow_target, frequency_override
 from models import BACKBONES, model_names
 from runtime.command_line import ArgumentParser, counted, folder_name, number, positive_int, run_script, seed_int
 from runtime.errors import UserError, is_first_process
@@ -76,12 +76,13 @@ def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is used.
     args.ckpt = [find_checkpoint(path) for path in args.ckpt]
     args.guide_ckpt = args.guide_ckpt and find_checkpoint(args.guide_ckpt)
-    overrides = heads_override(args.num_heads) | frequency_override(args.timestep_frequencies)
-    overrides |= {"model": args.model} if args.model else {}
+    overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
+    overrides |= frequency_override(args.timestep_frequencies)
     model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
     choose_process(args.ckpt[0], config, args.process)
     check_data_flags(args.image_size, args.num_classes, config, args.ckpt[0])
     check_original_flags(args.n_basis, args.n_experts, args.tf32, config, args.ckpt[0])
+    args.labels = class_numbers(args.labels, config, args.ckpt[0])
     settings = sample_settings(args, config)
     if args.latent_stats:
         config["data"] |= latent_statistics(args, config)
@@ -346,9 +347,30 @@ def published_defaults(name: str) -> str:
     return "".join(f"; {value} for {' and '.join(names)}" for value, names in found.items())
 
 
-def label_list(text: str) -> str | list[int]:
-    """Convert the value of --labels, as an argparse type: "equal", or whole numbers separated by commas."""
-    return text if text == "equal" else [number(int, 0)(part) for part in text.split(",")]
+def label_list(text: str) -> str | list[int | str]:
+    """Convert the value of --labels, as an argparse type: "equal", or numbers and names separated by commas."""
+    if text == "equal":
+        return text
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"expected equal, or classes separated by commas, got {text!r}")
+    return [int(part) if part.isdecimal() else part for part in parts]
+
+
+def class_numbers(labels: str | list[int | str] | None, config: dict, ckpt: str) -> str | list[int] | None:
+    """Return the value of --labels with the numbers of the classes that it names.
+
+    Raises:
+        UserError: if the checkpoint has no class of such a name.
+    """
+    if not isinstance(labels, list):
+        return labels
+    classes = config["data"]["classes"] or []
+    for label in labels:
+        if isinstance(label, str) and label not in classes:
+            known = f"the classes {', '.join(classes[:20])}{', ...' * (len(classes) > 20)}" if classes else "no names"
+            raise UserError(f"--labels {label}: {ckpt} has {known}")
+    return [classes.index(label) if isinstance(label, str) else label for label in labels]
 
 
 def write_batch(folder: Path, numbers: range, images: np.ndarray, save_png: bool):
@@ -379,14 +401,8 @@ def write_results(pipeline: Pipeline, settings: SampleSettings, batches: list[ra
 def pack(path: Path, parts: list[Path], labels: np.ndarray):
     """Write the .npz file that ADM's evaluator reads; only one part at a time is in memory."""
     shape = (len(labels), *np.load(parts[0], mmap_mode="r").shape[1:])
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
-    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for part in parts:
-                file.write(np.load(part).tobytes())
-        with archive.open("arr_1.npy", "w") as file:
-            np.save(file, labels)
+    with atomic_write(path) as temporary:
+        write_images(temporary, (np.load(part).tobytes() for part in parts), shape, labels)
 
 
 if __name__ == "__main__":
@@ -523,7 +539,7 @@ if __name__ == "__main__":
         type=label_list,
         metavar="equal|LIST",
         help="labels that the samples take in turn: equal for all classes, so that each is sampled equally often, or "
-        "numbers such as 207,360 (default: random classes)",
+        "numbers or names of classes such as 207,360 or Bag,Coat (default: random classes)",
     )
     group.add_argument("--global-seed", type=seed_int, default=0, help="seed; sample i is a function of the seed and i")
     group.add_argument(

@@ -1,13 +1,17 @@
-"""Draw figures of trained models as PNG. The numbers of each figure are written to a CSV file of the same name.
+"""Draw figures of runs and of trained models. The numbers of a PNG figure are written to a CSV file of the same name.
 
 Files that exist are not replaced: choose another name with --out, or remove them.
 
+    python visualize.py run outputs/RUN
+    python visualize.py compare outputs/RUN1 outputs/RUN2
     python visualize.py coefficients outputs/RUN/checkpoints/0100000.pt
     python visualize.py losses outputs/RUN/checkpoints/0100000.pt --pretrained DiT.pt --data-path data/encoded
     python visualize.py training outputs/RUN
     python visualize.py grids samples/A/samples.npz samples/B/samples.npz
     python visualize.py ema outputs/RUN/checkpoints/0100000.pt --data-path data/held_out
 
+run: a page (HTML) of one or more runs: curves, samples and coefficients over the steps, errors of the experts, configs.
+compare: the numbers of runs as a table, also as Markdown.
 coefficients: heat map of the mixing coefficients (figures 4a and 4b of the paper).
 losses: error of every expert over all timesteps, relative to the pretrained model (figure 4c of the paper), and to the
     best expert of each interval.
@@ -18,11 +22,13 @@ ema: held-out error, FID or both over the width of the EMA, from the snapshots o
 
 import argparse
 import csv
-import json
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,9 +42,13 @@ from evaluation.scores import NEIGHBOURS
 from features.dataset import FeatureDataset
 from figures import save_coefficients, save_grid
 from interop.own import find_checkpoint
-from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override, heads_override
+from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override
 from remix import Remix
-from runtime.command_line import ArgumentParser, number, positive_int, run_script, seed_int
+from reports.page import write_page
+from reports.plots import coefficients_over_steps, draw_coefficients_over_steps
+from reports.runs import read_runs
+from reports.table import table_files, write_table
+from runtime.command_line import ArgumentParser, counted, number, positive_int, run_script, seed_int
 from runtime.errors import UserError
 from runtime.files import atomic_write, check_unused
 from runtime.processes import World
@@ -53,62 +63,125 @@ EMA_LEVELS = 50
 
 def main(args: argparse.Namespace):
     out = Path(args.out) if args.out else default_out(args)
-    if out.suffix != ".png":
-        raise UserError(f"--out {out}: the file name must end in .png")
-    written = [out] if args.figure == "grids" else [out, out.with_suffix(".csv")]
-    check_unused(*written)
-
-    if args.figure == "grids":
-        draw_grids(out, args.samples, args.images)
-    elif args.figure == "training":
-        draw_training(out, Path(args.run))
-    elif args.figure == "ema":
-        args.ckpt = find_checkpoint(args.ckpt)
-        model, config = load_model(args.ckpt)
-        if not args.data_path and not args.score_against:
-            raise UserError("ema needs --data-path for the held-out error, --score-against for FID, or both")
-        if (args.weights or args.score_samples or args.vae) and not args.score_against:
-            raise UserError("--weights, --score-samples and --vae need --score-against")
-        fits = [fit_snapshots(args.ckpt, std) for std in args.stds]
-        print(*fits, sep="\n")
-        measures = {}
-        if args.data_path:
-            shape = config["model"]["backbone"]
-            x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, shape)
-            diffusion = create_process(**config["diffusion"])
-            errors = HeldOutErrors(diffusion, x.to(device()), y.to(device()), min(32, len(x)), args.global_seed)
-            measures["error"] = partial(held_out_error, errors)
-        if args.score_against:
-            if not config["training"]:
-                raise UserError(f"{args.ckpt} is not a checkpoint of a run with --ema-snapshots")
-            vae = args.vae or config["data"]["vae"]
-            scores = ScoreSettings(None, args.score_against, args.weights, args.score_samples, vae=vae)
-            fid = make_fid(scores, config, model, args.ckpt)
-            fid.start(World(0, 1, device()))
-            measures["FID"] = fid.evaluate
-        draw_ema(out, ema_scores(model, fits, measures), config["model"]["name"])
-    else:
-        args.ckpt = find_checkpoint(args.ckpt)
-        overrides = heads_override(args.num_heads) | frequency_override(args.timestep_frequencies)
-        model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **overrides)
-        name, architecture = config["model"]["name"], config["model"]["architecture"]
-        if not config["model"]["remix"]:
-            raise UserError(f"{args.ckpt} holds a plain {architecture}, which has no mixing coefficients")
-        if args.figure == "coefficients":
-            draw_coefficients(out, model, name)
-        else:
-            pretrained, pretrained_config = load_model(args.pretrained, allow_pickle=args.trust_pickle, **overrides)
-            plain = config["model"] | {"name": pretrained_config["model"]["name"], "remix": None}
-            if pretrained_config["model"] != plain:
-                raise UserError(f"{args.pretrained} is not the plain {architecture} that {args.ckpt} was trained from")
-            x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, plain["backbone"])
-            measure = HeldOutErrors(
-                create_process(**config["diffusion"]), x.to(device()), y.to(device()), min(32, len(x)), args.global_seed
-            )
-            reference, errors = expert_errors(model, pretrained, measure, args.per_interval)
-            draw_losses(out, reference, errors, model, name)
-
+    suffix = ".html" if args.figure == "run" else ".png"
+    if out.suffix != suffix:
+        raise UserError(f"--out {out}: the file name must end in {suffix}")
+    written = files_of(args.figure, out)
+    # The page of a run that is still training is written again and again, to the place that is meant for it.
+    if args.figure != "run" or args.out or len(args.runs) > 1:
+        check_unused(*written)
+    draw = dict(
+        run=draw_page,
+        compare=draw_table,
+        coefficients=draw_coefficients_of,
+        losses=draw_losses_of,
+        training=draw_training,
+        grids=draw_grids_of,
+        ema=draw_ema_of,
+    )[args.figure]
+    draw(out, args)
     print(f"wrote {' and '.join(map(str, written))}")
+
+
+def files_of(figure: str, out: Path) -> list[Path]:
+    """Return the files of a figure whose first file is `out`."""
+    if figure in ("run", "grids"):
+        return [out]
+    return table_files(out) if figure == "compare" else [out, out.with_suffix(".csv")]
+
+
+def draw_page(out: Path, args: argparse.Namespace):
+    """Write the page of runs."""
+    write_page(out, read_runs(args.runs, args.scores))
+
+
+def draw_table(out: Path, args: argparse.Namespace):
+    """Write the table of runs, and print it."""
+    write_table(out, read_runs(args.runs, args.scores))
+    print(out.with_suffix(".md").read_text(), end="")
+
+
+def draw_coefficients_of(out: Path, args: argparse.Namespace):
+    """Draw the coefficients of a checkpoint."""
+    model, config = load_remix(args)
+    draw_coefficients(out, model, config["model"]["name"])
+
+
+def draw_losses_of(out: Path, args: argparse.Namespace):
+    """Measure and draw the errors of a checkpoint's experts."""
+    model, config = load_remix(args)
+    plain, pretrained = config["model"] | {"remix": None}, None
+    if args.pretrained:
+        pretrained, pretrained_config = load_model(
+            args.pretrained, allow_pickle=args.trust_pickle, **overrides_of(args)
+        )
+        plain["name"] = pretrained_config["model"]["name"]
+        if pretrained_config["model"] != plain:
+            raise UserError(
+                f"{args.pretrained} is not the plain {plain['architecture']} that {args.ckpt} was trained from"
+            )
+    x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, plain["backbone"])
+    measure = HeldOutErrors(
+        create_process(**config["diffusion"]), x.to(device()), y.to(device()), min(32, len(x)), args.global_seed
+    )
+    reference, errors = expert_errors(model, pretrained, measure, args.per_interval)
+    draw_losses(out, reference, errors, model, config["model"]["name"], relative_to_best=pretrained is None)
+
+
+def draw_ema_of(out: Path, args: argparse.Namespace):
+    """Measure and draw what the width of the EMA of a checkpoint changes."""
+    args.ckpt = find_checkpoint(args.ckpt)
+    model, config = load_model(args.ckpt)
+    if not args.data_path and not args.score_against:
+        raise UserError("ema needs --data-path for the held-out error, --score-against for FID, or both")
+    if (args.weights or args.score_samples or args.vae) and not args.score_against:
+        raise UserError("--weights, --score-samples and --vae need --score-against")
+    fits = [fit_snapshots(args.ckpt, std) for std in args.stds]
+    print(*fits, sep="\n")
+    measures = {}
+    if args.data_path:
+        shape = config["model"]["backbone"]
+        x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, shape)
+        diffusion = create_process(**config["diffusion"])
+        errors = HeldOutErrors(diffusion, x.to(device()), y.to(device()), min(32, len(x)), args.global_seed)
+        levels = errors.process.scale.grid(EMA_LEVELS)
+        measures["error"] = Measure(
+            partial(held_out_error, errors),
+            lambda network: errors(network, levels[:1]),
+            EMA_LEVELS,
+            f"the error at {EMA_LEVELS} noise levels",
+        )
+    if args.score_against:
+        if not config["training"]:
+            raise UserError(f"{args.ckpt} is not a checkpoint of a run with --ema-snapshots")
+        vae = args.vae or config["data"]["vae"]
+        scores = ScoreSettings(None, args.score_against, args.weights, args.score_samples, vae=vae)
+        fid = make_fid(scores, config, model, args.ckpt)
+        fid.start(World(0, 1, device()))
+        measures["FID"] = Measure(
+            fid.evaluate, lambda network: fid.measure(fid.parts[0], network), len(fid.parts), str(fid)
+        )
+    draw_ema(out, ema_scores(model, fits, measures), config["model"]["name"])
+
+
+def overrides_of(args: argparse.Namespace) -> dict:
+    """Return what the flags say about the architecture of a file that does not record it."""
+    overrides = {"num_heads": args.num_heads} if args.num_heads else {}
+    return overrides | frequency_override(args.timestep_frequencies)
+
+
+def load_remix(args: argparse.Namespace) -> tuple[Remix, dict]:
+    """Return the model of `args.ckpt`, which becomes the path of its file, and its config.
+
+    Raises:
+        UserError: if it is a plain model.
+    """
+    args.ckpt = find_checkpoint(args.ckpt)
+    model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **overrides_of(args))
+    if not config["model"]["remix"]:
+        architecture = config["model"]["architecture"]
+        raise UserError(f"{args.ckpt} holds a plain {architecture}, which has no mixing coefficients")
+    return model, config
 
 
 def device() -> torch.device:
@@ -120,6 +193,10 @@ def default_out(args: argparse.Namespace) -> Path:
     """Return the path of the figure without --out: in the folder of the checkpoint, or in the run's folder."""
     if args.figure == "grids":
         return Path("grids.png")
+    if args.figure == "compare":
+        return Path("runs.png")
+    if args.figure == "run":
+        return Path(args.runs[0]) / "page.html" if len(args.runs) == 1 else Path("runs.html")
     if args.figure == "training":
         return Path(args.run) / "coefficients-over-training.png"
     return Path(args.ckpt).with_name(f"{Path(args.ckpt).stem}-{args.figure}.png")
@@ -140,40 +217,21 @@ def draw_coefficients(out: Path, model: Remix, name: str):
     write_csv(out, header, rows)
 
 
-def draw_training(out: Path, run: Path):
+def draw_training(out: Path, args: argparse.Namespace):
     """Draw the coefficients of every expert over the steps of a run, from the metrics.jsonl in its folder."""
     # The grids and --help do not need matplotlib.
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    metrics = run / "metrics.jsonl"
-    if not metrics.is_file():
-        raise UserError(f"{metrics}: no such file")
-    lines = [line for line in map(json.loads, metrics.read_text().splitlines()) if "coefficients" in line]
-    if not lines:
-        raise UserError(f"{metrics} has no coefficients: the run trains a plain DiT, or has not logged yet")
-    steps = [line["step"] for line in lines]
-    alpha = np.array([line["coefficients"] for line in lines])  # [steps, N, K], or [steps, depth, N, K]
-    title = f"{run.resolve().name}: mixing coefficients over training"
-    if alpha.ndim == 4:
-        alpha = alpha.mean(1)
+    [run] = read_runs([args.run])
+    steps, alpha = coefficients_over_steps(run)
+    if not len(steps):
+        raise UserError(f"{args.run} has logged no coefficients: the run trains a plain model, or has not reported yet")
+    title = f"{run.name}: mixing coefficients over training"
+    if run.config["model"]["remix"]["scope"] == "local":
         title += ", mean over the blocks"
     n_experts, n_basis = alpha.shape[1:]
-
-    figure = Figure((8, 1.6 * n_basis + 1), layout="constrained")
-    axes = figure.subplots(n_basis, 1, sharex=True, sharey=True, squeeze=False)
-    colors = colormaps["plasma"](np.linspace(0, 0.9, n_experts))
-    for k, axis in enumerate(axes[:, 0]):
-        for i in range(n_experts):
-            axis.plot(steps, alpha[:, i, k], color=colors[i], linewidth=1)
-        axis.set_ylabel(f"basis {k}")
-    axes[-1, 0].set_xlabel("step")
-    scale = ScalarMappable(Normalize(0, n_experts - 1), ListedColormap(colors))
-    ticks = MaxNLocator(integer=True)
-    figure.colorbar(scale, ax=axes[:, 0].tolist(), label="expert (expert 0: least noise)", ticks=ticks)
+    figure = Figure((8, max(1.2, 0.07 * n_experts) * n_basis + 1), layout="constrained")
+    draw_coefficients_over_steps(figure, steps, alpha, run.last_step)
     figure.suptitle(title, fontsize=10)
     save_png(figure, out)
 
@@ -195,21 +253,22 @@ def load_features(data_path: str, count: int, seed: int, ckpt: str, config: dict
 
 
 def expert_errors(
-    remix: Remix, pretrained: nn.Module, measure: HeldOutErrors, per_interval: int
+    remix: Remix, pretrained: nn.Module | None, measure: HeldOutErrors, per_interval: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measure the error of the prediction in every interval: of the predicted noise, or of what a flow predicts.
 
     Args:
         remix: model with N experts.
-        pretrained: plain model of the same architecture.
+        pretrained: plain model of the same architecture, or None.
         measure: measures the error of a model, on the device of the models.
         per_interval: number of evenly spaced times in each interval.
 
     Returns:
-        Mean squared error of the pretrained model in each interval, [N], and the error of each expert in each interval
-        relative to it, minus 1, [N experts, N intervals].
+        Mean squared error of the pretrained model in each interval, or of the best expert if there is no pretrained
+        model, [N]; and the error of each expert in each interval relative to it, minus 1, [N experts, N intervals].
     """
-    remix, pretrained = remix.to(device()), pretrained.to(device())
+    remix = remix.to(device())
+    plain = [pretrained.to(device())] if pretrained is not None else []
     scale = scale_of(remix.boundaries)
     times = np.concatenate([scale.times_between(*pair, per_interval) for pair in pairwise(remix.boundaries)])
 
@@ -217,23 +276,26 @@ def expert_errors(
         errors = measure(model, times, times_per_batch=8)
         return errors.view(remix.n_experts, -1).mean(1).cpu().numpy()
 
-    models = chain([pretrained], map(remix.expert, range(remix.n_experts)))
-    errors = [interval_errors(model) for model in tqdm(models, total=1 + remix.n_experts, desc="models")]
-    return errors[0], np.stack(errors[1:]) / errors[0] - 1
+    models = chain(plain, map(remix.expert, range(remix.n_experts)))
+    errors = [interval_errors(model) for model in tqdm(models, total=len(plain) + remix.n_experts, desc="models")]
+    experts = np.stack(errors[len(plain) :])
+    reference = errors[0] if plain else experts.min(0)
+    return reference, experts / reference - 1
 
 
-def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, model: Remix, name: str):
-    """Draw the results of expert_errors as two heat maps. Rows are experts, columns are intervals.
+def draw_losses(
+    out: Path, reference: np.ndarray, errors: np.ndarray, model: Remix, name: str, relative_to_best: bool = False
+):
+    """Draw the results of expert_errors as heat maps. Rows are experts, columns are intervals.
 
     The left one is relative to the pretrained model, the right one to the best expert of each interval. Where the
-    experts are good in their own intervals, the diagonal of the right one is 0.
+    experts are good in their own intervals, the diagonal of the right one is 0. If `relative_to_best`, the errors are
+    relative to the best expert already, and there is only this heat map.
     """
     from matplotlib.colors import SymLogNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure((14, 6), layout="constrained")
-    axes = figure.subplots(1, 2)
     above_best = (1 + errors) / (1 + errors).min(0) - 1
     # Differences are tenths of a percent inside an expert's interval, and up to a factor of ten far outside it.
     scale = partial(SymLogNorm, linthresh=0.5, vmax=100)
@@ -241,6 +303,9 @@ def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, model: Rem
         (100 * errors, "RdBu_r", scale(vmin=-100), "the pretrained model", [-100, -10, -1, 0, 1, 10, 100]),
         (100 * above_best, "viridis_r", scale(vmin=0), "the best expert of the interval", [0, 1, 10, 100]),
     )
+    maps = maps[1:] if relative_to_best else maps
+    figure = Figure((7 * len(maps), 6), layout="constrained")
+    axes = figure.subplots(1, len(maps), squeeze=False)[0]
     noise_scale = scale_of(model.boundaries)
     for axis, (values, colors, norm, baseline, ticks) in zip(axes, maps, strict=True):
         image = axis.imshow(values, cmap=colors, norm=norm)
@@ -254,7 +319,8 @@ def draw_losses(out: Path, reference: np.ndarray, errors: np.ndarray, model: Rem
     save_png(figure, out)
 
     header = ["expert", *(f"{noise_scale.symbol}_{label}" for label in interval_labels(model.boundaries, "_"))]
-    rows = [["pretrained, absolute", *reference], *([i, *row] for i, row in enumerate(errors.tolist()))]
+    first = "best, absolute" if relative_to_best else "pretrained, absolute"
+    rows = [[first, *reference], *([i, *row] for i, row in enumerate(errors.tolist()))]
     write_csv(out, header, rows)
 
 
@@ -263,25 +329,56 @@ def held_out_error(errors: HeldOutErrors, model: nn.Module) -> float:
     return errors(model, errors.process.scale.grid(EMA_LEVELS)).mean().item()
 
 
-def ema_scores(
-    model: nn.Module, fits: list[Fit], measures: dict[str, Callable[[nn.Module], float]]
-) -> dict[float | None, dict[str, float]]:
+class Measure(NamedTuple):
+    """What is measured of a model.
+
+    Attributes:
+        whole: function of a model that returns the number.
+        part: function of a model that does one of `parts` equal parts of this work.
+        parts: number of parts.
+        text: what is measured.
+    """
+
+    whole: Callable[[nn.Module], float]
+    part: Callable[[nn.Module], Any]
+    parts: int
+    text: str
+
+
+def estimate_seconds(network: nn.Module, measure: Measure) -> float:
+    """Return the time that one measurement of a network will take, from the time of one of its parts."""
+    start = time.perf_counter()
+    measure.part(network)
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * measure.parts
+
+
+def ema_scores(model: nn.Module, fits: list[Fit], measures: dict[str, Measure]) -> dict[float | None, dict[str, float]]:
     """Measure averages of the weights of several widths.
 
     Args:
         model: the model of a run with snapshots, with the EMA of the training.
         fits: the averages to make, one per width.
-        measures: what is measured, by name.
+        measures: what is measured, by name. Before the first, the time that all will take is printed.
 
     Returns:
         The results by width and name; those of the training's EMA have the width None.
     """
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    network = for_sampling(model).to(device())
+    seconds = (1 + len(fits)) * sum(estimate_seconds(network, measure) for measure in measures.values())
+    texts = " and ".join(measure.text for measure in measures.values())
+    print(
+        f"{counted(1 + len(fits), 'EMA')} (that of the training and {counted(len(fits), 'width')}), of each {texts}: "
+        f"about {timedelta(seconds=round(seconds))} in all (fewer --stds or --score-samples take less)",
+        flush=True,
+    )
     scores = {}
     for fit in tqdm([None, *fits], desc="widths"):
         model.load_state_dict(state if fit is None else reconstruct(fit, state))
         network = for_sampling(model).to(device())
-        scores[fit.std if fit else None] = {name: measure(network) for name, measure in measures.items()}
+        scores[fit.std if fit else None] = {name: measure.whole(network) for name, measure in measures.items()}
     return scores
 
 
@@ -303,6 +400,11 @@ def draw_ema(out: Path, scores: dict[float | None, dict[str, float]], name: str)
     save_png(figure, out)
     rows = [[std or "training", *scores[std].values()] for std in (None, *stds)]
     write_csv(out, ["std", *kinds], rows)
+
+
+def draw_grids_of(out: Path, args: argparse.Namespace):
+    """Draw the samples of several models."""
+    draw_grids(out, args.samples, args.images)
 
 
 def draw_grids(out: Path, paths: list[str], count: int):
@@ -352,21 +454,43 @@ def write_csv(figure: Path, header: list, rows: list[list]):
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description="Draw figures of trained models as PNG, with their numbers as CSV.")
+    parser = ArgumentParser(description="Draw figures of runs and of trained models, with their numbers as CSV.")
     figures = parser.add_subparsers(
-        dest="figure", required=True, metavar="FIGURE", help="coefficients, losses, training, grids or ema"
+        dest="figure",
+        required=True,
+        metavar="FIGURE",
+        help="run, compare, coefficients, losses, training, grids or ema",
     )
+    page = figures.add_parser("run", help="a page (HTML) of one or more runs: curves, samples, coefficients, configs")
+    compare = figures.add_parser("compare", help="the numbers of runs as a table: PNG, CSV and Markdown")
     coefficients = figures.add_parser(
         "coefficients", help="heat map of the mixing coefficients (figures 4a and 4b of the paper)"
     )
     losses = figures.add_parser(
-        "losses", help="error of every expert over all timesteps, relative to the pretrained model (figure 4c)"
+        "losses",
+        help="error of every expert over all timesteps, relative to the pretrained model (figure 4c of the paper) and "
+        "to the best expert",
     )
     training = figures.add_parser("training", help="mixing coefficients over the steps of a run")
     grids = figures.add_parser("grids", help="the same samples of several models, one row per model")
 
     ema = figures.add_parser("ema", help="error and FID over the width of the EMA (train_fast.py --ema-snapshots)")
 
+    for figure in (page, compare):
+        figure.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, outputs/<prefix>")
+        figure.add_argument(
+            "--scores",
+            nargs="+",
+            default=[],
+            metavar="JSON",
+            help="scores of samples of these runs, from evaluator.py --json",
+        )
+    page.add_argument(
+        "--out", metavar="HTML", help="file to write (default: page.html in the folder of the run, or runs.html)"
+    )
+    compare.add_argument(
+        "--out", metavar="PNG", help="file to write, beside which are .csv and .md (default: runs.png)"
+    )
     for figure in (coefficients, losses):
         figure.add_argument("ckpt", help="checkpoint of a RemixDiT")
         figure.add_argument(
@@ -382,7 +506,10 @@ if __name__ == "__main__":
             help="load files with pickled Python objects, which can execute code: only for files that you trust",
         )
         figure.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
-    losses.add_argument("--pretrained", required=True, help="checkpoint of the DiT that the training started from")
+    losses.add_argument(
+        "--pretrained",
+        help="checkpoint of the DiT that the training started from (default: compare only with the best expert)",
+    )
     losses.add_argument("--data-path", required=True, help="encoded images, preferably not those of the training")
     losses.add_argument("--images", type=positive_int, default=256, help="number of images")
     losses.add_argument("--per-interval", type=positive_int, default=10, help="timesteps per expert's interval")
@@ -410,6 +537,8 @@ if __name__ == "__main__":
     ema.add_argument("--vae", metavar="NAME", help="VAE that decodes the samples (default: the checkpoint's)")
     for figure in (coefficients, losses, training, grids, ema):
         figure.add_argument(
-            "--out", help="PNG file to write (default: in the folder of the checkpoint or in the run's folder)"
+            "--out",
+            metavar="PNG",
+            help="PNG file to write (default: in the folder of the checkpoint or in the run's folder)",
         )
     run_script(main, parser)

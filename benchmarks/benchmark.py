@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from diffusion import create_diffusion, create_flow
 from features.dataset import DTYPES, SHARD_SIZE, FeatureDataset, write_index, write_shard
 from models import BACKBONES, DIT, DiT_models, build_plain, classifier_free_guidance
-from remix import RemixDiT
+from remix import Remix, RemixDiT
 from runtime.command_line import ArgumentParser, number, positive_int, run_script
 from runtime.errors import UserError
 from runtime.files import atomic_write
@@ -467,6 +467,57 @@ def sampling(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
     ]
 
 
+def adapters(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
+    """Measure training steps of low-rank experts of an SD3 in bf16 with frozen weights, and of a LoRA of equal size.
+
+    The batch has 16 samples of 16 experts, which run as one batch, or as 16 groups. The LoRA is peft's, of rank K * r.
+    """
+    from diffusers import SD3Transformer2DModel
+    from peft import LoraConfig
+
+    n, rank, heads, side = (4, 2, 2, 4) if args.toy else (16, 4, 8, 32)
+    text = dict(joint_attention_dim=64, pooled_projection_dim=64, caption_projection_dim=64 * heads)
+    size = dict(sample_size=side, pos_embed_max_size=side, in_channels=4, out_channels=4, num_layers=3)
+    torch.manual_seed(0)
+    base = SD3Transformer2DModel(num_attention_heads=heads, attention_head_dim=64, **size, **text).bfloat16()
+    inputs = dict(hidden_states=torch.randn(n, 4, side, side), encoder_hidden_states=torch.randn(n, 16, 64))
+    inputs |= dict(pooled_projections=torch.randn(n, 64), timestep=(torch.arange(n) + 0.5) * (1000 / n))
+    inputs = {name: value.to(world.device, torch.bfloat16) for name, value in inputs.items()}
+    lora, remix = copy.deepcopy(base).requires_grad_(False), Remix(base, n_basis=N_BASIS, n_experts=n, rank=rank)
+    targets = [name for name, _ in remix.mixed()]
+    lora.add_adapter(LoraConfig(r=N_BASIS * rank, lora_alpha=N_BASIS * rank, target_modules=targets))
+    remix.freeze_shared()
+    runs, clocks = {}, {}
+
+    def add(name: str, model: torch.nn.Module, **options):
+        model.to(world.device).train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        clock = clocks[name] = Clock(world)
+
+        def run(turn: int):
+            for _ in range(args.steps):
+                model(**inputs, **options).sample.float().square().mean().backward()
+                for parameter in trained:
+                    parameter.grad = None
+            clock.mark("step")
+
+        runs[name] = run
+
+    reference = f"peft LoRA of rank {N_BASIS * rank}"
+    add(reference, lora)
+    add(f"Remix of rank {rank}, {n} experts at once", remix)
+    add(f"Remix of rank {rank}, groups={n}", remix, groups=n)
+    times = take_turns(runs, clocks, args.warmup, args.rounds)
+    return [
+        {
+            "model": name,
+            "ms/step": median(rounds) / args.steps * 1e3,
+            "speed / LoRA": relative_speed(rounds, times[reference]),
+        }
+        for name, rounds in times.items()
+    ]
+
+
 def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
     """Measure how fast two processes read packed features and draw noise as in training.
 
@@ -638,6 +689,7 @@ def numpy_precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3, block
 PARTS = {
     "training": training,
     "sampling": sampling,
+    "adapters": adapters,
     "data": data,
     "extraction": extraction,
     "evaluator": evaluator,

@@ -62,8 +62,8 @@ def has_statistics(path) -> bool:
 
 def content_hash(path) -> str:
     """Return 32 hexadecimal digits of the SHA-256 of the sizes and contents of a file, or of all images of a folder."""
-    # Features of folders depend on how their files are read: since version 2, as they are displayed.
-    digest = hashlib.sha256(b"images, version 2 " if Path(path).is_dir() else b"")
+    # Features of folders depend on how their files are read: since version 3, as they are displayed, in sRGB.
+    digest = hashlib.sha256(b"images, version 3 " if Path(path).is_dir() else b"")
     files = find_files(path).images if Path(path).is_dir() else [Path(path)]
     size = sum(file.stat().st_size for file in files)
     with tqdm(total=size, unit="B", unit_scale=True, desc=f"hashing {Path(path).name}", leave=False, delay=2) as bar:

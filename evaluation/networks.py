@@ -99,12 +99,19 @@ class ExportedNetwork(nn.Module):
 
     Args:
         program: the program. Its tensors are moved with it.
+
+    Attributes:
+        image_size: height and width of the images that it takes; None if it takes several sizes.
     """
 
     def __init__(self, program: torch.export.ExportedProgram):
         super().__init__()
         self.program = program
         self.module = program.module()
+        [images, *_] = program.graph_signature.user_inputs
+        shape = next(node.meta["val"].shape for node in program.graph.nodes if node.name == images)
+        # Sizes that the program does not fix are symbols.
+        self.image_size = tuple(shape[2:]) if all(isinstance(n, int) for n in shape[2:]) else None
 
     def to(self, device: torch.device) -> "ExportedNetwork":
         """Move the program to a device, and return this module."""
@@ -242,6 +249,12 @@ class FeatureExtractor:
         Raises:
             UserError: if it cannot process the images, which `name` describes, or has other outputs than expected.
         """
+        size = getattr(self.network, "image_size", None)
+        if size and images.shape[1:3] != size:
+            sizes = " but ".join(
+                f"{text} {w}x{h} pixels" for text, (h, w) in (("have", images.shape[1:3]), ("the network takes", size))
+            )
+            raise UserError(f"{name} {sizes}: extract_features.py --reference writes images of a given --image-size")
         try:
             outputs = self.run(self.network, images)
             shapes = [tuple(output.shape) for output in outputs]
@@ -315,6 +328,25 @@ class FeatureExtractor:
     def run(self, network: nn.Module, batch: np.ndarray) -> tuple[Tensor, ...]:
         """Run the network on uint8 images [B, H, W, 3]."""
         return network(torch.from_numpy(batch.copy()).permute(0, 3, 1, 2).contiguous().to(self.device))
+
+
+def save_program(network: nn.Module, path, side: int):
+    """Write a network as an exported program for square images, uint8 [B, 3, side, side] with any B from 1.
+
+    Args:
+        network: the network, in eval mode on the CPU.
+        path: the file, whose name ends in .pt2.
+        side: side of the images in pixels.
+    """
+    example = torch.zeros(2, 3, side, side, dtype=torch.uint8)
+    # PyTorch 2.6 requires a largest size.
+    shapes = ({0: torch.export.Dim("batch", min=1, max=65536)},)
+    program = torch.export.export(network, (example,), dynamic_shapes=shapes)
+    with atomic_write(path) as temporary:
+        # torch.export.save accepts only this suffix.
+        program_path = temporary.with_name(f"{temporary.name}.pt2")
+        torch.export.save(program, program_path)
+        program_path.rename(temporary)
 
 
 def network_name(weights: str | None) -> str:

@@ -7,6 +7,8 @@ from tqdm import tqdm
 
 # k: Precision and Recall use the distance from each point to its k-th nearest neighbour.
 NEIGHBOURS = 3
+# Bootstrap samples of the uncertainty of FID.
+RESAMPLES = 20
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
@@ -79,6 +81,28 @@ def fid_bias(ref_mu, ref_sigma, pooled_features: Tensor, fid: float) -> float:
             statistics.add(pooled_features[rows])
         half_fids.append(frechet_distance(ref_mu, ref_sigma, *statistics.result()))
     return float(np.mean(half_fids)) - fid
+
+
+def fid_std(ref_mu, ref_sigma, pooled_features: Tensor, resamples: int = RESAMPLES) -> float:
+    """Estimate the standard deviation of the FID over sets of as many samples, by the bootstrap over the samples.
+
+    It says how much the FID would change with another seed of the samples. It does not include the reference's own
+    spread, nor the bias of few samples (see `fid_bias`), which bootstrap samples have twice.
+
+    Args:
+        ref_mu: mean of the reference, [D].
+        ref_sigma: covariance of the reference, [D, D].
+        pooled_features: features of the samples, [n, D].
+        resamples: number of bootstrap samples, each of n samples drawn with replacement, from seeds 0, 1, ...
+    """
+    n, fids = len(pooled_features), []
+    for seed in tqdm(range(resamples), desc="bootstrap of FID", unit="resample", leave=False, delay=2):
+        chosen = torch.randint(n, (n,), generator=torch.Generator().manual_seed(seed))
+        statistics = GaussianStatistics()
+        for rows in chosen.split(4096):
+            statistics.add(pooled_features[rows])
+        fids.append(frechet_distance(ref_mu, ref_sigma, *statistics.result()))
+    return float(np.std(fids, ddof=1))
 
 
 def inception_score(probs, split_size: int = 5000) -> float:
@@ -168,23 +192,28 @@ def _squared_radii(points: Tensor, k: int, block: int, bar: tqdm) -> Tensor:
     return nearest[:, -1]
 
 
-def kernel_distance(ref_features: Tensor, sample_features: Tensor) -> float:
+def kernel_distance(ref_features: Tensor, sample_features: Tensor) -> tuple[float, float]:
     """Compute KID, the kernel Inception distance (Binkowski et al., arXiv 1801.01401), with torch-fidelity.
 
     KID is the unbiased estimate of the squared maximum mean discrepancy with the kernel (x y / D + 1)^3. The result is
-    the mean over 100 random subsets of at most 1,000 images per side.
+    the mean over 100 random subsets of at most 1,000 images per side. It is not multiplied by 1,000, as in some papers.
 
     Args:
         ref_features: features of the reference, [n, D].
         sample_features: features of the samples, [m, D].
 
     Returns:
-        The estimate, which may be negative.
+        The estimate, which may be negative; and the standard deviation over 100 random subsets of at most 1,000 images
+        and at most half of the images per side.
     """
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-    size = min(1000, len(ref_features), len(sample_features))
-    return kid_features_to_metric(ref_features, sample_features, kid_subset_size=size)[KEY_METRIC_KID_MEAN]
+    fewest = min(len(ref_features), len(sample_features))
+    size, half = min(1000, fewest), min(1000, fewest // 2)
+    whole = kid_features_to_metric(ref_features, sample_features, kid_subset_size=size)
+    # Subsets of all images do not differ.
+    halves = whole if half == size else kid_features_to_metric(ref_features, sample_features, kid_subset_size=half)
+    return whole[KEY_METRIC_KID_MEAN], halves[KEY_METRIC_KID_STD]
 
 
 class GaussianStatistics:

@@ -13,10 +13,13 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusion import beta_schedule
 from diffusion.flow import FLOW_OPTIONS
+from diffusion.intervals import TIMESTEPS
 from features.autoencoder import Normalization
 from interop.shapes import backbone_from_shapes, flow_target, make_config
 from mixing.presets import inside
@@ -66,6 +69,17 @@ SUFFIXES = ("safetensors", "bin")
 # An index lists the shards of weights that are stored in several files.
 INDEX = WEIGHTS + r"\.{suffix}\.index(?:\.([\w-]+))?\.json"
 ONE_FILE = WEIGHTS + r"(?:\.(?!.*-\d+-of-\d+\.)([\w-]+))?\.{suffix}"
+# What the config of a scheduler says of a Gaussian process, with the defaults of DDPMScheduler.
+GAUSSIAN_SETTINGS = {
+    "num_train_timesteps": TIMESTEPS,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "prediction_type": "epsilon",
+    "variance_type": None,
+}
 # In patches. It limits the memory that a config with wrong numbers can take, as the position embedding is computed.
 LARGEST_SIDE = 256
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -157,6 +171,7 @@ def _download(name: str) -> Path:
         single = [(f"{WEIGHTS}.{x}", f"{WEIGHTS}.{x}.index.json", f"{WEIGHTS}-*-of-*.{x}") for x in SUFFIXES]
         for names in (*single, variants):
             patterns = [place + file for place in ("", "transformer/") for file in ("config.json", *names)]
+            patterns.append("scheduler/scheduler_config.json")
             folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline()))
             if any(_find_weights(place) for place in (folder, folder / "transformer") if place.is_dir()):
                 break
@@ -206,9 +221,13 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
         raise UserError(f"{path} holds num_heads={num_heads}, not {overrides['num_heads']}")
     shift = _frequency_shift(path, stored, overrides)
     config = make_config(path, backbone, remix, overrides | {"num_heads": num_heads, "frequency_shift": shift})
-    config["data"] |= _find_vae(config_file)
+    config["data"] |= _find_vae(config_file, backbone)
     if flow := stored.get("flow"):
         config["diffusion"] = {"process": "flow"} | {key: flow[key] for key in FLOW_OPTIONS if key in flow}
+    changed = _find_scheduler(config_file, config["diffusion"])
+    if remix and changed:
+        raise UserError(f"{path} holds a RemixDiT of the published process, but its scheduler has {changed}")
+    config["diffusion"] |= changed
     if remix:
         state = {"logits": logits} | {f"backbone.{key}": value for key, value in state.items()}
     return config, state
@@ -279,16 +298,96 @@ def _check_sizes(path, stored: dict, state: dict[str, Tensor]):
         )
 
 
-def _find_vae(config_file: Path) -> dict:
-    """Return the VAE and its normalization for a config's "data" part, if they are in the transformer's pipeline."""
+def _find_scheduler(config_file: Path, process: dict) -> dict:
+    """Return what the scheduler of a transformer's pipeline, if there is one, says of the process.
+
+    What only concerns sampling is not read, such as timestep_spacing and steps_offset: the samplers of this project
+    choose their timesteps themselves.
+
+    Args:
+        config_file: the transformer's config.json.
+        process: the "diffusion" part of a config.
+
+    Returns:
+        Options of Gaussian diffusion with other values than the defaults.
+
+    Raises:
+        UserError: if the scheduler is damaged, contradicts the process, or has one that this project does not have.
+    """
+    file = config_file.parent.parent / "scheduler" / "scheduler_config.json"
+    if config_file.parent.name != "transformer" or not file.is_file():
+        return {}
+    target = flow_target(process)
+    try:
+        stored = json.loads(file.read_text())
+        name = stored["_class_name"]
+        flow_sigmas = stored.get("use_flow_sigmas") or stored.get("prediction_type") == "flow_prediction"
+        if (name.startswith("FlowMatch") or bool(flow_sigmas)) != bool(target):
+            kind = "a flow" if target else "Gaussian diffusion"
+            raise UserError(f"{file} is a {name} of another process than the transformer, which is a model of {kind}")
+        if not target:
+            return _read_gaussian(file, stored, learn_sigma=process.get("learn_sigma", True))
+        shift, steps = stored.get("flow_shift" if flow_sigmas else "shift", 1.0), stored.get("num_train_timesteps")
+        if shift != process.get("shift", 1.0) or stored.get("use_dynamic_shifting"):
+            shift = "dynamic" if stored.get("use_dynamic_shifting") else shift
+            raise UserError(f"{file} has shift={shift}, but the transformer's config says {process.get('shift', 1.0)}")
+        if steps not in (None, TIMESTEPS):
+            raise UserError(f"{file} has num_train_timesteps={steps}, a flow has {TIMESTEPS}")
+        return {}
+    except UserError:
+        raise
+    # Damaged content can cause errors of any kind.
+    except Exception as error:
+        raise UserError(f"{file} is not the config of a scheduler: {first_line(error)}") from None
+
+
+def _read_gaussian(file: Path, stored: dict, learn_sigma: bool) -> dict:
+    """Return the options of `create_diffusion` that the config of a scheduler changes. See `_find_scheduler`."""
+    if not {"beta_schedule", "trained_betas"} & stored.keys():
+        raise UserError(f"{file} is a {stored['_class_name']}, not a scheduler of Gaussian diffusion with betas")
+    given = {key: stored[key] for key in GAUSSIAN_SETTINGS if stored.get(key) is not None}
+    said = GAUSSIAN_SETTINGS | given
+    steps, schedule = said["num_train_timesteps"], said["beta_schedule"]
+    known = {name: beta_schedule(name, steps) for name in ("linear", "squaredcos_cap_v2")}
+    betas = known.get(schedule)
+    if said["trained_betas"] is not None:
+        betas = np.asarray(said["trained_betas"], np.float64)
+    elif schedule == "linear":
+        betas = np.linspace(said["beta_start"], said["beta_end"], steps)
+    # Schedulers compute in float32.
+    equal = [name for name in known if betas is not None and np.allclose(betas, known[name], rtol=1e-4, atol=0)]
+    if not equal or said["rescale_betas_zero_snr"]:
+        said["trained_betas"] = "..." if said["trained_betas"] else None
+        raise UserError(
+            f"{file} has other betas than the schedules linear (0.0001 to 0.02 of {TIMESTEPS} timesteps) and "
+            f"squaredcos_cap_v2: {', '.join(f'{key}={said[key]}' for key in [*GAUSSIAN_SETTINGS][:6])}"
+        )
+    if said["prediction_type"] not in ("epsilon", "sample"):
+        raise UserError(f"{file} has prediction_type={said['prediction_type']}, which must be epsilon or sample")
+    variance = said["variance_type"]
+    if variance == "learned" or (variance == "learned_range" and not learn_sigma):
+        raise UserError(f"{file} has variance_type={variance}, but the transformer does not predict such a variance")
+    changed = {"noise_schedule": equal[0]} if equal[0] != "linear" else {}
+    changed |= {"diffusion_steps": steps} if steps != TIMESTEPS else {}
+    changed |= {"predict_xstart": True} if said["prediction_type"] == "sample" else {}
+    return changed | ({"sigma_small": True} if not learn_sigma and str(variance).startswith("fixed_small") else {})
+
+
+def _find_vae(config_file: Path, backbone: dict) -> dict:
+    """Return the entries of a config's "data" part for the VAE in the transformer's pipeline, if there is one."""
     folder = config_file.parent.parent / "vae"
     if config_file.parent.name != "transformer" or not (folder / "config.json").is_file():
         return {}
     try:
         stored = json.loads((folder / "config.json").read_text())
-        return {"vae": str(folder), **Normalization.from_vae(stored).record()}
+        normalization = Normalization.from_vae(stored).record()
+        channels, blocks = stored.get("latent_channels", 4), stored.get("block_out_channels", (64,))
+        factor = 2 ** (len(blocks) - 1)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'} is not the config of an AutoencoderKL: {error}") from None
+    if channels != backbone["in_channels"]:
+        raise UserError(f"{folder} has {channels} channels, but the transformer denoises {backbone['in_channels']}")
+    return {"image_size": backbone["input_size"] * factor, "vae": str(folder), **normalization}
 
 
 def _rename_to_ours(path, state: dict[str, Tensor], shared_embedders: bool) -> dict[str, Tensor]:
@@ -352,17 +451,18 @@ def _rename_to_theirs(state: dict[str, Tensor], embedders: list[str]) -> dict[st
     return theirs
 
 
-def write(path, models: dict[str, nn.Module], config: dict, vae=None):
+def write(path, models: dict[str, nn.Module], config: dict, vae=None, pipeline: bool = False):
     """Write the EMA model as a folder for diffusers.
 
-    A DiT becomes the folder of a DiTTransformer2DModel. A RemixDiT or a flow becomes the folder of a pipeline, which
-    holds all the code that diffusers needs to run it.
+    A DiT becomes the folder of a DiTTransformer2DModel, or that of a pipeline. A RemixDiT or a flow always becomes the
+    folder of a pipeline, which holds all the code that diffusers needs to run it.
 
     Args:
         path: the folder to create.
         models: "ema" maps to the model to write.
         config: the config of the checkpoint that the model comes from.
         vae: a diffusers.AutoencoderKL to store in the pipeline, or None.
+        pipeline: write a pipeline also for a DiT.
 
     Raises:
         UserError: if diffusers cannot represent the model, or the VAE has another number of channels.
@@ -370,7 +470,7 @@ def write(path, models: dict[str, nn.Module], config: dict, vae=None):
     model = models["ema"]
     make_transformer = _mixed_transformer if config["model"]["remix"] else _plain_transformer
     transformer = make_transformer(model, config)
-    if is_pipeline(config):
+    if pipeline or is_pipeline(config):
         _write_pipeline(path, transformer, config, vae)
     else:
         with _new_folder(path) as folder:
@@ -378,7 +478,7 @@ def write(path, models: dict[str, nn.Module], config: dict, vae=None):
 
 
 def is_pipeline(config: dict) -> bool:
-    """Return whether `write` writes a pipeline, because the model needs more than diffusers' own DiT pipeline."""
+    """Return whether `write` always writes a pipeline, because the model needs more than diffusers' own one of DiTs."""
     return config["model"]["remix"] is not None or _flow(config) is not None
 
 

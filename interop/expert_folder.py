@@ -85,7 +85,7 @@ def find_expert(folder, level: float | torch.Tensor) -> str:
 @torch.no_grad()
 def lora_state(remix: Remix, i: int) -> dict[str, torch.Tensor]:
     """Return expert i as LoRA weights in diffusers' format, each A [K * r, in] and B [out, K * r]."""
-    alpha = remix.coefficients_per_expert()[i]
+    alpha = remix.coefficients.per_expert()[i]
     state = {}
     for name, layer in remix.mixed():
         a, b = layer.lora_pair(alpha[layer.row])

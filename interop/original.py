@@ -17,6 +17,7 @@ from interop.shapes import (
     stored_settings,
     warn_of_flow,
 )
+from mixing.experts import stored_state
 from models import DIT
 from remix import Remix
 from runtime.errors import UserError
@@ -66,5 +67,6 @@ def _mixed_state_dict(model: Remix) -> dict[str, Tensor]:
     if model.backbone.frequency_shift:
         raise UserError("the original Remix-DiT supports only the timestep frequencies of the published DiT")
     return {
-        LOGITS if key == "logits" else key.removeprefix("backbone."): value for key, value in model.state_dict().items()
+        LOGITS if key == "logits" else key.removeprefix("backbone."): value
+        for key, value in stored_state(model).items()
     }

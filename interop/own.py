@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from interop import diffusers
+from mixing.experts import stored_state
 from runtime.errors import UserError, first_line
 from runtime.files import atomic_write
 from runtime.hub import local_file
@@ -54,7 +55,7 @@ def save_safetensors(path, model: nn.Module, config: dict):
     """Write the weights of a model as a .safetensors file with the config in its metadata, atomically."""
     with atomic_write(path) as temporary:
         metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(config)}
-        save_file(model.state_dict(), temporary, metadata=metadata)
+        save_file(stored_state(model), temporary, metadata=metadata)
 
 
 def write(path, models: dict[str, nn.Module], config: dict):

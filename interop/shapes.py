@@ -42,13 +42,6 @@ CONFIG_PARTS = ("model", "data", "diffusion", "transport")
 GAUSSIAN_DEFAULTS = dict(noise_schedule="linear", predict_xstart=False, sigma_small=False, diffusion_steps=TIMESTEPS)
 # Options that tensor shapes do not always show. An override replaces their values.
 HIDDEN_OPTIONS = ("num_heads", "class_dropout_prob", "frequency_shift")
-NUM_HEADS_FLAG = dict(
-    type=positive_int,
-    nargs="+",
-    metavar="N",
-    help="number of attention heads, for a file without a config that fits no registered model; two for the encoder "
-    "and the head of a DiTDH",
-)
 TIMESTEP_FREQUENCIES_FLAG = dict(
     choices=[*TIMESTEP_FREQUENCIES],
     help="frequencies of the timestep embedding that the weights were trained with: those of the published DiT, or "
@@ -300,16 +293,32 @@ def _guess_data(path, backbone: dict, stored: dict) -> dict:
     vae = dict(assumed_vae(backbone["in_channels"]))
     side = backbone["input_size"] * LATENT_FACTORS.get(backbone["in_channels"], 1)
     said = stored.get("image_size", stored.get("resolution"))
+    channels, latent_side = backbone["in_channels"], backbone["input_size"]
     if isinstance(said, int) and said != side:
         if vae["vae"] != "none":
             raise UserError(
                 f"{path} says that its images have {said} pixels per side, but the published VAE gives latents of side "
-                f"{backbone['input_size']} for {side}: save its state dict alone to use it with another VAE"
+                f"{latent_side} for {side}: save its state dict alone to use it with another VAE"
+            )
+        # A VAE halves the side some times.
+        factor, rest = divmod(said, latent_side)
+        if rest or factor.bit_count() != 1 or channels in (1, 3):
+            raise UserError(
+                f"{path} says that its images have {said} pixels per side, but its model denoises {channels} channels "
+                f"of side {latent_side}, which are not its pixels: save its state dict alone to use it with a VAE"
             )
         warn(f"{path} holds a model of latents, for images of {said} pixels: it does not say of which VAE (--vae)")
         side = said
-    if vae["vae"] != "none" and stored.get("vae") in SHORT_NAMES:
-        vae["vae"] = SHORT_NAMES[stored["vae"]]
+    name = stored.get("vae")
+    if isinstance(name, str) and (name in SHORT_NAMES or name in SHORT_NAMES.values()):
+        if channels != 4:
+            raise UserError(f"{path} says vae={name!r}, whose latents have 4 channels, but its tensors have {channels}")
+        vae["vae"] = SHORT_NAMES.get(name, name)
+    elif name and vae["vae"] != "none":
+        raise UserError(
+            f"{path} says vae={name!r}, whose normalization it does not say: save its state dict alone to use it with "
+            "another VAE than the published ones"
+        )
     return {"image_size": side, "classes": None, **vae}
 
 
@@ -318,11 +327,18 @@ def assumed_vae(channels: int) -> dict:
     return PUBLISHED_VAE if channels == 4 else {"vae": "none", "scale": 1.0, "shift": 0.0}
 
 
-def heads_override(num_heads: list[int] | None) -> dict[str, int | list[int]]:
-    """Return the keyword argument of a backbone that --num-heads gives; none without the flag."""
-    if not num_heads:
-        return {}
-    return {"num_heads": num_heads[0] if len(num_heads) == 1 else num_heads}
+def head_numbers(text: str) -> int | list[int]:
+    """Convert the value of --num-heads, as an argparse type: a number, or several that are separated by commas."""
+    numbers = [positive_int(part) for part in text.split(",")]
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+NUM_HEADS_FLAG = dict(
+    type=head_numbers,
+    metavar="N",
+    help="number of attention heads, for a file without a config that fits no registered model; of encoder and head, "
+    "such as 16,16, for a DiTDH",
+)
 
 
 def frequency_override(choice: str | None) -> dict[str, int]:

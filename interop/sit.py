@@ -62,7 +62,8 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
         return config, state
     if args.get("prediction", "v") not in ("v", "velocity"):
         raise UserError(f"{path} says prediction={args['prediction']!r}, but REPA's networks predict the velocity (v)")
-    config["diffusion"] = _process(path, REPA_PATHS, {"path_type": "linear", **args, "prediction": "velocity"})
+    args = {"path_type": "linear", **args, "prediction": "velocity"}
+    config["diffusion"] = _process(path, REPA_PATHS, args) | _repa_times(path, args)
     config["source"] = REPA_CHANGES
     if projectors:
         n_parameters = sum(state[key].numel() for key in projectors)
@@ -133,6 +134,20 @@ def warn_of_shift(path, config: dict, usual: float = 1):
     """Print a warning if the noise levels have another shift than the usual one, which a file cannot say."""
     if not math.isclose(shift := config["diffusion"].get("shift", 1), usual):
         warn(f"{path} cannot record the shift {shift:g} of the noise levels, which sampling would use")
+
+
+def _repa_times(path, args: dict) -> dict:
+    """Return the options of the distribution of training times that REPA's argument --weighting names."""
+    weighting = args.get("weighting") or "uniform"
+    if weighting == "uniform":
+        return {}
+    # sigma / (1 + sigma) with a lognormal sigma is logit-normal. That of REPA's cosine path is another distribution.
+    if (weighting, args["path_type"]) == ("lognormal", "linear"):
+        return {"time_sampling": "logit-normal"}
+    raise UserError(
+        f"{path} was trained with the weighting {weighting!r} of REPA's path {args['path_type']!r}, whose distribution "
+        "of times this project does not have"
+    )
 
 
 def _repa_to_sit(state: dict[str, Tensor]) -> dict[str, Tensor]:

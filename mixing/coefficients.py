@@ -1,11 +1,13 @@
 """The mixing coefficients: their initial logits, and those of the batch in flight, which all mixed layers share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import checkpoint
 
 
 def prior_bases(n_basis: int, n_experts: int, device: torch.device | str) -> Tensor:
@@ -47,6 +49,53 @@ def expert_weights(weights: list[float] | None, n_experts: int) -> Tensor:
     return weights.double() / weights.double().sum()
 
 
+class Coefficients(nn.Module):
+    """The mixing coefficients alpha of all experts. They have a module of their own, which can be sharded on its own.
+
+    Args:
+        logits: the initial logits pi [N, K] or [depth, N, K], float32 (float64 in a model of float64).
+        mixer: see `remix.Remix`.
+    """
+
+    def __init__(self, logits: Tensor, mixer: str):
+        super().__init__()
+        self.mixer = mixer
+        self.logits = nn.Parameter(logits.contiguous(), requires_grad=mixer != "one-hot")
+
+    def forward(self) -> Tensor:
+        """Return the coefficients alpha [N, K], or [depth, N, K] if the scope is local.
+
+        Raises:
+            TypeError: if a policy of mixed precision has cast the logits, whose gradients would be wrong.
+        """
+        if self.logits.dtype.itemsize < 4:
+            raise TypeError(
+                f"the mixing coefficients must be float32, but their logits were cast to {self.logits.dtype}: "
+                "apply mixing.fsdp.fully_shard, which leaves them out of the mixed precision"
+            )
+        return self.logits.softmax(-1) if self.mixer == "softmax" else self.logits
+
+    def _apply(self, *args, **kwargs) -> "Coefficients":
+        """Move or convert the logits, but keep them in float32 in half precision, which would lose their updates."""
+        logits = self.logits.data
+        super()._apply(*args, **kwargs)
+        if self.logits.dtype.itemsize < 4:
+            gradient, self.logits.grad = self.logits.grad, None
+            self.logits.data = logits.to(self.logits.device)
+            self.logits.grad = None if gradient is None else gradient.to(logits.dtype)
+        return self
+
+    def per_expert(self) -> list[list[list[float]]]:
+        """Return the coefficients of each expert, [N][1 or depth][K], computed on the host, as equal on all devices."""
+        logits = self.logits.detach().cpu()
+        alpha = logits.softmax(-1) if self.mixer == "softmax" else logits
+        return alpha.view(-1, *alpha.shape[-2:]).transpose(0, 1).tolist()
+
+
+class RowsError(ValueError):
+    """The input of a mixed layer cannot be divided among the samples or groups of the batch."""
+
+
 class BatchCoefficients:
     """The coefficients of the current batch, shared by all mixed layers.
 
@@ -55,21 +104,31 @@ class BatchCoefficients:
 
     # [1 or depth, G, K] while Remix.forward runs
     alpha: Tensor | None = None
+    # Whether the G groups are the samples of the batch.
+    per_sample: bool = False
 
-    def start(self, alpha: Tensor, experts: Tensor):
+    def start(self, alpha: Tensor, experts: Tensor, per_sample: bool = False):
         """Select the coefficients of the experts [G] of a batch from those of all experts [1 or depth, N, K]."""
-        self.alpha = alpha[:, experts]
+        self.alpha, self.per_sample = alpha[:, experts], per_sample
 
-    def of(self, row: int) -> Tensor:
-        """Return the coefficients [G, K] of the current batch for the layers with this row.
+    def of(self, row: int, x: Tensor) -> Tensor:
+        """Return the coefficients [G, K] of the current batch for a layer with this row and the input x [B, ..., in].
 
         Raises:
             RuntimeError: if a layer runs outside `Remix.forward`.
+            RowsError: if G does not divide B, or the groups are samples and B is another number.
         """
         if self.alpha is None:
             raise RuntimeError(
                 "a mixed layer runs only while its Remix is called; a checkpoint of activations that repeats it later "
                 "needs context_fn=remix.batch_coefficients.contexts"
+            )
+        n_groups = self.alpha.shape[1]
+        if len(x) % n_groups or (self.per_sample and len(x) != n_groups):
+            kind = "samples" if self.per_sample else "groups"
+            raise RowsError(
+                f"the first dimension of a mixed layer's input {list(x.shape)} is not the batch of {n_groups} {kind}: "
+                "use batches of one expert, or leave the layer out"
             )
         return self.alpha[row]
 
@@ -80,6 +139,12 @@ class BatchCoefficients:
     def sum(self, values: Tensor) -> Tensor:
         """Sum values over the processes that the bases are divided among."""
         return values
+
+    def checkpoint(self, function: Callable, *args, **kwargs) -> Any:
+        """Call a function with activation checkpointing. It may contain mixed layers."""
+        # A compiled graph holds the coefficients of both passes, and no graph can enter the contexts.
+        options = {} if torch.compiler.is_compiling() else {"context_fn": self.contexts}
+        return checkpoint.checkpoint(function, *args, use_reentrant=False, **options, **kwargs)
 
     def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Return two contexts for activation checkpointing: one for the forward pass and one for its repetition.

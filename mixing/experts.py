@@ -13,7 +13,8 @@ from diffusion.intervals import (
     separates_steps,
     warn_of_short_intervals,
 )
-from mixing.coefficients import prior_bases
+from mixing.coefficients import Coefficients, prior_bases
+from mixing.low_rank import LowRankLinear
 
 
 class ExpertIntervals(nn.Module):
@@ -99,6 +100,43 @@ def restore_intervals(remix: nn.Module, incompatible_keys):
     """
     if remix.intervals.inner.is_meta:
         remix.intervals._register(remix.logits.device)
+
+
+def stored_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a model with the names of checkpoints.
+
+    Checkpoints have "logits", and the weight and the bias of a low-rank layer without ".linear". `load_state_dict`
+    reads both kinds of names.
+    """
+    renamed = _stored_prefixes(model)
+    return {_stored_name(key, renamed): value for key, value in model.state_dict().items()}
+
+
+def stored_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a model with the names and in the order of checkpoints and their optimizer states.
+
+    The parameters of the linear layer in a low-rank layer come before the pairs.
+    """
+    renamed, groups = _stored_prefixes(model), {}
+    for name, parameter in model.named_parameters():
+        stored = _stored_name(name, renamed)
+        groups.setdefault(stored.rpartition(".")[0], []).append((stored == name, stored, parameter))
+    return {name: p for group in groups.values() for _, name, p in sorted(group, key=lambda item: item[0])}
+
+
+def _stored_prefixes(model: nn.Module) -> dict[str, str]:
+    """Return the prefixes of names that are others in checkpoints, with these."""
+    prefixes = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Coefficients | LowRankLinear):
+            inner = name if isinstance(module, Coefficients) else f"{name}.linear"
+            prefixes[f"{inner}."] = f"{inner.rpartition('.')[0]}.".removeprefix(".")
+    return prefixes
+
+
+def _stored_name(name: str, prefixes: dict[str, str]) -> str:
+    prefix = f"{name.rpartition('.')[0]}."
+    return prefixes[prefix] + name.removeprefix(prefix) if prefix in prefixes else name
 
 
 def centered_gram(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
+from mixing.low_rank import plain_dtype
 from runtime.command_line import counted
 
 
@@ -21,7 +23,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def find_linears(
-    module: nn.Module, patterns: Sequence[str], optional: Sequence[str] = ()
+    module: nn.Module, patterns: Sequence[str], optional: Sequence[str] = (), subclasses: bool = False
 ) -> dict[nn.Linear, list[str]]:
     """Return the layers of a module whose names match patterns, each with all its names, in the module's order.
 
@@ -29,6 +31,7 @@ def find_linears(
         module: the module.
         patterns: names in which * stands for any text without a dot.
         optional: more of them, which need not match.
+        subclasses: whether layers may be of subclasses of `nn.Linear`, which may compute something else.
 
     Raises:
         ValueError: if one of `patterns` matches no layer, or a layer is no `nn.Linear`.
@@ -45,7 +48,7 @@ def find_linears(
             raise ValueError(f"layers: nothing matches {pattern!r} in {type(module).__name__}, which has {some}")
         found |= matched
     for name in found:
-        check_linear(name, modules)
+        check_linear(name, modules, subclasses)
     matched, names = {modules[name] for name in found}, {}
     for name, layer in modules.items():
         if layer in matched:
@@ -60,23 +63,26 @@ def find_present(module: nn.Module, patterns: Sequence[str], optional: Sequence[
     return [pattern for pattern in patterns if pattern not in missing]
 
 
-def check_linear(name: str, modules: dict[str, nn.Module]):
+def check_linear(name: str, modules: dict[str, nn.Module], subclasses: bool):
     """Raise ValueError if a layer cannot be replaced by a mixed layer.
 
     A subclass of `nn.Linear` may compute something else, and some modules read the weights of their layers.
     """
-    kind = type(modules[name])
-    if kind is not nn.Linear:
-        raise ValueError(f"layers: {name} is a {kind.__module__}.{kind.__name__}, but must be an nn.Linear")
+    kind, layer = type(modules[name]), modules[name]
+    if kind is not nn.Linear and not (subclasses and isinstance(layer, nn.Linear)):
+        rank = "" if subclasses or not isinstance(layer, nn.Linear) else "; with rank, subclasses can be mixed too"
+        raise ValueError(f"layers: {name} is a {kind.__module__}.{kind.__name__}, but must be an nn.Linear{rank}")
+    if is_traceable_wrapper_subclass(layer.weight) and not subclasses:
+        kind = type(layer.weight).__name__
+        raise ValueError(f"layers: the weight of {name} is a {kind}: only with rank can quantized layers be mixed")
     parent = modules[name.rpartition(".")[0]]
     if name.rpartition(".")[2] in PROJECTIONS and is_fused(parent):
         raise ValueError(
             f"layers: {name} is not called, because the projections are fused: call unfuse_qkv_projections() before"
         )
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        raise ValueError(
-            f"layers: {name} is in an nn.TransformerEncoderLayer, which reads its weight without calling it"
-        )
+    if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+        kind = type(parent).__name__
+        raise ValueError(f"layers: {name} is in an nn.{kind}, which reads its weight without calling it")
 
 
 # The projections that diffusers' fuse_qkv_projections replaces.
@@ -152,7 +158,8 @@ def copy_tensors(source: nn.Module, target: nn.Module, mixed: Sequence[str]):
 
 def plain_linear(layer: nn.Module) -> nn.Linear:
     """Return a plain linear layer with the shape of a mixed layer, not initialized."""
-    options = dict(bias=layer.bias is not None, device=layer.weight.device, dtype=layer.weight.dtype)
+    # The weights of an offloaded layer are on the meta device, but not its bases.
+    options = dict(bias=layer.bias is not None, device=layer.bases()[0].device, dtype=plain_dtype(layer.weight))
     linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, **options)
     return linear.requires_grad_(layer.weight.requires_grad)
 
@@ -210,7 +217,8 @@ def join_outputs(outputs: list, order: Tensor, sizes: list[int], lists: bool) ->
     return tree_map(join_trees, *outputs, is_leaf=lambda value: isinstance(value, list))
 
 
-# Methods of diffusers' modules that would read the weights of the mixed layers as those of one plain model.
+# Methods of diffusers' modules that would read the weights of the mixed layers as those of one plain model, and those
+# that would not reach whole bases.
 NOT_OF_A_REMIX = {
     "save_pretrained": "a Remix is saved with torch.save(remix.state_dict(), path)",
     "push_to_hub": "a Remix is saved with torch.save(remix.state_dict(), path), and uploaded as a file",
@@ -219,6 +227,9 @@ NOT_OF_A_REMIX = {
         ("load_lora_adapter", "add_adapter"),
         "a Remix takes no adapters such as LoRA: use a FoldedRemix(remix), or give rank for LoRA of its own",
     ),
+}
+NOT_OF_WHOLE_BASES = {
+    "enable_layerwise_casting": "whole bases are not cast by layers: use a FoldedRemix(remix), or give rank",
 }
 
 

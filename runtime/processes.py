@@ -178,7 +178,7 @@ def use_deterministic_algorithms():
 
 def seed_for(*position: int) -> int:
     """Return a 63-bit seed that is a function of the position alone, such as (seed, step)."""
-    return int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0]) >> 1
 
 
 class SampleGenerators:

@@ -80,6 +80,8 @@ NOT_OF_A_FOLDED_REMIX = {
 class FoldedRemix(ExpertSwitch, TransparentModule):
     """Runs a Remix as one plain model, whose weights are overwritten when the expert changes.
 
+    With low-rank bases, the plain model shares the parameters of the Remix, and the pairs are applied to activations.
+
     Attributes of the plain model are also attributes of this one. It may get adapters (LoRA) like a plain model.
 
     Args:
@@ -92,8 +94,8 @@ class FoldedRemix(ExpertSwitch, TransparentModule):
         super().__init__()
         self.remix = remix
         # On the host, so that a change of the expert does not wait for the device.
-        self.alpha = remix.coefficients_per_expert()
-        self.plain = remix._plain(0)
+        self.alpha = remix.coefficients.per_expert()
+        self.plain = remix._folding()
         self.folded = None
 
     @property

@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 from tqdm import tqdm
 
+from evaluation.networks import save_program
 from runtime.errors import UserError, first_line
 from runtime.files import atomic_write
 
 # The folder of Debian's package dataset-fashion-mnist.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+# The copy of the images of 16x16 pixels that the demo reads.
+SHEETS = Path(__file__).resolve().parent / "fashion-mnist"
+SHEET_COLUMNS = 100
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
 SIZES = (16, 32)
 
@@ -48,11 +52,33 @@ def write_splits(out: Path, n_validation: int = 5000):
             # Little compression, because small files take a block of the disk anyway.
             path = out / split / f"{label}-{CLASSES[label]}" / f"{number:05d}.png"
             Image.fromarray(image).save(path, compress_level=1)
-        # As extract_features.py does it.
-        small = [np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BOX)) for image in images]
-        for size, resized in ((16, np.stack(small)), (32, images)):
+        for size, resized in ((16, halve(images)), (32, images)):
             with atomic_write(out / f"{split}-{size}.npz") as temporary, open(temporary, "wb") as file:
                 np.savez(file, arr_0=np.repeat(resized[..., None], 3, axis=-1), arr_1=labels)
+
+
+def halve(images: np.ndarray) -> np.ndarray:
+    """Resize images of 32x32 pixels, uint8 [n, 32, 32], to [n, 16, 16], as extract_features.py does it."""
+    return np.stack([np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BOX)) for image in images])
+
+
+def write_sheets(work: Path, out: Path = SHEETS):
+    """Write the images of 16x16 pixels of the splits train and test, one PNG for each split and class.
+
+    A sheet has SHEET_COLUMNS images per row, in the order in which `write_splits` numbers the images of the class.
+
+    Args:
+        work: folder of the original files, see `write_splits`.
+        out: folder to write.
+    """
+    for split, (images, labels) in split_images(work, 5000).items():
+        if split == "validation":
+            continue
+        (out / split).mkdir(parents=True, exist_ok=True)
+        for label, name in enumerate(CLASSES):
+            small = halve(images[labels == label])  # [n, 16, 16]
+            sheet = small.reshape(-1, SHEET_COLUMNS, 16, 16).swapaxes(1, 2).reshape(-1, SHEET_COLUMNS * 16)
+            Image.fromarray(sheet).save(out / split / f"{label}-{name}.png", optimize=True)
 
 
 def split_images(root: Path, n_validation: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -120,8 +146,4 @@ def write_imagenet_features(path: Path, side: int):
         network = ImageNetFeatures()
     except ImportError:
         return print(f"no {path.name}: pip install -r studies/requirements.txt")
-    example = torch.zeros(2, 3, side, side, dtype=torch.uint8)
-    program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    # torch.export.save accepts only the suffix .pt2.
-    torch.export.save(program, path.with_suffix(".part.pt2"))
-    path.with_suffix(".part.pt2").rename(path)
+    save_program(network, path, side)

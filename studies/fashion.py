@@ -2,6 +2,7 @@
 
     python studies/fashion.py 1 --setting pixels --seeds 0 1 2 3 4
     python studies/fashion.py figures
+    python studies/fashion.py sheets
 
 Tables 1 and 2 are those of the paper. Table 3 compares low-rank bases, table 4 other numbers of fine-tuning steps and
 other widths of the model, table 5 ideas that go past the paper, on validation images, and table 6 the best of them, on
@@ -10,7 +11,7 @@ test images. The settings are pixels (16x16 pixels, DiT-T/4) and latents (32x32 
 Pretrains a tiny DiT for each seed, fine-tunes every variant of the table from it on the same number of images, and
 measures each variant's errors and the scores of its samples. Every part is a run of the project's scripts with ordinary
 flags. Results are added to --out as soon as they exist, and what exists there is not computed again; an interrupted run
-continues. "figures" draws the figures from the results.
+continues. "figures" draws the figures from the results. "sheets" writes the copy of the images that the demo reads.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import write_imagenet_features, write_splits
+from dataset import write_imagenet_features, write_sheets, write_splits
 from measurements import SCORES, add_result, read_results
 from plots import draw_figures
 from tables import write_tables
@@ -102,6 +103,8 @@ def main(args: argparse.Namespace):
     work, out = Path(args.work), Path(args.out)
     if args.task == "figures":
         return draw_figures(out)
+    if args.task == "sheets":
+        return write_sheets(work)
     study = Study(args.setting, work, work, out)
     if args.quick:
         sizes = dict(pretraining=60, finetuning=30, samples=50, sampling_steps=5, per_timestep=4, compile=False)
@@ -290,6 +293,8 @@ def sample_and_score(study: Study, checkpoints: list[Path], name: str, seed: int
         output = flags(weights=network, json=folder / "scores.json", also="kid", batch_size=200, cache=folder / "cache")
         run("evaluator.py", images, folder / "samples.npz", *output)
         scores = json.loads((folder / "scores.json").read_text())
+        # The study states the spread over its seeds instead.
+        scores = {key: value for key, value in scores.items() if not key.endswith(" std")}
         results |= {f"{kind}{key.lower().replace(' ', '_')}": value for key, value in scores.items()}
     shutil.rmtree(folder)
     return results
@@ -297,8 +302,11 @@ def sample_and_score(study: Study, checkpoints: list[Path], name: str, seed: int
 
 if __name__ == "__main__":
     parser = ArgumentParser(description="Repeat a table of the paper on Fashion-MNIST, from images to FID.")
-    tasks = [*map(str, TABLES), "figures"]
-    parser.add_argument("task", choices=tasks, help="number of the table, or figures to draw them from the results")
+    parser.add_argument(
+        "task",
+        choices=[*map(str, TABLES), "figures", "sheets"],
+        help="number of the table; figures, to draw them from the results; or sheets, to write the demo's images",
+    )
     parser.add_argument("--setting", choices=SETTINGS, default="pixels", help="what the models denoise")
     parser.add_argument(
         "--variants",

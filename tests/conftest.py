@@ -373,6 +373,66 @@ def sampled(ckpt, tmp_path_factory) -> Path:
     return path / "one"
 
 
+# Folders of runs
+
+
+def write_run(
+    folder: Path, config: dict, steps: list[int], pictures: list[int], n_experts: int | None = 6, shift: float = 0
+):
+    """Write a run's folder as training leaves it, with random numbers.
+
+    Args:
+        folder: the folder.
+        config: a run's config, whose number of experts and boundaries are replaced.
+        steps: steps of the reports; every second one is scored too.
+        pictures: steps with a picture of samples.
+        n_experts: number of experts; None for a plain model.
+        shift: what is added to the losses.
+    """
+    from figures import save_grid
+
+    generator = np.random.default_rng(len(folder.name))
+    config = json.loads(json.dumps(config))
+    if n_experts is None:
+        config["model"] |= {"name": "DiT-T/2", "remix": None}
+    else:
+        boundaries = [1000 * i // n_experts for i in range(n_experts + 1)]
+        config["model"]["remix"] |= {"n_basis": 2, "n_experts": n_experts, "boundaries": boundaries}
+    config["training"]["max_steps"] = steps[-1]
+    lines = []
+    for i, step in enumerate(steps):
+        loss = shift + 1 / (1 + i) + 0.01 * generator.random()
+        line = {"step": step, "loss": loss, "mse": 0.9 * loss, "bad_steps": 0, "lr": 1e-3 / (1 + i)}
+        line |= {"images_per_s": 100 + generator.random(), "mfu": 0.1, "memory_gib": 0.5}
+        if n_experts is not None:
+            first = generator.random(n_experts).round(5)
+            line |= {"coefficients": np.stack([first, (1 - first).round(5)], 1).tolist(), "expert_spread": 0.1 * i}
+            line |= {"entropy": generator.random(n_experts).round(5).tolist(), "coeff_lr": 1e-2, "prior": 0.5}
+        lines.append(line)
+        if i % 2:
+            score = {"step": step, "fid": 50 / (1 + i), "held_out_loss": 0.8 * loss}
+            owners = range(n_experts or 0)
+            lines.append(score | {f"held_out_loss/expert_{n:02d}": 0.1 / (1 + n) / (1 + i) for n in owners})
+    (folder / "samples").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in pictures:
+        images = generator.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+        save_grid(folder / "samples" / f"{step:07d}.png", images, ["a class"] * 8, columns=4)
+
+
+@pytest.fixture
+def runs(trained, tmp_path) -> tuple[Path, Path]:
+    """Folders of runs: a RemixDiT with 20 pictures, and a plain DiT with 2, which is still writing its last line."""
+    config = json.loads((trained / "config.json").read_text())
+    steps = list(range(50, 1001, 50))
+    write_run(tmp_path / "remix", config, steps, steps)
+    write_run(tmp_path / "plain", config, [100, 200, 300], [100, 300], None, shift=0.1)
+    with open(tmp_path / "plain/metrics.jsonl", "a") as file:
+        file.write('{"step": 400, "lo')
+    return tmp_path / "remix", tmp_path / "plain"
+
+
 # Feature networks of the scores
 
 
@@ -387,9 +447,9 @@ class ToyNetwork(torch.nn.Module):
 
 def export_network(network: torch.nn.Module, path: Path, side: int = 8) -> Path:
     """Write a network as a program for evaluator.py, for images of side x side pixels, and return `path`."""
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
-    example = torch.zeros(2, 3, side, side, dtype=torch.uint8)
-    torch.export.save(torch.export.export(network, (example,), dynamic_shapes=shapes), path)
+    from evaluation.networks import save_program
+
+    save_program(network, path, side)
     return path
 
 

@@ -15,7 +15,7 @@ TOY = flags(toy=True, model="T/8", batch_size=4)
 
 
 def test_every_part_is_measured(tmp_path):
-    settings = flags(precision="fp32", compile=False, warmup=1, rounds=2, experts_per_batch=(1, 4))
+    settings = flags(precision="fp32", compile=False, warmup=1, rounds=2, experts_per_batch=(1, 4), data_batch_size=16)
     report = run("benchmarks/benchmark.py", *TOY, *settings, *flags(out=tmp_path, name="toy")).stdout
     results = json.loads((tmp_path / "toy.json").read_text())
     machine = results["machine"]

@@ -108,7 +108,7 @@ def test_to_safetensors_and_back(trained, tmp_path):
         (("--to=safetensors", "--process=flow"), "was trained with --process gaussian"),
         (("--to=original", "--expert=1"), "not --to original"),
         (("--to=safetensors", "--vae=ema"), "--vae is stored in a pipeline"),
-        (("--to=diffusers", "--expert=2", "--vae=ema"), "the folder of one DiT"),
+        (("--to=diffusers", "--expert=2", "--vae=ema"), "one expert denoises only its own noise levels"),
         (("--to=original",), "an N that divides 1000"),
         (("--to=diffusers", "--vae=/no/such/vae"), "cannot load the VAE"),
     ],

@@ -14,7 +14,7 @@ from PIL import Image
 
 from evaluation.files import content_hash
 from evaluation.networks import AdmInception, load_network
-from evaluation.scores import GaussianStatistics, fid_bias, kernel_distance
+from evaluation.scores import GaussianStatistics, fid_bias, fid_std, kernel_distance
 from evaluator import frechet_distance, inception_score, precision_recall
 
 
@@ -221,7 +221,28 @@ def test_kernel_distance_matches_the_definition():
 
     within = [np.sum(kernel(a, a)) - np.trace(kernel(a, a)) for a in (x, y)]
     expected = sum(within) / (40 * 39) - 2 * np.mean(kernel(x, y))
-    assert kernel_distance(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected, rel=1e-6)
+    distance, std = kernel_distance(torch.from_numpy(x), torch.from_numpy(y))
+    assert distance == pytest.approx(expected, rel=1e-6)
+    # Subsets of all images do not differ. The spread is that of halves.
+    halves = [generator.permutation(40)[:20] for _ in range(400)]
+
+    def estimate(a, b):
+        within = [np.sum(kernel(part, part)) - np.trace(kernel(part, part)) for part in (a, b)]
+        return sum(within) / (20 * 19) - 2 * np.mean(kernel(a, b))
+
+    spread = np.std([estimate(x[rows], y[generator.permutation(40)[:20]]) for rows in halves[:60]])
+    assert std == pytest.approx(spread, rel=0.35)
+
+
+def test_the_bootstrap_gives_the_spread_of_fid_over_seeds():
+    """The estimate from one set of samples is the standard deviation of the FIDs of many sets."""
+    generator = np.random.default_rng(0)
+    ref = np.zeros(8), np.eye(8)
+    draws = [torch.from_numpy(generator.normal(size=(400, 8)) * 1.3 + 0.2) for _ in range(60)]
+    fids = [frechet_distance(*ref, *statistics(rows.numpy(), batch=400)) for rows in draws]
+    estimates = [fid_std(*ref, rows) for rows in draws[:12]]
+    assert np.mean(estimates) == pytest.approx(np.std(fids, ddof=1), rel=0.25)
+    assert fid_std(*ref, draws[0]) == estimates[0], "the same in every run"
 
 
 @pytest.fixture(scope="module")
@@ -275,9 +296,13 @@ def test_an_exported_program_moves_to_a_device(tmp_path, device):
 def test_printed_scores_match_the_functions(files):
     flags = (f"--weights={files / 'toy.pt2'}", "--batch-size=32")
     out = run("evaluator.py", files / "ref.npz", files / "sample.npz", *flags).stdout.splitlines()
-    assert [line.split(":")[0] for line in out[:5]] == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
-    values = [float(line.split(":")[1]) for line in out[:5]]
-    assert out[5] == " & ".join(f"{v:.2f}" for v in values) + r" \\"
+    names = ["Inception Score", "FID", "FID std", "sFID", "Precision", "Recall"]
+    assert [line.split(":")[0] for line in out[:6]] == names
+    values = [float(line.split(":")[1]) for line in out[:6]]
+    std = values.pop(2)
+    cells = [f"{v:.2f}" for v in values]
+    cells[1] += rf" $\pm$ {std:.2f}"
+    assert out[6] == " & ".join(cells) + r" \\"
     ref, sample = toy_outputs(files / "ref.npz"), toy_outputs(files / "sample.npz")
     for value, i in ((values[1], 0), (values[2], 1)):
         moments = [(x.double().mean(0), torch.cov(x.double().T)) for x in (ref[i], sample[i])]
@@ -364,10 +389,83 @@ def test_several_files_are_printed_as_a_table(files, tmp_path):
         assert len(row) == len(header)
         alone = scores_of(files, files / "ref.npz", path, "--also", "kid")
         assert saved[path] == pytest.approx(alone, abs=1e-9)
-        assert [float(value) for value in row.split()[1:]] == pytest.approx(list(alone.values()), abs=0.006)
+        assert list(alone) == ["Inception Score", "FID", "FID std", "sFID", "Precision", "Recall", "KID", "KID std"]
+        printed = [float(value) for value in row.split()[1:] if value != "±"]
+        assert printed == pytest.approx(list(alone.values()), abs=0.006)
     assert saved[paths[1]]["FID"] == pytest.approx(0, abs=1e-6)
     pools = [toy_outputs(path)[0] for path in (files / "ref.npz", paths[0])]
-    assert saved[paths[0]]["KID"] == pytest.approx(kernel_distance(*pools), rel=1e-4)
+    assert saved[paths[0]]["KID"] == pytest.approx(kernel_distance(*pools)[0], rel=1e-4)
+    assert saved[paths[0]]["KID std"] == pytest.approx(kernel_distance(*pools)[1], rel=1e-4)
+    assert saved[paths[0]]["FID std"] == pytest.approx(fid_std(*statistics(pools[0].numpy()), pools[1]), rel=1e-4)
+
+
+def write_samples(folder, seed: int, source, png: bool = False, **settings):
+    """Write a folder as sample_ddp.py leaves it, also after --save-png."""
+    folder.mkdir()
+    with np.load(source) as file:
+        images = np.roll(file["arr_0"], seed, axis=2)
+    np.savez(folder / "samples.npz", arr_0=images)
+    (folder / "settings.json").write_text(json.dumps({"num_fid_samples": len(images), "global_seed": seed} | settings))
+    Image.new("RGB", (50, 60)).save(folder / "grid.png")
+    (folder / "png").mkdir()
+    for i, image in enumerate(images if png else ()):
+        Image.fromarray(image).save(folder / f"png/{i:06d}.png")
+
+
+def test_folders_of_samples_and_seeds(files, tmp_path):
+    """A folder of sample_ddp.py stands for its samples.npz. Samples that differ in the seed alone have a mean."""
+    for seed, name in enumerate("abc"):
+        write_samples(tmp_path / name, seed, files / "sample.npz", png=True, sampler="ddpm" if name != "c" else "ddim")
+    folders = [tmp_path / name for name in "abc"]
+    flags = ["--weights", files / "toy.pt2", "--json", tmp_path / "scores.json"]
+    done = run("evaluator.py", files / "ref.npz", *folders, *flags)
+    saved = json.loads((tmp_path / "scores.json").read_text())
+    assert list(saved) == [str(folder) for folder in folders]
+    assert saved[str(folders[0])] == pytest.approx(scores_of(files, files / "ref.npz", files / "sample.npz"))
+    rows = done.stdout.splitlines()[1:]
+    assert [row.split("  ")[0] for row in rows] == [*saved, f"mean of 2 seeds, from {folders[0]}"]
+    both = [saved[str(folder)]["FID"] for folder in folders[:2]]
+    assert f"{np.mean(both):.2f} ± {np.std(both, ddof=1):.2f}" in rows[-1]
+    (folders[0] / "samples.npz").unlink()
+    refused = run("evaluator.py", files / "ref.npz", folders[0], *flags[:2], expect=2).stderr
+    assert "the sampling has not finished" in refused
+
+
+def test_images_of_another_size_than_the_networks(files, tmp_path):
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((4, 16, 12, 3), np.uint8))
+    flags = ["--weights", files / "toy.pt2"]
+    wrong = run("evaluator.py", files / "ref.npz", tmp_path / "large.npz", *flags, expect=2).stderr
+    assert f"the images of {tmp_path / 'large.npz'} have 12x16 pixels but the network takes 8x8 pixels" in wrong
+
+
+def test_a_classifier_of_own_images(files, tmp_path):
+    """It is trained on nine tenths, its accuracy on the rest is printed, and its features give scores."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(120) % 3
+    # The class is the row that is bright.
+    images = generator.integers(0, 100, (120, 8, 8, 3), dtype=np.uint8)
+    images[np.arange(120), labels * 2] += 100
+    np.savez(tmp_path / "own.npz", arr_0=images, arr_1=labels)
+    out = tmp_path / "classifier.pt2"
+    done = run("evaluator.py", tmp_path / "own.npz", "--fit-classifier", out)
+    accuracy, n_held_out = re.search(r"accuracy (\S+) on (\d+) held-out images of 3 classes", done.stdout).groups()
+    assert float(accuracy) > 0.9 and n_held_out == "12"
+    with torch.no_grad():
+        pooled, spatial, logits = load_network(str(out))(torch.from_numpy(images).permute(0, 3, 1, 2))
+    assert (logits.argmax(1).numpy() == labels).mean() > 0.9
+    assert (pooled.shape[1], spatial.shape[1]) == (128, 2048)
+    scores = parse_scores(run("evaluator.py", tmp_path / "own.npz", files / "sample.npz", "--weights", out).stdout)
+    assert scores["FID"] > 0 and 1 <= scores["Inception Score"] <= 3
+
+    flags = ("--fit-classifier", tmp_path / "other.pt2")
+    np.savez(tmp_path / "few.npz", arr_0=images, arr_1=labels[:7])
+    for reference, message in (
+        (files / "ref.npz", "holds no labelled images: write them with extract_features.py --reference"),
+        (tmp_path / "few.npz", "expected the labels of 120 images"),
+    ):
+        assert message in run("evaluator.py", reference, *flags, expect=2).stderr
+    assert "exists: choose" in run("evaluator.py", tmp_path / "own.npz", "--fit-classifier", out, expect=2).stderr
+    assert not (tmp_path / "other.pt2").exists()
 
 
 def test_an_unusual_number_of_samples_is_warned_about(files):

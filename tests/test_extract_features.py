@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import PIXELS, disk_full_of, locked, make_images, make_vae, run
-from PIL import Image
+from PIL import Image, ImageCms
 
-from extract_features import center_crop, report_scale
+from extract_features import center_crop, report_scale, unit_config
 from features.autoencoder import Normalization, load_autoencoder
 from features.dataset import FeatureDataset
 
@@ -261,10 +261,56 @@ def test_the_scale_of_the_latents_is_logged(store):
         lines.clear()
         moments = np.concatenate([means, stds], axis=2) * scale
         draws = (means + stds * rng.standard_normal(means.shape)) * scale
-        report_scale(moments if store == "moments" else draws, store, logger)
+        report_scale(moments if store == "moments" else draws, store, Normalization(0.5, 0.25), logger)
         values = [float(x) for x in re.findall(r"-?\d+\.\d+", lines[0])]
         np.testing.assert_allclose(values, [scale, 5 * scale], rtol=0.05)
         assert [line.startswith("warning: ") for line in lines[1:]] == [True] * warned
+        # With the numbers of the warning, the same latents have a mean of 0 and a standard deviation of 1.
+        for line in lines[1:]:
+            z = draws / 0.5 + 0.25
+            advised = json.loads(f"{{{line[line.index('write ') + 6 : line.rindex(' (docs')]}}}")
+            assert advised.keys() == {"scaling_factor", "shift_factor"}
+            x = (z - advised["shift_factor"]) * advised["scaling_factor"]
+            np.testing.assert_allclose([x.mean(), x.std()], [0, 1], atol=0.05)
+
+
+def test_the_scale_of_channels_that_differ_is_advised_per_channel():
+    """The entries are those of a VAE's config, which give every channel a mean of 0 and a standard deviation of 1."""
+    z = np.random.default_rng(0).standard_normal((64, 1, 3, 8, 8)) * [[[1]], [[5]], [[2]]] + [[[0]], [[9]], [[-1]]]
+    used = Normalization([0.5, 1.0, 2.0], [0.0, 1.0, 2.0])
+    x = used.apply(torch.from_numpy(z[:, 0]), torch.zeros(64, 3, 8, 8))[0].numpy()[:, None]
+    advised = json.loads(f"{{{unit_config(x, np.zeros_like(x), used)}}}")
+    again = Normalization.from_vae(advised | {"latent_channels": 3}).apply(torch.from_numpy(z[:, 0]), torch.zeros(()))[
+        0
+    ]
+    np.testing.assert_allclose(again.mean((0, 2, 3)), 0, atol=1e-3)
+    np.testing.assert_allclose(again.std((0, 2, 3)), 1, atol=1e-3)
+
+
+def test_the_reference_has_the_crops_of_the_features(images, features, tmp_path):
+    """The images that the features of pixels hold, with their labels; unreadable ones are left out and reported."""
+    tree = shutil.copytree(images, tmp_path / "images")
+    flags = ["--data-path", tree, "--image-size=8", "--num-workers=0", "--batch-size=5"]
+    done = run("extract_features.py", *flags, "--reference", tmp_path / "ref.npz")
+    assert done.stdout.endswith("ref.npz: 24 images of 8x8 pixels with their labels\n")
+    x, y = FeatureDataset(features).__getitems__(list(range(24)))
+    with np.load(tmp_path / "ref.npz") as file:
+        pixels, labels = file["arr_0"], file["arr_1"]
+    assert pixels.dtype == np.uint8 and labels.tolist() == y.tolist() == sorted([0, 1, 2] * 8)
+    shown = ((x + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    # The dataset draws whether an image is mirrored.
+    assert all(np.array_equal(a, b) or np.array_equal(a, b[:, ::-1]) for a, b in zip(shown, pixels, strict=True))
+    assert "exists: choose" in run("extract_features.py", *flags, "--reference", tmp_path / "ref.npz", expect=2).stderr
+
+    (tree / "class1/3.png").write_bytes(b"not an image")
+    gray = [*flags, "--reference", tmp_path / "gray.npz", "--grayscale"]
+    done = run("extract_features.py", *gray, expect=1)
+    assert "unreadable: class1/3.png" in done.stdout
+    with np.load(tmp_path / "gray.npz") as file:
+        assert len(file["arr_0"]) == len(file["arr_1"]) == 23 and file["arr_1"].tolist().count(1) == 7
+        assert np.ptp(file["arr_0"], axis=3).max() == 0
+    both = run("extract_features.py", *flags, "--reference=r.npz", "--features-path=f", expect=2).stderr
+    assert "not allowed with argument" in both
 
 
 def test_draws_are_not_mixed_with_moments(moments, vae):
@@ -367,7 +413,8 @@ def test_what_is_not_applied_is_counted(features, tmp_path):
     pixels = Image.fromarray(np.full((8, 8, 4), 100, np.uint8))
     pixels.save(tmp_path / "images/c/alpha.png")
     pixels.convert("RGB").save(tmp_path / "images/c/profile.jpg", icc_profile=b"Display P3")
-    pixels.convert("RGB").save(tmp_path / "images/c/srgb.jpg", icc_profile=b"sRGB IEC61966-2.1")
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    pixels.convert("RGB").save(tmp_path / "images/c/srgb.jpg", icc_profile=srgb)
     pages = [pixels.convert("RGB"), Image.new("RGB", (8, 8))]
     pages[0].save(tmp_path / "images/c/pages.tif", save_all=True, append_images=pages[1:])
     # Damaged metadata do not make an image unreadable.
@@ -376,7 +423,7 @@ def test_what_is_not_applied_is_counted(features, tmp_path):
     index = json.loads((tmp_path / "f/index.json").read_text())
     assert index["images"] == 5
     assert index["treated"] == {
-        "colour profile other than sRGB not applied": 1,
+        "damaged or unknown colour profile not applied": 1,
         "frames after the first left out": 1,
         "transparency left out": 1,
     }

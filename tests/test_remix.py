@@ -1,10 +1,14 @@
 import copy
+import gc
 import math
+import subprocess
+import sys
+import weakref
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, GOLDEN, INDUCTOR, golden, random_remix_dit, relative
+from conftest import DEVICES, GOLDEN, INDUCTOR, ROOT, golden, random_remix_dit, relative
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.profiler import profile
@@ -16,7 +20,7 @@ from diffusion import create_diffusion
 from diffusion.intervals import equal_boundaries
 from mixing.coefficients import BatchCoefficients
 from models import DIT, DiT, DiT_models, classifier_free_guidance
-from remix import RemixDiT, RemixDiT_models, RemixLinear
+from remix import Remix, RemixDiT, RemixDiT_models, RemixLinear
 from sampling.experts import FoldedRemix, IndependentExperts
 from training.batches import draw_times
 
@@ -445,3 +449,70 @@ def test_merged_experts_are_weighted():
         torch.testing.assert_close(merged.get_parameter(name), expected)
     with pytest.raises(ValueError, match="20 weights"):
         remix.merge([1.0])
+
+
+def test_replaced_layers_are_freed_one_by_one_and_nothing_is_drawn_for_copies(monkeypatch):
+    module = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    module.forward = lambda x, sigma: nn.Sequential.forward(module, x)
+    alive, most = [weakref.ref(layer) for layer in module], []
+    build = RemixLinear.from_linear.__func__
+
+    def from_linear(cls, linear, *args):
+        state = torch.get_rng_state()
+        mixed = build(cls, linear, *args)
+        assert torch.equal(torch.get_rng_state(), state)
+        most.append(sum(layer() is not None for layer in alive))
+        return mixed
+
+    monkeypatch.setattr(RemixLinear, "from_linear", classmethod(from_linear))
+    gc.disable()
+    try:
+        remix = Remix(module, [*"012345"], 3, 2, timestep="sigma", highest_level=1)
+    finally:
+        gc.enable()
+    # The layers to come, the one that is replaced, and the one that the caller of `from_linear` has replaced before.
+    assert all(count <= 6 - i + 1 for i, count in enumerate(most))
+    assert sum(layer() is not None for layer in alive) <= 1
+    assert remix.backbone[0].weight.shape == (3, 8, 8)
+
+
+PEAK = """
+import sys, time, torch
+from pathlib import Path
+from torch import nn
+from remix import Remix
+
+def memory(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(1024, 1024) for _ in range(int(sys.argv[1])))
+
+    def forward(self, x, sigma):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+rank = int(sys.argv[2]) or None
+net = Net()
+Path("/proc/self/clear_refs").write_text("5")
+start = time.process_time()
+remix = Remix(net, ["layers.*"], 4, 4, timestep="sigma", highest_level=1, rank=rank)
+seconds = time.process_time() - start
+print(memory("VmHWM"), memory("VmRSS"), seconds)
+"""
+
+
+@pytest.mark.slow
+def test_building_needs_the_memory_of_one_more_layer():
+    """125 layers of 4 MiB; the mixed layer is of 16 MiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, "125", "0"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    peak, final, _ = map(float, done.stdout.split())
+    assert final > 4 * 500
+    # Allocators may keep some MiB.
+    assert peak - final < 16 + 8

@@ -1,5 +1,8 @@
 """Figures of a trained model: mixing coefficients, losses of the experts, grids side by side."""
 
+import json
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +68,15 @@ def test_losses_of_the_experts_are_drawn(ckpt, features, tmp_path):
     assert float(rows[2 + 3][1 + 3]) == pytest.approx(float(expert_error / base_error - 1), abs=1e-4)
     wrong = run("visualize.py", "losses", ckpt, *flags, f"--pretrained={ckpt}", expect=2).stderr
     assert "not the plain DiT" in wrong
+    # Without it, the errors are relative to the best expert of each interval.
+    flags = [flag for flag in flags if "pretrained" not in flag]
+    run("visualize.py", "losses", ckpt, *flags, "--out", tmp_path / "best.png")
+    [header, best, *experts] = rows_of(tmp_path / "best.csv")
+    assert (header, best[:2]) == (rows[0], ['"best', ' absolute"'])
+    ratios = 1 + np.array(rows[2:], float)[:, 1:]
+    np.testing.assert_allclose(np.array(experts, float)[:, 1:], ratios / ratios.min(0) - 1, atol=1e-5)
+    np.testing.assert_allclose(np.array(best[2:], float), np.array(rows[1][2:], float) * ratios.min(0), rtol=1e-5)
+    assert Image.open(tmp_path / "best.png").width == Image.open(tmp_path / "losses.png").width / 2
 
 
 def test_figures_of_a_flow_name_its_noise_levels(features, tmp_path):
@@ -108,11 +120,14 @@ def figure(monkeypatch):
 
 
 def test_the_figure_of_training_has_a_title_and_whole_experts(trained, figure, tmp_path):
-    visualize.draw_training(tmp_path / "a.png", trained)
+    visualize.draw_training(tmp_path / "a.png", Namespace(run=trained))
     assert figure[0].get_suptitle() == "trained: mixing coefficients over training"
-    ticks = figure[0].axes[-1].get_yticks()
-    assert len(ticks) > 2
-    assert all(tick == round(tick) for tick in ticks)
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    # One heat map per basis, with a row for each expert and the last step on the right.
+    for k, axis in enumerate(figure[0].axes[:2]):
+        drawn = axis.images[0].get_array()
+        assert drawn[:, -1].tolist() == [alpha[k] for alpha in lines[-1]["coefficients"]]
+        assert all(tick == round(tick) for tick in axis.get_yticks())
 
 
 def test_losses_are_relative_to_the_pretrained_model_and_to_the_best_expert(figure, tmp_path):

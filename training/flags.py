@@ -453,7 +453,12 @@ def add_speed_flags(parser: ArgumentParser):
 
 def add_report_flags(parser: ArgumentParser):
     """Add the flags of the group "reports and pictures" of --help."""
-    add = parser.add_argument_group("reports and pictures").add_argument
+    add = parser.add_argument_group(
+        "reports and pictures",
+        "In the log, entropy is that of an expert's coefficients in nats, the mean over the experts: 0 if each expert "
+        "is one basis, ln K if all bases have equal parts. spread is the distance of the experts' weights from their "
+        "mean, relative to the mean: 0 if the experts are equal. docs/runs.md explains all metrics.",
+    ).add_argument
     add("--log-every", type=positive_int, default=100, metavar="STEPS", help="steps between reports of the metrics")
     add("--log-to", type=logger_names, metavar="NAMES", help="tensorboard, wandb, or both separated by a comma")
     add(
@@ -477,7 +482,12 @@ def add_score_flags(parser: ArgumentParser):
         "scores while training",
         "FID, as sample_ddp.py and evaluator.py compute it, and the loss on other images, both of the EMA weights.",
     ).add_argument
-    add("--score-every", type=positive_int, metavar="STEPS", help="steps between scores; the last step is scored too")
+    add(
+        "--score-every",
+        type=positive_int,
+        metavar="STEPS",
+        help="steps between scores; step 0 and the last are scored too",
+    )
     add("--score-against", metavar="PATH", help="reference of FID: an .npz file or a folder, as for evaluator.py")
     add(
         "--score-samples",

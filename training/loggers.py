@@ -53,7 +53,8 @@ class MetricsFile:
     def _is_before(line: str, first_step: int) -> bool:
         """Return whether a line is complete and belongs to one of the steps already done."""
         try:
-            return line.endswith("\n") and json.loads(line)["step"] <= first_step
+            # A new run has no line yet, not even one of step 0.
+            return line.endswith("\n") and first_step > 0 and json.loads(line)["step"] <= first_step
         except (ValueError, KeyError):
             return False
 

@@ -58,7 +58,7 @@ class Outputs:
             )
 
     def start_scorer(self, step: int, stop: StopSignal) -> bool:
-        """Prepare the scores, and score the step that a run was stopped in. Returns whether it was stopped again."""
+        """Prepare the scores, and score step 0 or the step that a run was stopped in. Return whether it was stopped."""
         if self.scorer is None:
             return False
         with self.timer.paused():

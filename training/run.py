@@ -41,6 +41,12 @@ from training.writer import Retention, check_checkpoint_space, count_checkpoints
 # Settings of the optimizer that are described where they differ from the published ones.
 OPTIMIZER = ("lr_schedule", "warmup", "beta2", "weight_decay", "clip_grad")
 
+# Of the boundaries of more experts, the log shows the first and the last ones.
+MAX_BOUNDARIES = 33
+# If the EMA holds more than the first part of the initial weights at the end, the log advises a decay that leaves about
+# the second part.
+EMA_INITIAL = 0.02, 0.01
+
 
 @dataclass(frozen=True)
 class Run:
@@ -94,6 +100,7 @@ class Run:
             f"{counted(len(dataset), 'image')} of {classes} as {shape} ({source})",
             f"{counted(settings.max_steps, 'step')} of {batch}{experts}",
             *left_over_steps(self.args, len(dataset)),
+            *self.describe_training(),
             *([f"{self.process.title}: {', '.join(options)}"] if options else []),
         ]
         changed = {
@@ -105,6 +112,38 @@ class Run:
             lines.append(f"loss plus {settings.cosine_weight:g} x (1 - cosine similarity of the velocities)")
         if settings.min_snr:
             lines.append(f"loss weight min(SNR, {settings.min_snr}) / SNR, at least {settings.min_weight or 0}")
+        return lines
+
+    def describe_training(self) -> list[str]:
+        """Return the lines that say which parameters are trained, on which noise levels, and what the EMA will hold."""
+        settings, scale, mixing = self.settings, self.process.scale, self.config["model"]["remix"]
+        counts = [p.numel() for p in self.model.parameters()]
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        text = f"trained parameters: {trained / 1e6:,.2f} M of {sum(counts) / 1e6:,.2f} M"
+        if settings.freeze:
+            text += ": the bases and the coefficients, not what the experts share (--freeze)"
+        lines = [text]
+        if mixing:
+            bases = f"pairs of matrices of rank {mixing['rank']}" if mixing["rank"] else "whole layers"
+            scope = "one set of coefficients for all blocks" if mixing["scope"] == "global" else "one set per block"
+            ends = [f"{level:g}" for level in mixing["boundaries"]]
+            ends = ends if len(ends) <= MAX_BOUNDARIES else [*ends[:4], "...", *ends[-3:]]
+            mixture = f"{counted(mixing['n_basis'], 'basis', 'bases')} ({bases})"
+            lines.append(
+                f"{mixture}, {counted(mixing['n_experts'], 'expert')}, mixer {mixing['mixer']}, {scope}; "
+                f"boundaries of the experts' {scale.unit}s: {', '.join(ends)}"
+            )
+        if settings.timesteps != scale.range:
+            low, high = scale.ends(*settings.timesteps)
+            lines.append(f"an independent expert: trained on the {scale.unit}s {low:g} to {high:g} only")
+        initial = settings.ema_decay**settings.max_steps
+        if initial > EMA_INITIAL[0]:
+            better = 1 - float(f"{1 - EMA_INITIAL[1] ** (1 / settings.max_steps):.2g}")
+            lines.append(
+                f"EMA: at the end it still holds {initial:.0%} of the weights of step 0, which pictures, scores and "
+                f"samples show (decay {settings.ema_decay:g} over {counted(settings.max_steps, 'step')}); with "
+                f"--ema-decay {better:.6g} it would hold {better**settings.max_steps:.0%}"
+            )
         return lines
 
     def resumed(self, config: dict) -> "Run":

@@ -172,7 +172,7 @@ class HeldOutLoss:
 
 
 class Scorer:
-    """Scores the EMA weights at an interval of steps, and at the last step.
+    """Scores the EMA weights at an interval of steps from step 0 on, and at the last step.
 
     The processes share the work. Scoring does not change the weights or the random draws of the run.
 
@@ -186,7 +186,7 @@ class Scorer:
         self.every = every
         self.max_steps = max_steps
         self.scores = scores
-        self.latest = 0  # the latest step that was scored
+        self.latest = None  # the latest step that was scored
         self.seconds = 0.0  # the time that it took
 
     def __str__(self) -> str:
@@ -207,13 +207,13 @@ class Scorer:
         # A run may have been stopped after it saved this step and before it scored it.
         names = {score.name for score in self.scores}
         [scored] = world.any(world.is_main and step > 0 and is_scored(folder / "metrics.jsonl", step, names))
-        self.latest = step if scored else 0
+        self.latest = step if scored else None
         if scored and world.is_main:
             log.info(f"step {step} is scored already")
 
     def is_due(self, step: int) -> bool:
         """Return whether a step is to be scored, and has not been yet."""
-        return 0 < step != self.latest and (step % self.every == 0 or step == self.max_steps)
+        return step != self.latest and (step % self.every == 0 or step == self.max_steps)
 
     def remaining_s(self, step: int) -> float:
         """Return the seconds that the scores of the later steps will take, as long as the latest."""

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from checkpoint import load_weights
 from diffusion import Process
+from mixing.experts import stored_parameters, stored_state
 from models import find_backbone
 from runtime.processes import World
 from training.batches import Microbatch
@@ -140,9 +141,9 @@ class Trainer:
         self.model = model.to(world.device).train()
         self.experts = experts_of(model)
         self.terms = loss_terms(self.experts, settings)
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.trained = [p for p in stored_parameters(model).values() if p.requires_grad]
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        pairs = zip(model.parameters(), self.ema.parameters(), strict=True)
+        pairs = zip(stored_parameters(model).values(), stored_parameters(self.ema).values(), strict=True)
         self.shards = sharded_parameters(model)
         self.replicated = [p for p in self.trained if all(p is not shard for shard in self.shards.values())]
         self.ema_params = [ema for parameter, ema in pairs if parameter.requires_grad]
@@ -193,8 +194,8 @@ class Trainer:
         """
         gather = partial(gather_rows, rank=self.world.rank, size=self.world.size)
         state = {
-            "model": self._map_weights(self.model.state_dict(), gather, self._copy_to_host),
-            "ema": self._map_weights(self.ema.state_dict(), gather, self._copy_to_host),
+            "model": self._map_weights(stored_state(self.model), gather, self._copy_to_host),
+            "ema": self._map_weights(stored_state(self.ema), gather, self._copy_to_host),
             "optimizer": self._map_moments(self.optimizer.state_dict(), gather, self._copy_to_host),
             "scaler": self.scaler.state_dict(),
         }
@@ -206,7 +207,7 @@ class Trainer:
         Every process must call this. Only on rank 0 the result holds the tensors. Sharded bases are put together.
         """
         gather = partial(gather_rows, rank=self.world.rank, size=self.world.size)
-        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        names = [name for name, p in stored_parameters(self.model).items() if p.requires_grad]
         return {
             str(std): self._map_weights(dict(zip(names, tensors, strict=True)), gather, self._copy_to_host)
             for std, tensors in self.averages.items()

@@ -50,7 +50,7 @@ class RemixDiTPipeline(DiffusionPipeline):
     The latents, the noise, guidance and the scheduler's steps are float32, also if the transformer has another type.
 
     Args:
-        transformer: a RemixDiTTransformer2DModel, or a PublishedDiTTransformer2DModel that is a flow.
+        transformer: a RemixDiTTransformer2DModel or a PublishedDiTTransformer2DModel.
         scheduler: a scheduler for models that predict noise, whose defaults are those of the published DiT; or for
             flows one for models that predict the velocity (FlowMatch...).
         vae: the autoencoder that decodes the latents, or None for a model of pixels.

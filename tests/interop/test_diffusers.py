@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -63,6 +64,13 @@ def make_transformer(**changes):
     for block in model.transformer_blocks:
         block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
     return model.eval()
+
+
+def make_scheduler_config(name: str, **changes) -> dict:
+    """Return the config that a scheduler of diffusers stores."""
+    import diffusers as theirs
+
+    return json.loads(getattr(theirs, name)(**changes).to_json_string())
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +131,7 @@ def test_a_folder_starts_training_and_sampling(transformer, features, vae, tmp_p
     make_transformer(in_channels=4, out_channels=8).save_pretrained(folder / "transformer")
     AutoencoderKL.from_pretrained(vae).save_pretrained(folder / "vae")
     assert load_model(folder)[1]["data"] == {
-        "image_size": 64,
+        "image_size": 16,
         "classes": None,
         "vae": str(folder / "vae"),
         "scale": 0.5,
@@ -134,6 +142,67 @@ def test_a_folder_starts_training_and_sampling(transformer, features, vae, tmp_p
     with np.load(tmp_path / "samples/pipeline-ddpm3-cfg1.5-seed0/samples.npz") as file:
         assert file["arr_0"].shape == (4, 16, 16, 3)
     assert "nothing to do" in run("sample_ddp.py", "--ckpt", folder, *few).stdout
+
+
+def test_the_scheduler_of_a_pipeline_is_read(transformer, tmp_path):
+    """What it says of the process is taken, or refused; what concerns sampling only has no effect."""
+    shutil.copytree(transformer, tmp_path / "transformer")
+    (tmp_path / "scheduler").mkdir()
+    config_file, scheduler_file = tmp_path / "transformer/config.json", tmp_path / "scheduler/scheduler_config.json"
+    gaussian, published = json.loads(config_file.read_text()), make_scheduler_config("DDIMScheduler")
+
+    def read(scheduler: dict, transformer: dict) -> dict:
+        scheduler_file.write_text(json.dumps(scheduler))
+        config_file.write_text(json.dumps(transformer))
+        with warnings.catch_warnings(action="ignore"):
+            return load_model(tmp_path)[1]["diffusion"]
+
+    cosine = {"noise_schedule": "squaredcos_cap_v2"}
+    betas = make_scheduler_config("DDPMScheduler", trained_betas=np.linspace(0.0001, 0.02, 1000).tolist())
+    taken = [
+        (published, {}),
+        (make_scheduler_config("DDIMScheduler", timestep_spacing="trailing", steps_offset=1, clip_sample=False), {}),
+        (make_scheduler_config("DDPMScheduler", variance_type="learned_range"), {}),
+        (betas, {}),
+        (make_scheduler_config("DPMSolverMultistepScheduler", beta_schedule="squaredcos_cap_v2"), cosine),
+        (make_scheduler_config("DDIMScheduler", prediction_type="sample"), {"predict_xstart": True}),
+        (
+            make_scheduler_config("DDPMScheduler", num_train_timesteps=500, beta_start=0.0002, beta_end=0.04),
+            {"diffusion_steps": 500},
+        ),
+    ]
+    for scheduler, expected in taken:
+        assert read(scheduler, gaussian) == {"process": "gaussian"} | expected
+        create_process(**expected)
+    flow = gaussian | {"flow": {"path": "linear", "prediction": "velocity", "shift": 3.0}}
+    assert read(make_scheduler_config("FlowMatchEulerDiscreteScheduler", shift=3.0), flow)["shift"] == 3
+    unipc = make_scheduler_config("UniPCMultistepScheduler", use_flow_sigmas=True, flow_shift=3.0)
+    assert read(unipc, flow)["shift"] == 3
+    refused = [
+        (
+            make_scheduler_config("DDIMScheduler", beta_schedule="scaled_linear"),
+            gaussian,
+            "beta_schedule=scaled_linear",
+        ),
+        (make_scheduler_config("DDIMScheduler", beta_end=0.012), gaussian, "beta_end=0.012"),
+        (make_scheduler_config("DDIMScheduler", num_train_timesteps=500), gaussian, "num_train_timesteps=500"),
+        (make_scheduler_config("DDIMScheduler", rescale_betas_zero_snr=True), gaussian, "zero_snr=True"),
+        (make_scheduler_config("DDIMScheduler", prediction_type="v_prediction"), gaussian, "prediction_type=v_pred"),
+        (make_scheduler_config("DDPMScheduler", variance_type="learned"), gaussian, "variance_type=learned"),
+        (make_scheduler_config("FlowMatchEulerDiscreteScheduler"), gaussian, "of another process"),
+        (unipc, gaussian, "of another process"),
+        (make_scheduler_config("EDMEulerScheduler"), gaussian, "not a scheduler of Gaussian diffusion"),
+        (published, flow, "of another process"),
+        (make_scheduler_config("FlowMatchEulerDiscreteScheduler", shift=1.0), flow, r"has shift=1.0, but .* 3.0"),
+        (make_scheduler_config("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True), flow, "shift=dynamic"),
+        (make_scheduler_config("FlowMatchEulerDiscreteScheduler", shift=3.0, num_train_timesteps=500), flow, "=500"),
+        ([], gaussian, "not the config of a scheduler"),
+        ({"_class_name": "DDIMScheduler", "beta_schedule": "linear", "beta_end": "x"}, gaussian, "not the config of"),
+    ]
+    for scheduler, config, message in refused:
+        with pytest.raises(UserError, match=message) as error:
+            read(scheduler, config)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -332,6 +401,7 @@ def exported(ckpt, vae, tmp_path_factory):
     save(path / "dit.pt", dit, "DiT-T/4", data)
     save(path / "latent.pt", latent, "RemixDiT-T/2", data)
     run("convert.py", path / "dit.pt", path / "dit", "--to", "diffusers")
+    run("convert.py", path / "dit.pt", path / "dit-pipeline", "--to", "diffusers", "--vae", vae)
     run("convert.py", ckpt, path / "expert", "--to", "diffusers", "--expert", 4)
     run("convert.py", ckpt, path / "pixels", "--to", "diffusers", "--vae", "none")
     run("convert.py", path / "latent.pt", path / "latents", "--to", "diffusers", "--vae", vae)
@@ -431,6 +501,14 @@ with torch.no_grad():
         assert torch.equal(twice, listed)
         one = pipe(1, generator=torch.Generator().manual_seed(0), **few).images
         assert torch.equal(one, pipe([1], generator=torch.Generator().manual_seed(0), **few).images)
+    settings = dict(class_labels=given["labels"], latents=given["latents-noise"], num_inference_steps=10)
+    pipe = load_pipeline("dit-pipeline")
+    results["dit-pipeline-size"] = [image.size for image in pipe(**settings, output_type="pil").images]
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    results["dit-pipeline"] = pipe(**settings, output_type="latent").images
+    pipe.save_pretrained("dit-pipeline-saved")
+    again = load_pipeline("dit-pipeline-saved")
+    assert torch.equal(again(**settings, output_type="latent").images, results["dit-pipeline"])
     for name in ("flow-dit", "flow-remix"):
         settings = dict(class_labels=given["labels"], latents=given["latents-noise"], num_inference_steps=10)
         pipe = load_pipeline(name)
@@ -531,6 +609,22 @@ def test_exported_pipelines_give_our_samples(exported, results, ckpt, name, samp
     theirs = results[f"{name}-{sampler}"]
     assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
     assert ours.std() > 0.1
+
+
+@torch.no_grad()
+def test_a_dit_of_latents_becomes_a_whole_pipeline(exported, results, vae):
+    """With --vae: it gives our samples, holds the VAE with the checkpoint's normalization, and is read back."""
+    model, config = load_denoiser([exported / "dit.pt"])
+    labels, noise = torch.tensor(LABELS), draw_all(4)(None)
+    denoise = GuidedDenoiser(model, labels, 3, make_schedule(1.5, None, 1000))
+    ours = create_process().make_sampler("euler", "10")(denoise, noise, clip_denoised=False)
+    assert (results["dit-pipeline"] - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
+    assert results["dit-pipeline-size"] == [(16, 16)] * 3
+    back, config_back = load_model(exported / "dit-pipeline")
+    assert config_back["model"]["backbone"] == config["model"]["backbone"]
+    assert config_back["data"]["scale"] == 0.7
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(back.state_dict()[key], value, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FLOWS)

@@ -80,6 +80,7 @@ def test_stored_training_arguments_name_the_model(tmp_path):
         ({"path_type": "Linear"}, "says that its model is a flow, but not"),
         ({"model": "SiT-T/2"}, "says that its model is a flow, but not"),
         ({"noise_schedule": "wave"}, "says that its process is"),
+        ({"vae": "owner/other-vae"}, "says vae='owner/other-vae', whose normalization it does not say"),
     ],
 )
 def test_what_a_file_says_is_compared_with_its_tensors(tmp_path, as_config, stored, message):
@@ -88,6 +89,28 @@ def test_what_a_file_says_is_compared_with_its_tensors(tmp_path, as_config, stor
     torch.save({"ema": state} | said, tmp_path / "t.pt")
     with pytest.raises(UserError, match=message):
         load_model(tmp_path / "t.pt")
+
+
+@pytest.mark.parametrize(
+    ("channels", "stored", "message"),
+    [
+        (16, {"image_size": 64}, None),
+        (16, {"image_size": 60}, "60 pixels per side, but its model denoises 16 channels of side 8"),
+        (16, {"resolution": 24}, "24 pixels per side, but its model denoises 16 channels of side 8"),
+        (3, {"image_size": 64}, "64 pixels per side, but its model denoises 3 channels of side 8"),
+        (16, {"vae": "ema"}, "says vae='ema', whose latents have 4 channels, but its tensors have 16"),
+        (3, {"vae": "stabilityai/sd-vae-ft-mse"}, "whose latents have 4 channels, but its tensors have 3"),
+    ],
+)
+def test_images_and_vaes_of_other_channels(capsys, channels, stored, message):
+    content = {"ema": DiT_models["DiT-T/2"](input_size=8, in_channels=channels).state_dict(), "args": stored}
+    if message:
+        with pytest.raises(UserError, match=message):
+            dit.read("a.pt", content, True, {})
+    else:
+        config, _ = dit.read("a.pt", content, True, {})
+        assert config["data"] == {"image_size": 64, "classes": None, "vae": "none", "scale": 1.0, "shift": 0.0}
+        assert "it does not say of which VAE" in capsys.readouterr().err
 
 
 def test_what_a_file_says_is_used(tmp_path):

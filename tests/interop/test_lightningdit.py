@@ -104,6 +104,19 @@ def test_losses_and_chains_match_the_published_implementation(published, tmp_pat
         assert relative(out, g["chains"][f"euler/points=11/shift={shift}/scale=1.0/interval_start=0.0"]) < 1e-4
 
 
+def test_the_number_of_heads_on_the_command_line(published, tmp_path):
+    g = published["rmsnorm-only"]
+    torch.save(g["state_dict"], tmp_path / "a.pt")
+    run("convert.py", "--num-heads", 3, tmp_path / "a.pt", tmp_path / "b.pt", "--to=lightningdit")
+    assert load_model(tmp_path / "b.pt")[0].config["num_heads"] == 3
+    for heads, message in (
+        ("3,3", "specifies a model that cannot be built"),
+        ("3,a", "expected a whole number at least 1"),
+    ):
+        done = run("convert.py", tmp_path / "a.pt", tmp_path / "c.pt", "--to=sit", "--num-heads", heads, expect=2)
+        assert message in done.stderr
+
+
 def test_registered_models_are_recognized(tmp_path):
     """Whatever the options are."""
     model = tiny(use_qknorm=True, wo_shift=True, mlp_ratio=3.3)

@@ -80,6 +80,8 @@ def test_the_training_arguments_say_which_flow_it_is(tmp_path):
         ({"model": "SiT-S/2"}, "holds DiT-T/4, not DiT-S/2"),
         ({"prediction": "colour"}, "says prediction='colour'"),
         ({"encoder_depth": 2, "path_type": "linear", "prediction": "x"}, "REPA's networks predict the velocity"),
+        ({"encoder_depth": 2, "path_type": "cosine", "prediction": "v", "weighting": "lognormal"}, "REPA's path 'cosi"),
+        ({"encoder_depth": 2, "path_type": "linear", "prediction": "v", "weighting": "beta"}, "the weighting 'beta'"),
         ({"num_classes": 99}, "says num_classes=99, but its table of classes has 8 rows"),
     ],
 )
@@ -87,6 +89,20 @@ def test_files_that_contradict_themselves(tmp_path, changes, message):
     torch.save({"ema": tiny().state_dict(), "args": sit_args(**changes)}, tmp_path / "a")
     with pytest.raises(UserError, match=message):
         load_model(tmp_path / "a")
+
+
+def test_the_weighting_of_repa_is_a_distribution_of_times():
+    """Its lognormal sigmas give times sigma / (1 + sigma), from a standard normal variable z = log(sigma)."""
+    content = {"ema": tiny(learn_sigma=False).state_dict()}
+    for weighting, expected in (("uniform", "uniform"), (None, "uniform"), ("lognormal", "logit-normal")):
+        content["args"] = sit_args(path_type="linear", prediction="v", encoder_depth=2, weighting=weighting)
+        config, _ = sit.read("a", content, True, {})
+        flow = create_process(**config["diffusion"])
+        assert flow.times.sampling == expected
+    # REPA's time is the noise level.
+    quantiles = flow.expert_boundaries(4)[1:-1]
+    z = torch.distributions.Normal(0, 1).icdf(torch.tensor([0.25, 0.5, 0.75]))
+    assert quantiles == pytest.approx((z.exp() / (1 + z.exp())).tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine", None])

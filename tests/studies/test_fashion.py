@@ -3,6 +3,7 @@
 import argparse
 import csv
 import gzip
+import hashlib
 import struct
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from tables import all_tables
 from variants import SETTINGS, TABLES, VARIANTS
 
 from checkpoint import load_model
+from demo import cut_sheet
 from features.dataset import FeatureDataset
 from remix import RemixDiT_models
 from runtime.errors import UserError
@@ -98,6 +100,30 @@ def test_what_exists_is_not_written_again(prepared):
     before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*.*")}
     dataset.write_splits(prepared, n_validation=20)
     assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*.*")} == before
+
+
+def test_the_sheets_hold_the_splits_in_the_order_of_their_folders(prepared, tmp_path, monkeypatch):
+    splits = dataset.split_images(prepared, 20)
+    monkeypatch.setattr(dataset, "split_images", lambda root, count: splits)
+    monkeypatch.setattr(dataset, "SHEET_COLUMNS", 1)
+    dataset.write_sheets(prepared, tmp_path)
+    assert not (tmp_path / "validation").exists()
+    for split in ("train", "test"):
+        with np.load(prepared / f"{split}-16.npz") as file:
+            images, labels = file["arr_0"][..., 0], file["arr_1"]
+        for label, name in enumerate(dataset.CLASSES):
+            assert np.array_equal(cut_sheet(tmp_path / split / f"{label}-{name}.png"), images[labels == label])
+
+
+@pytest.mark.skipif(not dataset.DEBIAN.exists(), reason="needs Debian's package dataset-fashion-mnist")
+@pytest.mark.slow
+def test_the_committed_sheets_are_reproducible(tmp_path):
+    dataset.write_sheets(tmp_path, tmp_path / "sheets")
+    committed = {path.relative_to(dataset.SHEETS): path for path in dataset.SHEETS.glob("*/*.png")}
+    assert len(committed) == 20
+    for name, path in committed.items():
+        digests = [hashlib.sha256(cut_sheet(each).tobytes()).digest() for each in (path, tmp_path / "sheets" / name)]
+        assert digests[0] == digests[1], name
 
 
 def test_a_missing_dataset_is_an_input_error(tmp_path, monkeypatch):

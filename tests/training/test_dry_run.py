@@ -41,6 +41,30 @@ def test_a_dry_run_with_features_that_exist(features, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_it_says_what_is_trained(features):
+    """Parameters that get gradients, bases, boundaries, the interval of an expert, and what the EMA will hold."""
+    flags = (f"--data-path={features}", "--max-steps=300", "--dry-run")
+    remix = (*flags, "--model=RemixDiT-T/2", "--n-basis=2", "--n-experts=6")
+    report = run(
+        "train_fast.py", *remix, "--rank=3", "--mixer=raw", "--mixer-scope=local", "--freeze", "--load-weight=dit.pt"
+    ).stdout
+    shape = dict(input_size=8, in_channels=3, num_classes=3)
+    model = RemixDiT_models["RemixDiT-T/2"](**shape, n_basis=2, n_experts=6, rank=3, mixer="raw", scope="local")
+    model.freeze_shared()
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad >= trained) for trained in (True, False)]
+    shown = re.search(r"trained parameters: ([\d.]+) M of ([\d.]+) M: the bases and the coefficients", report)
+    assert [float(text) for text in shown.groups()] == pytest.approx([count / 1e6 for count in counts], abs=0.006)
+    assert (
+        "2 bases (pairs of matrices of rank 3), 6 experts, mixer raw, one set per block; boundaries of the experts' "
+        "timesteps: 0, 166, 333, 500, 666, 833, 1000\n" in report
+    )
+    assert "EMA: at the end it still holds 97% of the weights of step 0" in report
+    assert "(decay 0.9999 over 300 steps); with --ema-decay 0.985 it would hold 1%" in report
+    report = run("train_fast.py", *flags, "--model=DiT-T/2", "--timesteps", 250, 500, "--ema-decay=0.985").stdout
+    assert "an independent expert: trained on the timesteps 250 to 499 only" in report
+    assert "bases" not in report and "EMA: at the end" not in report
+
+
 @pytest.mark.parametrize("flags", [(), ("--ema-snapshots=2",), ("--ema-snapshots=1", "--ema-snapshot-dtype=float32")])
 def test_the_disk_space_is_that_of_the_run(features, tmp_path, flags):
     """A dry run, the log of the run, and the files that it writes; with the averages for post-hoc EMA and without."""

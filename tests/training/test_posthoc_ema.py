@@ -181,7 +181,10 @@ def test_a_run_with_snapshots(features, tmp_path):
     for name, value in snapshot["0.1"].items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
-    run("visualize.py", "ema", last, "--data-path", features, "--images=2", "--stds", 0.05, 0.1)
+    done = run("visualize.py", "ema", last, "--data-path", features, "--images=2", "--stds", 0.05, 0.1)
+    # What it will take is said before it is done.
+    plan = "3 EMAs (that of the training and 2 widths), of each the error at 50 noise levels: about 0:00:"
+    assert plan in done.stdout[: done.stdout.index("wrote")]
     with open(last.with_name("0000004-ema.csv")) as file:
         rows = list(csv.reader(file))
     assert [row[0] for row in rows] == ["std", "training", "0.05", "0.1"]

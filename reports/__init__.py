@@ -1,0 +1,1 @@
+"""What runs have written, as a web page or a table."""
