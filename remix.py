@@ -296,7 +296,7 @@ class Remix(wrapping.TransparentModule):
         t = self.times(*args, **kwargs)
         experts = self.expert_index(t)  # [B]
         if groups is not None and self.rest == "shared":
-            if groups < 1 or len(experts) % groups:
+            if isinstance(groups, float) or groups < 1 or len(experts) % groups:
                 raise ValueError(f"groups must divide the batch size {len(experts)}, but it is {groups}")
             # Rounding can move some samples of a group to the expert above, but none to the one below.
             return self._run(experts.view(groups, -1).amin(1), args, kwargs)
