@@ -214,9 +214,11 @@ def evaluate(ref: dict, sample: dict, extra: list[str], device: torch.device) ->
         "sFID": frechet_distance(ref["mu_s"], ref["sigma_s"], sample["mu_s"], sample["sigma_s"]),
         "Precision": missing,
         "Recall": missing,
-        **{EXTRA_SCORES[name]: missing for name in extra},
-        **({"KID std": missing} if "kid" in extra else {}),
     }
+    for name in extra:
+        scores[EXTRA_SCORES[name]] = missing
+        if name == "kid":
+            scores["KID std"] = missing
     if len(sample.get("pools", ())) in range(1, STANDARD_COUNT):
         scores["FID std"] = fid_std(ref["mu"], ref["sigma"], torch.from_numpy(sample["pools"]).to(device))
     if "pools" in ref and "pools" in sample:

@@ -565,7 +565,7 @@ def test_fd_dinov2_matches_the_definition(files, tmp_path, hub):
         images = {"ref": ref["arr_0"], "sample": sample["arr_0"] // 2}
     np.savez(tmp_path / "sample.npz", arr_0=images["sample"])
     scores = scores_of(files, files / "ref.npz", tmp_path / "sample.npz", "--also", "fd-dinov2,kid")
-    assert list(scores)[5:] == ["FD-DINOv2", "KID"]
+    assert list(scores)[6:] == ["FD-DINOv2", "KID", "KID std"]
     network = torch.hub.load(hub / "hub/facebookresearch_dinov2_main", "dinov2_vitl14", source="local")
     moments = []
     for array in images.values():
