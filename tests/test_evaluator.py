@@ -412,7 +412,9 @@ def write_samples(folder, seed: int, source, png: bool = False, **settings):
     with np.load(source) as file:
         images = np.roll(file["arr_0"], seed, axis=2)
     np.savez(folder / "samples.npz", arr_0=images)
-    (folder / "settings.json").write_text(json.dumps({"num_fid_samples": len(images), "global_seed": seed} | settings))
+    (folder / "settings.json").write_text(
+        json.dumps({"num_fid_samples": len(images), "global_seed": seed, "save_png": seed == 0} | settings)
+    )
     Image.new("RGB", (50, 60)).save(folder / "grid.png")
     (folder / "png").mkdir()
     for i, image in enumerate(images if png else ()):
