@@ -14,9 +14,11 @@ import json
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from diffusion.intervals import DIRECT, EITHER, find_interval
+from mixing import fsdp
 from remix import Remix
 from runtime.errors import UserError
 from runtime.files import atomic_write, write_json
@@ -31,7 +33,7 @@ def write_experts(remix: Remix, folder, lora: bool = False):
 
     Args:
         remix: the Remix. A model of diffusers is written with `save_pretrained`, another one as a safetensors file of
-            its state dict.
+            its state dict. If it is sharded (`mixing.fsdp`), every process calls this, and rank 0 writes.
         folder: the folder to create.
         lora: write low-rank bases as LoRA files of rank K * r in diffusers' (peft) format, which the
             `load_lora_weights` of pipelines reads. All parameters outside the low-rank bases must be frozen: the files
@@ -46,11 +48,18 @@ def write_experts(remix: Remix, folder, lora: bool = False):
     folder.mkdir(parents=True, exist_ok=True)
     diffusers = not lora and hasattr(remix.backbone, "save_pretrained")
     names = [f"expert{i}" if diffusers else f"expert{i}.safetensors" for i in range(remix.n_experts)]
+    sharded = fsdp.is_sharded(remix)
+    if sharded:
+        fsdp.reshard(remix)
     for i, name in enumerate(names):
-        if diffusers:
-            remix.expert(i).save_pretrained(folder / name)
+        expert = None if lora else remix.expert(i)
+        state = lora_state(remix, i) if lora else None
+        if sharded and dist.get_rank() > 0:
             continue
-        state = lora_state(remix, i) if lora else remix.expert(i).state_dict()
+        if diffusers:
+            expert.save_pretrained(folder / name)
+            continue
+        state = state or expert.state_dict()
         with atomic_write(folder / name) as temporary:
             # Tensors in one storage, such as those of tied layers, are refused.
             save_file({key: value.clone() for key, value in state.items()}, temporary, metadata={"format": "pt"})
@@ -64,7 +73,10 @@ def write_experts(remix: Remix, folder, lora: bool = False):
     }
     if remix.intervals.exact:
         index["exact"] = True
-    write_json(folder / INDEX, index)
+    if not sharded or dist.get_rank() == 0:
+        write_json(folder / INDEX, index)
+    if sharded:
+        dist.barrier()
 
 
 def find_expert(folder, level: float | torch.Tensor) -> str:
@@ -88,7 +100,8 @@ def lora_state(remix: Remix, i: int) -> dict[str, torch.Tensor]:
     alpha = remix.coefficients.per_expert()[i]
     state = {}
     for name, layer in remix.mixed():
-        a, b = layer.lora_pair(alpha[layer.row])
+        with fsdp.gathered(layer):
+            a, b = layer.lora_pair(alpha[layer.row])
         state |= {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
     return state
 

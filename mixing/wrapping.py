@@ -149,10 +149,11 @@ def copy_tensors(source: nn.Module, target: nn.Module, mixed: Sequence[str]):
     target.load_state_dict({names[key.replace(".base_layer", "")]: v for key, v in state.items()}, strict=False)
 
 
-def plain_linear(layer: nn.Module) -> nn.Linear:
-    """Return a plain linear layer with the shape of a mixed layer, not initialized."""
+def plain_linear(layer: nn.Module, device: str | None = None) -> nn.Linear:
+    """Return a plain linear layer with the shape of a mixed layer, not initialized, on its device or another one."""
     # The weights of an offloaded layer are on the meta device, but not its bases.
-    options = dict(bias=layer.bias is not None, device=layer.bases()[0].device, dtype=plain_dtype(layer.weight))
+    device = device or layer.bases()[0].device
+    options = dict(bias=layer.bias is not None, device=device, dtype=plain_dtype(layer.weight))
     linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, **options)
     return linear.requires_grad_(layer.weight.requires_grad)
 
@@ -257,6 +258,11 @@ class TransparentModule(nn.Module):
 
     _inner: str = "backbone"
     _refused: Mapping[str, str] = NOT_OF_A_REMIX
+
+    def get_parameter_or_buffer(self, name: str) -> Tensor:
+        """Return a parameter or a buffer by its name, as a model of transformers does for accelerate."""
+        owner, _, part = name.rpartition(".")
+        return getattr(self.get_submodule(owner), part)
 
     def __getattr__(self, name: str) -> Any:
         try:
