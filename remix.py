@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.intervals import DIRECT, EITHER, TIMESTEPS, level_dtype, scale_of
+from diffusion.intervals import EITHER, TIMESTEPS, level_dtype, scale_of
 from mixing import fsdp, wrapping
 from mixing.coefficients import BatchCoefficients, Coefficients, RowsError, expert_weights, initial_logits
 from mixing.experts import ExpertIntervals, centered_gram, fold_layers, measure_distances, restore_intervals
@@ -176,6 +176,7 @@ class Remix(wrapping.TransparentModule):
         self.mixing_config = options | dict(layers=layers and [*layers], timestep=wrapped.timestep)
         self.mixing_config |= dict(unbatched=[*unbatched], batch_dims=dict(batch_dims or {}))
         self.arguments = wrapping.Arguments(module, wrapped.timestep, wrapped.unbatched, wrapped.batch_dims)
+        self.arguments.reverses = wrapped.reverses
         self.unchecked = [*wrapped.layers]
         if rank is None:
             self._refused = wrapping.NOT_OF_A_REMIX | wrapping.NOT_OF_WHOLE_BASES
@@ -221,11 +222,12 @@ class Remix(wrapping.TransparentModule):
 
     def noise_level(self, t: Tensor | float) -> Tensor | np.float32:
         """Return the noise level of what the argument `timestep` holds, a tensor or a number."""
-        return t.float() if isinstance(t, Tensor) else np.float32(t)
+        t = t.float() if isinstance(t, Tensor) else np.float32(t)
+        return self.highest_level - t if self.arguments.reverses else t
 
     def _directions(self) -> tuple[bool, ...]:
         """Return how noise levels are rounded; see `diffusion.intervals.inner_boundaries`."""
-        return EITHER if callable(self.arguments.timestep) else DIRECT
+        return EITHER if callable(self.arguments.timestep) else (self.arguments.reverses,)
 
     def expert_index(self, t: Tensor | float, dtype: torch.dtype | None = None) -> Tensor | int:
         """Return the index of the expert that owns each value of the argument `timestep`, a tensor or a number.

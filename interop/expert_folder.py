@@ -5,6 +5,7 @@ The index, `experts.json`, has these entries:
     class       name of the wrapped class
     timestep    the argument of the class that selects the expert; null for a function of the arguments
     boundaries  the N + 1 noise levels: expert i denoises boundaries[i] <= level < boundaries[i + 1]
+    reverses    true, if the argument is the last boundary minus the noise level, as that of Lumina 2 and Z-Image
     exact       true, if rounded levels are compared with the boundaries as they are; only for a pair of Wan
     format      "diffusers" (folders that `from_pretrained` of the class reads), "state dict" or "lora" (safetensors)
     experts     the N folders or files, expert 0 first
@@ -13,11 +14,12 @@ The index, `experts.json`, has these entries:
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from diffusion.intervals import DIRECT, EITHER, find_interval
+from diffusion.intervals import DIRECT, EITHER, REVERSED, find_interval, level_dtype
 from mixing import fsdp
 from remix import Remix
 from runtime.errors import UserError
@@ -71,6 +73,8 @@ def write_experts(remix: Remix, folder, lora: bool = False):
         "format": "lora" if lora else "diffusers" if diffusers else "state dict",
         "experts": names,
     }
+    if remix.arguments.reverses:
+        index["reverses"] = True
     if remix.intervals.exact:
         index["exact"] = True
     if not sharded or dist.get_rank() == 0:
@@ -80,7 +84,7 @@ def write_experts(remix: Remix, folder, lora: bool = False):
 
 
 def find_expert(folder, level: float | torch.Tensor) -> str:
-    """Return the name of the file or folder in `folder` of the expert that denoises a noise level.
+    """Return the name of the file or folder in `folder` of the expert for what the argument of the class holds.
 
     A step on a boundary belongs to the expert above, also if its level is rounded below the boundary: an integer is
     exact, and a tensor is rounded as its type says. Another number is a float32 level.
@@ -91,6 +95,9 @@ def find_expert(folder, level: float | torch.Tensor) -> str:
     index = json.loads((Path(folder) / INDEX).read_text())
     dtype = torch.long if index.get("exact") else None
     directions = EITHER if index["timestep"] is None else DIRECT
+    if index.get("reverses"):
+        dtype, directions = dtype or level_dtype(level), REVERSED
+        level = index["boundaries"][-1] - np.float32(float(level))
     return index["experts"][find_interval(index["boundaries"], level, dtype, directions)]
 
 

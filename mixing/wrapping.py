@@ -290,9 +290,14 @@ class Arguments:
         batch_dims: the dimension of the batch in the tensors of some arguments, by the names of the arguments. Lists in
             these arguments are no batches.
 
+    Attributes:
+        reverses: whether `timestep` is highest for data and 0 for noise.
+
     Raises:
         ValueError: if the module has no argument `timestep`.
     """
+
+    reverses: bool = False
 
     def __init__(
         self,
@@ -311,7 +316,7 @@ class Arguments:
         self.batch_dims = dict(batch_dims or {})
 
     def times(self, args: tuple, kwargs: dict) -> Tensor:
-        """Return what the argument `timestep` holds for each sample, [B] or [1]: the highest value, if it has several.
+        """Return what the argument `timestep` holds for each sample, [B] or [1]. Of several, that of the most noise.
 
         Raises:
             TypeError: if it is no tensor.
@@ -327,7 +332,9 @@ class Arguments:
             raise TypeError(
                 f"the experts are selected by {self.timestep!r}, which must be a tensor [B], but {self.owner} got {t!r}"
             )
-        return t.view(-1) if t.ndim < 2 else t.flatten(1).amax(1)
+        if t.ndim < 2:
+            return t.view(-1)
+        return t.flatten(1).amin(1) if self.reverses else t.flatten(1).amax(1)
 
     def named(self, args: tuple, kwargs: dict) -> list[tuple[str, Any]]:
         """Return the names and the values of all arguments, the positional ones first."""
