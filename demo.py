@@ -105,7 +105,7 @@ def main(args: argparse.Namespace):
     for suffix in (".png", ".csv"):
         (out / f"coefficients{suffix}").unlink(missing_ok=True)
     run(1, "visualize.py", "coefficients", checkpoints["remix"], *flags(out=out / "coefficients.png"))
-    shutil.copyfile(samples / "remix" / "grid.png", out / "garments.png")
+    draw_garments(samples / "remix" / "samples.npz", out / "garments.png")
     errors = {name: heldout_errors(path, features / "test", per_time) for name, path in checkpoints.items()}
     draw_errors(errors, out / "errors.png")
 
@@ -169,6 +169,26 @@ def cut_sheet(path: Path) -> np.ndarray:
 
     sheet = np.asarray(Image.open(path))
     return sheet.reshape(-1, SIDE, sheet.shape[1] // SIDE, SIDE).swapaxes(1, 2).reshape(-1, SIDE, SIDE)
+
+
+def draw_garments(samples: Path, path: Path, columns: int = 10):
+    """Draw samples of each class, one class per row.
+
+    Args:
+        samples: .npz file of sample_ddp.py.
+        path: the PNG to write.
+        columns: samples of each class, or as many as each class has.
+    """
+    from figures import save_grid
+
+    with np.load(samples) as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    columns = min(columns, np.bincount(labels).min())
+    # "9-ankle-boot". Only the first image of a row has a caption, which may be wider than the image.
+    names = [sheet.stem.split("-", 1)[1] for sheet in sorted((IMAGES / "test").glob("*.png"))]
+    captions = [name if i == 0 else "" for name in names for i in range(columns)]
+    rows = [images[labels == label][:columns] for label in range(len(names))]
+    save_grid(path, np.concatenate(rows), captions, columns, clip_captions=False)
 
 
 def heldout_errors(checkpoint: Path, features: Path, per_time: int) -> np.ndarray:

@@ -54,6 +54,8 @@ STANDARD_COUNT = 50_000
 EXTRA_SCORES = {"kid": "KID", "fd-dinov2": "FD-DINOv2"}
 # The name of a score's standard deviation is that of the score with this ending.
 STD = " std"
+# What may differ between samples of several seeds: the same checkpoint may be called by different paths.
+SEED_ONLY = ("global_seed", "save_png", "ckpt", "guide_ckpt")
 
 
 def main(args: argparse.Namespace):
@@ -167,8 +169,7 @@ def means_over_seeds(results: dict[str, dict]) -> dict[str, dict]:
         folder = next((place for place in (Path(path), Path(path).parent) if is_folder_of_samples(place)), None)
         if folder:
             settings = json.loads((folder / "settings.json").read_text())
-            # The same checkpoint may be called by different paths.
-            key = {name: value for name, value in settings.items() if name not in ("global_seed", "ckpt", "guide_ckpt")}
+            key = {name: value for name, value in settings.items() if name not in SEED_ONLY}
             groups.setdefault(json.dumps(key), []).append(path)
     means = {}
     for paths in groups.values():
@@ -214,9 +215,11 @@ def evaluate(ref: dict, sample: dict, extra: list[str], device: torch.device) ->
         "sFID": frechet_distance(ref["mu_s"], ref["sigma_s"], sample["mu_s"], sample["sigma_s"]),
         "Precision": missing,
         "Recall": missing,
-        **{EXTRA_SCORES[name]: missing for name in extra},
-        **({"KID std": missing} if "kid" in extra else {}),
     }
+    for name in extra:
+        scores[EXTRA_SCORES[name]] = missing
+        if name == "kid":
+            scores["KID std"] = missing
     if len(sample.get("pools", ())) in range(1, STANDARD_COUNT):
         scores["FID std"] = fid_std(ref["mu"], ref["sigma"], torch.from_numpy(sample["pools"]).to(device))
     if "pools" in ref and "pools" in sample:

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion.intervals import DIRECT, EITHER, TIMESTEPS, level_dtype, scale_of
-from mixing import wrapping
+from diffusion.intervals import EITHER, TIMESTEPS, level_dtype, scale_of
+from mixing import fsdp, wrapping
 from mixing.coefficients import BatchCoefficients, Coefficients, RowsError, expert_weights, initial_logits
 from mixing.experts import ExpertIntervals, centered_gram, fold_layers, measure_distances, restore_intervals
 from mixing.grouped_linear import mix_into, mixed_linear
@@ -177,6 +176,7 @@ class Remix(wrapping.TransparentModule):
         self.mixing_config = options | dict(layers=layers and [*layers], timestep=wrapped.timestep)
         self.mixing_config |= dict(unbatched=[*unbatched], batch_dims=dict(batch_dims or {}))
         self.arguments = wrapping.Arguments(module, wrapped.timestep, wrapped.unbatched, wrapped.batch_dims)
+        self.arguments.reverses = wrapped.reverses
         self.unchecked = [*wrapped.layers]
         if rank is None:
             self._refused = wrapping.NOT_OF_A_REMIX | wrapping.NOT_OF_WHOLE_BASES
@@ -222,11 +222,12 @@ class Remix(wrapping.TransparentModule):
 
     def noise_level(self, t: Tensor | float) -> Tensor | np.float32:
         """Return the noise level of what the argument `timestep` holds, a tensor or a number."""
-        return t.float() if isinstance(t, Tensor) else np.float32(t)
+        t = t.float() if isinstance(t, Tensor) else np.float32(t)
+        return self.highest_level - t if self.arguments.reverses else t
 
     def _directions(self) -> tuple[bool, ...]:
         """Return how noise levels are rounded; see `diffusion.intervals.inner_boundaries`."""
-        return EITHER if callable(self.arguments.timestep) else DIRECT
+        return EITHER if callable(self.arguments.timestep) else (self.arguments.reverses,)
 
     def expert_index(self, t: Tensor | float, dtype: torch.dtype | None = None) -> Tensor | int:
         """Return the index of the expert that owns each value of the argument `timestep`, a tensor or a number.
@@ -242,8 +243,7 @@ class Remix(wrapping.TransparentModule):
 
     def prior_loss(self) -> Tensor:
         """Return the cross-entropy between softmax(pi) and the one-hot prior, averaged over the experts, unweighted."""
-        target = self.intervals.prior.expand(self.logits.shape[:-1])  # [N] or [depth, N]
-        return F.cross_entropy(self.logits.flatten(0, -2), target.flatten())
+        return self.coefficients(self.intervals.prior)
 
     def reset_bases(self):
         """Draw every basis separately, for training from scratch."""
@@ -272,6 +272,8 @@ class Remix(wrapping.TransparentModule):
     def distances(self) -> tuple[Tensor, Tensor]:
         """Return the distances between the bases [K, K] and that of the experts; see `experts.measure_distances`."""
         layers = [layer for _, layer in self.mixed()]
+        if fsdp.is_sharded(self):
+            fsdp.reshard(self)
         return measure_distances(layers, self._coefficients_per_row(), self.batch_coefficients.sum)
 
     def forward(self, *args, groups: int | None = None, **kwargs) -> Any:
@@ -296,7 +298,7 @@ class Remix(wrapping.TransparentModule):
         t = self.times(*args, **kwargs)
         experts = self.expert_index(t)  # [B]
         if groups is not None and self.rest == "shared":
-            if groups < 1 or len(experts) % groups:
+            if isinstance(groups, float) or groups < 1 or len(experts) % groups:
                 raise ValueError(f"groups must divide the batch size {len(experts)}, but it is {groups}")
             # Rounding can move some samples of a group to the expert above, but none to the one below.
             return self._run(experts.view(groups, -1).amin(1), args, kwargs)
@@ -308,11 +310,15 @@ class Remix(wrapping.TransparentModule):
         present, counts = experts.unique(return_counts=True)
         if len(present) == 1:
             return self._run(present, args, kwargs)
+        if not at_once and fsdp.is_sharded(self):
+            raise ValueError("a sharded Remix needs groups: its processes must call the module equally often")
         if at_once:
             try:
                 return self._run(experts, args, kwargs, per_sample=True)
             except RowsError:
                 # Layers of this module see other rows than the samples, such as folded frames or routed tokens.
+                if fsdp.is_sharded(self):
+                    raise
                 self.runs_at_once = False
         order, sizes = experts.argsort(stable=True), counts.tolist()  # [B]
         parts = [self.arguments.take(rows, len(t), args, kwargs) for rows in order.split(sizes)]
@@ -342,7 +348,10 @@ class Remix(wrapping.TransparentModule):
             self._module(i).enable_gradient_checkpointing(self.batch_coefficients.checkpoint)
 
     def expert(self, i: int) -> nn.Module:
-        """Return expert i as a module of the wrapped class with its own parameters, in eval mode; see `fold_`."""
+        """Return expert i as a module of the wrapped class with its own parameters, in eval mode; see `fold_`.
+
+        Every process calls it if the Remix is sharded (`mixing.fsdp`). Only rank 0 gets a module then.
+        """
         plain = self._plain(i)
         self.fold_(plain, i)
         return plain
@@ -369,11 +378,15 @@ class Remix(wrapping.TransparentModule):
 
     def _plain(self, i: int) -> nn.Module:
         """Return a copy of expert i's module with plain layers, in eval mode; the mixed ones are not initialized."""
+        if fsdp.is_sharded(self):
+            return fsdp.gather_plain(self)
         plain = {id(layer): wrapping.plain_linear(layer) for _, layer in self.mixed()}
         return copy.deepcopy(self._module(i), plain).eval()
 
     def _folding(self) -> nn.Module:
         """Return a module to fold experts into, one after the other, in eval mode. Low-rank bases share all tensors."""
+        if fsdp.is_sharded(self):
+            raise ValueError("a sharded Remix cannot be folded in place: sample with the Remix, or with its experts")
         if self.rank is None:
             return self._plain(0)
         module = self.backbone
@@ -400,6 +413,8 @@ class Remix(wrapping.TransparentModule):
     @torch.no_grad()
     def _fold(self, module: nn.Module, alpha: list[list[float]], i: int):
         """Write the mixed weights for the coefficients alpha [1 or depth][K] of expert i into `module`, in place."""
+        if fsdp.is_sharded(self):
+            return fsdp.fold_gathered(self, module, alpha)
         fold_layers(self.mixed(), module, alpha)
         if self.rest == "separate":
             wrapping.copy_tensors(self._module(i), module, [name for name, _ in self.mixed()])

@@ -210,9 +210,14 @@ def kernel_distance(ref_features: Tensor, sample_features: Tensor) -> tuple[floa
 
     fewest = min(len(ref_features), len(sample_features))
     size, half = min(1000, fewest), min(1000, fewest // 2)
-    whole = kid_features_to_metric(ref_features, sample_features, kid_subset_size=size)
+
+    def distance(size: int) -> dict[str, float]:
+        # It would print a line of its own for each size.
+        return kid_features_to_metric(ref_features, sample_features, kid_subset_size=size, verbose=False)
+
+    whole = distance(size)
     # Subsets of all images do not differ.
-    halves = whole if half == size else kid_features_to_metric(ref_features, sample_features, kid_subset_size=half)
+    halves = whole if half == size else distance(half)
     return whole[KEY_METRIC_KID_MEAN], halves[KEY_METRIC_KID_STD]
 
 

@@ -7,7 +7,7 @@ import re
 
 from torch import Tensor
 
-from diffusion import create_process
+from diffusion import FlowMatching, create_process
 from diffusion.intervals import TIMESTEPS
 from features.autoencoder import SHORT_NAMES
 from models import DIT, TIMESTEP_FREQUENCIES, Backbone, model_names
@@ -208,10 +208,10 @@ def flow_target(process: dict) -> dict[str, str]:
     Args:
         process: the "diffusion" part of a config, which may omit defaults.
     """
-    if process.get("process") != "flow":
+    if process.get("process") != FlowMatching.name:
         return {}
     return {
-        "process": "flow",
+        "process": FlowMatching.name,
         "path": process.get("path", "linear"),
         "prediction": process.get("prediction", "velocity"),
     }

@@ -62,8 +62,11 @@ class Coefficients(nn.Module):
         self.mixer = mixer
         self.logits = nn.Parameter(logits.contiguous(), requires_grad=mixer != "one-hot")
 
-    def forward(self) -> Tensor:
+    def forward(self, prior: Tensor | None = None) -> Tensor:
         """Return the coefficients alpha [N, K], or [depth, N, K] if the scope is local.
+
+        Args:
+            prior: return the cross-entropy between softmax(pi) and these bases [N] instead, averaged over the experts.
 
         Raises:
             TypeError: if a policy of mixed precision has cast the logits, whose gradients would be wrong.
@@ -73,6 +76,8 @@ class Coefficients(nn.Module):
                 f"the mixing coefficients must be float32, but their logits were cast to {self.logits.dtype}: "
                 "apply mixing.fsdp.fully_shard, which leaves them out of the mixed precision"
             )
+        if prior is not None:
+            return F.cross_entropy(self.logits.flatten(0, -2), prior.expand(self.logits.shape[:-1]).flatten())
         return self.logits.softmax(-1) if self.mixer == "softmax" else self.logits
 
     def _apply(self, *args, **kwargs) -> "Coefficients":
@@ -87,7 +92,9 @@ class Coefficients(nn.Module):
 
     def per_expert(self) -> list[list[list[float]]]:
         """Return the coefficients of each expert, [N][1 or depth][K], computed on the host, as equal on all devices."""
-        logits = self.logits.detach().cpu()
+        logits = self.logits.detach()
+        # FSDP divides the rows among the processes.
+        logits = (logits.full_tensor() if hasattr(logits, "full_tensor") else logits).cpu()
         alpha = logits.softmax(-1) if self.mixer == "softmax" else logits
         return alpha.view(-1, *alpha.shape[-2:]).transpose(0, 1).tolist()
 

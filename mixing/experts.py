@@ -14,6 +14,7 @@ from diffusion.intervals import (
     warn_of_short_intervals,
 )
 from mixing.coefficients import Coefficients, prior_bases
+from mixing.fsdp import gathered
 from mixing.low_rank import LowRankLinear
 
 
@@ -163,7 +164,8 @@ def measure_distances(layers: list[nn.Module], alpha: Tensor, add: Callable[[Ten
     squared_distances, squared_spread, squared_norm = 0, 0, 0
     alpha = alpha - alpha.mean(1, keepdim=True)  # [1 or depth, N, K]
     for layer in layers:
-        gram, norm = layer.gram()  # [K, K], []
+        with gathered(layer):
+            gram, norm = layer.gram()  # [K, K], []
         squared_norm = squared_norm + norm
         squared_distances = squared_distances + gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
         row = alpha[layer.row]  # [N, K]

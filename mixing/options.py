@@ -1,6 +1,7 @@
 """The options of a Remix, and their checks."""
 
 import math
+from numbers import Integral
 
 from diffusion.intervals import check_boundaries, equal_boundaries, scale_of
 
@@ -19,13 +20,17 @@ def complete_options(options: dict) -> dict:
         options: n_basis, n_experts, boundaries, mixer, scope, highest_level, rank and rest, as in `remix.Remix`.
 
     Raises:
-        ValueError: if one is out of range or unknown, or if both the number of experts and the boundaries are missing.
+        ValueError: if one is out of range, unknown or no integer, or if both the number of experts and the boundaries
+            are missing.
     """
     boundaries = options["boundaries"]
     if options["n_experts"] is None:
         if boundaries is None:
             raise ValueError("n_experts or boundaries must be given")
         options = options | {"n_experts": len(boundaries) - 1}
+    for name in ("n_basis", "n_experts", "rank"):
+        if not isinstance(options[name], Integral) and (name, options[name]) != ("rank", None):
+            raise ValueError(f"{name} must be an integer, but it is {options[name]!r}")
     n_experts, highest = options["n_experts"], options["highest_level"]
     if options["n_basis"] < 1:
         raise ValueError(f"n_basis must be at least 1, but it is {options['n_basis']}")

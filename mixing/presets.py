@@ -16,6 +16,7 @@ class Preset:
         optional_layers: names of mixed layers that only some configurations have.
         timestep: the argument that holds the noise level, as its name or as a function of the arguments.
         highest_level: the largest noise level.
+        reverses: whether the argument is `highest_level` for data and 0 for noise.
         unbatched: arguments that are no batches.
         batch_dims: dimension of the batch in the tensors of some arguments, which may be lists of such tensors.
     """
@@ -26,6 +27,7 @@ class Preset:
     highest_level: float = 1000
     unbatched: tuple[str, ...] = ()
     batch_dims: Mapping[str, int] = field(default_factory=dict)
+    reverses: bool = False
 
 
 def inside(blocks: str, *layers: str) -> tuple[str, ...]:
@@ -43,8 +45,15 @@ def feed_forward(name: str) -> tuple[str, ...]:
     return f"{name}.net.0.proj", f"{name}.net.2"
 
 
+def aura_feed_forward(name: str) -> tuple[str, ...]:
+    """Return the names of the three layers of an MLP of AuraFlow."""
+    return f"{name}.linear_1", f"{name}.linear_2", f"{name}.out_projection"
+
+
 # The projections of the text in joint attention.
 TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+# The positions of the tokens.
+POSITIONS = ("img_ids", "txt_ids")
 
 # The classes of diffusers, by name, so that diffusers need not be imported. As in the paper, all linear layers of the
 # attention and of the MLPs in the blocks are mixed. Modulation, embeddings and the output layer are not.
@@ -72,13 +81,94 @@ PRESETS = {
         + inside("single_transformer_blocks", *attention("attn")[:3], "proj_mlp", "proj_out"),
         # Its pipeline divides the timesteps by 1000.
         highest_level=1,
-        # The positions of the tokens.
-        unbatched=("img_ids", "txt_ids"),
+        unbatched=POSITIONS,
         batch_dims={
             "controlnet_block_samples": 0,
             "controlnet_single_block_samples": 0,
             "joint_attention_kwargs": 0,
         },
+    ),
+    "ChromaTransformer2DModel": Preset(
+        inside("transformer_blocks", *attention("attn"), *feed_forward("ff"))
+        + inside("transformer_blocks", *TEXT_ATTENTION, *feed_forward("ff_context"))
+        + inside("single_transformer_blocks", *attention("attn")[:3], "proj_mlp", "proj_out"),
+        highest_level=1,
+        unbatched=POSITIONS,
+        batch_dims={
+            "controlnet_block_samples": 0,
+            "controlnet_single_block_samples": 0,
+            "joint_attention_kwargs": 0,
+        },
+    ),
+    "Flux2Transformer2DModel": Preset(
+        inside("transformer_blocks", *attention("attn"), "ff.linear_in", "ff.linear_out")
+        + inside("transformer_blocks", *TEXT_ATTENTION, "ff_context.linear_in", "ff_context.linear_out")
+        # In these blocks, the projections of attention and MLP are one layer.
+        + inside("single_transformer_blocks", "attn.to_qkv_mlp_proj", "attn.to_out"),
+        highest_level=1,
+        unbatched=POSITIONS,
+        batch_dims={"joint_attention_kwargs": 0},
+    ),
+    "QwenImageTransformer2DModel": Preset(
+        inside("transformer_blocks", *attention("attn"), *TEXT_ATTENTION)
+        + inside("transformer_blocks", *feed_forward("img_mlp"), *feed_forward("txt_mlp")),
+        highest_level=1,
+        batch_dims={"controlnet_block_samples": 0, "attention_kwargs": 0},
+    ),
+    "AuraFlowTransformer2DModel": Preset(
+        inside("joint_transformer_blocks", *attention("attn"), *TEXT_ATTENTION, *aura_feed_forward("ff"))
+        + inside("joint_transformer_blocks", *aura_feed_forward("ff_context"))
+        + inside("single_transformer_blocks", *attention("attn"), *aura_feed_forward("ff")),
+        highest_level=1,
+        batch_dims={"attention_kwargs": 0},
+    ),
+    "Lumina2Transformer2DModel": Preset(
+        inside("layers", *attention("attn"), *(f"feed_forward.linear_{i}" for i in (1, 2, 3)))
+        + inside("noise_refiner", *attention("attn"), *(f"feed_forward.linear_{i}" for i in (1, 2, 3))),
+        highest_level=1,
+        reverses=True,
+        batch_dims={"attention_kwargs": 0},
+    ),
+    "ZImageTransformer2DModel": Preset(
+        inside("layers", *attention("attention"), *(f"feed_forward.w{i}" for i in (1, 2, 3)))
+        + inside("noise_refiner", *attention("attention"), *(f"feed_forward.w{i}" for i in (1, 2, 3))),
+        timestep="t",
+        highest_level=1,
+        reverses=True,
+    ),
+    "HunyuanVideoTransformer3DModel": Preset(
+        inside("transformer_blocks", *attention("attn"), *feed_forward("ff"))
+        + inside("transformer_blocks", *TEXT_ATTENTION, *feed_forward("ff_context"))
+        + inside("single_transformer_blocks", *attention("attn")[:3], "proj_mlp", "proj_out"),
+        batch_dims={"attention_kwargs": 0},
+    ),
+    "MochiTransformer3DModel": Preset(
+        inside("transformer_blocks", *attention("attn1"), *feed_forward("ff"))
+        + inside("transformer_blocks", "attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj"),
+        # The last block does not output the text.
+        inside("transformer_blocks", "attn1.to_add_out", *feed_forward("ff_context")),
+        reverses=True,
+        batch_dims={"attention_kwargs": 0},
+    ),
+    "LTXVideoTransformer3DModel": Preset(
+        inside("transformer_blocks", *attention("attn1"), *attention("attn2"), *feed_forward("ff")),
+        unbatched=("rope_interpolation_scale",),
+        batch_dims={"attention_kwargs": 0},
+    ),
+    "CogVideoXTransformer3DModel": Preset(
+        inside("transformer_blocks", *attention("attn1"), *feed_forward("ff")),
+        # The cosines and sines of the positions.
+        unbatched=("image_rotary_emb",),
+        batch_dims={"attention_kwargs": 0},
+    ),
+    "CogView4Transformer2DModel": Preset(
+        inside("transformer_blocks", *attention("attn1"), *feed_forward("ff")),
+        batch_dims={"attention_kwargs": 0},
+    ),
+    # Its MLPs are convolutions.
+    "SanaTransformer2DModel": Preset(
+        inside("transformer_blocks", *attention("attn1"), *attention("attn2")),
+        batch_dims={"controlnet_block_samples": 0, "attention_kwargs": 0},
     ),
     "WanTransformer3DModel": Preset(
         inside("blocks", *attention("attn1"), *attention("attn2"), *feed_forward("ffn")),
@@ -87,6 +177,15 @@ PRESETS = {
         batch_dims={"attention_kwargs": 0},
     ),
 }
+
+
+def preset_table() -> list[str]:
+    """Return the lines of the table of docs/any-transformer.md."""
+    rows = [
+        f"| `{name}` | `{preset.timestep}` | {preset.highest_level:g} | {'data' if preset.reverses else 'noise'} |"
+        for name, preset in sorted(PRESETS.items())
+    ]
+    return ["| class | argument | highest level | the highest level is |", "| --- | --- | --- | --- |", *rows]
 
 
 def complete_preset(module: nn.Module, given: Preset, boundaries: Sequence[float] | None) -> Preset:
@@ -121,6 +220,8 @@ def complete_preset(module: nn.Module, given: Preset, boundaries: Sequence[float
         if highest_level is None and boundaries is None:
             raise ValueError(f"highest_level or boundaries must be given for a {name}: its highest noise level")
         known = Preset(layers, highest_level=float(boundaries[-1]) if highest_level is None else highest_level)
+    elif isinstance(known.timestep, str) and known.timestep not in parameters:
+        raise ValueError(f"the preset of a {name} does not fit this version of it, which has no {known.timestep!r}")
     return Preset(
         known.layers if layers is None else layers,
         known.optional_layers if layers is None else (),
@@ -128,4 +229,5 @@ def complete_preset(module: nn.Module, given: Preset, boundaries: Sequence[float
         known.highest_level if highest_level is None else highest_level,
         (*unbatched, *known.unbatched),
         {**known.batch_dims, **batch_dims},
+        known.reverses and timestep in (None, known.timestep),
     )

@@ -156,10 +156,11 @@ def copy_tensors(source: nn.Module, target: nn.Module, mixed: Sequence[str]):
     target.load_state_dict({names[key.replace(".base_layer", "")]: v for key, v in state.items()}, strict=False)
 
 
-def plain_linear(layer: nn.Module) -> nn.Linear:
-    """Return a plain linear layer with the shape of a mixed layer, not initialized."""
+def plain_linear(layer: nn.Module, device: str | None = None) -> nn.Linear:
+    """Return a plain linear layer with the shape of a mixed layer, not initialized, on its device or another one."""
     # The weights of an offloaded layer are on the meta device, but not its bases.
-    options = dict(bias=layer.bias is not None, device=layer.bases()[0].device, dtype=plain_dtype(layer.weight))
+    device = device or layer.bases()[0].device
+    options = dict(bias=layer.bias is not None, device=device, dtype=plain_dtype(layer.weight))
     linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, **options)
     return linear.requires_grad_(layer.weight.requires_grad)
 
@@ -265,6 +266,11 @@ class TransparentModule(nn.Module):
     _inner: str = "backbone"
     _refused: Mapping[str, str] = NOT_OF_A_REMIX
 
+    def get_parameter_or_buffer(self, name: str) -> Tensor:
+        """Return a parameter or a buffer by its name, as a model of transformers does for accelerate."""
+        owner, _, part = name.rpartition(".")
+        return getattr(self.get_submodule(owner), part)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -291,9 +297,14 @@ class Arguments:
         batch_dims: the dimension of the batch in the tensors of some arguments, by the names of the arguments. Lists in
             these arguments are no batches.
 
+    Attributes:
+        reverses: whether `timestep` is highest for data and 0 for noise.
+
     Raises:
         ValueError: if the module has no argument `timestep`.
     """
+
+    reverses: bool = False
 
     def __init__(
         self,
@@ -312,7 +323,7 @@ class Arguments:
         self.batch_dims = dict(batch_dims or {})
 
     def times(self, args: tuple, kwargs: dict) -> Tensor:
-        """Return what the argument `timestep` holds for each sample, [B] or [1]: the highest value, if it has several.
+        """Return what the argument `timestep` holds for each sample, [B] or [1]. Of several, that of the most noise.
 
         Raises:
             TypeError: if it is no tensor.
@@ -328,7 +339,9 @@ class Arguments:
             raise TypeError(
                 f"the experts are selected by {self.timestep!r}, which must be a tensor [B], but {self.owner} got {t!r}"
             )
-        return t.view(-1) if t.ndim < 2 else t.flatten(1).amax(1)
+        if t.ndim < 2:
+            return t.view(-1)
+        return t.flatten(1).amin(1) if self.reverses else t.flatten(1).amax(1)
 
     def named(self, args: tuple, kwargs: dict) -> list[tuple[str, Any]]:
         """Return the names and the values of all arguments, the positional ones first."""

@@ -13,7 +13,7 @@ from PIL import Image
 from diffusion.intervals import interval_labels, scale_of
 from reports.plots import SERIES, TITLES, VARIABLES, chart_of_coefficients, chart_of_noise_levels, chart_of_series
 from reports.runs import EXPERTS, RATES, RunRecord
-from reports.table import compare_runs, table_cells
+from reports.table import compare_runs, format_number, table_cells
 from runtime.command_line import counted
 from runtime.files import atomic_write
 
@@ -65,18 +65,30 @@ def name_of(run: RunRecord, number: int) -> str:
 
 
 def summary(runs: list[RunRecord]) -> str:
-    """Return the table of `visualize.py compare`."""
+    """Return the table of `visualize.py compare`: the runs, and below them the scores of their samples."""
     titles, cells = table_cells(*compare_runs(runs))
     numbers = {run.name: number for number, run in enumerate(runs)}
-    rows = []
-    for row in cells:
-        name = row[0][0]
-        texts = [f"<b>{html.escape(text)}</b>" if best else html.escape(text) for text, best in row[1:]]
-        rows.append([name_of(runs[numbers[name]], numbers[name]), *texts])
-    note = (
-        "Of losses, the last value; the best of each column in bold." if len(runs) > 1 else "Of losses, the last value."
-    )
-    return f"<h2>Summary</h2>\n<p class='soft'>{note}</p>\n" + table([html.escape(t) for t in titles], rows, "summary")
+    n_own = titles.index("samples") if "samples" in titles else len(titles)
+
+    def rows(columns: range, cells: list) -> list[list[str]]:
+        texts = [
+            [f"<b>{html.escape(row[i][0])}</b>" if row[i][1] else html.escape(row[i][0]) for i in columns]
+            for row in cells
+        ]
+        names = [row[0][0] for row in cells]
+        return [[name_of(runs[numbers[name]], numbers[name]), *row] for name, row in zip(names, texts, strict=True)]
+
+    note = "Of losses, the last value" + ("; the best of each column in bold." if len(runs) > 1 else ".")
+    own = rows(range(1, n_own), list({row[0][0]: row for row in cells}.values()))
+    parts = [
+        f"<h2>Summary</h2>\n<p class='soft'>{note}</p>",
+        table([*map(html.escape, titles[:n_own])], own, "summary"),
+    ]
+    if n_own < len(titles):
+        scored = rows(range(n_own, len(titles)), [row for row in cells if row[n_own][0] != format_number(None)])
+        parts.append("<p class='soft'>Scores of samples, from evaluator.py:</p>")
+        parts.append(table(["run", *map(html.escape, titles[n_own:])], scored, "scores"))
+    return "\n".join(parts)
 
 
 def table(titles: list[str], rows: list[list[str]], kind: str, attributes: list[str] | None = None) -> str:

@@ -60,7 +60,8 @@ def table_cells(header: list[str], rows: list[list]) -> tuple[list[str], list[li
         for i in shown:
             text = format_number(row[i])
             if i in stds and row[stds[i]] is not None:
-                text += f" ± {row[stds[i]]:.2g}"
+                std = row[stds[i]]
+                text += f" ± {std:.2g}" if std < 100 else f" ± {std:.0f}"
             line.append((text, row[i] is not None and row[i] == best.get(i)))
         cells.append(line)
     return [header[i] for i in shown], cells

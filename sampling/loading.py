@@ -5,7 +5,7 @@ from itertools import pairwise
 from torch import nn
 
 from checkpoint import load_model
-from diffusion import create_process
+from diffusion import GaussianDiffusion, create_process
 from runtime.errors import UserError
 from sampling.experts import IndependentExperts, for_sampling
 
@@ -25,7 +25,7 @@ def choose_process(path, config: dict, process: str | None):
     if process in (None, recorded):
         return
     # Of a file without a config, Gaussian diffusion is assumed. It has no training options.
-    if config["training"] or recorded != "gaussian" or config["model"]["remix"]:
+    if config["training"] or recorded != GaussianDiffusion.name or config["model"]["remix"]:
         raise UserError(f"--process {process}, but {path} was trained with --process {recorded}")
     config["diffusion"] = {"process": process}
 

@@ -862,6 +862,10 @@ class Denoiser(nn.Module):
         (dict(boundaries=[0, 0.5]), "2 experts need 3 boundaries"),
         (dict(rest="none"), "rest must be one of shared, separate"),
         (dict(rank=0), "rank must be at least 1, but it is 0"),
+        (dict(rank=1.5), r"rank must be an integer, but it is 1\.5"),
+        (dict(n_basis=2.5), r"n_basis must be an integer, but it is 2\.5"),
+        (dict(n_basis=None), "n_basis must be an integer, but it is None"),
+        (dict(n_experts=4.0), r"n_experts must be an integer, but it is 4\.0"),
     ],
 )
 def test_wrong_arguments_are_refused(settings, message):
@@ -869,6 +873,13 @@ def test_wrong_arguments_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Remix(module, **(dict(layers=["layers.*"], n_experts=2, timestep="sigma", highest_level=1) | settings))
     assert isinstance(module.layers[0], nn.Linear), "the module is not changed"
+
+
+@pytest.mark.parametrize("groups", [0, 3, 2.0, 2.5])
+def test_groups_that_do_not_divide_the_batch_are_refused(groups):
+    remix = Remix(Denoiser(), layers=["layers.*"], n_experts=2, timestep="sigma", highest_level=1)
+    with pytest.raises(ValueError, match=f"groups must divide the batch size 4, but it is {groups}"):
+        remix(torch.zeros(4, 3), torch.zeros(4), groups=groups)
 
 
 def test_a_pipeline_is_no_module():

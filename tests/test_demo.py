@@ -12,6 +12,7 @@ from conftest import ROOT, run
 from PIL import Image
 
 import demo
+from figures import CAPTION_HEIGHT, GAP, SMALLEST_TILE
 from runtime.errors import UserError
 
 
@@ -20,8 +21,7 @@ def commands(monkeypatch, tmp_path) -> list[tuple[str, list[str]]]:
     """The commands that a demo in an empty folder would run. The scores and the pictures exist beforehand."""
     monkeypatch.chdir(tmp_path)
     folder = Path("demo")
-    (folder / "samples" / "remix").mkdir(parents=True)
-    (folder / "samples" / "remix" / "grid.png").touch()
+    folder.mkdir()
     (folder / "settings.json").write_text('{"seed": 0, "quick": false}')
     recorded = []
 
@@ -33,6 +33,7 @@ def commands(monkeypatch, tmp_path) -> list[tuple[str, list[str]]]:
 
     monkeypatch.setattr(demo, "run", record)
     monkeypatch.setattr(demo, "write_images", lambda out, per_class: None)
+    monkeypatch.setattr(demo, "draw_garments", lambda samples, path: None)
     monkeypatch.setattr(demo, "draw_errors", lambda errors, path: None)
     monkeypatch.setattr(demo, "heldout_errors", lambda checkpoint, features, per_time: np.full(200, 0.04))
     demo.main(argparse.Namespace(out=None, quick=False, processes=1, seed=0))
@@ -92,6 +93,19 @@ def test_the_images_are_those_of_the_sheets(tmp_path):
     with np.load(tmp_path / "test.npz") as file:
         assert file["arr_0"].shape == (20, 16, 16, 3)
         assert np.array_equal(file["arr_0"][-1, ..., 2], Image.open(tmp_path / "test" / "9-ankle-boot" / "0001.png"))
+
+
+def test_the_grid_has_a_row_for_each_class(tmp_path):
+    """Of each class, as many samples as all classes have. A sample's gray level is ten times its label."""
+    labels = np.array([*range(10), *range(10), 9, 9])
+    images = np.full((22, 16, 16, 3), 10) * labels[:, None, None, None]
+    np.savez(tmp_path / "samples.npz", arr_0=images.astype(np.uint8), arr_1=labels)
+    demo.draw_garments(tmp_path / "samples.npz", tmp_path / "garments.png")
+    grid = np.asarray(Image.open(tmp_path / "garments.png"))
+    height, width = CAPTION_HEIGHT + SMALLEST_TILE + GAP, SMALLEST_TILE + GAP
+    assert grid.shape[:2] == (10 * height + GAP, 2 * width + GAP)
+    for label in range(10):
+        assert (grid[(label + 1) * height - 20, [20, width + 20]] == 10 * label).all()
 
 
 def test_the_errors_are_those_of_the_predicted_noise(monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from checkpoint import load_model, model_config
+from diffusion import GaussianDiffusion
 from features.dataset import FeatureDataset
 from interop.shapes import assumed_vae, flow_target
 from models import build_plain, find_backbone, find_model, meta_device
@@ -157,7 +158,7 @@ def load_initial_model(
     # A flow may start from a DiT, which has learned other features of the same images. The reverse is a mistake.
     for key, trained in flow_target(config["diffusion"]).items():
         if trained != start.process.get(key):
-            run = start.process.get(key, "gaussian")
+            run = start.process.get(key, GaussianDiffusion.name)
             raise UserError(f"--load-weight {path} was trained with {key}={trained}, this run has {run}")
     if (architecture := config["model"]["architecture"]) != record.name:
         raise UserError(f"--load-weight {path} holds a {architecture}, this run trains a {record.name}")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -52,6 +53,10 @@ def test_the_table_of_runs_holds_the_numbers_of_their_files(runs, tmp_path):
     assert done.stdout.startswith(text)
     assert "**12.25 ± 0.5**" in text and "0.012346 ± 0.001" in text and "FID std" not in text
     assert Image.open(tmp_path / "t.png").width > 1000
+
+    run("visualize.py", "run", plain, "--scores", *files[1:])
+    [table] = re.findall(r'<table class="scores">.*?</table>', (plain / "page.html").read_text())
+    assert "<td>c</td><td>9.5</td><td>14.5 ± 0.5</td><td>5</td><td>0.012346 ± 0.001</td>" in table
 
 
 def test_scores_of_unknown_samples(runs, tmp_path):

@@ -84,7 +84,7 @@ def test_samples_of_latents(vae, features, tmp_path):
     assert "three latent channels" in run("train_fast.py", *flags).stderr
     run("train_fast.py", *flags, "--prefix", "decoded", "--vae", vae)
     grids = [np.array(Image.open(tmp_path / name / "samples/0000001.png")) for name in ("raw", "decoded")]
-    assert grids[0].shape == grids[1].shape, "both are enlarged to tiles of 48 pixels"
+    assert grids[0].shape == grids[1].shape, "both are enlarged to tiles of 64 pixels"
     assert not np.array_equal(*grids)
     assert not (tmp_path / "raw/coefficients").exists(), "a plain DiT has no coefficients"
 
@@ -102,10 +102,10 @@ def test_samples_equal_those_of_the_checkpoint(shown, features):
         process = create_process()
         sample = process.make_sampler(*process.quick)(as_denoiser(denoise), noise)
     pixels = (127.5 * sample[0] + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    tile = Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC)
+    tile = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC)
     grid = Image.open(shown / "samples/0000004.png")
-    corner = (grid.width - 4 - 48, grid.height - 4 - 48)
-    assert np.abs(np.array(grid.crop((*corner, corner[0] + 48, corner[1] + 48)), int) - np.array(tile, int)).max() <= 1
+    corner = (grid.width - 4 - 64, grid.height - 4 - 64)
+    assert np.abs(np.array(grid.crop((*corner, corner[0] + 64, corner[1] + 64)), int) - np.array(tile, int)).max() <= 1
 
 
 def test_training_continues_if_a_picture_cannot_be_written(features, tmp_path):

@@ -301,7 +301,7 @@ def test_independent_experts_have_held_out_losses_only(features, held_out, refer
         (["--score-every=2", "--score-against=stats.npz", "--weights=other.pt2"], "statistics of another network"),
         (["--score-every=2", "--score-against=short.npz", "--weights=toy.pt2"], "another number of features"),
         (["--score-every=2", "--score-against=nan.npz", "--weights=toy.pt2"], "statistics that are not finite"),
-        (["--score-every=2", "--score-against=ref.npz", "--weights=large.pt2"], "cannot process samples of this run"),
+        (["--score-every=2", "--score-against=ref.npz", "--weights=large.pt2"], "have 8x8 pixels but the network"),
         (["--score-every=2", "--score-against=ref.npz", "--score-samples=3"], "at least 4"),
         (["--score-every=2", "--held-out=absent"], "no such folder of features"),
         (["--score-every=2", "--held-out=small"], "another shape"),

@@ -1,0 +1,58 @@
+"""A Remix that accelerate prepares in two processes, see mixing/test_fsdp.py: accelerated_remix.py KIND."""
+
+import sys
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from conftest import relative
+from sharded_remix import gradients, loss, whole
+from test_any_transformer import make
+
+
+def main(kind: str):
+    """Prepare a Remix, and compare its gradients with those of one process."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    remix, arguments = make("flux", rank=2)
+    for parameter in remix.parameters():
+        parameter.requires_grad_()
+    expected = gradients(remix, arguments)
+    remix.zero_grad()
+    if kind == "ddp":
+        kwargs = dict(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    else:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["FluxTransformerBlock", "FluxSingleTransformerBlock"],
+            cpu_ram_efficient_loading=True,
+            reshard_after_forward=True,
+        )
+        kwargs = dict(fsdp_plugin=plugin)
+    accelerator = Accelerator(cpu=True, **kwargs)
+    optimizer = torch.optim.SGD(remix.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(remix, optimizer)
+    rank = accelerator.process_index
+    out = model(**take(arguments, rank)).sample.float()
+    weights = torch.randn(4, *out.shape[1:], generator=torch.Generator().manual_seed(1))
+    inner = accelerator.unwrap_model(model)
+    value = (out * weights[2 * rank : 2 * rank + 2]).sum()
+    accelerator.backward(value)
+    inner_expected = {name: value for name, value in expected.items() if "logits" not in name}
+    found = {name: whole(p.grad) for name, p in inner.named_parameters() if p.grad is not None}
+    for name, value in inner_expected.items():
+        if value.abs().max() > 1e-3:
+            assert relative(found[name], value) < 1e-5, name
+    optimizer.step()
+    accelerator.print(kind, "passed")
+    accelerator.end_training()
+
+
+def take(arguments: dict, rank: int) -> dict:
+    positions = ("img_ids", "txt_ids")
+    return {k: v if k in positions else v[2 * rank : 2 * rank + 2] for k, v in arguments.items()}
+
+
+if __name__ == "__main__":
+    assert loss
+    main(sys.argv[1])
