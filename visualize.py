@@ -199,7 +199,9 @@ def default_out(args: argparse.Namespace) -> Path:
         return Path(args.runs[0]) / "page.html" if len(args.runs) == 1 else Path("runs.html")
     if args.figure == "training":
         return Path(args.run) / "coefficients-over-training.png"
-    return Path(args.ckpt).with_name(f"{Path(args.ckpt).stem}-{args.figure}.png")
+    ckpt = Path(args.ckpt)
+    # A run's folder stands for its newest checkpoint.
+    return ckpt / f"{args.figure}.png" if ckpt.is_dir() else ckpt.with_name(f"{ckpt.stem}-{args.figure}.png")
 
 
 def draw_coefficients(out: Path, model: Remix, name: str):

@@ -1,6 +1,7 @@
 """Figures of a trained model: mixing coefficients, losses of the experts, grids side by side."""
 
 import json
+import shutil
 from argparse import Namespace
 
 import numpy as np
@@ -32,9 +33,10 @@ def test_coefficients_are_drawn(ckpt, tmp_path):
 
 
 def test_a_runs_folder_stands_for_its_newest_checkpoint(ckpt, tmp_path):
-    run("visualize.py", "coefficients", ckpt.parent.parent, "--out", tmp_path / "folder.png")
+    folder = shutil.copytree(ckpt.parent.parent, tmp_path / "run")
+    run("visualize.py", "coefficients", folder)
     run("visualize.py", "coefficients", ckpt, "--out", tmp_path / "file.png")
-    assert (tmp_path / "folder.csv").read_text() == (tmp_path / "file.csv").read_text()
+    assert (folder / "coefficients.csv").read_text() == (tmp_path / "file.csv").read_text()
 
 
 def test_a_full_disk(ckpt, tmp_path):
