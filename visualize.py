@@ -37,6 +37,7 @@ from features.dataset import FeatureDataset
 from figures import save_coefficients, save_grid
 from interop.own import find_checkpoint
 from interop.shapes import TIMESTEP_FREQUENCIES_FLAG, frequency_override
+from mixing.experts import stored_state
 from remix import Remix
 from runtime.command_line import ArgumentParser, number, positive_int, run_script, seed_int
 from runtime.errors import UserError
@@ -277,7 +278,7 @@ def ema_scores(
     Returns:
         The results by width and name; those of the training's EMA have the width None.
     """
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in stored_state(model).items()}
     scores = {}
     for fit in tqdm([None, *fits], desc="widths"):
         model.load_state_dict(state if fit is None else reconstruct(fit, state))
