@@ -175,8 +175,7 @@ class Remix(wrapping.TransparentModule):
         self.highest_level = wrapped.highest_level
         self.mixing_config = options | dict(layers=layers and [*layers], timestep=wrapped.timestep)
         self.mixing_config |= dict(unbatched=[*unbatched], batch_dims=dict(batch_dims or {}))
-        self.arguments = wrapping.Arguments(module, wrapped.timestep, wrapped.unbatched, wrapped.batch_dims)
-        self.arguments.reverses = wrapped.reverses
+        self.arguments = wrapping.Arguments(module, wrapped)
         self.unchecked = [*wrapped.layers]
         if rank is None:
             self._refused = wrapping.NOT_OF_A_REMIX | wrapping.NOT_OF_WHOLE_BASES

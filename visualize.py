@@ -43,6 +43,7 @@ from features.dataset import FeatureDataset
 from figures import save_coefficients, save_grid
 from interop.own import find_checkpoint
 from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override
+from mixing.experts import stored_state
 from remix import Remix
 from reports.page import write_page
 from reports.plots import coefficients_over_steps, draw_coefficients_over_steps
@@ -367,7 +368,7 @@ def ema_scores(model: nn.Module, fits: list[Fit], measures: dict[str, Measure]) 
     Returns:
         The results by width and name; those of the training's EMA have the width None.
     """
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in stored_state(model).items()}
     network = for_sampling(model).to(device())
     seconds = (1 + len(fits)) * sum(estimate_seconds(network, measure) for measure in measures.values())
     texts = " and ".join(measure.text for measure in measures.values())

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from mixing.low_rank import plain_dtype
+from mixing.presets import Preset
 from runtime.command_line import counted
 
 
@@ -292,35 +293,21 @@ class Arguments:
 
     Args:
         module: the module.
-        timestep: name of the argument that holds the noise level of each sample; or a function of the arguments.
-        unbatched: names of arguments that are no batches.
-        batch_dims: the dimension of the batch in the tensors of some arguments, by the names of the arguments. Lists in
-            these arguments are no batches.
-
-    Attributes:
-        reverses: whether `timestep` is highest for data and 0 for noise.
+        preset: names its arguments; see `mixing.presets.Preset`.
 
     Raises:
-        ValueError: if the module has no argument `timestep`.
+        ValueError: if the module has no argument of the noise level.
     """
 
-    reverses: bool = False
-
-    def __init__(
-        self,
-        module: nn.Module,
-        timestep: str | Callable[..., Tensor],
-        unbatched: Sequence[str] = (),
-        batch_dims: Mapping[str, int] | None = None,
-    ):
+    def __init__(self, module: nn.Module, preset: Preset):
         self.owner = type(module).__name__
         self.names = [*inspect.signature(module.forward).parameters]
-        if isinstance(timestep, str) and timestep not in self.names:
+        self.timestep, self.reverses = preset.timestep, preset.reverses
+        if isinstance(self.timestep, str) and self.timestep not in self.names:
             known = ", ".join(self.names)
-            raise ValueError(f"timestep: {self.owner}.forward has no argument {timestep!r}, only {known}")
-        self.timestep = timestep
-        self.unbatched = tuple(unbatched)
-        self.batch_dims = dict(batch_dims or {})
+            raise ValueError(f"timestep: {self.owner}.forward has no argument {self.timestep!r}, only {known}")
+        self.unbatched = preset.unbatched
+        self.batch_dims = preset.batch_dims
 
     def times(self, args: tuple, kwargs: dict) -> Tensor:
         """Return what the argument `timestep` holds for each sample, [B] or [1]. Of several, that of the most noise.

@@ -226,3 +226,32 @@ def test_the_documentation_lists_the_presets():
 
     elsewhere = {type(build()).__name__ for build, *_ in KINDS.values()}
     assert {*TINY} | elsewhere == {*PRESETS}
+
+
+WAN = dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40)
+LARGE = {
+    "FLUX.1": ("FluxTransformer2DModel", dict(guidance_embeds=True)),
+    "FLUX.2": ("Flux2Transformer2DModel", {}),
+    "Qwen-Image": ("QwenImageTransformer2DModel", {}),
+    "Wan 14B": ("WanTransformer3DModel", WAN),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_the_memory_of_large_models_is_that_of_their_numbers(name):
+    page = (ROOT / "docs" / "large-models.md").read_text()
+    kind, settings = LARGE[name]
+    with torch.device("meta"):
+        module = getattr(importlib.import_module("diffusers"), kind)(**settings)
+        total = sum(p.numel() for p in module.parameters()) / 1e9
+        remix = Remix(module, n_basis=4, n_experts=4, rank=16)
+    mixed = sum(layer.weight.numel() for _, layer in remix.mixed()) / 1e9
+    pairs = sum(basis.numel() for _, layer in remix.mixed() for basis in layer.bases()) / 1e9
+    for text, memory, divided in (
+        ("rank 16, base in bf16", 2 * total + 16 * pairs, True),
+        ("rank 16, base in int8", 1.01 * mixed + 2 * (total - mixed) + 16 * pairs, False),
+        ("4 whole bases", 4 * 16 * mixed + 2 * (total - mixed), True),
+    ):
+        numbers = [f"{memory / (n if divided else 1):,.0f}" for n in (1, 2, 8)]
+        assert f"| {name}, {text} | {total:.1f} | {mixed:.1f} | {' | '.join(numbers)} |" in page

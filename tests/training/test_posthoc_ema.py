@@ -11,6 +11,7 @@ from conftest import assert_same_weights, make_trainer, random_microbatch, rando
 from ema_pytorch import PostHocEMA
 
 from checkpoint import load_model
+from mixing.experts import stored_state
 from runtime.errors import UserError
 from training.posthoc_ema import (
     TRACKED_STDS,
@@ -179,7 +180,7 @@ def test_a_run_with_snapshots(features, tmp_path):
     model, config = load_model(tmp_path / "ema.safetensors")
     assert "0.1" in config["source"]
     for name, value in snapshot["0.1"].items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stored_state(model)[name], value, rtol=1e-5, atol=1e-6)
 
     done = run("visualize.py", "ema", last, "--data-path", features, "--images=2", "--stds", 0.05, 0.1)
     # What it will take is said before it is done.

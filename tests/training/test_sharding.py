@@ -19,6 +19,7 @@ from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixing import grouped_linear
+from mixing.experts import stored_state
 from models import DIT, DiT_models
 from remix import RemixDiT, RemixDiT_models
 from runtime.errors import UserError
@@ -144,7 +145,7 @@ def continue_run(world: World, folder: Path, steps: range, shard: bool, grad_acc
     state = trainer.state_dict() | {"window": trainer.stats.state_dict()}
     ema, (distances, spread) = trainer.whole_ema(), trainer.model.distances()
     if world.is_main:
-        assert all(torch.equal(value, state["ema"][key]) for key, value in ema.state_dict().items())
+        assert all(torch.equal(value, state["ema"][key]) for key, value in stored_state(ema).items())
         whole = random_remix_dit()
         whole.load_state_dict(state["model"])
         torch.testing.assert_close((distances, spread), whole.distances())
