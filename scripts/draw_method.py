@@ -2,7 +2,7 @@
 
     python scripts/draw_method.py assets/method.png
 
-The coefficients in the figure are those that `make demo` learned (assets/coefficients.png).
+The coefficients in the figure are those that `make demo` learned, see assets/coefficients.png.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 # Alpha in percent: one row per basis, one column per expert.
 ALPHA = """
-    76 66 54 51 48 17 16 10 11 10  6  8  7  7  9  7  7 10  8  5
-    14 14 24 30 34 66 60 70 60 52 18 14 16  9 10  6 11 15 14 13
-     5  9 10 10 12 11 15 13 19 32 64 75 71 68 57 27 15  8  4  1
-     5 10 12  9  6  6  8  6 10  6 11  4  5 16 24 61 66 67 73 82
+    72 62 55 49 41 32 25 18 15 14 12 11  9  7  6  1  1  0  0  0
+     8 17 29 37 43 49 49 47 45 39 24 16  7  4  3  0  0  1  0  0
+    11  7  4  5  8 13 18 25 33 41 59 67 74 81 82  1  0  0  0  0
+     9 13 12  8  7  7  8  9  8  7  6  6 10  8  9 99 98 99 100 99
 """
 # The expert whose column is marked.
 EXAMPLE = 14
@@ -74,9 +74,8 @@ def draw_bases(axes: Axes, alpha: np.ndarray):
             color = 1 - alpha[k, i] * (1 - np.array(to_rgb(COLORS[k])))
             x = LEFT + i * CELL_WIDTH
             axes.add_patch(Rectangle((x, y), CELL_WIDTH, CELL_HEIGHT, facecolor=color, edgecolor="white"))
-            axes.text(
-                x + CELL_WIDTH / 2, y + CELL_HEIGHT / 2, f".{100 * alpha[k, i]:02.0f}", size=8, ha="center", va="center"
-            )
+            text = f"{alpha[k, i]:.2f}".removeprefix("0")
+            axes.text(x + CELL_WIDTH / 2, y + CELL_HEIGHT / 2, text, size=8, ha="center", va="center")
 
 
 def draw_experts(axes: Axes, alpha: np.ndarray):

@@ -182,9 +182,8 @@ def test_the_demo_states_the_spread_over_the_seeds():
 
 
 def test_the_documentation_has_the_results():
-
-    def spread(numbers) -> str:
-        return f"{numbers.mean():.2f} ± {numbers.std(ddof=1):.2f}"
+    def spread(numbers, digits: int = 2) -> str:
+        return f"{numbers.mean():.{digits}f} ± {numbers.std(ddof=1):.{digits}f}"
 
     keys = (*demo.SCORES, "error")
     values = {
@@ -197,7 +196,7 @@ def test_the_documentation_has_the_results():
     assert line in (ROOT / "README.md").read_text().splitlines()
     page = (ROOT / "docs" / "evaluation.md").read_text()
     for name, title in demo.MODELS.items():
-        shown = [spread(values[name][key]) for key in demo.SCORES]
+        shown = [spread(values[name][key], digits) for key, digits in zip(demo.SCORES, (2, 2, 3, 3), strict=True)]
         change = 100 * (values[name]["error"] / values["pretrained"]["error"] - 1)
         shown.append("0" if name == "pretrained" else f"{spread(change)} %")
         assert " | ".join([f"| {title}", *shown]) + " |" in page.splitlines()

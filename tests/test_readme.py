@@ -100,6 +100,10 @@ def test_the_committed_script_draws_the_figure_of_the_method(tmp_path):
         assert drawn.size == committed.size
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
 def test_links_to_files_resolve():
     broken = []
     for page in MARKDOWN:
