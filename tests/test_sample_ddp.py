@@ -343,7 +343,7 @@ def test_the_folder_is_named_after_the_checkpoint_and_the_settings(ckpt, tmp_pat
         (("--model", "RemixDiT-S/2"), "not RemixDiT-S/2"),
         (("--num-classes", "10"), "was trained with 3"),
         (("--labels", "0,3"), "--labels 3: "),
-        (("--labels", "cat"), "expected a whole number"),
+        (("--labels", "cat"), "has the classes class0, class1, class2"),
         (("--num-sampling-steps", "2000"), "cannot keep 2000"),
         (("--sampler", "heun"), "use one of ddpm, ddim"),
         (("--time-shift", "2"), "--time-shift has no meaning for --sampler ddpm"),

@@ -11,7 +11,7 @@ from conftest import assert_same_weights, make_trainer, random_microbatch, rando
 from ema_pytorch import PostHocEMA
 
 from checkpoint import load_model
-from mixing.experts import stored_state
+from mixing.experts import stored_parameters, stored_state
 from runtime.errors import UserError
 from training.posthoc_ema import (
     TRACKED_STDS,
@@ -152,7 +152,7 @@ def test_training_averages_the_weights_after_each_step():
     history = []
     for step in range(4):
         trainer.step(step, [random_microbatch(step)])
-        history.append({name: p.detach().double().clone() for name, p in trainer.model.named_parameters()})
+        history.append({name: p.detach().double().clone() for name, p in stored_parameters(trainer.model).items()})
     for std, state in trainer.whole_averages().items():
         shares = np.diff((np.arange(5) / 4) ** (gamma_of_std(float(std)) + 1))
         assert "backbone.pos_embed" not in state, "it is not trained"
