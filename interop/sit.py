@@ -60,6 +60,9 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     if not repa:
         config["diffusion"] = stored_process(path, args)
         return config, state
+    if norm:
+        # REPA-E names the kind of VAE that it starts from. Its own is none of the published ones.
+        args.pop("vae", None)
     if args.get("prediction", "v") not in ("v", "velocity"):
         raise UserError(f"{path} says prediction={args['prediction']!r}, but REPA's networks predict the velocity (v)")
     args = {"path_type": "linear", **args, "prediction": "velocity"}
@@ -81,7 +84,8 @@ def _latent_normalization(path, norm: dict[str, Tensor], channels: int) -> dict:
     network, so that the file's latents are those of no published VAE.
     """
     mean, var = norm.get("running_mean"), norm.get("running_var")
-    if mean is None or var is None or mean.shape != var.shape or mean.shape != (channels,) or not (var > 0).all():
+    fits = mean is not None and var is not None and mean.shape == var.shape == (channels,)
+    if not fits or not (mean.isfinite() & var.isfinite() & (var > 0)).all():
         raise UserError(f"{path}: its batch norm over the latents (bn) does not have a mean and variance per channel")
     if norm.keys() & {"weight", "bias"}:
         raise UserError(f"{path}: its batch norm over the latents (bn) has affine parameters, which REPA-E's has not")

@@ -220,7 +220,8 @@ def batch_norm(channels: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("channels", [4, 32])
 def test_the_batch_norm_of_repa_e_is_the_normalization_of_the_latents(tmp_path, channels):
     network, norm = tiny(learn_sigma=False, in_channels=channels), batch_norm(channels)
-    args = argparse.Namespace(path_type="linear", prediction="v", encoder_depth=2)
+    kind, pixels = ("f8d4", 64) if channels == 4 else ("f16d32", 128)
+    args = argparse.Namespace(path_type="linear", prediction="v", encoder_depth=2, vae=kind, resolution=pixels)
     content = {"ema": network.state_dict() | norm, "vae": {}, "discriminator": {}, "args": args, "steps": 3}
     torch.save(content, tmp_path / "repa-e.pt")
     model, config = load_model(tmp_path / "repa-e.pt")
@@ -244,3 +245,6 @@ def test_a_damaged_batch_norm(tmp_path, changes, message):
     torch.save({"ema": tiny(learn_sigma=False).state_dict() | batch_norm(4) | changes}, tmp_path / "a.pt")
     with pytest.raises(UserError, match=message):
         load_model(tmp_path / "a.pt")
+    assert config["data"]["image_size"] == pixels
+        ({"bn.running_var": torch.full((4,), torch.inf)}, "does not have a mean and variance per channel"),
+        ({"bn.running_mean": torch.full((4,), torch.nan)}, "does not have a mean and variance per channel"),
