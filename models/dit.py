@@ -19,6 +19,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
+# Number of sinusoids of the time embedding.
+SINUSOIDS = 256
+
+
 class TimestepEmbedder(nn.Module):
     """Embed timesteps: sinusoids (DDPM, arXiv 2006.11239, appendix B) followed by a two-layer MLP.
 
@@ -28,7 +32,7 @@ class TimestepEmbedder(nn.Module):
         shift: see `sinusoid_frequencies`.
     """
 
-    def __init__(self, hidden_size: int, frequencies: int = 256, shift: int = 0):
+    def __init__(self, hidden_size: int, frequencies: int = SINUSOIDS, shift: int = 0):
         super().__init__()
         self.shift = shift
         self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
@@ -433,8 +437,8 @@ def dit_flops(config: dict) -> int:
     # Number of weights of the linear layers that are applied to each token: attention and MLP, patches and output.
     block = 4 * width**2 + 2 * width * int(width * config["mlp_ratio"])
     per_token = config["depth"] * block + width * patch * (channels + out_channels)
-    # And to each image: the embedding of its timestep from 256 sinusoids, and the modulation layers.
-    per_image = 256 * width + width**2 + (6 * config["depth"] + 2) * width**2
+    # And to each image: the embedding of its timestep from sinusoids, and the modulation layers.
+    per_image = SINUSOIDS * width + width**2 + (6 * config["depth"] + 2) * width**2
     # The two products of the attention, for each pair of tokens.
     pairs = config["depth"] * 2 * width
     return 2 * (tokens * per_token + per_image + tokens**2 * pairs)

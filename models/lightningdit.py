@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .backbone import Backbone
 from .dit import (
     DIT_SIZES,
+    SINUSOIDS,
     Attention,
     DiT,
     FinalLayer,
@@ -328,8 +329,8 @@ def lightningdit_flops(config: dict) -> int:
     tokens = config["input_size"] ** 2 // patch
     channels = config["in_channels"] * (2 + config["learn_sigma"])  # of input and output
     block = sum(block_flops(config, width, tokens))
-    # The embedding of the time from 256 sinusoids, and the modulation of the final layer.
-    per_image = 256 * width + width**2 + 2 * width**2
+    # The embedding of the time from sinusoids, and the modulation of the final layer.
+    per_image = SINUSOIDS * width + width**2 + 2 * width**2
     return 2 * (config["depth"] * block + tokens * width * patch * channels + per_image)
 
 

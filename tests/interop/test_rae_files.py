@@ -8,13 +8,12 @@ from checkpoint import load_model, model_config
 from diffusion import create_process
 from interop import rae
 from interop.own import save_safetensors
+from interop.sit import TIME_LAYER
 from models import DiTDH, DiTDH_models
 from remix import RemixDiT
 from runtime.errors import UserError
 
 SETTINGS = ("dh", "same-width", "layernorm-gelu", "qknorm-no-pos")
-# It is stored as the sum of two rotated halves.
-TIME_LAYER = "t_embedder.mlp.0.weight"
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +106,21 @@ def test_a_merged_remix_is_converted_and_trained_on(tmp_path, features):
     plain = tiny(input_size=8, in_channels=3, num_classes=3)
     remix = RemixDiT(plain, n_basis=2, n_experts=4, boundaries=[0, 0.25, 0.5, 0.75, 1])
     config = {"model": model_config("custom", remix), "diffusion": {"process": "flow"}, "training": None}
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({TIME_LAYER: None}, "it has no tensor t_embedder.mlp.0.weight"),
+        ({"final_layer.linear.weight": None}, "it has no tensor final_layer.linear.weight"),
+        ({"t_embedder.W": torch.zeros(5)}, "t_embedder.mlp.0.weight does not have 10 columns"),
+    ],
+)
+def test_damaged_files(tmp_path, changes, message):
+    state = {key: value for key, value in (tiny().state_dict() | changes).items() if value is not None}
+    torch.save(state, tmp_path / "t.pt")
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "t.pt")
+
+
     config["data"] = {"image_size": 8, "classes": None, "vae": "none", "scale": 1.0, "shift": 0.0}
     save_safetensors(tmp_path / "remix.safetensors", remix, config)
     run("convert.py", tmp_path / "remix.safetensors", tmp_path / "rae.pt", "--to=rae", "--merge=mean")
