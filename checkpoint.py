@@ -78,6 +78,8 @@ def load_models(
     The file is read once. Only the keys that are given are in the result.
     """
     path = find_checkpoint(path)
+    # Configs hold lists.
+    overrides = {key: [*value] if isinstance(value, tuple) else value for key, value in overrides.items()}
     transformer = diffusers.find_transformer(path)
     files = transformer[1] if transformer else [path]
     # Only a folder of diffusers has several files, each with some of the tensors.

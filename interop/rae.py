@@ -86,8 +86,8 @@ def _network_from_shapes(state: dict[str, Tensor]) -> dict | None:
 
 def _said_depth(path, n_blocks: int, said) -> list[int]:
     """Return the numbers of blocks of both parts as the file or the user says them, if they suit the tensors."""
-    if isinstance(said, list | tuple) and len(said) == 2 and sum(said) == n_blocks:
-        return [*said]
+    if isinstance(said, list) and all(isinstance(n, int) for n in said) and len(said) == 2 and sum(said) == n_blocks:
+        return said
     raise UserError(
         f"{path} holds a DiTDH whose encoder and head have one width: specify how its {n_blocks} blocks are divided "
         "(depth, two numbers)"

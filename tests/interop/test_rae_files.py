@@ -81,7 +81,11 @@ def test_what_the_tensors_show(tmp_path):
     torch.save(tiny(hidden_size=[48, 48], depth=[2, 1], num_heads=[3, 3]).state_dict(), tmp_path / "t.pt")
     with pytest.raises(UserError, match="specify how its 3 blocks are divided"):
         load_model(tmp_path / "t.pt")
-    assert load_model(tmp_path / "t.pt", depth=[2, 1])[0].config["depth"] == [2, 1]
+    for given in ([2, 1], (2, 1)):
+        assert load_model(tmp_path / "t.pt", depth=given)[0].config["depth"] == [2, 1]
+    torch.save({"ema": torch.load(tmp_path / "t.pt"), "args": {"depth": ["2", "1"]}}, tmp_path / "t.pt")
+    with pytest.raises(UserError, match="specify how its 3 blocks are divided"):
+        load_model(tmp_path / "t.pt")
 
 
 @pytest.mark.parametrize(
@@ -102,10 +106,6 @@ def test_contradictions(tmp_path, stored, overrides, message):
         load_model(tmp_path / "t.pt", **overrides)
 
 
-def test_a_merged_remix_is_converted_and_trained_on(tmp_path, features):
-    plain = tiny(input_size=8, in_channels=3, num_classes=3)
-    remix = RemixDiT(plain, n_basis=2, n_experts=4, boundaries=[0, 0.25, 0.5, 0.75, 1])
-    config = {"model": model_config("custom", remix), "diffusion": {"process": "flow"}, "training": None}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -121,6 +121,10 @@ def test_damaged_files(tmp_path, changes, message):
         load_model(tmp_path / "t.pt")
 
 
+def test_a_merged_remix_is_converted_and_trained_on(tmp_path, features):
+    plain = tiny(input_size=8, in_channels=3, num_classes=3)
+    remix = RemixDiT(plain, n_basis=2, n_experts=4, boundaries=[0, 0.25, 0.5, 0.75, 1])
+    config = {"model": model_config("custom", remix), "diffusion": {"process": "flow"}, "training": None}
     config["data"] = {"image_size": 8, "classes": None, "vae": "none", "scale": 1.0, "shift": 0.0}
     save_safetensors(tmp_path / "remix.safetensors", remix, config)
     run("convert.py", tmp_path / "remix.safetensors", tmp_path / "rae.pt", "--to=rae", "--merge=mean")
