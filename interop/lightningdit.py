@@ -17,6 +17,7 @@ from interop.shapes import (
     find_state_dict,
     flow_target,
     make_config,
+    size_ratio,
     stored_model_name,
     stored_settings,
 )
@@ -121,18 +122,17 @@ def block_options(state: dict[str, Tensor], i: int, rope: str, hidden_size: int)
     modulation = len(state[f"{block}.adaLN_modulation.1.bias"])
     use_swiglu, use_qknorm = f"{block}.mlp.w12.weight" in state, f"{block}.attn.q_norm.weight" in state
     options = dict(
-        mlp_ratio=state[f"{block}.mlp.{'w3' if use_swiglu else 'fc2'}.weight"].shape[1] / hidden_size,
         use_qknorm=use_qknorm,
         use_swiglu=use_swiglu,
         use_rope=f"{rope}.freqs_cos" in state,
         use_rmsnorm=f"{block}.norm1.weight" in state,
         wo_shift=modulation == 4 * hidden_size,
     )
+    inner = state[f"{block}.mlp.{'w3' if use_swiglu else 'fc2'}.weight"].shape[1]
     if use_swiglu:
-        inner = round(options["mlp_ratio"] * hidden_size)
         # A ratio of 4, or the smallest one that gives this inner size.
-        usual = swiglu_size(4 * hidden_size) == inner
-        options["mlp_ratio"] = 4.0 if usual else math.ceil(inner * 3 / 2) / hidden_size
+        inner = 4 * hidden_size if swiglu_size(4 * hidden_size) == inner else math.ceil(inner * 3 / 2)
+    options["mlp_ratio"] = size_ratio(inner, hidden_size)
     if options["use_rope"]:
         options["num_heads"] = hidden_size // state[f"{rope}.freqs_cos"].shape[1]
     elif use_qknorm:

@@ -139,13 +139,19 @@ def backbone_from_shapes(state: dict[str, Tensor]) -> dict | None:
             in_channels=in_channels,
             hidden_size=hidden_size,
             depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-            mlp_ratio=state["blocks.0.mlp.fc1.bias"].shape[-1] / hidden_size,
+            mlp_ratio=size_ratio(state["blocks.0.mlp.fc1.bias"].shape[-1], hidden_size),
             class_dropout_prob=0.1,
             num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
             learn_sigma=out_channels == 2 * in_channels,
         )
     except (LookupError, ValueError, TypeError, ArithmeticError):
         # A missing tensor, or one with other dimensions than a DiT's.
+def size_ratio(inner_size: int, hidden_size: int) -> float:
+    """Return the mlp_ratio of an MLP, so that int(hidden_size * mlp_ratio) is its inner size also after rounding."""
+    ratio = inner_size / hidden_size
+    return ratio if int(hidden_size * ratio) == inner_size else math.nextafter(ratio, math.inf)
+
+
         return None
 
 
