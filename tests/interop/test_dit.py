@@ -95,6 +95,7 @@ def test_what_a_file_says_is_compared_with_its_tensors(tmp_path, as_config, stor
     ("channels", "stored", "message"),
     [
         (16, {"image_size": 64}, None),
+        (32, {"image_size": 128}, None),
         (16, {"image_size": 60}, "60 pixels per side, but its model denoises 16 channels of side 8"),
         (16, {"resolution": 24}, "24 pixels per side, but its model denoises 16 channels of side 8"),
         (3, {"image_size": 64}, "64 pixels per side, but its model denoises 3 channels of side 8"),
@@ -109,7 +110,8 @@ def test_images_and_vaes_of_other_channels(capsys, channels, stored, message):
             dit.read("a.pt", content, True, {})
     else:
         config, _ = dit.read("a.pt", content, True, {})
-        assert config["data"] == {"image_size": 64, "classes": None, "vae": "none", "scale": 1.0, "shift": 0.0}
+        data = {**stored, "classes": None, "vae": "none", "scale": 1.0, "shift": 0.0}
+        assert config["data"] == data
         assert "it does not say of which VAE" in capsys.readouterr().err
 
 
