@@ -63,7 +63,7 @@ def _refuse_without_options(path, state: dict[str, Tensor], content: dict, said)
     if bare and plain["in_channels"] == VAVAE_CHANNELS and not plain["learn_sigma"]:
         raise UserError(
             f"{path} holds a network of REPA, whose time runs from data to noise, or a LightningDiT without any of its "
-            "options, whose time runs from noise to data: the tensors do not tell which"
+            "options, whose time runs from noise to data: use a training checkpoint of REPA or SiT, which says which"
         )
 
 
