@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from diffusion.interpolants import dimension_shift
 from interop.lightningdit import block_options, count_blocks
-from interop.shapes import find_state_dict, flow_target, make_config, stored_model_name, stored_settings
+from interop.shapes import (
+    find_state_dict,
+    flow_target,
+    make_config,
+    stored_model_name,
+    stored_settings,
+    warn_of_latents,
+)
 from interop.sit import reverse_time, warn_of_shift
 from models import DITDH
 from runtime.errors import UserError
@@ -109,5 +116,6 @@ def write(path, models: dict[str, nn.Module], config: dict):
     if flow_target(config["diffusion"]) != PROCESS:
         raise UserError("a file of RAE holds a flow of the linear path that predicts the velocity, which this is not")
     warn_of_shift(path, config, usual_shift(config["model"]["backbone"]))
+    warn_of_latents(path, config)
     with atomic_write(path) as temporary:
         torch.save(_reverse_time(path, models["ema"].state_dict()), temporary)

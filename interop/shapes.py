@@ -232,6 +232,17 @@ def warn_of_frequencies(path, config: dict):
         warn(f"{path} cannot record the timestep frequencies: load it with --timestep-frequencies diffusers")
 
 
+def warn_of_latents(path, config: dict):
+    """Print a warning if a file cannot say what its latents are, and a reader would take them for others."""
+    data, assumed = config["data"], assumed_vae(config["model"]["backbone"]["in_channels"])
+    found = {key: data.get(key, value) for key, value in assumed.items()}
+    # The encoders of the published VAEs are the same.
+    if found["vae"] in SHORT_NAMES.values():
+        found["vae"] = PUBLISHED_VAE["vae"]
+    if found != assumed:
+        warn(f"{path} cannot record the VAE and the normalization of the latents: --to safetensors does")
+
+
 def _shape(backbone: dict) -> str:
     """Describe the shape of a backbone."""
     return "width {hidden_size}, depth {depth} and patch size {patch_size}".format(**backbone)

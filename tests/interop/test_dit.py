@@ -140,7 +140,7 @@ def test_what_a_file_says_is_used(tmp_path):
 
 def test_written_files_are_read(tmp_path):
     models = {key: DiT_models["DiT-T/4"](input_size=8) for key in ("ema", "model")}
-    dit.write(tmp_path / "t.pt", models, {"model": model_config("DiT-T/4", models["ema"]), "diffusion": {}})
+    dit.write(tmp_path / "t.pt", models, {"model": model_config("DiT-T/4", models["ema"]), "diffusion": {}, "data": {}})
     for key, model in models.items():
         back, _ = load_model(tmp_path / "t.pt", ema=key == "ema")
         for name, value in model.state_dict().items():

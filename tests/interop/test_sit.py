@@ -242,7 +242,7 @@ def batch_norm(channels: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("channels", [4, 32])
-def test_the_batch_norm_of_repa_e_is_the_normalization_of_the_latents(tmp_path, channels):
+def test_the_batch_norm_of_repa_e_is_the_normalization_of_the_latents(tmp_path, capsys, channels):
     network, norm = tiny(learn_sigma=False, in_channels=channels), batch_norm(channels)
     kind, pixels = ("f8d4", 64) if channels == 4 else ("f16d32", 128)
     args = argparse.Namespace(path_type="linear", prediction="v", encoder_depth=2, vae=kind, resolution=pixels)
@@ -256,6 +256,11 @@ def test_the_batch_norm_of_repa_e_is_the_normalization_of_the_latents(tmp_path, 
     torch.testing.assert_close(Normalization.from_record(config["data"]).apply(x, x)[0], expected)
     assert config["data"]["vae"] is None, "its VAE was trained with it"
     assert config["data"]["image_size"] == pixels
+    sit.write(tmp_path / "sit.pt", {"ema": model}, config)
+    assert "cannot record the VAE and the normalization of the latents" in capsys.readouterr().err
+    published = config["data"] | PUBLISHED_VAE | {"vae": "stabilityai/sd-vae-ft-mse"}
+    sit.write(tmp_path / "sit.pt", {"ema": model}, config | {"data": published})
+    assert ("cannot record" in capsys.readouterr().err) == (channels != 4), "all published VAEs give the same latents"
 
 
 @pytest.mark.parametrize(
