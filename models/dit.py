@@ -295,12 +295,7 @@ class DiT(nn.Module):
         frequency_shift: int = 0,
     ):
         super().__init__()
-        if input_size % patch_size:
-            raise ValueError(f"patch_size must divide input_size, but they are {patch_size} and {input_size}")
-        if hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(
-                f"hidden_size must be divisible by 4 and by num_heads={num_heads}, but it is {hidden_size}"
-            )
+        check_sizes(input_size, patch_size, hidden_size, num_heads)
         self.config = dict(
             input_size=input_size,
             patch_size=patch_size,
@@ -367,6 +362,14 @@ class DiT(nn.Module):
         return self.unpatchify(x)  # [B, out_channels, H, W]
 
     forward_with_cfg = classifier_free_guidance
+
+
+def check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int):
+    """Raise ValueError if the sizes of a backbone are not divisible as it needs them."""
+    if input_size % patch_size:
+        raise ValueError(f"patch_size must divide input_size, but they are {patch_size} and {input_size}")
+    if hidden_size % num_heads or hidden_size % 4:
+        raise ValueError(f"hidden_size must be divisible by 4 and by num_heads={num_heads}, but it is {hidden_size}")
 
 
 def initialize(model: nn.Module, *embedders: PatchEmbed):

@@ -21,6 +21,7 @@ from .dit import (
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
+    check_sizes,
     choose_attention,
     classifier_free_guidance,
     initialize,
@@ -296,14 +297,6 @@ class LightningDiT(nn.Module):
             x = block(x, c, self.feat_rope)  # [B, L, D]
         x = self.final_layer(x, c)  # [B, L, P * P * out_channels]
         return self.unpatchify(x)  # [B, out_channels, H, W]
-
-
-def check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int):
-    """Raise ValueError if the sizes of a backbone are not divisible as it needs them."""
-    if input_size % patch_size:
-        raise ValueError(f"patch_size must divide input_size, but they are {patch_size} and {input_size}")
-    if hidden_size % num_heads or hidden_size % 4:
-        raise ValueError(f"hidden_size must be divisible by 4 and by num_heads={num_heads}, but it is {hidden_size}")
 
 
 def block_flops(config: dict, hidden_size: int, tokens: int) -> tuple[int, int]:
