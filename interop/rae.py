@@ -96,8 +96,8 @@ def _said_depth(path, n_blocks: int, said) -> list[int]:
     if isinstance(said, list) and all(isinstance(n, int) for n in said) and len(said) == 2 and sum(said) == n_blocks:
         return said
     raise UserError(
-        f"{path} holds a DiTDH whose encoder and head have one width: specify how its {n_blocks} blocks are divided "
-        "(depth, two numbers)"
+        f"{path} holds a DiTDH whose encoder and head have one width: specify how its {n_blocks} blocks are "
+        "divided, by two numbers (depth of load_model, or in the config of the file)"
     )
 
 
