@@ -110,7 +110,7 @@ def _read_any(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, di
             return found
     if kind := recognize_other(content):
         raise UserError(f"{path} holds {kind}")
-    raise UserError(f"{path} holds no state dict of a DiT or RemixDiT in a known format")
+    raise UserError(f"{path} holds no state dict of a model in a known format")
 
 
 def check_shapes(path, config: dict, state: dict[str, Tensor]):
