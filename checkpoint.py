@@ -78,6 +78,8 @@ def load_models(
     The file is read once. Only the keys that are given are in the result.
     """
     path = find_checkpoint(path)
+    # Configs hold lists.
+    overrides = {key: [*value] if isinstance(value, tuple) else value for key, value in overrides.items()}
     transformer = diffusers.find_transformer(path)
     files = transformer[1] if transformer else [path]
     # Only a folder of diffusers has several files, each with some of the tensors.
@@ -108,7 +110,7 @@ def _read_any(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, di
             return found
     if kind := recognize_other(content):
         raise UserError(f"{path} holds {kind}")
-    raise UserError(f"{path} holds no state dict of a DiT or RemixDiT in a known format")
+    raise UserError(f"{path} holds no state dict of a model in a known format")
 
 
 def check_shapes(path, config: dict, state: dict[str, Tensor]):

@@ -18,7 +18,7 @@ diffusers: a folder with the EMA weights: a pipeline for a RemixDiT or a flow, o
     DiTTransformer2DModel.
 A file or folder that exists is not replaced.
 --ema-std makes an EMA of any width, if the training stored snapshots (train_fast.py --ema-snapshots).
---merge makes one plain DiT of all experts, as a baseline or as a start for distillation, in any format but original.
+--merge makes one plain model of all experts, as a baseline or as a start for distillation, in any format but original.
 """
 
 import argparse
@@ -153,11 +153,11 @@ if __name__ == "__main__":
         help="load files with pickled Python objects, which can execute code: only for files that you trust",
     )
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--expert", type=number(int, 0), help="the expert to fold into a plain DiT")
+    group.add_argument("--expert", type=number(int, 0), help="the expert to fold into a plain model")
     group.add_argument(
         "--merge",
         choices=["mean", "interval"],
-        help="make one plain DiT of all experts: the mean of their weights, or their mean weighted by the lengths of "
+        help="make one plain model of all experts: the mean of their weights, or their mean weighted by the lengths of "
         "the experts' intervals of noise levels",
     )
     parser.add_argument(

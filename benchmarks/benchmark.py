@@ -34,7 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from diffusion import create_diffusion, create_flow
 from features.dataset import DTYPES, SHARD_SIZE, FeatureDataset, write_index, write_shard
-from models import BACKBONES, DIT, DiT_models, build_plain, classifier_free_guidance
+from models import BACKBONES, DIT, DiT_models, build_plain, classifier_free_guidance, meta_device
 from remix import Remix, RemixDiT
 from runtime.command_line import ArgumentParser, number, positive_int, run_script
 from runtime.errors import UserError
@@ -62,6 +62,12 @@ def main(args: argparse.Namespace):
         raise UserError(f"--backbone {args.backbone} can only measure --parts training")
     if args.model not in BACKBONES[args.backbone].sizes:
         raise UserError(f"--model {args.model}: a {args.backbone} has {', '.join(BACKBONES[args.backbone].sizes)}")
+    args.input_size = args.input_size or 256 // BACKBONES[args.backbone].latents[1]
+    try:
+        with meta_device():
+            plain_model(args)
+    except ValueError as error:
+        raise UserError(f"--input-size {args.input_size}: {error}") from None
     if world_size() == 1 and args.shard_bases:
         raise UserError("--shard-bases needs several processes (torchrun)")
     if args.rank and args.shard_bases:
@@ -84,6 +90,11 @@ def main(args: argparse.Namespace):
             temporary.write_text(json.dumps(results, indent=1, default=str) + "\n")
     if world.is_main:
         print("\n".join(lines), f"\n\nwrote {args.out / name}.json")
+
+
+def plain_model(args: argparse.Namespace) -> torch.nn.Module:
+    """Build the plain model that --backbone, --model and --input-size name."""
+    return build_plain(f"{args.backbone}-{args.model}", input_size=args.input_size)
 
 
 def describe_machine(world: World) -> dict[str, str]:
@@ -275,8 +286,8 @@ def training_runs(args: argparse.Namespace, world: World, floors: dict) -> dict[
     diffusion = create_diffusion() if args.backbone == DIT.name else create_flow()
     boundaries = None if args.backbone == DIT.name else diffusion.expert_boundaries(N_EXPERTS)
     torch.manual_seed(0)
-    dit = build_plain(f"{args.backbone}-{args.model}", input_size=args.input_size)
-    images = torch.randn(args.batch_size, dit.in_channels, args.input_size, args.input_size, device=world.device)
+    plain = plain_model(args)
+    images = torch.randn(args.batch_size, plain.in_channels, args.input_size, args.input_size, device=world.device)
     noise = torch.randn_like(images)
     y = torch.zeros(args.batch_size, dtype=torch.long, device=world.device)
     label_drop = torch.zeros(args.batch_size, dtype=torch.bool, device=world.device)
@@ -310,9 +321,9 @@ def training_runs(args: argparse.Namespace, world: World, floors: dict) -> dict[
 
     # The usual loop has one process.
     if not args.skip_usual and world.size == 1:
-        runs[args.backbone + USUAL] = usual_training(dit, diffusion, batch, args.steps, world)
-    add(args.backbone, copy.deepcopy(dit), None)
-    make = partial(RemixDiT, dit, N_BASIS, N_EXPERTS, boundaries=boundaries)
+        runs[args.backbone + USUAL] = usual_training(plain, diffusion, batch, args.steps, world)
+    add(args.backbone, copy.deepcopy(plain), None)
+    make = partial(RemixDiT, plain, N_BASIS, N_EXPERTS, boundaries=boundaries)
     for groups in args.experts_per_batch:
         name = f"Remix{args.backbone} G={groups}" + (", sharded bases" if args.shard_bases else "")
         add(name, make(), groups)
@@ -341,19 +352,18 @@ def training(args: argparse.Namespace, world: World, floors: dict) -> list[dict]
     # On a CPU the first steps compile.
     memory = memory or peaks(args.warmup + args.rounds, 5)
     with torch.device("meta"):
-        plain = build_plain(f"{args.backbone}-{args.model}", input_size=args.input_size)
-        flops = experts_of(plain).training_flops()
+        flops = experts_of(plain_model(args)).training_flops()
     rows = []
     for name, rounds in times.items():
         row = {"model": name, "ms/step": median(rounds) / args.steps * 1e3}
         row["images/s"] = args.batch_size * world.size / row["ms/step"] * 1e3
         row["MFU"] = flops * row["images/s"] / world.size / floors["tflops"] / 1e12
-        row["speed / DiT"] = relative_speed(rounds, times[args.backbone])
+        row[f"speed / {args.backbone}"] = relative_speed(rounds, times[args.backbone])
         if runs[name].parameters:
             row["parameters, M"] = runs[name].parameters / 1e6
             if world.size == 1:
                 row["floor ms"] = runs[name].floor_ms
-                row["floor's speed / DiT"] = runs[args.backbone].floor_ms / row["floor ms"]
+                row[f"floor's speed / {args.backbone}"] = runs[args.backbone].floor_ms / row["floor ms"]
             row["peak GiB"] = memory[name] / 2**30
             for stage in (stage for stage in rounds[0] if stage != "total"):
                 row[f"{stage} %"] = 100 * median(rounds, stage) / median(rounds)
@@ -702,7 +712,9 @@ if __name__ == "__main__":
     parser.add_argument("--backbone", choices=BACKBONES, default=DIT.name, help="kind of the plain model (training)")
     sizes = sorted({size for backbone in BACKBONES.values() for size in backbone.sizes})
     parser.add_argument("--model", choices=sizes, default="S/2", metavar="SIZE", help="S/2, B/2, XL/2, ...")
-    parser.add_argument("--input-size", type=positive_int, default=32, help="side of the latents")
+    parser.add_argument(
+        "--input-size", type=positive_int, help="side of the latents (default: of images of 256 pixels, 32 for a DiT)"
+    )
     parser.add_argument("--batch-size", type=positive_int, default=32, help="images per process and step")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="precision of matrix products")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")

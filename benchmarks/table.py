@@ -14,7 +14,7 @@ from runtime.command_line import ArgumentParser, run_script
 from runtime.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = ["model", "device", "images per GPU", "images/s", "speed / DiT", "MFU", "GiB", "commit"]
+COLUMNS = ["model", "device", "images per GPU", "images/s", "speed / plain", "MFU", "GiB", "commit"]
 
 
 def main(args: argparse.Namespace):
@@ -37,7 +37,7 @@ def table_rows(path: Path) -> list[list[str]]:
     for row in result.get("training", []):
         backbone = settings.get("backbone", "DiT")
         name = row["model"].replace(backbone, f"{backbone}-{settings['model']}")
-        shown = f"{row['images/s']:,.4g}", f"{row['speed / DiT']:.2f}", f"{row['MFU']:.2f}"
+        shown = f"{row['images/s']:,.4g}", f"{row[f'speed / {backbone}']:.2f}", f"{row['MFU']:.2f}"
         memory = f"{row['peak GiB']:.1f}" if "peak GiB" in row else ""
         mode = f", {settings['precision']}{', compiled' if settings['compile'] else ''}"
         device = machine["device"] + ("" if "usual" in name else mode)

@@ -17,8 +17,10 @@ from interop.shapes import (
     find_state_dict,
     flow_target,
     make_config,
+    size_ratio,
     stored_model_name,
     stored_settings,
+    warn_of_latents,
 )
 from interop.sit import SIT_PATHS, flow_options, stored_process, warn_of_shift
 from models import LIGHTNINGDIT
@@ -62,7 +64,7 @@ def _refuse_without_options(path, state: dict[str, Tensor], content: dict, said)
     if bare and plain["in_channels"] == VAVAE_CHANNELS and not plain["learn_sigma"]:
         raise UserError(
             f"{path} holds a network of REPA, whose time runs from data to noise, or a LightningDiT without any of its "
-            "options, whose time runs from noise to data: the tensors do not tell which"
+            "options, whose time runs from noise to data: use a training checkpoint of REPA or SiT, which says which"
         )
 
 
@@ -121,18 +123,17 @@ def block_options(state: dict[str, Tensor], i: int, rope: str, hidden_size: int)
     modulation = len(state[f"{block}.adaLN_modulation.1.bias"])
     use_swiglu, use_qknorm = f"{block}.mlp.w12.weight" in state, f"{block}.attn.q_norm.weight" in state
     options = dict(
-        mlp_ratio=state[f"{block}.mlp.{'w3' if use_swiglu else 'fc2'}.weight"].shape[1] / hidden_size,
         use_qknorm=use_qknorm,
         use_swiglu=use_swiglu,
         use_rope=f"{rope}.freqs_cos" in state,
         use_rmsnorm=f"{block}.norm1.weight" in state,
         wo_shift=modulation == 4 * hidden_size,
     )
+    inner = state[f"{block}.mlp.{'w3' if use_swiglu else 'fc2'}.weight"].shape[1]
     if use_swiglu:
-        inner = round(options["mlp_ratio"] * hidden_size)
         # A ratio of 4, or the smallest one that gives this inner size.
-        usual = swiglu_size(4 * hidden_size) == inner
-        options["mlp_ratio"] = 4.0 if usual else math.ceil(inner * 3 / 2) / hidden_size
+        inner = 4 * hidden_size if swiglu_size(4 * hidden_size) == inner else math.ceil(inner * 3 / 2)
+    options["mlp_ratio"] = size_ratio(inner, hidden_size)
     if options["use_rope"]:
         options["num_heads"] = hidden_size // state[f"{rope}.freqs_cos"].shape[1]
     elif use_qknorm:
@@ -145,6 +146,7 @@ def write(path, models: dict[str, nn.Module], config: dict):
     if not flow_target(config["diffusion"]):
         raise UserError("a file of LightningDiT holds a flow, and this model was trained with Gaussian diffusion")
     warn_of_shift(path, config)
+    warn_of_latents(path, config)
     name, backbone = config["model"]["name"], config["model"]["backbone"]
     if not any(backbone[option] for option in OPTIONS):
         raise UserError("a file of a LightningDiT without any of its options cannot be told from one of REPA")

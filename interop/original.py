@@ -16,6 +16,7 @@ from interop.shapes import (
     stored_model_name,
     stored_settings,
     warn_of_flow,
+    warn_of_latents,
 )
 from mixing.experts import stored_state
 from models import DIT
@@ -45,6 +46,7 @@ def write(path, models: dict[str, nn.Module], config: dict):
     to_state_dict = _mixed_state_dict if config["model"]["remix"] else nn.Module.state_dict
     states = {key: to_state_dict(model) for key, model in models.items()}
     warn_of_flow(path, config)
+    warn_of_latents(path, config)
     with atomic_write(path) as temporary:
         torch.save(states, temporary)
 

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from diffusion.interpolants import dimension_shift
 from interop.lightningdit import block_options, count_blocks
-from interop.shapes import find_state_dict, flow_target, make_config, stored_model_name, stored_settings
-from interop.sit import warn_of_shift
+from interop.shapes import (
+    find_state_dict,
+    flow_target,
+    make_config,
+    stored_model_name,
+    stored_settings,
+    warn_of_latents,
+)
+from interop.sit import reverse_time, warn_of_shift
 from models import DITDH
 from runtime.errors import UserError
 from runtime.files import atomic_write
@@ -38,7 +45,7 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
         overrides = overrides | {"num_heads": [heads] * 2 if isinstance(heads, int) else [*heads]}
     config = make_config(path, backbone, None, stored_model_name(stored) | overrides, stored, DITDH)
     config["diffusion"], config["source"] = PROCESS | {"shift": usual_shift(backbone)}, CHANGES
-    return config, reverse_time(state)
+    return config, _reverse_time(path, state)
 
 
 def _network_from_shapes(state: dict[str, Tensor]) -> dict | None:
@@ -86,11 +93,11 @@ def _network_from_shapes(state: dict[str, Tensor]) -> dict | None:
 
 def _said_depth(path, n_blocks: int, said) -> list[int]:
     """Return the numbers of blocks of both parts as the file or the user says them, if they suit the tensors."""
-    if isinstance(said, list | tuple) and len(said) == 2 and sum(said) == n_blocks:
-        return [*said]
+    if isinstance(said, list) and all(isinstance(n, int) for n in said) and len(said) == 2 and sum(said) == n_blocks:
+        return said
     raise UserError(
-        f"{path} holds a DiTDH whose encoder and head have one width: specify how its {n_blocks} blocks are divided "
-        "(depth, two numbers)"
+        f"{path} holds a DiTDH whose encoder and head have one width: specify how its {n_blocks} blocks are "
+        "divided, by two numbers (depth of load_model, or in the config of the file)"
     )
 
 
@@ -99,18 +106,9 @@ def usual_shift(backbone: dict) -> float:
     return dimension_shift((backbone["in_channels"], backbone["input_size"], backbone["input_size"]))
 
 
-def reverse_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Change the weights of v(x, t) to those of -v(x, 1 - t). Twice gives the same weights again, except for rounding.
-
-    The first layer of the time embedding reads sin(f s) and cos(f s), which the addition theorems write as sums of
-    sin(f t) and cos(f t) with s = 1 - t.
-    """
-    first = state["t_embedder.mlp.0.weight"]  # [D, 2 * frequencies], the sines before the cosines
-    f = 2 * math.pi * state["t_embedder.W"].double()
-    sines, cosines = first.double().chunk(2, dim=1)
-    rotated = torch.cat([cosines * f.sin() - sines * f.cos(), cosines * f.cos() + sines * f.sin()], dim=1)
-    negated = {key: -state[key] for key in ("final_layer.linear.weight", "final_layer.linear.bias")}
-    return state | negated | {"t_embedder.mlp.0.weight": rotated.to(first.dtype)}
+def _reverse_time(path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Change the weights of v(x, t) to those of -v(x, 1 - t), see `sit.reverse_time`."""
+    return reverse_time(path, state, 2 * math.pi * state["t_embedder.W"].double(), sines_first=True)
 
 
 def write(path, models: dict[str, nn.Module], config: dict):
@@ -118,5 +116,6 @@ def write(path, models: dict[str, nn.Module], config: dict):
     if flow_target(config["diffusion"]) != PROCESS:
         raise UserError("a file of RAE holds a flow of the linear path that predicts the velocity, which this is not")
     warn_of_shift(path, config, usual_shift(config["model"]["backbone"]))
+    warn_of_latents(path, config)
     with atomic_write(path) as temporary:
-        torch.save(reverse_time(models["ema"].state_dict()), temporary)
+        torch.save(_reverse_time(path, models["ema"].state_dict()), temporary)

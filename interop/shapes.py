@@ -17,9 +17,6 @@ from runtime.errors import UserError, warn
 # The autoencoder of all published DiTs, and the factor by which they multiply its latents.
 PUBLISHED_VAE = {"vae": "stabilityai/sd-vae-ft-ema", "scale": 0.18215, "shift": 0.0}
 
-# Image pixels per latent along each side, by the number of channels of the published VAE, VA-VAE and RAE with DINOv2.
-LATENT_FACTORS = {4: 8, 32: 16, 768: 16}
-
 # DistributedDataParallel and torch.compile put these before every parameter name.
 WRAPPER_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
 
@@ -139,7 +136,7 @@ def backbone_from_shapes(state: dict[str, Tensor]) -> dict | None:
             in_channels=in_channels,
             hidden_size=hidden_size,
             depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-            mlp_ratio=state["blocks.0.mlp.fc1.bias"].shape[-1] / hidden_size,
+            mlp_ratio=size_ratio(state["blocks.0.mlp.fc1.bias"].shape[-1], hidden_size),
             class_dropout_prob=0.1,
             num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
             learn_sigma=out_channels == 2 * in_channels,
@@ -147,6 +144,12 @@ def backbone_from_shapes(state: dict[str, Tensor]) -> dict | None:
     except (LookupError, ValueError, TypeError, ArithmeticError):
         # A missing tensor, or one with other dimensions than a DiT's.
         return None
+
+
+def size_ratio(inner_size: int, hidden_size: int) -> float:
+    """Return the mlp_ratio of an MLP, so that int(hidden_size * mlp_ratio) is its inner size also after rounding."""
+    ratio = inner_size / hidden_size
+    return ratio if int(hidden_size * ratio) == inner_size else math.nextafter(ratio, math.inf)
 
 
 def make_config(
@@ -197,7 +200,7 @@ def make_config(
     return {
         "model": {"name": name or "custom", "architecture": record.name, "backbone": backbone, "remix": remix},
         "diffusion": {"process": "gaussian"} | ({} if backbone.get("learn_sigma") else {"learn_sigma": False}),
-        "data": _guess_data(path, backbone, stored),
+        "data": _guess_data(path, backbone, stored, record),
         "training": None,
     }
 
@@ -227,6 +230,17 @@ def warn_of_frequencies(path, config: dict):
     """Print a warning if a file cannot say that its model has other timestep frequencies than the published DiT."""
     if config["model"]["backbone"]["frequency_shift"]:
         warn(f"{path} cannot record the timestep frequencies: load it with --timestep-frequencies diffusers")
+
+
+def warn_of_latents(path, config: dict):
+    """Print a warning if a file cannot say what its latents are, and a reader would take them for others."""
+    data, assumed = config["data"], assumed_vae(config["model"]["backbone"]["in_channels"])
+    found = {key: data.get(key, value) for key, value in assumed.items()}
+    # The encoders of the published VAEs are the same.
+    if found["vae"] in SHORT_NAMES.values():
+        found["vae"] = PUBLISHED_VAE["vae"]
+    if found != assumed:
+        warn(f"{path} cannot record the VAE and the normalization of the latents: --to safetensors does")
 
 
 def _shape(backbone: dict) -> str:
@@ -288,12 +302,16 @@ def _check_stored(path, stored: dict, known: dict):
             raise UserError(f"{path} says {key}={said}, but its tensors have {known[key]}")
 
 
-def _guess_data(path, backbone: dict, stored: dict) -> dict:
-    """Return the "data" part of a config: four channels are the latents of a published VAE, others are pixels."""
-    vae = dict(assumed_vae(backbone["in_channels"]))
-    side = backbone["input_size"] * LATENT_FACTORS.get(backbone["in_channels"], 1)
-    said = stored.get("image_size", stored.get("resolution"))
+def _guess_data(path, backbone: dict, stored: dict, record: Backbone) -> dict:
+    """Return the "data" part of a config.
+
+    Four channels are the latents of a published VAE, and as many as the published models of the backbone denoise are
+    theirs, whose VAE is not known. Others are pixels.
+    """
     channels, latent_side = backbone["in_channels"], backbone["input_size"]
+    vae = dict(assumed_vae(channels))
+    side = latent_side * dict([DIT.latents, record.latents]).get(channels, 1)
+    said = stored.get("image_size", stored.get("resolution"))
     if isinstance(said, int) and said != side:
         if vae["vae"] != "none":
             raise UserError(

@@ -23,8 +23,10 @@ from interop.shapes import (
     stored_model_name,
     stored_settings,
     warn_of_frequencies,
+    warn_of_latents,
 )
 from models import sinusoid_frequencies
+from models.dit import SINUSOIDS
 from runtime.errors import UserError, warn
 from runtime.files import atomic_write
 
@@ -37,6 +39,9 @@ PROJECTORS = "projectors."
 DECODER = "decoder_blocks."
 # The batch norm of REPA-E (arXiv 2504.10483), which normalizes the latents.
 LATENT_NORM = "bn."
+# The layers that a reversal of the time changes.
+TIME_LAYER = "t_embedder.mlp.0.weight"
+OUTPUT_LAYER = ("final_layer.linear.weight", "final_layer.linear.bias")
 REPA_CHANGES = "REPA: the network is called at 1 - t and its output is negated, both as a change of the weights"
 
 
@@ -56,6 +61,9 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     if backbone is None or not (repa or {"path_type", "prediction"} <= args.keys()):
         return None
     name = str(args.get("model")).replace("SiT-", "DiT-")
+    if norm:
+        # REPA-E names the kind of VAE that it starts from. Its own is none of the published ones.
+        args.pop("vae", None)
     config = make_config(path, backbone, None, stored_model_name({"model": name}) | overrides, args)
     if not repa:
         config["diffusion"] = stored_process(path, args)
@@ -71,7 +79,9 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     if norm:
         config["data"] |= _latent_normalization(path, norm, backbone["in_channels"])
     left_out = (*projectors, *(f"{LATENT_NORM}{key}" for key in norm))
-    return config, _repa_to_sit({key: value for key, value in state.items() if key not in left_out})
+    kept = {key: value for key, value in state.items() if key not in left_out}
+    frequencies = sinusoid_frequencies(SINUSOIDS, shift=config["model"]["backbone"].get("frequency_shift", 0))
+    return config, reverse_time(path, kept, frequencies)
 
 
 def _latent_normalization(path, norm: dict[str, Tensor], channels: int) -> dict:
@@ -81,7 +91,8 @@ def _latent_normalization(path, norm: dict[str, Tensor], channels: int) -> dict:
     network, so that the file's latents are those of no published VAE.
     """
     mean, var = norm.get("running_mean"), norm.get("running_var")
-    if mean is None or var is None or mean.shape != var.shape or mean.shape != (channels,) or not (var > 0).all():
+    fits = mean is not None and var is not None and mean.shape == var.shape == (channels,)
+    if not fits or not (mean.isfinite() & var.isfinite() & (var > 0)).all():
         raise UserError(f"{path}: its batch norm over the latents (bn) does not have a mean and variance per channel")
     if norm.keys() & {"weight", "bias"}:
         raise UserError(f"{path}: its batch norm over the latents (bn) has affine parameters, which REPA-E's has not")
@@ -150,18 +161,35 @@ def _repa_times(path, args: dict) -> dict:
     )
 
 
-def _repa_to_sit(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Change the weights of REPA's v_REPA(x, s) to those of v(x, t) = -v_REPA(x, 1 - t).
+def reverse_time(path, state: dict[str, Tensor], frequencies: Tensor, sines_first: bool = False) -> dict[str, Tensor]:
+    """Change the weights of v(x, t) to those of -v(x, 1 - t). Twice gives the same weights again, except for rounding.
 
     The first layer of the time embedding reads cos(f s) and sin(f s), which the addition theorems write as sums of
     cos(f t) and sin(f t) with s = 1 - t.
+
+    Args:
+        path: the file, for error messages.
+        state: the state dict.
+        frequencies: the frequencies f [F], in radians per unit of time.
+        sines_first: whether the layer reads the sines before the cosines.
+
+    Returns:
+        The state dict with three other tensors.
+
+    Raises:
+        UserError: if it does not have the three tensors, or not as many time features as frequencies.
     """
-    first = state["t_embedder.mlp.0.weight"]  # [D, frequencies], the cosines before the sines
-    f = sinusoid_frequencies(first.shape[1]).double()
-    cosines, sines = first.double().chunk(2, dim=1)
-    rotated = torch.cat([cosines * f.cos() + sines * f.sin(), cosines * f.sin() - sines * f.cos()], dim=1)
-    negated = {key: -state[key] for key in ("final_layer.linear.weight", "final_layer.linear.bias")}
-    return state | negated | {"t_embedder.mlp.0.weight": rotated.to(first.dtype)}
+    for key in (TIME_LAYER, *OUTPUT_LAYER):
+        if key not in state:
+            raise UserError(f"{path} does not fit the model: it has no tensor {key}")
+    first, f = state[TIME_LAYER], frequencies.double()
+    if first.shape[1:] != (2 * len(f),):
+        raise UserError(f"{path} does not fit the model: {TIME_LAYER} does not have {2 * len(f)} columns")
+    halves = first.double().chunk(2, dim=1)
+    sines, cosines = halves if sines_first else reversed(halves)
+    rotated = [cosines * f.sin() - sines * f.cos(), cosines * f.cos() + sines * f.sin()]
+    rotated = torch.cat(rotated if sines_first else rotated[::-1], dim=1)
+    return state | {key: -state[key] for key in OUTPUT_LAYER} | {TIME_LAYER: rotated.to(first.dtype)}
 
 
 def write(path, models: dict[str, nn.Module], config: dict):
@@ -173,6 +201,7 @@ def write(path, models: dict[str, nn.Module], config: dict):
     if not flow_target(process):
         raise UserError("a file of SiT holds a flow, and this model was trained with Gaussian diffusion")
     warn_of_frequencies(path, config)
+    warn_of_latents(path, config)
     warn_of_shift(path, config)
     args = flow_options(process, SIT_PATHS) | {
         "model": name.removeprefix("Remix").replace("DiT-", "SiT-"),

@@ -19,6 +19,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
+# Number of sinusoids of the time embedding.
+SINUSOIDS = 256
+
+
 class TimestepEmbedder(nn.Module):
     """Embed timesteps: sinusoids (DDPM, arXiv 2006.11239, appendix B) followed by a two-layer MLP.
 
@@ -28,7 +32,7 @@ class TimestepEmbedder(nn.Module):
         shift: see `sinusoid_frequencies`.
     """
 
-    def __init__(self, hidden_size: int, frequencies: int = 256, shift: int = 0):
+    def __init__(self, hidden_size: int, frequencies: int = SINUSOIDS, shift: int = 0):
         super().__init__()
         self.shift = shift
         self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
@@ -291,12 +295,7 @@ class DiT(nn.Module):
         frequency_shift: int = 0,
     ):
         super().__init__()
-        if input_size % patch_size:
-            raise ValueError(f"patch_size must divide input_size, but they are {patch_size} and {input_size}")
-        if hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(
-                f"hidden_size must be divisible by 4 and by num_heads={num_heads}, but it is {hidden_size}"
-            )
+        check_sizes(input_size, patch_size, hidden_size, num_heads)
         self.config = dict(
             input_size=input_size,
             patch_size=patch_size,
@@ -363,6 +362,14 @@ class DiT(nn.Module):
         return self.unpatchify(x)  # [B, out_channels, H, W]
 
     forward_with_cfg = classifier_free_guidance
+
+
+def check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int):
+    """Raise ValueError if the sizes of a backbone are not divisible as it needs them."""
+    if input_size % patch_size:
+        raise ValueError(f"patch_size must divide input_size, but they are {patch_size} and {input_size}")
+    if hidden_size % num_heads or hidden_size % 4:
+        raise ValueError(f"hidden_size must be divisible by 4 and by num_heads={num_heads}, but it is {hidden_size}")
 
 
 def initialize(model: nn.Module, *embedders: PatchEmbed):
@@ -433,8 +440,8 @@ def dit_flops(config: dict) -> int:
     # Number of weights of the linear layers that are applied to each token: attention and MLP, patches and output.
     block = 4 * width**2 + 2 * width * int(width * config["mlp_ratio"])
     per_token = config["depth"] * block + width * patch * (channels + out_channels)
-    # And to each image: the embedding of its timestep from 256 sinusoids, and the modulation layers.
-    per_image = 256 * width + width**2 + (6 * config["depth"] + 2) * width**2
+    # And to each image: the embedding of its timestep from sinusoids, and the modulation layers.
+    per_image = SINUSOIDS * width + width**2 + (6 * config["depth"] + 2) * width**2
     # The two products of the attention, for each pair of tokens.
     pairs = config["depth"] * 2 * width
     return 2 * (tokens * per_token + per_image + tokens**2 * pairs)

@@ -16,6 +16,7 @@ from .dit import (
     DiT,
     LabelEmbedder,
     PatchEmbed,
+    check_sizes,
     choose_attention,
     classifier_free_guidance,
     initialize,
@@ -27,7 +28,6 @@ from .lightningdit import (
     LightningFinalLayer,
     RotaryEmbedding,
     block_flops,
-    check_sizes,
 )
 
 # Number of the random frequencies of the time embedding.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .backbone import Backbone
 from .dit import (
     DIT_SIZES,
+    SINUSOIDS,
     Attention,
     DiT,
     FinalLayer,
@@ -20,6 +21,7 @@ from .dit import (
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
+    check_sizes,
     choose_attention,
     classifier_free_guidance,
     initialize,
@@ -297,14 +299,6 @@ class LightningDiT(nn.Module):
         return self.unpatchify(x)  # [B, out_channels, H, W]
 
 
-def check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int):
-    """Raise ValueError if the sizes of a backbone are not divisible as it needs them."""
-    if input_size % patch_size:
-        raise ValueError(f"patch_size must divide input_size, but they are {patch_size} and {input_size}")
-    if hidden_size % num_heads or hidden_size % 4:
-        raise ValueError(f"hidden_size must be divisible by 4 and by num_heads={num_heads}, but it is {hidden_size}")
-
-
 def block_flops(config: dict, hidden_size: int, tokens: int) -> tuple[int, int]:
     """Count the multiplications of one `LightningDiTBlock`.
 
@@ -328,8 +322,8 @@ def lightningdit_flops(config: dict) -> int:
     tokens = config["input_size"] ** 2 // patch
     channels = config["in_channels"] * (2 + config["learn_sigma"])  # of input and output
     block = sum(block_flops(config, width, tokens))
-    # The embedding of the time from 256 sinusoids, and the modulation of the final layer.
-    per_image = 256 * width + width**2 + 2 * width**2
+    # The embedding of the time from sinusoids, and the modulation of the final layer.
+    per_image = SINUSOIDS * width + width**2 + 2 * width**2
     return 2 * (config["depth"] * block + tokens * width * patch * channels + per_image)
 
 

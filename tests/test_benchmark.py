@@ -45,10 +45,12 @@ def test_another_backbone_is_measured(tmp_path):
     run("benchmarks/benchmark.py", *settings, *flags(out=tmp_path, name="toy"))
     results = json.loads((tmp_path / "toy.json").read_text())
     assert [row["model"] for row in results["training"]] == ["LightningDiT", "RemixLightningDiT G=4"]
+    assert results["training"][0]["speed / LightningDiT"] == 1
     table = run("benchmarks/table.py", tmp_path / "toy.json").stdout
     assert "| RemixLightningDiT-T/2 G=4 |" in table
     for wrong, message in (
         (("--model=T/4",), "--model T/4: a LightningDiT has 1p6B/1"),
+        (("--input-size=5",), "--input-size 5: patch_size must divide input_size, but they are 2 and 5"),
         (("--parts", "training", "sampling"), "--backbone LightningDiT can only measure --parts training"),
     ):
         done = run("benchmarks/benchmark.py", *settings, *wrong, *flags(out=tmp_path), expect=2)

@@ -95,6 +95,7 @@ def test_what_a_file_says_is_compared_with_its_tensors(tmp_path, as_config, stor
     ("channels", "stored", "message"),
     [
         (16, {"image_size": 64}, None),
+        (32, {"image_size": 128}, None),
         (16, {"image_size": 60}, "60 pixels per side, but its model denoises 16 channels of side 8"),
         (16, {"resolution": 24}, "24 pixels per side, but its model denoises 16 channels of side 8"),
         (3, {"image_size": 64}, "64 pixels per side, but its model denoises 3 channels of side 8"),
@@ -109,7 +110,8 @@ def test_images_and_vaes_of_other_channels(capsys, channels, stored, message):
             dit.read("a.pt", content, True, {})
     else:
         config, _ = dit.read("a.pt", content, True, {})
-        assert config["data"] == {"image_size": 64, "classes": None, "vae": "none", "scale": 1.0, "shift": 0.0}
+        data = {**stored, "classes": None, "vae": "none", "scale": 1.0, "shift": 0.0}
+        assert config["data"] == data
         assert "it does not say of which VAE" in capsys.readouterr().err
 
 
@@ -138,7 +140,7 @@ def test_what_a_file_says_is_used(tmp_path):
 
 def test_written_files_are_read(tmp_path):
     models = {key: DiT_models["DiT-T/4"](input_size=8) for key in ("ema", "model")}
-    dit.write(tmp_path / "t.pt", models, {"model": model_config("DiT-T/4", models["ema"]), "diffusion": {}})
+    dit.write(tmp_path / "t.pt", models, {"model": model_config("DiT-T/4", models["ema"]), "diffusion": {}, "data": {}})
     for key, model in models.items():
         back, _ = load_model(tmp_path / "t.pt", ema=key == "ema")
         for name, value in model.state_dict().items():

@@ -130,6 +130,16 @@ def test_registered_models_are_recognized(tmp_path):
     assert load_model(tmp_path / "t.pt")[0].config["num_heads"] == 3
 
 
+@pytest.mark.parametrize(("use_swiglu", "inner"), [(True, 81), (False, 122)])
+def test_a_ratio_that_is_rounded(tmp_path, use_swiglu, inner):
+    """In floating point, 28 * (122 / 28) is below 122."""
+    shape = dict(hidden_size=28, num_heads=1, depth=1, use_qknorm=True, use_rope=False)
+    model = tiny(**shape, use_swiglu=use_swiglu, mlp_ratio=122.5 / 28)
+    torch.save(model.state_dict(), tmp_path / "t.pt")
+    mlp = load_model(tmp_path / "t.pt")[0].blocks[0].mlp
+    assert (mlp.w3 if use_swiglu else mlp.fc2).in_features == inner
+
+
 @pytest.mark.parametrize(
     ("stored", "overrides", "message"),
     [

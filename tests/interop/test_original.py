@@ -31,7 +31,7 @@ def test_an_unregistered_size_needs_its_number_of_heads():
 
 def config(name, model) -> dict:
     """The config of a model that was trained with Gaussian diffusion."""
-    return {"model": model_config(name, model), "diffusion": {"process": "gaussian"}}
+    return {"model": model_config(name, model), "diffusion": {"process": "gaussian"}, "data": {}}
 
 
 @pytest.mark.parametrize("name", ["RemixDiT-T/4", "DiT-T/4"])

@@ -8,13 +8,12 @@ from checkpoint import load_model, model_config
 from diffusion import create_process
 from interop import rae
 from interop.own import save_safetensors
+from interop.sit import TIME_LAYER
 from models import DiTDH, DiTDH_models
 from remix import RemixDiT
 from runtime.errors import UserError
 
 SETTINGS = ("dh", "same-width", "layernorm-gelu", "qknorm-no-pos")
-# It is stored as the sum of two rotated halves.
-TIME_LAYER = "t_embedder.mlp.0.weight"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,11 @@ def test_what_the_tensors_show(tmp_path):
     torch.save(tiny(hidden_size=[48, 48], depth=[2, 1], num_heads=[3, 3]).state_dict(), tmp_path / "t.pt")
     with pytest.raises(UserError, match="specify how its 3 blocks are divided"):
         load_model(tmp_path / "t.pt")
-    assert load_model(tmp_path / "t.pt", depth=[2, 1])[0].config["depth"] == [2, 1]
+    for given in ([2, 1], (2, 1)):
+        assert load_model(tmp_path / "t.pt", depth=given)[0].config["depth"] == [2, 1]
+    torch.save({"ema": torch.load(tmp_path / "t.pt"), "args": {"depth": ["2", "1"]}}, tmp_path / "t.pt")
+    with pytest.raises(UserError, match="specify how its 3 blocks are divided"):
+        load_model(tmp_path / "t.pt")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +104,21 @@ def test_contradictions(tmp_path, stored, overrides, message):
     torch.save({"ema": tiny().state_dict(), "args": stored}, tmp_path / "t.pt")
     with pytest.raises(UserError, match=message):
         load_model(tmp_path / "t.pt", **overrides)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({TIME_LAYER: None}, "it has no tensor t_embedder.mlp.0.weight"),
+        ({"final_layer.linear.weight": None}, "it has no tensor final_layer.linear.weight"),
+        ({"t_embedder.W": torch.zeros(5)}, "t_embedder.mlp.0.weight does not have 10 columns"),
+    ],
+)
+def test_damaged_files(tmp_path, changes, message):
+    state = {key: value for key, value in (tiny().state_dict() | changes).items() if value is not None}
+    torch.save(state, tmp_path / "t.pt")
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "t.pt")
 
 
 def test_a_merged_remix_is_converted_and_trained_on(tmp_path, features):

@@ -211,6 +211,30 @@ def test_files_start_training(features, tmp_path):
         assert message in run("train_fast.py", *flags, *wrong, "--prefix=no", expect=2).stderr
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({sit.TIME_LAYER: None}, "it has no tensor t_embedder.mlp.0.weight"),
+        ({"final_layer.linear.weight": None}, "it has no tensor final_layer.linear.weight"),
+        ({sit.TIME_LAYER: torch.zeros(48, 255)}, "t_embedder.mlp.0.weight does not have 256 columns"),
+    ],
+)
+def test_damaged_files_of_repa(tmp_path, changes, message):
+    state = {key: value for key, value in (tiny().state_dict() | changes).items() if value is not None}
+    torch.save({"ema": state, "args": argparse.Namespace(encoder_depth=2)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "a.pt")
+
+
+def test_timestep_frequencies_of_a_repa(tmp_path):
+    """The time is reversed with the frequencies that the user gives."""
+    network = tiny(frequency_shift=1, learn_sigma=False)
+    torch.save({"ema": network.state_dict(), "args": argparse.Namespace(encoder_depth=2)}, tmp_path / "a.pt")
+    model, _ = load_model(tmp_path / "a.pt", frequency_shift=1)
+    x, t, y = inputs()
+    assert relative(model(x, t, y), -network(x, 1 - t, y)) < 1e-5
+
+
 def batch_norm(channels: int) -> dict[str, torch.Tensor]:
     """The tensors of REPA-E's batch norm over the latents."""
     mean, var = torch.randn(channels), torch.rand(channels) + 0.5
@@ -218,9 +242,10 @@ def batch_norm(channels: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("channels", [4, 32])
-def test_the_batch_norm_of_repa_e_is_the_normalization_of_the_latents(tmp_path, channels):
+def test_the_batch_norm_of_repa_e_is_the_normalization_of_the_latents(tmp_path, capsys, channels):
     network, norm = tiny(learn_sigma=False, in_channels=channels), batch_norm(channels)
-    args = argparse.Namespace(path_type="linear", prediction="v", encoder_depth=2)
+    kind, pixels = ("f8d4", 64) if channels == 4 else ("f16d32", 128)
+    args = argparse.Namespace(path_type="linear", prediction="v", encoder_depth=2, vae=kind, resolution=pixels)
     content = {"ema": network.state_dict() | norm, "vae": {}, "discriminator": {}, "args": args, "steps": 3}
     torch.save(content, tmp_path / "repa-e.pt")
     model, config = load_model(tmp_path / "repa-e.pt")
@@ -230,6 +255,12 @@ def test_the_batch_norm_of_repa_e_is_the_normalization_of_the_latents(tmp_path, 
     expected = (x - norm["bn.running_mean"][:, None, None]) / norm["bn.running_var"].sqrt()[:, None, None]
     torch.testing.assert_close(Normalization.from_record(config["data"]).apply(x, x)[0], expected)
     assert config["data"]["vae"] is None, "its VAE was trained with it"
+    assert config["data"]["image_size"] == pixels
+    sit.write(tmp_path / "sit.pt", {"ema": model}, config)
+    assert "cannot record the VAE and the normalization of the latents" in capsys.readouterr().err
+    published = config["data"] | PUBLISHED_VAE | {"vae": "stabilityai/sd-vae-ft-mse"}
+    sit.write(tmp_path / "sit.pt", {"ema": model}, config | {"data": published})
+    assert ("cannot record" in capsys.readouterr().err) == (channels != 4), "all published VAEs give the same latents"
 
 
 @pytest.mark.parametrize(
@@ -237,6 +268,8 @@ def test_the_batch_norm_of_repa_e_is_the_normalization_of_the_latents(tmp_path, 
     [
         ({"bn.running_var": torch.ones(3)}, "does not have a mean and variance per channel"),
         ({"bn.running_var": torch.zeros(4)}, "does not have a mean and variance per channel"),
+        ({"bn.running_var": torch.full((4,), torch.inf)}, "does not have a mean and variance per channel"),
+        ({"bn.running_mean": torch.full((4,), torch.nan)}, "does not have a mean and variance per channel"),
         ({"bn.weight": torch.ones(4)}, "has affine parameters"),
     ],
 )
