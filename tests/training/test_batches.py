@@ -76,8 +76,9 @@ def test_timesteps_depend_only_on_seed_and_step():
         timesteps(0, 10, 20, 4)
 
 
-@pytest.mark.parametrize("n_experts", [7, 1000])
-@pytest.mark.parametrize("per_batch", [1, 8])
+@pytest.mark.parametrize(
+    ("per_batch", "n_experts"), [(1, 7), (8, 7), (8, 1000), pytest.param(1, 1000, marks=pytest.mark.slow)]
+)
 def test_timesteps_are_uniform_in_the_long_run(n_experts, per_batch):
     from scipy.stats import chisquare
 
