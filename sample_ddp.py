@@ -413,9 +413,9 @@ if __name__ == "__main__":
         required=True,
         nargs="+",
         help="checkpoint of this project (a run's folder stands for its newest one), of facebookresearch/DiT, SiT, "
-        "REPA or the original Remix-DiT, also hf:OWNER/REPOSITORY/FILE on the Hugging Face hub, or a DiT in diffusers' "
-        "layout (a folder or a hub name). Several files are independent experts: plain DiTs of this project, each "
-        "trained with other --timesteps, which together cover all timesteps",
+        "REPA, LightningDiT, RAE or the original Remix-DiT, also hf:OWNER/REPOSITORY/FILE on the Hugging Face hub, or "
+        "a DiT in diffusers' layout (a folder or a hub name). Several files are independent experts: plain DiTs of "
+        "this project, each trained with other --timesteps, which together cover all timesteps",
     )
     group.add_argument(
         "--model",

@@ -39,6 +39,7 @@ from checkpoint import load_model
 from diffusion import create_process
 from diffusion.intervals import interval_labels, scale_of
 from evaluation.scores import NEIGHBOURS
+from features.autoencoder import Normalization
 from features.dataset import FeatureDataset
 from figures import save_coefficients, save_grid
 from interop.own import find_checkpoint
@@ -121,7 +122,7 @@ def draw_losses_of(out: Path, args: argparse.Namespace):
             raise UserError(
                 f"{args.pretrained} is not the plain {plain['architecture']} that {args.ckpt} was trained from"
             )
-    x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, plain["backbone"])
+    x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, config)
     measure = HeldOutErrors(
         create_process(**config["diffusion"]), x.to(device()), y.to(device()), min(32, len(x)), args.global_seed
     )
@@ -141,8 +142,7 @@ def draw_ema_of(out: Path, args: argparse.Namespace):
     print(*fits, sep="\n")
     measures = {}
     if args.data_path:
-        shape = config["model"]["backbone"]
-        x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, shape)
+        x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, config)
         diffusion = create_process(**config["diffusion"])
         errors = HeldOutErrors(diffusion, x.to(device()), y.to(device()), min(32, len(x)), args.global_seed)
         levels = errors.process.scale.grid(EMA_LEVELS)
@@ -243,14 +243,24 @@ def draw_training(out: Path, args: argparse.Namespace):
 
 
 def load_features(data_path: str, count: int, seed: int, ckpt: str, config: dict) -> tuple[Tensor, Tensor]:
-    """Return up to `count` random encoded images [n, C, H, W] and their labels [n].
+    """Return random encoded images and their labels.
+
+    Args:
+        data_path: folder of features. Published ones are normalized as the checkpoint records it.
+        count: largest number of images.
+        seed: seed of the choice of images.
+        ckpt: name of the checkpoint, for error messages.
+        config: config of its model.
+
+    Returns:
+        The images [n, C, H, W], and their labels [n].
 
     Raises:
-        UserError: if the images do not have the shape that the model of the checkpoint `ckpt`, whose backbone has the
-            arguments `config`, takes.
+        UserError: if the images do not have the shape that the model takes.
     """
-    dataset = FeatureDataset(data_path)
-    if dataset.shape != (config["in_channels"], config["input_size"], config["input_size"]):
+    dataset = FeatureDataset(data_path, normalization=Normalization.from_record(config["data"]))
+    backbone = config["model"]["backbone"]
+    if dataset.shape != (backbone["in_channels"], backbone["input_size"], backbone["input_size"]):
         raise UserError(f"{data_path} holds features of shape {dataset.shape}, which {ckpt} cannot process")
     return dataset.__getitems__(np.random.default_rng(seed).permutation(len(dataset))[:count].tolist())
 

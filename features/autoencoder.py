@@ -76,12 +76,15 @@ class Normalization:
         It is (z - latents_mean) / (latents_std + 1e-5) * scaling_factor, with numbers for each position or channel.
 
         Raises:
-            ValueError: if the statistics are incomplete, of different shapes, or not finite.
+            ValueError: if the scaling factor is not a number above 0, or if the statistics are incomplete, of different
+                shapes, or not finite.
         """
-        scale = float(config.get("scaling_factor", 1.0))
+        scale = config.get("scaling_factor", 1.0)
+        if not _finite([scale]) or scale <= 0:
+            raise ValueError("scaling_factor must be a number above 0")
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None and std is None:
-            return cls(scale)
+            return cls(float(scale))
         try:
             mean, std = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
         except (TypeError, ValueError, RuntimeError):

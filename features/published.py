@@ -52,15 +52,25 @@ class PublishedShards:
             missing = {*VIEWS, "labels"} - set(file.keys())
             if missing:
                 raise UserError(f"{path} holds no {' and no '.join(sorted(missing))}")
-            labels.append(file.get_tensor("labels").long().numpy())
-            shapes = [tuple(file.get_slice(view).get_shape()) for view in VIEWS]
+            stored = file.get_tensor("labels")
+            labels.append(stored.long().numpy())
+            if stored.ndim != 1 or not torch.equal(stored, stored.trunc()):
+                raise UserError(f"{path} holds labels that are not one class number per image")
+            slices = [file.get_slice(view) for view in VIEWS]
+            if any("F" not in part.get_dtype() for part in slices):
+                raise UserError(f"{path} holds latents that are not floating-point numbers")
+            shapes = [tuple(part.get_shape()) for part in slices]
             self.shape = self.shape or shapes[0][1:]
-            expected = (labels[-1].size, *self.shape)
-            if labels[-1].ndim != 1 or len(self.shape) != 3 or shapes != [expected, expected]:
+            if len(self.shape) != 3:
+                raise UserError(f"{path} holds {VIEWS[0]} of the shape {shapes[0]}, not (n, C, H, W)")
+            expected = (len(stored), *self.shape)
+            if shapes != [expected, expected]:
                 raise UserError(
                     f"{path} holds {' and '.join(VIEWS)} of the shapes {' and '.join(map(str, shapes))}, not {expected}"
                 )
         self.labels = np.concatenate(labels)
+        if not len(self.labels):
+            raise UserError(f"{paths[0]} and the other shards in its folder hold no images")
         self.starts = np.cumsum([0, *map(len, labels)])
         # Opened on first use in each process, because they must not be copied to a DataLoader's worker.
         self.open_shards = {}

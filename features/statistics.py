@@ -25,6 +25,9 @@ def load_statistics(path: str, shape: tuple[int, ...] | None = None) -> Normaliz
             (z - mean) / sqrt(var + 1e-5) per position (arXiv 2510.11690).
         shape: shape (C, H, W) of the latents, which the statistics must fit; None for any.
 
+    Returns:
+        The normalization.
+
     Raises:
         UserError: if the file is missing, holds no such statistics, or those of another size.
     """
@@ -42,23 +45,23 @@ def load_statistics(path: str, shape: tuple[int, ...] | None = None) -> Normaliz
     spread = std if var is None else var
     if not (isinstance(mean, Tensor) and isinstance(spread, Tensor) and mean.shape == spread.shape):
         raise UserError(f"--latent-stats {path} holds no mean and std, and no mean and var, of equal shapes")
-    mean, spread = mean.double(), spread.double()
-    if not (
-        mean.isfinite().all() and spread.isfinite().all() and (spread >= 0).all() and (var is not None or spread.all())
-    ):
-        raise UserError(f"--latent-stats {path} holds a number that is not finite, or a std that is not above 0")
-    if var is not None:
-        mean, scale = (part.reshape(part.shape[-3:]) for part in (mean, (spread + VARIANCE_EPS).rsqrt()))
-        found, needed = tuple(mean.shape), shape
-        normalization = Normalization.from_tensors(scale, mean)
-    else:
-        channels = mean.numel()
-        found, needed = (channels,), shape and shape[:1]
-        if mean.ndim > 1 and mean.shape[1] != channels:
-            raise UserError(f"--latent-stats {path} holds a mean of the shape {list(mean.shape)}, not [1, C, 1, 1]")
-        normalization = Normalization((1 / spread).flatten().tolist(), mean.flatten().tolist())
-    if needed is not None and found != tuple(needed):
-        sizes = " of {}, but the latents have {}".format(*(" x ".join(map(str, part)) for part in (found, needed)))
-        kind = "channels" if var is None else "numbers"
-        raise UserError(f"--latent-stats {path} holds statistics{sizes} {kind}")
-    return normalization
+    # [1, C, H, W] -> [C, H, W]
+    sizes = mean.shape[1:] if mean.ndim == 4 and len(mean) == 1 else mean.shape
+    per_channel = var is None
+    channels = len(sizes) == 1 or (mean.ndim == 4 and len(sizes) == 3 and sizes[1:] == (1, 1))
+    if not (mean.numel() and (channels if per_channel else len(sizes) == 3)):
+        kind = "mean and std, each [1, C, 1, 1]" if per_channel else "mean and var, each [C, H, W]"
+        raise UserError(f"--latent-stats {path} holds no {kind}: the shape is {list(mean.shape)}")
+    mean, spread = (part.double().reshape(sizes) for part in (mean, spread))
+    scale = 1 / spread if per_channel else (spread + VARIANCE_EPS).rsqrt()
+    if not (mean.isfinite().all() and scale.isfinite().all() and (scale > 0).all() and (spread >= 0).all()):
+        limit = "std that is not above 0" if per_channel else "var below 0"
+        raise UserError(f"--latent-stats {path} holds a number that is not finite, or a {limit}")
+    found, needed = (sizes[:1], shape and shape[:1]) if per_channel else (sizes, shape)
+    if needed is not None and tuple(found) != tuple(needed):
+        numbers = " of {}, but the latents have {}".format(*(" x ".join(map(str, part)) for part in (found, needed)))
+        kind = "channels" if per_channel else "numbers"
+        raise UserError(f"--latent-stats {path} holds statistics{numbers} {kind}")
+    if per_channel:
+        return Normalization(scale.flatten().tolist(), mean.flatten().tolist())
+    return Normalization.from_tensors(scale, mean)

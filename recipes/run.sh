@@ -7,9 +7,8 @@ usage() {
   cat <<'TEXT'
 usage: recipes/run.sh SIZE RUN [--dry-run]
 
-Run an experiment on ImageNet 256x256 with 8 GPUs: encode the images (or download latents), train, sample, compute the
-scores.
-Each command is printed before it runs. After an interruption, the same line resumes the experiment.
+Run an experiment on ImageNet 256x256 with 8 GPUs: encode the images or download their latents, train, sample, and
+compute the scores. Each command is printed before it runs. After an interruption, the same line resumes the experiment.
 
 SIZE:
   S, B, L                       the paper's DiT-S/2, DiT-B/2, DiT-L/2 and the Remix-DiTs of these sizes
@@ -131,10 +130,12 @@ fi
 
 if [ "$kind" = LightningDiT ]; then
   run hf download hustvl/imagenet256-latents-vave-f16d32-dinov2 --repo-type dataset --local-dir data/vavae
-  run mkdir -p "$features"
-  if [ -z "$(find "$features" -name 'latents_rank*' -print -quit 2> /dev/null)" ]; then
-    echo "\$ cat data/vavae/splits/split_* | tar -xzf - -C $features"
-    [ -n "$dry_run" ] || cat data/vavae/splits/split_* | tar -xzf - -C "$features"
+  # The folder gets its name when it is complete.
+  if [ ! -e "$features" ]; then
+    run mkdir -p "$features.incomplete"
+    echo "\$ cat data/vavae/splits/split_* | tar -xzf - -C $features.incomplete"
+    [ -n "$dry_run" ] || cat data/vavae/splits/split_* | tar -xzf - -C "$features.incomplete"
+    run mv "$features.incomplete" "$features"
   fi
   training+=("${autoencoder[@]}")
 else

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,15 +19,20 @@ RUNS |= dict.fromkeys(
     ("published", "continued", "4-8", "4-20"),
 )
 RUNS = [(size, run) for size, runs in RUNS.items() for run in runs]
-# The other sizes differ in the names of the models and the files, and in the number of steps of the pretraining.
-DIFFERENT = [(size, run) for size, run in RUNS if size in ("S", "SiT-S")]
-DIFFERENT += [(size, run) for size in ("LightningDiT-XL", "DiTDH-XL") for run in ("published", "4-8")]
-DIFFERENT += [("B", "pretraining"), pytest.param("L", "4-20", marks=pytest.mark.slow), ("SiT-XL", "4-20")]
+# The others differ in the names of the models and the files, and in the number of experts and steps.
+DIFFERENT = [("S", run) for run in ("pretraining", "continued", "4-20", "independent")]
+DIFFERENT += [(size, run) for size in ("SiT-S", "LightningDiT-XL", "DiTDH-XL") for run in ("published", "continued")]
+LARGE = [("B", "pretraining"), ("L", "4-20"), ("SiT-XL", "4-20"), ("LightningDiT-XL", "4-8"), ("DiTDH-XL", "4-20")]
 
 
-def recipe(*arguments: str, path: str = f"{Path(sys.executable).parent}:{os.environ['PATH']}", expect: int = 0):
-    """Run recipes/run.sh with `path` as the PATH; by default this Python comes first."""
-    done = subprocess.run(["bash", RECIPE, *arguments], capture_output=True, text=True, env=os.environ | {"PATH": path})
+def recipe(
+    *arguments: str,
+    path: str = f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    expect: int = 0,
+    script: Path = RECIPE,
+):
+    """Run recipes/run.sh, or a copy of it, with `path` as the PATH; by default this Python comes first."""
+    done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, env=os.environ | {"PATH": path})
     assert done.returncode == expect, done.stderr
     return done
 
@@ -51,7 +57,7 @@ def test_the_tables_have_a_row_for_every_published_run(no_python):
         assert trained == [(remix + (kind if kind not in ("", "SiT") else "DiT"), width)] * (name != "published")
 
 
-@pytest.mark.parametrize(("size", "name"), DIFFERENT)
+@pytest.mark.parametrize(("size", "name"), [*DIFFERENT, *(pytest.param(*run, marks=pytest.mark.slow) for run in LARGE)])
 def test_the_scripts_accept_every_command(size, name, no_python, monkeypatch, tmp_path):
     printed = recipe(size, name, "--dry-run", path=no_python).stdout
     commands = re.findall(r"^\$ (?:torchrun|python) (?:--\S+ )*(\w+\.py) (.*)$", printed, re.MULTILINE)
@@ -100,6 +106,28 @@ def test_without_dry_run_the_commands_are_executed_in_order(tmp_path):
     printed = recipe("S", "pretraining", path=f"{tmp_path}:{os.environ['PATH']}").stdout
     assert (tmp_path / "called").read_text() == printed.replace("$ ", "")
     assert printed.count("$ ") == 5
+
+
+def test_latents_are_unpacked_again_after_an_interruption(tmp_path):
+    """Half of the archive is unpacked first. Stubs take the place of the commands that download and train."""
+    script = tmp_path / "recipes/run.sh"
+    for folder in ("bin", "recipes", "data/vavae/splits", "latents"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(RECIPE, script)
+    for name in ("hf", "torchrun", "python"):
+        (tmp_path / "bin" / name).symlink_to("/bin/true")
+    for shard in range(2):
+        (tmp_path / f"latents/latents_rank00_shard00{shard}.safetensors").write_bytes(os.urandom(5000))
+    archive = Path(shutil.make_archive(tmp_path / "all", "gztar", tmp_path / "latents")).read_bytes()
+    path, features = f"{tmp_path / 'bin'}:{os.environ['PATH']}", tmp_path / "data/imagenet_vavae"
+    (tmp_path / "data/vavae/splits/split_a").write_bytes(archive[:7000])
+    recipe("LightningDiT-XL", "continued", path=path, script=script, expect=2)
+    assert not features.exists()
+    (tmp_path / "data/vavae/splits/split_b").write_bytes(archive[7000:])
+    for _ in range(2):
+        recipe("LightningDiT-XL", "continued", path=path, script=script)
+        assert len(list(features.glob("latents_rank*"))) == 2
+        (tmp_path / "data/vavae/splits/split_b").unlink(missing_ok=True)
 
 
 def test_wrong_arguments_give_one_line():

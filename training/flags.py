@@ -96,20 +96,27 @@ def make_parser() -> TrainingParser:
 def add_first_run_flags(parser: ArgumentParser):
     """Add the flags of the group "first run" of --help."""
     add = parser.add_argument_group("first run", "What a first run needs.").add_argument
-    add("--data-path", required=True, metavar="FOLDER", help="features, packed or in the original layout")
+    add(
+        "--data-path",
+        required=True,
+        metavar="FOLDER",
+        help="features of extract_features.py, those that LightningDiT has published, or the original layout",
+    )
     add(
         "--model",
         choices=model_names(),
         default="RemixDiT-S/2",
         metavar="NAME",
-        help="DiT or RemixDiT, then the size -T, -S, -B, -L or -XL, then the patch size /2, /4 or /8",
+        help="DiT, LightningDiT or DiTDH, with Remix before it for a model with experts, then the size and the patch "
+        "size, such as DiT-T/2 or RemixLightningDiT-XL/1",
     )
     add(
         "--load-weight",
         metavar="PATH",
-        help="initial weights: a checkpoint of a DiT, SiT or RemixDiT, hf:OWNER/REPOSITORY/FILE for one on the Hugging "
-        "Face hub, or a DiT in diffusers' layout (a folder, or a hub name such as facebook/DiT-XL-2-256) (default: "
-        "random weights)",
+        help="initial weights: a checkpoint of this project (a run's folder stands for its newest one), of "
+        "facebookresearch/DiT, SiT, REPA, LightningDiT, RAE or the original Remix-DiT, hf:OWNER/REPOSITORY/FILE for "
+        "one on the Hugging Face hub, or a DiT in diffusers' layout (a folder, or a hub name such as "
+        "facebook/DiT-XL-2-256) (default: random weights)",
     )
     add("--n-basis", type=positive_int, default=4, metavar="K", help="number of basis models")
     add("--n-experts", type=number(int, 1, TIMESTEPS), default=20, metavar="N", help="number of experts")

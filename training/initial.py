@@ -56,12 +56,14 @@ def open_features(args: argparse.Namespace) -> FeatureDataset | AssumedFeatures:
         The dataset; or, in a dry run without features, the number, shape and labels of ImageNet's features.
 
     Raises:
-        UserError: if the folder holds no features, or features of images of another size.
+        UserError: if the folder holds no features, features of images of another size, or latents with --vae none.
     """
     path, image_size = args.data_path, args.image_size
     if args.dry_run and not Path(path).exists():
         return AssumedFeatures(path, image_size or 256, find_model(args.model).backbone.latents)
     dataset = FeatureDataset(path, args.latent_stats)
+    if dataset.published and args.vae == "none":
+        raise UserError(f"--vae none is for pixels: {path} holds latents")
     if image_size and dataset.image_size and image_size != dataset.image_size:
         raise UserError(f"--image-size {image_size}, but {path} holds features of {dataset.image_size}-pixel images")
     return dataset

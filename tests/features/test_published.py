@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import check_sampling_refused, golden, make_vae, relative, run, sampled_images, training_flags
@@ -10,8 +11,10 @@ from safetensors.torch import save_file
 from checkpoint import load_model
 from features.autoencoder import Normalization, pack, unpack
 from features.dataset import FeatureDataset
+from features.published import VIEWS
 from features.statistics import load_statistics
 from runtime.errors import UserError
+from visualize import load_features
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,12 @@ def test_numbers_become_text_and_back():
         ({"mean": torch.zeros(4)}, None, "holds no mean and std, and no mean and var"),
         ([1, 2], None, "holds no mean and std"),
         ({"mean": torch.zeros(4), "std": torch.zeros(4)}, None, "a std that is not above 0"),
-        ({"mean": torch.zeros(4, 8, 8), "std": torch.ones(4, 8, 8)}, None, "not [1, C, 1, 1]"),
+        ({"mean": torch.zeros(4, 8, 8), "std": torch.ones(4, 8, 8)}, None, "no mean and std, each [1, C, 1, 1]"),
+        ({"mean": torch.zeros(0), "std": torch.ones(0)}, None, "the shape is [0]"),
+        ({"mean": torch.zeros(4), "std": torch.tensor([-1.0, 1, 1, 1])}, None, "a std that is not above 0"),
+        ({"mean": torch.zeros(4), "var": torch.ones(4)}, None, "no mean and var, each [C, H, W]: the shape is [4]"),
+        ({"mean": torch.zeros(2, 4, 8, 8), "var": torch.ones(2, 4, 8, 8)}, None, "the shape is [2, 4, 8, 8]"),
+        ({"mean": torch.zeros(4, 8, 8), "var": -torch.ones(4, 8, 8)}, None, "a var below 0"),
         ({"mean": torch.zeros(1, 4, 1, 1), "std": torch.ones(1, 4, 1, 1)}, (32, 8, 8), "of 4, but the latents have 32"),
         (
             {"mean": torch.zeros(4, 8, 8), "var": torch.ones(4, 8, 8)},
@@ -100,6 +108,7 @@ def test_a_run_on_published_features(published, tmp_path):
     missing = run("train_fast.py", *flags, "--max-steps=1", expect=2).stderr
     assert "without latents_stats.pt: set --latent-stats" in missing
     flags += [f"--latent-stats={published.parent / 'latents_stats.pt'}"]
+    assert "--vae none is for pixels" in run("train_fast.py", *flags, "--max-steps=1", "--vae=none", expect=2).stderr
     run("train_fast.py", *flags, "--max-steps=1")
     run("train_fast.py", *flags, "--max-steps=2", "--resume=auto")
     ckpt = tmp_path / "run/checkpoints/0000002.pt"
@@ -120,6 +129,20 @@ def test_a_run_on_published_features(published, tmp_path):
     assert (sampled_images(tmp_path / "own") != sampled_images(tmp_path / "without")).any()
 
 
+def test_figures_normalize_published_features_as_the_checkpoint_records_it(published):
+    """There are no statistics in the folder of the features."""
+    normalization = Normalization([0.5] * 32, [1.0] * 32)
+    backbone = {"in_channels": 32, "input_size": 4}
+    config = {"model": {"backbone": backbone}, "data": normalization.record()}
+    x, y = load_features(published, 2, 0, "a.pt", config)
+    images = [int(i) for i in np.random.default_rng(0).permutation(5)[:2]]
+    expected, labels = FeatureDataset(published, normalization=normalization).__getitems__(images)
+    assert torch.equal(x, expected) and torch.equal(y, labels)
+    backbone["in_channels"] = 4
+    with pytest.raises(UserError, match=r"which a\.pt cannot process"):
+        load_features(published, 2, 0, "a.pt", config)
+
+
 def test_shards_below_the_folder_are_found_unless_there_are_several_folders(vectors, published, tmp_path):
     assert len(FeatureDataset(published.parent, str(published.parent / "latents_stats.pt"))) == 5
     for name in ("train", "val"):
@@ -135,6 +158,11 @@ def test_shards_below_the_folder_are_found_unless_there_are_several_folders(vect
         ({"latents_flip": None}, "holds no latents_flip"),
         ({"latents_flip": torch.zeros(4, 32, 4, 4)}, "of the shapes (5, 32, 4, 4) and (4, 32, 4, 4)"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, "not (3, 32, 4, 4)"),
+        ({"labels": torch.zeros(5, 1)}, "labels that are not one class number per image"),
+        ({"labels": torch.full((5,), 0.5)}, "labels that are not one class number per image"),
+        ({"latents": torch.zeros(5, 32, 4, 4, dtype=torch.uint8)}, "latents that are not floating-point numbers"),
+        ({"latents": torch.zeros(5, 8)}, "latents of the shape (5, 8), not (n, C, H, W)"),
+        ({name: torch.zeros(0, 32, 4, 4) for name in VIEWS} | {"labels": torch.zeros(0)}, "hold no images"),
         (b"text", "is not a complete .safetensors file"),
     ],
 )
@@ -144,7 +172,7 @@ def test_damaged_shards(vectors, change, message, tmp_path):
         path.write_bytes(change)
     else:
         tensors = {name: vectors[name] for name in ("latents", "latents_flip", "labels")} | change
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, path)
+        save_file({name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}, path)
     with pytest.raises(UserError) as error:
         FeatureDataset(tmp_path, normalization=Normalization())
     assert message in str(error.value)

@@ -87,6 +87,7 @@ def test_wrong_configs(rae, tmp_path):
     for change, message in (
         ({"latents_std": None}, "must be lists of numbers"),
         ({"latents_std": [1.0]}, "of equal shapes"),
+        ({"scaling_factor": None}, "scaling_factor must be a number above 0"),
         ({"latents_mean": np.zeros((64, 4, 4)).tolist()}, "is not that of its weights"),
     ):
         for path in rae.iterdir():

@@ -5,16 +5,20 @@ Each is read from a file by load_model, plain and as a Remix with one expert.
 
 import json
 import re
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
-from conftest import check_sampling_refused, golden, make_vae, relative, run
+from conftest import check_sampling_refused, golden, make_vae, relative, run, sampled_images
 from torch import nn
 
 from checkpoint import load_model
 from diffusion import create_flow, create_process
+from features.autoencoder import load_autoencoder
 from models import LightningDiT_models
 from remix import RemixDiT
+from runtime.processes import SampleGenerators
 from sampling.experts import for_sampling
 from sampling.guidance import GuidedDenoiser, make_schedule
 from training.batches import Microbatch
@@ -93,7 +97,8 @@ def test_losses(models):
         assert relative(losses, vectors["loss"]) < 1e-5
 
 
-@pytest.mark.parametrize("with_experts", [False, True])
+# The guided chains show it for a Remix, too.
+@pytest.mark.parametrize("with_experts", [False, pytest.param(True, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_guidance(with_experts, tmp_path):
     """On three channels from a time on, or on all channels between two times, as the published functions apply it."""
@@ -117,12 +122,30 @@ def test_guidance(with_experts, tmp_path):
                 assert relative(out[:, :channels], cfg["out"][:3]) < 1e-5, name
 
 
+@torch.no_grad()
+def published_samples(model: nn.Module, steps: int, shift: float, last: float, guided_channels: int) -> torch.Tensor:
+    """Samples 0 and 1 of seed 0 and these labels, by Euler's method with the guidance of a family."""
+    channels, side = model.config["in_channels"], model.config["input_size"]
+    scale, highest = (6.7, 0.875) if guided_channels == 3 else (1.42, 1)
+    x, y = SampleGenerators(0, range(2)).randn((channels, side, side)), torch.arange(2)
+    levels = torch.linspace(1, last, steps + 1, dtype=torch.float64)
+    levels = shift * levels / (1 + (shift - 1) * levels)
+    for level, following in pairwise(levels.tolist()):
+        t = torch.full((2,), 1 - level)
+        v, guide = (model(x, t, labels)[:, :channels] for labels in (y, torch.full_like(y, 10)))
+        if level <= highest:
+            guided = guide + scale * (v - guide)
+            v = torch.cat([guided[:, :guided_channels], v[:, guided_channels:]], dim=1)
+        x = x + (level - following) * v
+    return x
+
+
 @pytest.mark.parametrize("family", FILES)
-def test_a_file_brings_the_settings_of_its_family(family, tmp_path):
-    read(tmp_path / "a.pt", family, FILES[family][1])
+def test_a_file_brings_the_settings_of_its_family(family, tmp_path, monkeypatch):
+    model, _ = read(tmp_path / "a.pt", family, FILES[family][1])
     channels = {"lightningdit": 32, "ditdh": 24}[family]
     vae = make_vae(tmp_path / "vae", latent_channels=channels)
-    flags = ("--ckpt", tmp_path / "a.pt", "--vae", vae, "--num-fid-samples=1", f"--sample-dir={tmp_path}")
+    flags = ("--ckpt", tmp_path / "a.pt", "--vae", vae, "--num-fid-samples=2", f"--sample-dir={tmp_path}")
 
     def settings(name, *more):
         run("sample_ddp.py", *flags, f"--name={name}", *more)
@@ -131,10 +154,17 @@ def test_a_file_brings_the_settings_of_its_family(family, tmp_path):
         return [stored[name] for name in names]
 
     shift = 1 / 0.3 if family == "lightningdit" else (24 * 16 / 4096) ** 0.5
-    if family == "lightningdit":
-        assert settings("own") == ["249", pytest.approx(shift), None, 6.7, [0, 0.875], 3]
-    else:
-        assert settings("own") == ["49", pytest.approx(shift), 0.001, 1.42, None, 24]
+    with monkeypatch.context() as patch:
+        # 249 steps would take seconds.
+        patch.setattr("sampling.pipeline.sample", lambda pipeline, *_: np.zeros((2, 8, 8, 3), np.uint8))
+        if family == "lightningdit":
+            assert settings("own") == ["249", pytest.approx(shift), None, 6.7, [0, 0.875], 3]
+        else:
+            assert settings("own") == ["49", pytest.approx(shift), 0.001, 1.42, None, 24]
+    settings("few", "--num-sampling-steps=8", "--labels=0,1")
+    last, guided_channels = (0, 3) if family == "lightningdit" else (0.001, channels)
+    expected = load_autoencoder(str(vae)).decode(published_samples(model, 8, shift, last, guided_channels))
+    np.testing.assert_allclose(sampled_images(tmp_path / "few").astype(int), expected.numpy(), atol=1)
     changed = ("--num-sampling-steps=2", "--time-shift=1", "--last-level=0", "--cfg-scale=1", "--guided-channels=2")
     assert settings("changed", *changed) == ["2", 1, 0, 1, None, 2]
     assert settings("sde", "--sampler=sde", "--num-sampling-steps=2", "--cfg-all-channels")[1:3] == [
