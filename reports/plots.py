@@ -105,6 +105,8 @@ def chart_of_noise_levels(runs: list[RunRecord], highest: float) -> str | None:
                 linestyle=STYLES[(len(chosen) - 1 - place) % len(STYLES)] if len(runs) == 1 else "-",
                 linewidth=1.6,
                 alpha=alpha,
+                # Above the grid, as the lines of the other charts.
+                zorder=2,
             )
             drawn.append((line, f"step {lines[i]['step']:,}" if len(runs) == 1 else run.name))
             values += errors.values()
@@ -115,7 +117,10 @@ def chart_of_noise_levels(runs: list[RunRecord], highest: float) -> str | None:
         plain_log_ticks(axis)
     axis.set_xlabel(f"{scale_of([0, highest]).unit} (left: least noise)")
     axis.margins(x=0)
-    axis.legend(*zip(*drawn, strict=True), fontsize=12, labelcolor=INK, framealpha=0, edgecolor=GRID)
+    legend = axis.legend(*zip(*drawn, strict=True), fontsize=12, labelcolor=INK, framealpha=0, edgecolor=GRID)
+    for text in legend.get_texts():
+        # A name with dollar signs is no formula.
+        text.set_parse_math(False)
     return to_svg(figure, f"noise-levels-{highest:g}", "held-out loss of each expert over its noise levels")
 
 
@@ -126,9 +131,11 @@ def chart_of_coefficients(run: RunRecord, number: int, last_step: int) -> str | 
         return None
     n_basis = alpha.shape[-1]
     figure = new_figure(2 * SIZE[0], 0.9 + 1.05 * -(-n_basis // 2))
-    draw_coefficients_over_steps(figure, steps, alpha, last_step, columns=2 if n_basis > 1 else 1)
+    draw_coefficients_over_steps(figure, steps, alpha, run.last_step, columns=2 if n_basis > 1 else 1)
     for axis in figure.axes:
         if axis.images:
+            # A run of fewer steps ends where it has ended, on the axis of all runs.
+            axis.set_xlim(right=max(last_step, steps[0] + 1))
             axis.axvline(steps[0], color=INK, linewidth=1, alpha=0.5, gid="cursor")
     return to_svg(figure, f"coefficients-{number}", f"{run.name}: coefficients over the steps")
 
@@ -149,7 +156,7 @@ def draw_coefficients_over_steps(figure, steps: np.ndarray, alpha: np.ndarray, l
         figure: the figure.
         steps: the steps [S] of the coefficients.
         alpha: the coefficients [S, N, K].
-        last_step: right end of the axis.
+        last_step: the last step of the run, up to which its last coefficients are drawn.
         columns: heat maps per row.
     """
     from matplotlib.ticker import MaxNLocator
