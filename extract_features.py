@@ -267,6 +267,9 @@ def make_reference(out: Path, images: LabelledImages, args: argparse.Namespace):
                 # [n, C, size, size] -> [n, size, size, 3]; gray pixels have three equal channels.
                 pixels.write(batch.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy().data)
             bar.update(len(indices) + len(reasons))
+        if not labels:
+            name, reason = next(iter(skipped.items()))
+            raise UserError(f"none of the images could be read, such as {name} ({reason})")
         pixels.seek(0)
         write_images(temporary, iter(partial(pixels.read, 2**24), b""), (len(labels), size, size, 3), np.array(labels))
     print(f"wrote {out}: {counted(len(labels), 'image')} of {size}x{size} pixels with their labels")
