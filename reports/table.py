@@ -1,11 +1,11 @@
 """Runs as a table: the last and the best numbers of metrics.jsonl, and the scores of evaluator.py."""
 
-import csv
 import math
 import textwrap
 from pathlib import Path
 from statistics import median
 
+from figures import save_png, write_csv
 from reports.runs import RunRecord
 from runtime.files import atomic_write
 
@@ -87,8 +87,7 @@ def write_table(out: Path, runs: list[RunRecord]) -> list[Path]:
     """
     header, rows = compare_runs(runs)
     titles, cells = table_cells(header, rows)
-    with atomic_write(out.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
+    write_csv(out, header, rows)
     with atomic_write(out.with_suffix(".md")) as temporary:
         temporary.write_text(markdown(titles, cells))
     draw_table(out, titles, cells)
@@ -132,5 +131,4 @@ def draw_table(out: Path, titles: list[str], cells: list[list[tuple[str, bool]]]
         left += width
     for j in range(len(cells) + 1):
         axis.axhline(j, color="lightgray" if j else "gray", linewidth=0.8)
-    with atomic_write(out) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    save_png(figure, out)
