@@ -227,14 +227,11 @@ def to_svg(figure, name: str, title: str) -> str:
                 axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.draw_without_rendering()
-        # Where the cursor of a chart is at step 0, and by how much a step moves it, in units of the SVG.
-        moves = [
-            line.axes.transData.transform([(line.get_xdata()[0], 0), (line.get_xdata()[0] + 1, 0)])[:, 0]
-            for line in cursors
-        ]
-        firsts = [line.get_xdata()[0] for line in cursors]
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    # The first step of each cursor, and by how much a step moves it, in units of the SVG. They are read after the
+    # figure is saved, because each drawing of a figure with a colour bar changes its layout a little.
+    firsts = [line.get_xdata()[0] for line in cursors]
+    moves = [np.ptp(line.axes.transData.transform([(0, 0), (1, 0)])[:, 0]) for line in cursors]
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     # The style in a figure would hold for the whole page.
@@ -243,10 +240,8 @@ def to_svg(figure, name: str, title: str) -> str:
     svg = re.sub(r' (width|height)="[^"]*"', "", svg, count=2)
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
-    for (start, after), first in zip(moves, firsts, strict=True):
-        svg = svg.replace(
-            '<g id="cursor">', f'<g class="cursor" data-first="{first:g}" data-move="{after - start:.6g}">', 1
-        )
+    for move, first in zip(moves, firsts, strict=True):
+        svg = svg.replace('<g id="cursor">', f'<g class="cursor" data-first="{first}" data-move="{move:.6g}">', 1)
     # Identifiers are made unique on the page.
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)

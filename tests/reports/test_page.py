@@ -158,8 +158,14 @@ def test_names_of_runs_are_text(runs):
 def test_the_coefficients_of_a_shorter_run_end_with_it(trained, tmp_path, monkeypatch):
     """On an axis of 1,000 steps, the heat maps of a run of 300 steps end at step 300."""
     write_run(tmp_path / "short", json.loads((trained / "config.json").read_text()), [100, 200, 300], [])
+    [record] = read_runs([tmp_path / "short"])
+    svg = chart_of_coefficients(record, 0, 1000)
+    # The last step moves the cursor to the right end of the axis.
+    [right] = re.search(r'id="coefficients-0-patch_2">\s*<path d="M \S+ \S+\s+L (\S+)', svg).groups()
+    first, move, left = re.search(r'data-first="(\S+)" data-move="(\S+)">\s*<path d="M (\S+)', svg).groups()
+    assert float(left) + float(move) * (1000 - int(first)) == pytest.approx(float(right), abs=0.01)
     monkeypatch.setattr("reports.plots.to_svg", lambda figure, *names: figure)
-    axis = chart_of_coefficients(read_runs([tmp_path / "short"])[0], 0, 1000).axes[0]
+    axis = chart_of_coefficients(record, 0, 1000).axes[0]
     assert axis.get_xlim() == (100, 1000) and axis.images[0].get_extent()[:2] == [100, 300]
 
 
