@@ -125,7 +125,7 @@ def fit(args: argparse.Namespace, device: torch.device):
     from evaluation.classifier import write_classifier
 
     out = Path(args.fit_classifier)
-    if args.samples:
+    if args.samples or args.weights or args.also or args.json or args.save_stats:
         raise UserError(
             "--fit-classifier takes labelled images only: score samples with a second command and --weights"
         )

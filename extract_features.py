@@ -59,7 +59,7 @@ from runtime.files import (
     remove_leftovers,
     write_json,
 )
-from runtime.processes import SampleGenerators, World, rank0_logger, setup
+from runtime.processes import SampleGenerators, World, rank0_logger, setup, worker_count
 
 # The file that records what made the features, so that features of different settings are never mixed.
 SETTINGS = "settings.json"
@@ -253,7 +253,7 @@ def make_reference(out: Path, images: LabelledImages, args: argparse.Namespace):
     for note in [*images.notes, check_disk(out.parent, 2 * 3 * size**2 * len(images), "images and a copy of them")]:
         print(note)
     crops = Crops(images, size, args.grayscale, args.max_pixels)
-    loader = DataLoader(crops, args.batch_size, num_workers=args.num_workers, collate_fn=join)
+    loader = DataLoader(crops, args.batch_size, num_workers=worker_count(args.num_workers), collate_fn=join)
     labels, skipped = [], {}
     with (
         atomic_write(out) as temporary,
@@ -267,6 +267,9 @@ def make_reference(out: Path, images: LabelledImages, args: argparse.Namespace):
                 # [n, C, size, size] -> [n, size, size, 3]; gray pixels have three equal channels.
                 pixels.write(batch.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy().data)
             bar.update(len(indices) + len(reasons))
+        if not labels:
+            name, reason = next(iter(skipped.items()))
+            raise UserError(f"none of the images could be read, such as {name} ({reason})")
         pixels.seek(0)
         write_images(temporary, iter(partial(pixels.read, 2**24), b""), (len(labels), size, size, 3), np.array(labels))
     print(f"wrote {out}: {counted(len(labels), 'image')} of {size}x{size} pixels with their labels")
@@ -460,7 +463,7 @@ def encode_shards(
     loader = DataLoader(
         crops,
         batch_sampler=batches,
-        num_workers=args.num_workers,
+        num_workers=worker_count(args.num_workers),
         collate_fn=join,
         pin_memory=world.device.type == "cuda",
     )
@@ -595,8 +598,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--num-workers",
         type=number(int, 0),
-        default=4,
-        help="worker processes that decode images, per process; 0 decodes in the process itself",
+        help="worker processes that decode images, per process; 0 decodes in the process itself (default: 4, or the "
+        "number of CPU cores if there are fewer)",
     )
     parser.add_argument("--global-seed", type=seed_int, default=0, help="seed of the draws from the VAE's posterior")
     run_script(main, parser)

@@ -1,5 +1,6 @@
-"""Image grids and heat maps of mixing coefficients, saved as PNG."""
+"""Image grids and heat maps of mixing coefficients, saved as PNG, and the numbers of figures as CSV."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -97,5 +98,16 @@ def save_coefficients(path, model: RemixDiT, title: str):
     axes[-1, 0].set_xlabel(f"expert and its {scale_of(model.boundaries).unit}s (expert 0: least noise)")
     figure.suptitle(title, fontsize=10)
     figure.colorbar(image, ax=axes[:, 0].tolist(), label="coefficient")
-    with atomic_write(Path(path)) as temporary:
+    save_png(figure, Path(path))
+
+
+def save_png(figure, path: Path):
+    """Save a matplotlib figure as a PNG."""
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+def write_csv(figure: Path, header: list, rows: list[list]):
+    """Write the numbers of a figure to the CSV file of the same name."""
+    with atomic_write(figure.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])

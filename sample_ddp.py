@@ -38,7 +38,7 @@ from interop.own import find_checkpoint, fingerprint
 from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, flow_target, frequency_override
 from models import BACKBONES, model_names
 from runtime.command_line import ArgumentParser, counted, folder_name, number, positive_int, run_script, seed_int
-from runtime.errors import UserError, is_first_process
+from runtime.errors import UserError, is_first_process, warn
 from runtime.files import (
     atomic_write,
     check_disk,
@@ -358,7 +358,7 @@ def label_list(text: str) -> str | list[int | str]:
 
 
 def class_numbers(labels: str | list[int | str] | None, config: dict, ckpt: str) -> str | list[int] | None:
-    """Return the value of --labels with the numbers of the classes that it names.
+    """Return the value of --labels with the numbers of the classes that it names. Numbers stay as they are.
 
     Raises:
         UserError: if the checkpoint has no class of such a name.
@@ -370,6 +370,10 @@ def class_numbers(labels: str | list[int | str] | None, config: dict, ckpt: str)
         if isinstance(label, str) and label not in classes:
             known = f"the classes {', '.join(classes[:20])}{', ...' * (len(classes) > 20)}" if classes else "no names"
             raise UserError(f"--labels {label}: {ckpt} has {known}")
+        if isinstance(label, int) and str(label) in classes and classes.index(str(label)) != label:
+            # Names are sorted as text: a class of the name 10 comes before that of the name 2.
+            other = classes.index(str(label))
+            warn(f"--labels {label} is the class of this number; the class of the name {label} is number {other}")
     return [classes.index(label) if isinstance(label, str) else label for label in labels]
 
 

@@ -21,14 +21,9 @@ ema: held-out error, FID or both over the width of the EMA, from the snapshots o
 """
 
 import argparse
-import csv
-import time
-from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,26 +36,22 @@ from diffusion.intervals import interval_labels, scale_of
 from evaluation.scores import NEIGHBOURS
 from features.autoencoder import Normalization
 from features.dataset import FeatureDataset
-from figures import save_coefficients, save_grid
+from figures import save_coefficients, save_grid, save_png, write_csv
 from interop.own import find_checkpoint
 from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override
-from mixing.experts import stored_state
 from remix import Remix
+from reports.ema import Measure, draw_ema, ema_scores, error_measure
 from reports.page import write_page
 from reports.plots import coefficients_over_steps, draw_coefficients_over_steps
 from reports.runs import read_runs
 from reports.table import table_files, write_table
-from runtime.command_line import ArgumentParser, counted, number, positive_int, run_script, seed_int
+from runtime.command_line import ArgumentParser, number, positive_int, run_script, seed_int
 from runtime.errors import UserError
-from runtime.files import atomic_write, check_unused
+from runtime.files import check_unused
 from runtime.processes import World
-from sampling.experts import for_sampling
-from training.posthoc_ema import WIDEST, Fit, fit_snapshots, reconstruct
+from training.posthoc_ema import WIDEST, fit_snapshots
 from training.scoring import FID_SAMPLES, ScoreSettings, make_fid
 from training.statistics import HeldOutErrors
-
-# Evenly spaced noise levels at which the error of an EMA is measured.
-EMA_LEVELS = 50
 
 
 def main(args: argparse.Namespace):
@@ -145,13 +136,7 @@ def draw_ema_of(out: Path, args: argparse.Namespace):
         x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, config)
         diffusion = create_process(**config["diffusion"])
         errors = HeldOutErrors(diffusion, x.to(device()), y.to(device()), min(32, len(x)), args.global_seed)
-        levels = errors.process.scale.grid(EMA_LEVELS)
-        measures["error"] = Measure(
-            partial(held_out_error, errors),
-            lambda network: errors(network, levels[:1]),
-            EMA_LEVELS,
-            f"the error at {EMA_LEVELS} noise levels",
-        )
+        measures["error"] = error_measure(errors)
     if args.score_against:
         if not config["training"]:
             raise UserError(f"{args.ckpt} is not a checkpoint of a run with --ema-snapshots")
@@ -162,7 +147,7 @@ def draw_ema_of(out: Path, args: argparse.Namespace):
         measures["FID"] = Measure(
             fid.evaluate, lambda network: fid.measure(fid.parts[0], network), len(fid.parts), str(fid)
         )
-    draw_ema(out, ema_scores(model, fits, measures), config["model"]["name"])
+    draw_ema(out, ema_scores(model, fits, measures, device()), config["model"]["name"])
 
 
 def overrides_of(args: argparse.Namespace) -> dict:
@@ -337,84 +322,6 @@ def draw_losses(
     write_csv(out, header, rows)
 
 
-def held_out_error(errors: HeldOutErrors, model: nn.Module) -> float:
-    """Return the mean error of a model over evenly spaced noise levels."""
-    return errors(model, errors.process.scale.grid(EMA_LEVELS)).mean().item()
-
-
-class Measure(NamedTuple):
-    """What is measured of a model.
-
-    Attributes:
-        whole: function of a model that returns the number.
-        part: function of a model that does one of `parts` equal parts of this work.
-        parts: number of parts.
-        text: what is measured.
-    """
-
-    whole: Callable[[nn.Module], float]
-    part: Callable[[nn.Module], Any]
-    parts: int
-    text: str
-
-
-def estimate_seconds(network: nn.Module, measure: Measure) -> float:
-    """Return the time that one measurement of a network will take, from the time of one of its parts."""
-    start = time.perf_counter()
-    measure.part(network)
-    if device().type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * measure.parts
-
-
-def ema_scores(model: nn.Module, fits: list[Fit], measures: dict[str, Measure]) -> dict[float | None, dict[str, float]]:
-    """Measure averages of the weights of several widths.
-
-    Args:
-        model: the model of a run with snapshots, with the EMA of the training.
-        fits: the averages to make, one per width.
-        measures: what is measured, by name. Before the first, the time that all will take is printed.
-
-    Returns:
-        The results by width and name; those of the training's EMA have the width None.
-    """
-    state = {name: tensor.clone() for name, tensor in stored_state(model).items()}
-    network = for_sampling(model).to(device())
-    seconds = (1 + len(fits)) * sum(estimate_seconds(network, measure) for measure in measures.values())
-    texts = " and ".join(measure.text for measure in measures.values())
-    print(
-        f"{counted(1 + len(fits), 'EMA')} (that of the training and {counted(len(fits), 'width')}), of each {texts}: "
-        f"about {timedelta(seconds=round(seconds))} in all (fewer --stds or --score-samples take less)",
-        flush=True,
-    )
-    scores = {}
-    for fit in tqdm([None, *fits], desc="widths"):
-        model.load_state_dict(state if fit is None else reconstruct(fit, state))
-        network = for_sampling(model).to(device())
-        scores[fit.std if fit else None] = {name: measure.whole(network) for name, measure in measures.items()}
-    return scores
-
-
-def draw_ema(out: Path, scores: dict[float | None, dict[str, float]], name: str):
-    """Draw the results of ema_scores, one panel for each score."""
-    from matplotlib.figure import Figure
-
-    stds = sorted(std for std in scores if std is not None)
-    kinds = list(scores[None])
-    figure = Figure((7 * len(kinds), 4), layout="constrained")
-    axes = figure.subplots(1, len(kinds), squeeze=False)
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        axis.plot(stds, [scores[std][kind] for std in stds], marker="o", label="post-hoc EMA")
-        axis.axhline(scores[None][kind], color="gray", linestyle="--", label="EMA of the training")
-        axis.set_xlabel("relative standard deviation of the EMA")
-        axis.set_ylabel("held-out error" if kind == "error" else kind)
-        axis.legend()
-    figure.suptitle(name, fontsize=10)
-    save_png(figure, out)
-    rows = [[std or "training", *scores[std].values()] for std in (None, *stds)]
-    write_csv(out, ["std", *kinds], rows)
-
-
 def draw_grids_of(out: Path, args: argparse.Namespace):
     """Draw the samples of several models."""
     draw_grids(out, args.samples, args.images)
@@ -453,17 +360,6 @@ def draw_grids(out: Path, paths: list[str], count: int):
                 )
     captions = [name if i == 0 else "" for name in names for i in range(len(rows[0]))]
     save_grid(out, np.concatenate(rows), captions, columns=len(rows[0]), clip_captions=False)
-
-
-def save_png(figure, path: Path):
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-
-
-def write_csv(figure: Path, header: list, rows: list[list]):
-    """Write the numbers of a figure to the CSV file of the same name."""
-    with atomic_write(figure.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
 
 
 if __name__ == "__main__":

@@ -64,8 +64,10 @@ class Classifier(nn.Module):
 def read_labelled(path) -> tuple[np.ndarray, np.ndarray]:
     """Return the images [n, H, W, 3], uint8, and the labels [n] of an .npz file of extract_features.py --reference.
 
+    The labels are numbered from 0, in their order, so that each class has an image.
+
     Raises:
-        UserError: if it holds no images and labels, or if the images are not square.
+        UserError: if it holds no images and labels of at least two classes, or if the images are not square.
     """
     if not zipfile.is_zipfile(path) or not {"arr_0.npy", "arr_1.npy"} <= set(zipfile.ZipFile(path).namelist()):
         raise UserError(f"{path} holds no labelled images: write them with extract_features.py --reference OUT.npz")
@@ -75,8 +77,8 @@ def read_labelled(path) -> tuple[np.ndarray, np.ndarray]:
     if dtype.kind not in "iu" or shape != (len(images),):
         raise UserError(f"{path}: arr_1 is {dtype} {shape}, expected the labels of {len(images)} images")
     with np.load(path, allow_pickle=False) as file:
-        labels = file["arr_1"].astype(np.int64)
-    if images.shape[1] != images.shape[2] or labels.min() < 0 or len(set(labels.tolist())) < 2:
+        classes, labels = np.unique(file["arr_1"], return_inverse=True)
+    if images.shape[1] != images.shape[2] or len(classes) < 2:
         raise UserError(f"{path} must hold square images of at least two classes")
     return images, labels
 
@@ -86,7 +88,7 @@ def fit_classifier(images: np.ndarray, labels: np.ndarray, device: torch.device)
 
     Args:
         images: uint8 [n, side, side, 3].
-        labels: int64 [n].
+        labels: int64 [n], each number from 0 to the highest at least once.
         device: device of the training.
 
     Returns:
@@ -126,8 +128,7 @@ def write_classifier(reference, out: Path, device: torch.device) -> str:
     images, labels = read_labelled(reference)
     network, accuracy, n_held_out = fit_classifier(images, labels, device)
     save_program(network, out, images.shape[1])
-    n_classes = len(np.unique(labels))
     return (
-        f"{out}: accuracy {accuracy:.4f} on {n_held_out:,} held-out images of {n_classes} classes "
+        f"{out}: accuracy {accuracy:.4f} on {n_held_out:,} held-out images of {labels.max() + 1} classes "
         f"(the most frequent class: {np.bincount(labels).max() / len(labels):.4f})"
     )

@@ -35,8 +35,8 @@ def write_page(out: Path, runs: list[RunRecord]):
     """
     steps = slider_steps(runs)
     columns = number_names(runs)
-    # A closing tag within the data would end the script.
-    data = json.dumps(page_data(runs, steps, columns), separators=(",", ":")).replace("</", "<\\/")
+    # A tag or a comment within the data could end the script.
+    data = json.dumps(page_data(runs, steps, columns), separators=(",", ":")).replace("<", "\\u003c")
     parts = {
         "title": html.escape(" and ".join(run.name for run in runs) if len(runs) < 4 else counted(len(runs), "run")),
         "subtitle": subtitle(runs),

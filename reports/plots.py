@@ -105,6 +105,8 @@ def chart_of_noise_levels(runs: list[RunRecord], highest: float) -> str | None:
                 linestyle=STYLES[(len(chosen) - 1 - place) % len(STYLES)] if len(runs) == 1 else "-",
                 linewidth=1.6,
                 alpha=alpha,
+                # Above the grid, as the lines of the other charts.
+                zorder=2,
             )
             drawn.append((line, f"step {lines[i]['step']:,}" if len(runs) == 1 else run.name))
             values += errors.values()
@@ -115,7 +117,10 @@ def chart_of_noise_levels(runs: list[RunRecord], highest: float) -> str | None:
         plain_log_ticks(axis)
     axis.set_xlabel(f"{scale_of([0, highest]).unit} (left: least noise)")
     axis.margins(x=0)
-    axis.legend(*zip(*drawn, strict=True), fontsize=12, labelcolor=INK, framealpha=0, edgecolor=GRID)
+    legend = axis.legend(*zip(*drawn, strict=True), fontsize=12, labelcolor=INK, framealpha=0, edgecolor=GRID)
+    for text in legend.get_texts():
+        # A name with dollar signs is no formula.
+        text.set_parse_math(False)
     return to_svg(figure, f"noise-levels-{highest:g}", "held-out loss of each expert over its noise levels")
 
 
@@ -126,9 +131,11 @@ def chart_of_coefficients(run: RunRecord, number: int, last_step: int) -> str | 
         return None
     n_basis = alpha.shape[-1]
     figure = new_figure(2 * SIZE[0], 0.9 + 1.05 * -(-n_basis // 2))
-    draw_coefficients_over_steps(figure, steps, alpha, last_step, columns=2 if n_basis > 1 else 1)
+    draw_coefficients_over_steps(figure, steps, alpha, run.last_step, columns=2 if n_basis > 1 else 1)
     for axis in figure.axes:
         if axis.images:
+            # A run of fewer steps ends where it has ended, on the axis of all runs.
+            axis.set_xlim(right=max(last_step, steps[0] + 1))
             axis.axvline(steps[0], color=INK, linewidth=1, alpha=0.5, gid="cursor")
     return to_svg(figure, f"coefficients-{number}", f"{run.name}: coefficients over the steps")
 
@@ -149,7 +156,7 @@ def draw_coefficients_over_steps(figure, steps: np.ndarray, alpha: np.ndarray, l
         figure: the figure.
         steps: the steps [S] of the coefficients.
         alpha: the coefficients [S, N, K].
-        last_step: right end of the axis.
+        last_step: the last step of the run, up to which its last coefficients are drawn.
         columns: heat maps per row.
     """
     from matplotlib.ticker import MaxNLocator
@@ -220,14 +227,11 @@ def to_svg(figure, name: str, title: str) -> str:
                 axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.draw_without_rendering()
-        # Where the cursor of a chart is at step 0, and by how much a step moves it, in units of the SVG.
-        moves = [
-            line.axes.transData.transform([(line.get_xdata()[0], 0), (line.get_xdata()[0] + 1, 0)])[:, 0]
-            for line in cursors
-        ]
-        firsts = [line.get_xdata()[0] for line in cursors]
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    # The first step of each cursor, and by how much a step moves it, in units of the SVG. They are read after the
+    # figure is saved, because each drawing of a figure with a colour bar changes its layout a little.
+    firsts = [line.get_xdata()[0] for line in cursors]
+    moves = [np.ptp(line.axes.transData.transform([(0, 0), (1, 0)])[:, 0]) for line in cursors]
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     # The style in a figure would hold for the whole page.
@@ -236,10 +240,8 @@ def to_svg(figure, name: str, title: str) -> str:
     svg = re.sub(r' (width|height)="[^"]*"', "", svg, count=2)
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
-    for (start, after), first in zip(moves, firsts, strict=True):
-        svg = svg.replace(
-            '<g id="cursor">', f'<g class="cursor" data-first="{first:g}" data-move="{after - start:.6g}">', 1
-        )
+    for move, first in zip(moves, firsts, strict=True):
+        svg = svg.replace('<g id="cursor">', f'<g class="cursor" data-first="{first}" data-move="{move:.6g}">', 1)
     # Identifiers are made unique on the page.
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)

@@ -183,7 +183,10 @@ def read_scores(path: Path) -> list[tuple[Path, Evaluation]]:
                 f"{path}: there is no settings.json of sample_ddp.py {where}, which says whose samples were scored"
                 + (": use evaluator.py --json samples/NAME/scores.json" if flat else "")
             )
-        ckpt = Path(json.loads(settings.read_text())["ckpt"][0]).resolve()
+        try:
+            ckpt = Path(json.loads(settings.read_text())["ckpt"][0]).resolve()
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise UserError(f"{settings} is not a file of sample_ddp.py") from None
         step = int(ckpt.stem) if ckpt.stem.isdigit() else None
         results.append((ckpt.parent.parent, Evaluation(settings.parent.name, step, scores)))
     return results

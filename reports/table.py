@@ -1,17 +1,17 @@
 """Runs as a table: the last and the best numbers of metrics.jsonl, and the scores of evaluator.py."""
 
-import csv
 import math
 import textwrap
 from pathlib import Path
 from statistics import median
 
+from figures import save_png, write_csv
 from reports.runs import RunRecord
 from runtime.files import atomic_write
 
-# Where more is better; of all other numbers except NEUTRAL, less is.
+# Where more is better; of all other numbers except steps, less is. NAMES are no numbers.
 HIGHER = ("Inception Score", "Precision", "Recall", "images/s")
-NEUTRAL = ("run", "last step", "samples")
+NAMES = ("run", "samples")
 # The evaluator's uncertainty of a score is a score of its own, with this ending.
 STD = " std"
 
@@ -51,8 +51,10 @@ def table_cells(header: list[str], rows: list[list]) -> tuple[list[str], list[li
     stds = {i: header.index(header[i] + STD) for i in shown if header[i] + STD in header}
     best = {}
     for i in shown:
-        values = [row[i] for row in rows if row[i] is not None]
-        if header[i] not in NEUTRAL and "step" not in header[i] and len(set(values)) > 1:
+        if header[i] in NAMES or "step" in header[i]:
+            continue
+        values = [row[i] for row in rows if row[i] is not None and math.isfinite(row[i])]
+        if len(set(values)) > 1:
             best[i] = (max if header[i] in HIGHER else min)(values)
     cells = []
     for row in rows:
@@ -85,8 +87,7 @@ def write_table(out: Path, runs: list[RunRecord]) -> list[Path]:
     """
     header, rows = compare_runs(runs)
     titles, cells = table_cells(header, rows)
-    with atomic_write(out.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
+    write_csv(out, header, rows)
     with atomic_write(out.with_suffix(".md")) as temporary:
         temporary.write_text(markdown(titles, cells))
     draw_table(out, titles, cells)
@@ -120,14 +121,14 @@ def draw_table(out: Path, titles: list[str], cells: list[list[tuple[str, bool]]]
     axis.set_axis_off()
     left = 0
     for i, width in enumerate(widths):
-        texts = titles[i] in NEUTRAL
-        place, align = (left + 1, "left") if texts else (left + width - 1, "right")
+        place, align = (left + 1, "left") if titles[i] in NAMES else (left + width - 1, "right")
         axis.text(place, -0.2, titles[i], ha=align, va="bottom", color="dimgray")
         for j, row in enumerate(cells):
             text, best = row[i]
-            axis.text(place, j + 0.5, text, ha=align, va="center", weight="bold" if best else "normal")
+            # A name with dollar signs is no formula.
+            style = {"weight": "bold" if best else "normal", "parse_math": False}
+            axis.text(place, j + 0.5, text, ha=align, va="center", **style)
         left += width
     for j in range(len(cells) + 1):
         axis.axhline(j, color="lightgray" if j else "gray", linewidth=0.8)
-    with atomic_write(out) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    save_png(figure, out)

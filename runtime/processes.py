@@ -29,6 +29,17 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TIMEOUT = timedelta(minutes=30)
 
 
+def worker_count(given: int | None) -> int:
+    """Return how many worker processes read images.
+
+    Args:
+        given: the value of --num-workers. The default (None) is 4, or the number of CPU cores that this process may use
+            if there are fewer, because PyTorch warns of more workers than that.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(4, cores) if given is None else given
+
+
 @dataclass(frozen=True)
 class World:
     """This process's place among all processes.

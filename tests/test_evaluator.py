@@ -12,6 +12,7 @@ import torch
 from conftest import DEVICES, GOLDEN, ROOT, ToyNetwork, export_network, file_limit, relative, run, start
 from PIL import Image
 
+from evaluation.classifier import read_labelled
 from evaluation.files import content_hash
 from evaluation.networks import AdmInception, load_network
 from evaluation.scores import GaussianStatistics, fid_bias, fid_std, kernel_distance
@@ -452,7 +453,13 @@ def test_a_classifier_of_own_images(files, tmp_path):
     scores = parse_scores(run("evaluator.py", tmp_path / "own.npz", files / "sample.npz", "--weights", out).stdout)
     assert scores["FID"] > 0 and 1 <= scores["Inception Score"] <= 3
 
+    # Numbers of classes may have gaps.
+    np.savez(tmp_path / "gaps.npz", arr_0=images, arr_1=np.array([-5, 7, 10**12])[labels])
+    assert read_labelled(tmp_path / "gaps.npz")[1].tolist() == labels.tolist()
+
     flags = ("--fit-classifier", tmp_path / "other.pt2")
+    scored = run("evaluator.py", tmp_path / "own.npz", *flags, "--json", tmp_path / "s.json", expect=2).stderr
+    assert "score samples with a second command" in scored
     np.savez(tmp_path / "few.npz", arr_0=images, arr_1=labels[:7])
     for reference, message in (
         (files / "ref.npz", "holds no labelled images: write them with extract_features.py --reference"),

@@ -311,6 +311,10 @@ def test_the_reference_has_the_crops_of_the_features(images, features, tmp_path)
         assert np.ptp(file["arr_0"], axis=3).max() == 0
     both = run("extract_features.py", *flags, "--reference=r.npz", "--features-path=f", expect=2).stderr
     assert "not allowed with argument" in both
+    for path in tree.rglob("*.png"):
+        path.write_bytes(b"not an image")
+    none = run("extract_features.py", *flags, "--reference", tmp_path / "none.npz", expect=2).stderr
+    assert "none of the images could be read" in none and not (tmp_path / "none.npz").exists()
 
 
 def test_draws_are_not_mixed_with_moments(moments, vae):

@@ -26,6 +26,7 @@ from diffusion import create_diffusion, create_process
 from interop.own import save_checkpoint
 from models import DiT_models
 from runtime.processes import SampleGenerators
+from sample_ddp import class_numbers
 from sampling.pipeline import label_of
 
 
@@ -297,6 +298,13 @@ def test_chosen_labels(ckpt, tmp_path, labels, expected):
     if labels != "equal":
         wrong = run("sample_ddp.py", *flags, "--labels=class1,Bag", "--name=other", expect=2).stderr
         assert f"--labels Bag: {ckpt} has the classes class0, class1, class2\n" in wrong
+
+
+def test_a_number_that_is_the_name_of_another_class_is_warned_about(capsys):
+    config = {"data": {"classes": ["0", "1", "10", "2"]}}
+    assert class_numbers([0, 2, "10"], config, "a.pt") == [0, 2, 2]
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == "warning: --labels 2 is the class of this number; the class of the name 2 is number 3"
 
 
 def test_equal_labels_differ_in_number_by_at_most_one():

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffusion import Process, create_process
 from features.dataset import FeatureDataset
-from runtime.processes import World, ignore_signals, seed_for
+from runtime.processes import World, ignore_signals, seed_for, worker_count
 from training.settings import Execution, RunSettings
 
 
@@ -320,17 +320,19 @@ class BatchSampler:
         return slice(rank * self.batch_size // size, (rank + 1) * self.batch_size // size)
 
     @contextmanager
-    def load(self, dataset: FeatureDataset, steps: range, num_workers: int) -> Iterator[Iterator[StepBatch]]:
+    def load(self, dataset: FeatureDataset, steps: range, num_workers: int | None) -> Iterator[Iterator[StepBatch]]:
         """Prepare this process's part of every step in advance; the preparing processes end with the context.
 
         Args:
             dataset: the encoded images.
             steps: the steps to prepare.
-            num_workers: number of processes that read images and draw random numbers; with 0 this process does.
+            num_workers: number of processes that read images and draw random numbers; with 0 this process does. None
+                stands for the default of `worker_count`.
 
         Yields:
             An iterator of one StepBatch per step, in host memory, which is pinned if this process has a GPU.
         """
+        num_workers = worker_count(num_workers)
         images = GlobalBatches(len(dataset), dataset.views, self.batch_size, self.seed, steps, self.rows)
         batches = iter(
             DataLoader(

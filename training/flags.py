@@ -452,9 +452,9 @@ def add_speed_flags(parser: ArgumentParser):
     add(
         "--num-workers",
         type=number(int, 0),
-        default=4,
         metavar="N",
-        help="processes that read features and draw noise, per training process",
+        help="processes that read features and draw noise, per training process (default: 4, or the number of CPU "
+        "cores if there are fewer)",
     )
 
 

@@ -18,6 +18,7 @@ from conftest import run, write_run
 from PIL import Image
 
 from reports.page import MAX_POSITIONS, embed, slider_steps
+from reports.plots import chart_of_coefficients
 from reports.runs import read_runs
 from reports.table import format_number
 
@@ -145,10 +146,27 @@ def test_long_runs_and_large_pictures_are_thinned_out(trained, tmp_path):
 
 def test_names_of_runs_are_text(runs):
     """A name with characters of HTML does not change the page, nor does one of a placeholder."""
-    odd = runs[1].rename(runs[1].with_name("<b>{{data}}<"))
-    run("visualize.py", "run", odd)
+    odd = runs[0].rename(runs[0].with_name("<b>{{data}}<!--$x$"))
+    shutil.copytree(odd, odd / "copy")
+    run("visualize.py", "run", odd, odd / "copy", "--out", odd / "page.html")
     page = (odd / "page.html").read_text()
-    assert "<h1>&lt;b&gt;{{data}}&lt;</h1>" in page and "<b>{{" not in page
+    assert page.count("<h1>&lt;b&gt;{{data}}&lt;!--$x$ and copy</h1>") == 1 and "<b>{{" not in page
+    # In the legend, too.
+    assert re.search(r"<text[^>]*>&lt;b&gt;{{data}}&lt;!--\$x\$</text>", page)
+
+
+def test_the_coefficients_of_a_shorter_run_end_with_it(trained, tmp_path, monkeypatch):
+    """On an axis of 1,000 steps, the heat maps of a run of 300 steps end at step 300."""
+    write_run(tmp_path / "short", json.loads((trained / "config.json").read_text()), [100, 200, 300], [])
+    [record] = read_runs([tmp_path / "short"])
+    svg = chart_of_coefficients(record, 0, 1000)
+    # The last step moves the cursor to the right end of the axis.
+    [right] = re.search(r'id="coefficients-0-patch_2">\s*<path d="M \S+ \S+\s+L (\S+)', svg).groups()
+    first, move, left = re.search(r'data-first="(\S+)" data-move="(\S+)">\s*<path d="M (\S+)', svg).groups()
+    assert float(left) + float(move) * (1000 - int(first)) == pytest.approx(float(right), abs=0.01)
+    monkeypatch.setattr("reports.plots.to_svg", lambda figure, *names: figure)
+    axis = chart_of_coefficients(record, 0, 1000).axes[0]
+    assert axis.get_xlim() == (100, 1000) and axis.images[0].get_extent()[:2] == [100, 300]
 
 
 @pytest.mark.parametrize(

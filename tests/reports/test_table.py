@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import run
 from PIL import Image
+
+from reports.table import table_cells
 
 
 def write_scores(folder: Path, ckpt: Path, scores: dict):
@@ -65,9 +68,16 @@ def test_scores_of_unknown_samples(runs, tmp_path):
     done = run("visualize.py", "compare", runs[0], "--scores", tmp_path / "a/scores.json", "--out", tmp_path / "t.png")
     assert "which is none of the runs: left out" in done.stderr
     assert "samples" not in (tmp_path / "t.csv").read_text()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/settings.json").write_text('{"image_size": 8}')
+    (tmp_path / "b/scores.json").write_text('{"FID": 1.0}')
     (tmp_path / "a/settings.json").unlink()
     (tmp_path / "list.json").write_text("[1]")
-    for file, message in (("a/scores.json", "--json samples/NAME/scores.json"), ("list.json", "is not a file of")):
+    for file, message in (
+        ("a/scores.json", "--json samples/NAME/scores.json"),
+        ("b/scores.json", "settings.json is not a file of sample_ddp.py"),
+        ("list.json", "is not a file of evaluator.py"),
+    ):
         flags = ("--scores", tmp_path / file, "--out", tmp_path / "u.png")
         assert message in run("visualize.py", "compare", runs[0], *flags, expect=2).stderr
 
@@ -80,6 +90,15 @@ def test_runs_of_equal_names_are_told_apart(runs, tmp_path):
     (tmp_path / "link").symlink_to(runs[1])
     twice = run("visualize.py", "compare", runs[1], tmp_path / "link", "--out", tmp_path / "u.png", expect=2)
     assert twice.stderr.endswith("is given twice\n")
+
+
+def test_the_best_of_a_column_is_a_number():
+    """Values that are missing or not finite are never the best."""
+    header = ["run", "last step", "loss", "images/s"]
+    rows = [["a", 1, math.nan, 3.0], ["b", 2, 0.5, 2.0], ["c", 3, 0.25, None], ["d", 4, math.inf, math.nan]]
+    _, cells = table_cells(header, rows)
+    best = [[text for text, best in row if best] for row in cells]
+    assert best == [["3"], [], ["0.25"], []]
 
 
 @pytest.mark.parametrize("out", ["t.csv", "t"])

@@ -1,8 +1,10 @@
 """Seeds and per-sample random generators. The tests of the scripts cover processes and signals."""
 
+import os
+
 import torch
 
-from runtime.processes import SampleGenerators, seed_for
+from runtime.processes import SampleGenerators, seed_for, worker_count
 
 
 def test_a_seed_is_a_function_of_the_position():
@@ -27,3 +29,10 @@ def test_a_samples_draws_are_those_of_a_generator_with_its_seed():
     generators = SampleGenerators(3, [6, 7])
     for _ in range(2):
         assert torch.equal(generators.randn((2, 3))[1], torch.randn(2, 3, generator=generator))
+
+
+def test_no_more_workers_than_cores_by_default(monkeypatch):
+    for cores, workers in ((1, 1), (2, 2), (64, 4)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: set(range(n)), raising=False)
+        assert worker_count(None) == workers
+    assert worker_count(0) == 0 and worker_count(12) == 12
