@@ -16,10 +16,10 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 # Alpha in percent: one row per basis, one column per expert.
 ALPHA = """
-    72 62 55 49 41 32 25 18 15 14 12 11  9  7  6  1  1  0  0  0
-     8 17 29 37 43 49 49 47 45 39 24 16  7  4  3  0  0  1  0  0
-    11  7  4  5  8 13 18 25 33 41 59 67 74 81 82  1  0  0  0  0
-     9 13 12  8  7  7  8  9  8  7  6  6 10  8  9 99 98 99 100 99
+    79 68 57 48 40 30 27 22 19 16 17 15 12 10  9  1  1  0  0  1
+     9 16 27 36 44 49 51 49 44 37 15  7  4  1  1  1  1  1  1  1
+     8 10  9  8  9 12 15 22 32 40 62 70 78 87 89  0  0  0  0  0
+     4  6  7  8  7  9  7  7  5  7  6  8  6  2  1 98 98 99 99 98
 """
 # The expert whose column is marked.
 EXAMPLE = 14
