@@ -38,7 +38,7 @@ MODELS = {"pretrained": "pretrained DiT", "continued": "continued training", "re
 SCORES = ("FID", "Inception Score", "Precision", "Recall")
 # Timesteps between two at which the error is measured, and timesteps that are averaged in the figure.
 EVERY, BIN = 5, 25
-# Seconds of each part of the demo on two cores of an AMD EPYC.
+# Seconds of each part of the demo on two cores.
 SECONDS = {"images": 15, "encode": 35, "continued": 85, "remix": 110, "sample": 80, "score": 30, "draw": 20}
 
 
