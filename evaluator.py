@@ -143,19 +143,20 @@ def samples_of(path: str) -> str:
         UserError: if the sampling into this folder has not finished.
     """
     folder = Path(path)
-    if not (folder / "settings.json").is_file() or not is_folder_of_samples(folder):
+    if sample_settings(folder) is None:
         return path
     if not (folder / "samples.npz").is_file():
         raise UserError(f"{path} holds no samples.npz: the sampling has not finished, run its command again")
     return str(folder / "samples.npz")
 
 
-def is_folder_of_samples(folder: Path) -> bool:
-    """Return whether the settings.json in a folder is one of sample_ddp.py."""
+def sample_settings(folder: Path) -> dict | None:
+    """Return the settings that sample_ddp.py recorded in a folder; None if it is not a folder of samples."""
     try:
-        return "num_fid_samples" in json.loads((folder / "settings.json").read_text())
+        settings = json.loads((folder / "settings.json").read_text())
+        return settings if "num_fid_samples" in settings else None
     except (OSError, ValueError, TypeError):
-        return False
+        return None
 
 
 def means_over_seeds(results: dict[str, dict]) -> dict[str, dict]:
@@ -166,9 +167,8 @@ def means_over_seeds(results: dict[str, dict]) -> dict[str, dict]:
     """
     groups: dict[str, list[str]] = {}
     for path in results:
-        folder = next((place for place in (Path(path), Path(path).parent) if is_folder_of_samples(place)), None)
-        if folder:
-            settings = json.loads((folder / "settings.json").read_text())
+        settings = sample_settings(Path(path)) or sample_settings(Path(path).parent)
+        if settings:
             key = {name: value for name, value in settings.items() if name not in SEED_ONLY}
             groups.setdefault(json.dumps(key), []).append(path)
     means = {}
