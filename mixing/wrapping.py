@@ -48,8 +48,9 @@ def find_linears(
             some = f"linear layers such as {', '.join(examples[:4])}" if examples else "no linear layer"
             raise ValueError(f"layers: nothing matches {pattern!r} in {type(module).__name__}, which has {some}")
         found |= matched
-    for name in found:
-        check_linear(name, modules, subclasses)
+    for name in modules:
+        if name in found:
+            check_linear(name, modules, subclasses)
     matched, names = {modules[name] for name in found}, {}
     for name, layer in modules.items():
         if layer in matched:
