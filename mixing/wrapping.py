@@ -334,8 +334,8 @@ class Arguments:
     def named(self, args: tuple, kwargs: dict) -> list[tuple[str, Any]]:
         """Return the names and the values of all arguments, the positional ones first."""
         # The last name may be that of *args.
-        names = [*self.names, *self.names[-1:] * len(args)]
-        return [*zip(names, args, strict=False), *kwargs.items()]
+        names = [*self.names, *self.names[-1:] * len(args)][: len(args)]
+        return [*zip(names, args, strict=True), *kwargs.items()]
 
     def batches_are_lists(self, size: int, args: tuple, kwargs: dict) -> bool:
         """Return whether no argument is a tensor with the batch as its first dimension and further dimensions.
