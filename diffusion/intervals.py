@@ -150,8 +150,8 @@ def equal_boundaries(n_experts: int, highest: float) -> list[float]:
     return scale_of([0, highest]).equal_boundaries(n_experts)
 
 
-def check_boundaries(boundaries: Sequence[float], n_experts: int, highest: float):
-    """Check the boundaries between experts.
+def check_boundaries(boundaries: Sequence[float], n_experts: int, highest: float, name: str = "boundaries"):
+    """Check the boundaries between experts, or others, whose name is for the messages.
 
     Raises:
         ValueError: unless they are `n_experts` + 1 increasing numbers from 0 to `highest`.
@@ -160,11 +160,11 @@ def check_boundaries(boundaries: Sequence[float], n_experts: int, highest: float
         raise ValueError(f"{n_experts} experts need {n_experts + 1} boundaries, but there are {len(boundaries)}")
     if boundaries[0] != 0 or boundaries[-1] != highest:
         raise ValueError(
-            f"boundaries must run from 0 to {exact(highest)}, but they run from {exact(boundaries[0])} to "
+            f"{name} must run from 0 to {exact(highest)}, but they run from {exact(boundaries[0])} to "
             f"{exact(boundaries[-1])}"
         )
     if any(not low < high for low, high in pairwise(boundaries)):
-        raise ValueError(f"boundaries must increase, but they are {', '.join(map(exact, boundaries))}")
+        raise ValueError(f"{name} must increase, but they are {', '.join(map(exact, boundaries))}")
 
 
 def exact(number: float) -> str:
@@ -218,7 +218,10 @@ def rounded_levels(
 
 
 def inner_boundaries(
-    boundaries: Sequence[float], dtype: torch.dtype | None = None, directions: tuple[bool, ...] = DIRECT
+    boundaries: Sequence[float],
+    dtype: torch.dtype | None = None,
+    directions: tuple[bool, ...] = DIRECT,
+    unrounded: Sequence[float] = (),
 ) -> list[float]:
     """Return the N - 1 boundaries between experts, lowered for comparison with noise levels of a type.
 
@@ -231,13 +234,15 @@ def inner_boundaries(
         dtype: one of `LEVEL_DTYPES`, in which the noise levels arrive. None: the type of times of the scale.
         directions: whether the noise levels are the highest level minus rounded times (`REVERSED`), are rounded
             themselves (`DIRECT`), or may be either (`EITHER`).
+        unrounded: boundaries that are not lowered: levels of all types are compared with them as they are.
     """
-    return list(_inner_boundaries(tuple(boundaries), dtype or scale_of(boundaries).dtype, directions)[0])
+    dtype = dtype or scale_of(boundaries).dtype
+    return list(_inner_boundaries(tuple(boundaries), dtype, directions, tuple(unrounded))[0])
 
 
 @functools.lru_cache
 def _inner_boundaries(
-    boundaries: tuple[float, ...], dtype: torch.dtype, directions: tuple[bool, ...]
+    boundaries: tuple[float, ...], dtype: torch.dtype, directions: tuple[bool, ...], unrounded: tuple[float, ...] = ()
 ) -> tuple[list[float], bool]:
     """Return the result of `inner_boundaries`, and whether it separates all steps on boundaries."""
     if not dtype.is_floating_point or len(boundaries) < 3:
@@ -245,14 +250,20 @@ def _inner_boundaries(
     low, high = rounded_levels(boundaries, dtype, directions, ROUNDING)
     levels = torch.tensor(boundaries, dtype=torch.float64, device="cpu")
     # Not below the middle of the interval, so that short intervals keep the levels at their beginning.
+    low = torch.where(torch.tensor([level in unrounded for level in boundaries], device="cpu"), levels, low)
     inner = torch.maximum(low, (levels + levels.roll(1)) / 2)[1:-1]
     separates = torch.equal(inner, low[1:-1]) and bool((high[1:-2] < inner[1:]).all())
     return inner.tolist(), separates
 
 
-def separates_steps(boundaries: Sequence[float], dtype: torch.dtype, directions: tuple[bool, ...] = DIRECT) -> bool:
+def separates_steps(
+    boundaries: Sequence[float],
+    dtype: torch.dtype,
+    directions: tuple[bool, ...] = DIRECT,
+    unrounded: Sequence[float] = (),
+) -> bool:
     """Return whether all steps on boundaries run the expert above; see `inner_boundaries` for the arguments."""
-    return _inner_boundaries(tuple(boundaries), dtype, directions)[1]
+    return _inner_boundaries(tuple(boundaries), dtype, directions, tuple(unrounded))[1]
 
 
 @functools.lru_cache
@@ -296,6 +307,7 @@ def find_interval(
     level: Tensor | float,
     dtype: torch.dtype | None = None,
     directions: tuple[bool, ...] = DIRECT,
+    unrounded: Sequence[float] = (),
 ) -> int:
     """Return the index of the interval between boundaries that a noise level belongs to.
 
@@ -305,7 +317,7 @@ def find_interval(
         boundaries: increasing noise levels from 0.
         level: the noise level, a number or a tensor [].
         dtype: the type in which the level or the time has arrived; see `inner_boundaries`. None: that of `level`.
-        directions: see `inner_boundaries`.
+        directions, unrounded: see `inner_boundaries`.
 
     Raises:
         ValueError: if the level is outside the boundaries.
@@ -313,7 +325,7 @@ def find_interval(
     dtype, boundaries = dtype or level_dtype(level), tuple(boundaries)
     level = np.float32(float(level))
     check_levels(boundaries, float(level), float(level), dtype, directions)
-    inner, separates = _inner_boundaries(boundaries, dtype, directions)
+    inner, separates = _inner_boundaries(boundaries, dtype, directions, tuple(unrounded))
     if not separates:
         warn_of_short_intervals(dtype)
     return bisect.bisect_right(inner, level, key=np.float32)

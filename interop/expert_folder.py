@@ -6,7 +6,8 @@ The index, `experts.json`, has these entries:
     timestep    the argument of the class that selects the expert; null for a function of the arguments
     boundaries  the N + 1 noise levels: expert i denoises boundaries[i] <= level < boundaries[i + 1]
     reverses    true, if the argument is the last boundary minus the noise level, as that of Lumina 2 and Z-Image
-    exact       true, if rounded levels are compared with the boundaries as they are; only for a pair of Wan
+    stages      the noise levels from one stage's module to the next, if there are several; levels of all types are
+                compared with them as they are. Earlier versions wrote `exact`, if this applies to all boundaries
     format      "diffusers" (folders that `from_pretrained` of the class reads), "state dict" or "lora" (safetensors)
     experts     the N folders or files, expert 0 first
 """
@@ -78,8 +79,8 @@ def write_experts(remix: Remix, folder, lora: bool | str = False, dtype: torch.d
     }
     if remix.arguments.reverses:
         index["reverses"] = True
-    if remix.intervals.exact:
-        index["exact"] = True
+    if len(remix.stages) > 1:
+        index["stages"] = remix.stages.boundaries
     if not sharded or dist.get_rank() == 0:
         write_json(folder / INDEX, index)
     if sharded:
@@ -96,9 +97,10 @@ def find_expert(folder, level: float | torch.Tensor) -> str:
         ValueError: if the level is outside the boundaries.
     """
     index = json.loads((Path(folder) / INDEX).read_text())
-    dtype = torch.long if index.get("exact") else None
+    boundaries, dtype = index["boundaries"], level_dtype(level)
     directions = EITHER if index["timestep"] is None else DIRECT
     if index.get("reverses"):
-        dtype, directions = dtype or level_dtype(level), REVERSED
-        level = index["boundaries"][-1] - np.float32(float(level))
-    return index["experts"][find_interval(index["boundaries"], level, dtype, directions)]
+        directions = REVERSED
+        level = boundaries[-1] - np.float32(float(level))
+    unrounded = boundaries if index.get("exact") else index.get("stages", ())
+    return index["experts"][find_interval(boundaries, level, dtype, directions, unrounded)]

@@ -201,9 +201,8 @@ def check_lora(remix: Remix, lora: str):
     name = type(remix.backbone).__name__
     if lora not in FORMATS:
         raise UserError(f"the format of LoRA files must be one of {', '.join(FORMATS)}, but it is {lora!r}")
-    if remix.rank is None or remix.rest == "separate":
-        kind = "whole layers as bases" if remix.rank is None else 'the setting rest="separate"'
-        raise UserError(f"LoRA files need low-rank bases and a shared rest, but this Remix has {kind}")
+    if remix.rank is None:
+        raise UserError("LoRA files need low-rank bases, but this Remix has whole layers as bases")
     if lora == "diffusers" and not hasattr(remix.backbone, "load_lora_adapter"):
         raise UserError(f"the pipelines of a {name} have no load_lora_weights; write whole experts with lora=False")
     if lora != "diffusers":

@@ -160,7 +160,7 @@ def copy_tensors(source: nn.Module, target: nn.Module, mixed: Sequence[str]):
 def plain_linear(layer: nn.Module, device: str | None = None) -> nn.Linear:
     """Return a plain linear layer with the shape of a mixed layer, not initialized, on its device or another one."""
     # The weights of an offloaded layer are on the meta device, but not its bases.
-    device = device or layer.bases()[0].device
+    device = device or (layer.bases()[0] if layer.weight.is_meta else layer.weight).device
     options = dict(bias=layer.bias is not None, device=device, dtype=plain_dtype(layer.weight))
     linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, **options)
     return linear.requires_grad_(layer.weight.requires_grad)
@@ -257,7 +257,7 @@ def join_contexts(contexts: Sequence[AbstractContextManager]) -> Iterator[Any]:
 class TransparentModule(nn.Module):
     """A module with a submodule, by default `backbone`, whose attributes are also attributes of this one.
 
-    If it has `copies` of the submodule too, the methods of the submodule are called for all of them.
+    If it has `other_stages` too, modules of the same class, the methods of the submodule are called for all of them.
 
     Attributes:
         _inner: name of the submodule.
@@ -282,10 +282,10 @@ class TransparentModule(nn.Module):
                 raise AttributeError(self._refused[name]) from None
             inner = getattr(self, self._inner)
             value = getattr(inner, name)
-            copies = self._modules.get("copies", ())
-            if not (copies and inspect.ismethod(value)):
+            others = self._modules.get("other_stages", ())
+            if not (others and inspect.ismethod(value)):
                 return value
-            return partial(call_each, name, [inner, *copies])
+            return partial(call_each, name, [inner, *others])
 
 
 class Arguments:

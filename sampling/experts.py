@@ -95,7 +95,9 @@ class FoldedRemix(ExpertSwitch, TransparentModule):
         self.remix = remix
         # On the host, so that a change of the expert does not wait for the device.
         self.alpha = remix.coefficients.per_expert()
-        self.plain = remix._folding()
+        self.plain, *others = [remix._folding(s) for s in range(len(remix.stages))]
+        if others:
+            self.other_stages = nn.ModuleList(others)
         self.folded = None
 
     @property
@@ -121,10 +123,12 @@ class FoldedRemix(ExpertSwitch, TransparentModule):
         return self.remix.expert_index(t, dtype)
 
     def select(self, i: int) -> nn.Module:
+        s = self.remix.stages.of(i)
+        plain = self.other_stages[s - 1] if s else self.plain
         if i != self.folded:
-            self.remix._fold(self.plain, self.alpha[i], i)
+            self.remix._fold(plain, self.alpha[i], s)
             self.folded = i
-        return self.plain
+        return plain
 
 
 def for_sampling(model: DiT | Remix) -> DiT | ExpertSwitch:
