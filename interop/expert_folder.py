@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from diffusion.intervals import DIRECT, EITHER, REVERSED, find_interval, level_dtype
-from interop.lora import check_lora, mixture_pairs, save_lora
+from interop.lora import check_lora, mixture_pairs, save_lora, stage_names
 from mixing import fsdp
 from remix import Remix
 from runtime.files import atomic_write, write_json
@@ -57,7 +57,8 @@ def write_experts(remix: Remix, folder, lora: bool | str = False, dtype: torch.d
     for i, name in enumerate(names):
         if lora:
             pairs = mixture_pairs(remix, remix.coefficients.per_expert()[i])
-            save_lora(remix, pairs, folder / name, lora, dtype, boundaries=remix.boundaries[i : i + 2])
+            facts = dict(stage=stage_names(remix)[remix.stages.of(i)], boundaries=remix.boundaries[i : i + 2])
+            save_lora(remix, pairs, folder / name, lora, dtype, **facts)
             continue
         expert = remix.expert(i)
         if sharded and dist.get_rank() > 0:

@@ -176,20 +176,24 @@ def write_stage_loras(
     whole = remix.n_basis * remix.rank
     if rank is not None and not 1 <= rank <= whole:
         raise UserError(f"the rank of the LoRA files must be from 1 to K * r = {whole}, but it is {rank}")
-    n_stages, experts = len(remix.stages), torch.tensor(remix.coefficients.per_expert(), dtype=torch.float64)
-    ends = {1: [""], 2: ["_low_noise", "_high_noise"]}.get(n_stages, [f"_stage{s}" for s in range(n_stages)])
+    experts = torch.tensor(remix.coefficients.per_expert(), dtype=torch.float64)  # [N, 1 or depth, K]
     written = {}
-    for s, end in enumerate(ends):
+    for s, stage in enumerate(stage_names(remix)):
         rows = remix.stages.experts(s)
         pairs, lost = mixture_pairs(remix, experts[list(rows)].mean(0).tolist()), Reduction()
         if rank is not None and rank < whole:
             pairs, lost = reduce_rank(pairs, rank)
-        stage = end.removeprefix("_") or "all"
-        facts = dict(stage=stage, boundaries=remix.boundaries[rows[0] : rows[-1] + 2], lost=lost.share)
-        path = Path(f"{name}{end}.safetensors")
-        save_lora(remix, pairs, path, lora, dtype, **facts)
+        path = Path(f"{name}{f'_{stage}' if stage else ''}.safetensors")
+        levels = remix.boundaries[rows[0] : rows[-1] + 2]
+        save_lora(remix, pairs, path, lora, dtype, stage=stage, boundaries=levels, lost=lost.share)
         written[path] = lost
     return written
+
+
+def stage_names(remix: Remix) -> list[str]:
+    """Return the name of each stage in the names of files; tools know those of two stages. That of one is empty."""
+    n_stages = len(remix.stages)
+    return {1: [""], 2: ["low_noise", "high_noise"]}.get(n_stages, [f"stage{s}" for s in range(n_stages)])
 
 
 def check_lora(remix: Remix, lora: str):
@@ -253,7 +257,7 @@ def save_lora(remix: Remix, pairs: Pairs, path: Path, lora: str, dtype: torch.dt
     """
     rank = len(next(iter(pairs.values()))[0])
     facts = dict(base_model=type(remix.backbone).__name__, lora_format=lora, rank=rank, **facts)
-    header = {"format": "pt"} | {key: str(fact) for key, fact in facts.items()}
+    header = {"format": "pt"} | {key: str(fact) for key, fact in facts.items() if fact != ""}
     sharded = fsdp.is_sharded(remix)
     if not sharded or dist.get_rank() == 0:
         with atomic_write(path) as temporary:

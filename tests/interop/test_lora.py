@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import re
-from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -286,21 +285,22 @@ def test_the_rank_is_reduced_to_the_closest_product():
 # Stages
 
 
-class TwoStages(SimpleNamespace):
-    """The stages of a Remix of four experts, of which the first three have the low-noise module."""
-
-    boundaries = (0, 875, 1000)
-
-    def __len__(self):
-        return 2
-
-    def experts(self, s):
-        return range(3, 4) if s else range(3)
+def make_pair(boundaries=(0, 300, 600, 875, 1000), **settings) -> Remix:
+    """A Remix of two different frozen transformers of text to video: three experts of low noise and one of high."""
+    torch.manual_seed(0)
+    text = MODELS["WanTransformer3DModel"] | dict(image_dim=None, added_kv_proj_dim=None)
+    pair = [diffusers.WanTransformer3DModel(**text) for _ in range(2)]
+    options = dict(n_basis=3, rank=2, stages=[0, 875, 1000], boundaries=boundaries) | settings
+    remix = Remix(pair, **options).eval()
+    for _, layer in remix.mixed():
+        nn.init.normal_(layer.lora_B, std=0.3)
+    nn.init.normal_(remix.logits)
+    remix.freeze_shared()
+    return remix
 
 
 def test_a_file_per_stage_is_the_mean_of_its_experts(tmp_path):
-    remix = make(boundaries=[0, 300, 600, 875, 1000], scope="local")
-    remix.stages = TwoStages()
+    remix = make_pair(scope="local")
     written = write_stage_loras(remix, tmp_path / "a")
     assert {path.name: lost for path, lost in written.items()} == dict.fromkeys(
         ("a_low_noise.safetensors", "a_high_noise.safetensors"), Reduction()
@@ -332,8 +332,7 @@ def test_a_file_per_stage_is_the_mean_of_its_experts(tmp_path):
 
 
 def test_the_lost_share_of_a_stage_is_reported(tmp_path):
-    remix = make(scope="local")
-    remix.stages = TwoStages()
+    remix = make_pair(scope="local")
     pairs = pairs_of(remix, 3)
     lost = write_stage_loras(remix, tmp_path / "a", rank=2, dtype=torch.float32)[tmp_path / "a_high_noise.safetensors"]
     found = products(diffusers.WanPipeline.lora_state_dict(load_file(tmp_path / "a_high_noise.safetensors")))
@@ -343,6 +342,47 @@ def test_the_lost_share_of_a_stage_is_reported(tmp_path):
     assert lost.share == pytest.approx(total.item(), rel=1e-3)
     assert 0.05 < lost.share < lost.worst == pytest.approx((errors[lost.layer] / norms[lost.layer]).item(), rel=1e-3)
     assert lost.worst == pytest.approx(max((errors[layer] / norms[layer]).item() for layer in pairs), rel=1e-3)
+
+
+def videos(high, low) -> torch.Tensor:
+    """Latents of one video from a pipeline of a pair, which sends timesteps of at least 875 to the first one."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5)
+    parts = dict(transformer=high, transformer_2=low, scheduler=scheduler, boundary_ratio=0.875)
+    pipe = diffusers.WanPipeline(**parts, vae=None, text_encoder=None, tokenizer=None)
+    pipe.set_progress_bar_config(disable=True)
+    random = torch.Generator().manual_seed(0)
+    prompt = torch.randn(2, 1, 5, 16, generator=random)
+    settings = dict(height=32, width=32, num_frames=5, num_inference_steps=5, output_type="latent", guidance_scale=3.0)
+    embeddings = dict(prompt_embeds=prompt[0], negative_prompt_embeds=prompt[1])
+    return pipe(**embeddings, **settings, guidance_scale_2=2.0, generator=random).frames
+
+
+@pytest.mark.parametrize("boundaries", [(0, 875, 1000), (0, 300, 875, 900, 1000)], ids=str)
+@pytest.mark.parametrize("lora", FORMATS)
+def test_a_pipeline_with_both_files_gives_the_videos_of_the_remix(lora, boundaries, tmp_path):
+    remix = make_pair(boundaries)
+    low, high = (copy.deepcopy(remix.expert(i)) for i in (0, remix.n_experts - 1))
+    for plain, s in ((low, 0), (high, 1)):
+        for layer, mixed in remix.mixed(s):
+            plain.get_submodule(layer).load_state_dict(mixed.linear.state_dict())
+    if len(boundaries) == 3:
+        expected = videos(remix, remix)
+    else:
+        expected = videos(remix.merge([0.0, 0.0, 1.0, 1.0]), remix.merge([1.0, 1.0, 0.0, 0.0]))
+    before = videos(high, low)
+    write_stage_loras(remix, tmp_path / "a", lora, dtype=torch.float32)
+    pipe = diffusers.WanPipeline(
+        transformer=high, transformer_2=low, scheduler=None, vae=None, text_encoder=None, tokenizer=None
+    )
+    pipe.load_lora_weights(tmp_path, weight_name="a_high_noise.safetensors")
+    pipe.load_lora_weights(tmp_path, weight_name="a_low_noise.safetensors", load_into_transformer_2=True)
+    torch.testing.assert_close(videos(high, low), expected, rtol=0, atol=1e-5)
+    assert relative(before, expected) > 0.01
+
+
+def test_a_remix_of_one_module_has_one_file(tmp_path):
+    remix = make()
+    assert [path.name for path in write_stage_loras(remix, tmp_path / "a", "kohya")] == ["a.safetensors"]
 
 
 # Reading
