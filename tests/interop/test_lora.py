@@ -471,6 +471,14 @@ def test_a_file_of_peft_is_read_with_its_alpha(tmp_path):
         read_lora(remix, other)
 
 
+def test_a_remix_with_stages_starts_from_the_file_of_one(tmp_path):
+    source, remix = make_pair(n_basis=1), make_pair()
+    write_stage_loras(source, tmp_path / "a", "kohya", dtype=torch.float32)
+    read_lora(remix, tmp_path / "a_high_noise.safetensors")
+    for i in (0, 3):
+        assert_equal({layer: b @ a for layer, (a, b) in pairs_of(remix, i).items()}, pairs_of(source, 3))
+
+
 def test_a_higher_rank_is_reduced_on_request(tmp_path):
     source = make(n_basis=2)
     file = write(tmp_path / "a.safetensors", lora_state(source.backbone, pairs_of(source), "original", torch.float32))
