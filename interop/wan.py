@@ -126,9 +126,9 @@ def write_pair(remix: Remix, folder):
         UserError: if the Remix has neither two stages nor two experts, or is no Remix of WanTransformer3DModels.
     """
     name, stages = type(remix.backbone).__name__, remix.stages
-    parts = (
-        [stages.experts(s) for s in range(len(stages))] if len(stages) > 1 else [[i] for i in range(remix.n_experts)]
-    )
+    parts = [[i] for i in range(remix.n_experts)]
+    if len(stages) > 1:
+        parts = [stages.experts(s) for s in range(len(stages))]
     if name != "WanTransformer3DModel" or len(parts) != 2:
         raise UserError(
             "a pair is written from 2 stages, or from 2 experts, of a WanTransformer3DModel, not from "
@@ -193,7 +193,7 @@ def read_original(path, dtype: torch.dtype = torch.bfloat16, config: dict | None
         keys = {key.removeprefix("model.").removeprefix("diffusion_model."): key for key in file.keys()}  # noqa: SIM118
         if not {"head.head.weight", "patch_embedding.weight"} <= keys.keys():
             raise UserError(
-                f"{path} holds no transformer of Wan under the names of the original, such as head.head.weight"
+                f"{path} holds no transformer of Wan in the original's layout: there is no head.head.weight"
             )
         shapes = {key: file.get_slice(stored).get_shape() for key, stored in keys.items()}
         tensors = [key for key in keys if key != SCALED and not key.endswith((SCALE, INPUT_SCALE))]

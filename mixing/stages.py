@@ -91,7 +91,7 @@ def find_modules(module: Any, stages: Sequence[float] | None, rank: int | None) 
         raise ValueError("stages needs different modules, but one of them is given twice")
     for s, other in enumerate(modules):
         if not isinstance(other, nn.Module):
-            raise ValueError(f"stages needs nn.Modules, such as a pipeline's transformers, but {s} is {type(other)}")
+            raise ValueError(f"stages needs nn.Modules, such as a pipeline's transformers, but {s} is {other!r}")
         if type(other) is not type(modules[0]):
             raise ValueError(f"stages: module 0 is a {type(modules[0]).__name__}, but {s} is a {type(other).__name__}")
         if found := find_difference(layout(modules[0]), layout(other)):
