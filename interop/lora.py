@@ -280,15 +280,16 @@ def lora_state(module: nn.Module, pairs: Pairs, lora: str, dtype: torch.dtype) -
     down, up = ("lora_down", "lora_up") if down_up else ("lora_A", "lora_B")
     state = {}
     for name, layers in _original_layers(module, layout.names, pairs).items():
+        a = torch.cat([pairs[layer][0].to(dtype) for layer in layers if layer in pairs])
         # A part without a pair has rows of zeros.
-        absent = [layer for layer in layers if layer not in pairs]
-        empty = {layer: torch.empty(module.get_submodule(layer).out_features, 0) for layer in absent}
-        a = torch.cat([pairs[layer][0] for layer in layers if layer in pairs])
-        b = torch.block_diag(*(empty[layer] if layer in empty else pairs[layer][1] for layer in layers))
+        sizes = [module.get_submodule(layer).out_features for layer in layers]
+        parts = [
+            pairs[layer][1] if layer in pairs else torch.empty(size, 0)
+            for layer, size in zip(layers, sizes, strict=True)
+        ]
+        b = torch.block_diag(*(part.to(dtype) for part in parts))
         key = PREFIXES[lora] + (name.replace(".", "_") if lora == "kohya" else name)
-        # The file's tensors have storages of their own.
-        state[f"{key}.{down}.weight"] = a.to(dtype, copy=True).contiguous()
-        state[f"{key}.{up}.weight"] = b.to(dtype, copy=True).contiguous()
+        state[f"{key}.{down}.weight"], state[f"{key}.{up}.weight"] = a, b
         if down_up:
             state[f"{key}.alpha"] = torch.tensor(float(len(a)))
     return state
