@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from diffusion.intervals import EITHER, TIMESTEPS, level_dtype, scale_of
 from mixing import fsdp, wrapping
 from mixing.coefficients import BatchCoefficients, Coefficients, RowsError, expert_weights, initial_logits
-from mixing.experts import ExpertIntervals, centered_gram, fold_layers, measure_distances, restore_intervals
+from mixing.experts import ExpertIntervals, centered_gram, measure_distances, restore_intervals
+from mixing.folding import copy_unmixed, fold_stage, plain_stage
 from mixing.grouped_linear import mix_into, mixed_linear
-from mixing.low_rank import LowRankExpert, LowRankLinear, pair_options
+from mixing.low_rank import LowRankLinear, pair_options
 from mixing.options import PRIOR_BONUS, complete_options
 from mixing.presets import Preset, complete_preset
-from mixing.stages import Stages, find_modules, share_pairs
+from mixing.stages import Stages, find_modules, run, run_parts, share_pairs
 from models import BACKBONES, build_plain, classifier_free_guidance, find_backbone
 
 
@@ -206,16 +207,18 @@ class Remix(wrapping.TransparentModule):
             self.other_stages, self.pairs = nn.ModuleList(others), nn.Module()
             for stage in modules:
                 stage.requires_grad_(False)
+        shape = (n_basis,) if rank is None else (n_basis, rank)
+        make = RemixLinear.from_linear if rank is None else LowRankLinear
         for names in names_of_layers:
             row = blocks.index(wrapping.block_name(names[0])) if scope == "local" else 0
-            shape = (n_basis,) if rank is None else (n_basis, rank)
+            coefficients = self.batch_coefficients, row
             if others:
-                share_pairs(modules, self.pairs, names, shape, self.batch_coefficients, row)
-                continue
-            make = RemixLinear.from_linear if rank is None else LowRankLinear
-            mixed = make(module.get_submodule(names[0]), *shape, self.batch_coefficients, row)
-            for name in names:
-                module.set_submodule(name, mixed)
+                mixed = share_pairs(modules, self.pairs, names[0], shape, *coefficients)
+            else:
+                mixed = [make(module.get_submodule(names[0]), *shape, *coefficients)]
+            for stage, layer in zip(modules, mixed, strict=True):
+                for name in names:
+                    stage.set_submodule(name, layer)
         unrounded = self.stages.boundaries[1:-1]
         self.intervals = ExpertIntervals(self.boundaries, n_basis, device, self._directions(), unrounded)
         self.register_load_state_dict_post_hook(restore_intervals)
@@ -307,8 +310,7 @@ class Remix(wrapping.TransparentModule):
                 noise levels of one expert. They run as one batch, without a host sync. Noise levels are not checked.
                 The first dimension of the inputs of all mixed layers must be the batch. By default, low-rank bases run
                 the whole batch at once too, unless this dimension is another one or the samples are in lists. Whole
-                bases run one expert after the other. A batch of several stages is divided among them, and with stages
-                the host always waits for the device.
+                bases run one expert after the other. With stages, a batch is one pass per stage, after a host sync.
 
         Returns:
             The result of the module.
@@ -324,57 +326,39 @@ class Remix(wrapping.TransparentModule):
             if isinstance(groups, float) or groups < 1 or len(experts) % groups:
                 raise ValueError(f"groups must divide the batch size {len(experts)}, but it is {groups}")
             # Rounding can move some samples of a group to the expert above, but none to the one below.
-            return self._run(experts.view(groups, -1).amin(1), len(t), args, kwargs)
+            return run(self, experts.view(groups, -1).amin(1), len(t), args, kwargs)
         lists = self.arguments.batches_are_lists(len(t), args, kwargs)
         at_once = self.runs_at_once and not lists
         if at_once and torch.compiler.is_compiling():
-            return self._run(experts, len(t), args, kwargs, per_sample=len(experts) > 1)
+            return run(self, experts, len(t), args, kwargs, per_sample=len(experts) > 1)
         self.intervals.check(self.noise_level(t), level_dtype(t))
         present, counts = experts.unique(return_counts=True)
         if len(present) == 1:
-            return self._run(present, len(t), args, kwargs)
+            return run(self, present, len(t), args, kwargs)
         if not at_once and fsdp.is_sharded(self):
             raise ValueError("a sharded Remix needs groups: its processes must call the module equally often")
         if at_once:
             try:
-                return self._run(experts, len(t), args, kwargs, per_sample=True)
+                return run(self, experts, len(t), args, kwargs, per_sample=True)
             except RowsError:
                 # Layers of this module see other rows than the samples, such as folded frames or routed tokens.
                 if fsdp.is_sharded(self):
                     raise
                 self.runs_at_once = False
         rows = experts.argsort(stable=True).split(counts.tolist())  # [B] in all
-        return self._run_parts([*zip(rows, present.split(1), strict=True)], len(t), args, kwargs)
+        return run_parts(self, [*zip(rows, present.split(1), strict=True)], len(t), args, kwargs)
 
     def times(self, *args, **kwargs) -> Tensor:
         """Return what the argument `timestep` holds for each sample, [B] or [1]."""
         return self.arguments.times(args, kwargs)
 
-    def _run(self, experts: Tensor, size: int, args: tuple, kwargs: dict, per_sample: bool = False) -> Any:
-        """Run a batch of `size` samples that is G equal groups, or G samples, with the experts [G]."""
-        module = self.backbone
-        if self.stage_boundaries:
-            groups = self.stages.divide(experts)
-            if fsdp.is_sharded(self):
-                fsdp.check_same_stages([*groups], experts.device)
-            if len(groups) > 1:
-                rows = torch.arange(size, device=experts.device).view(len(experts), -1)  # [G, B / G]
-                parts = [(rows[own].flatten(), experts[own]) for own in groups.values()]
-                return self._run_parts(parts, size, args, kwargs, per_sample)
-            module = self.stages.module(*groups)
+    def _run(self, module: nn.Module, experts: Tensor, args: tuple, kwargs: dict, per_sample: bool) -> Any:
+        """Run the module of a stage on G equal groups, or samples, with the experts [G]."""
         self.batch_coefficients.start(self._coefficients_per_row(), experts, per_sample)
         try:
             return wrapping.call(module, self.unchecked, args, kwargs)
         finally:
             self.batch_coefficients.end()
-
-    def _run_parts(self, parts: list[tuple[Tensor, Tensor]], size: int, args: tuple, kwargs: dict, *options) -> Any:
-        """Run parts of a batch one after the other, each with the indices of its samples and the experts [G]."""
-        taken = [self.arguments.take(rows, size, args, kwargs) for rows, _ in parts]
-        pairs = zip(parts, taken, strict=True)
-        outputs = [self._run(experts, len(rows), *arguments, *options) for (rows, experts), arguments in pairs]
-        lists = self.arguments.batches_are_lists(size, args, kwargs)
-        return wrapping.join_outputs(outputs, torch.cat([rows for rows, _ in parts]), [len(p[0]) for p in parts], lists)
 
     def enable_gradient_checkpointing(self):
         """Let a model of diffusers store only the inputs of each block, and compute the activations again."""
@@ -386,9 +370,9 @@ class Remix(wrapping.TransparentModule):
 
         Every process calls it if the Remix is sharded (`mixing.fsdp`). Only rank 0 gets a module then.
         """
-        s = self._stage_of(i)
-        plain = self._plain(s)
-        self._fold(plain, self.coefficients.per_expert()[i], s)
+        s = self.stages.of(i)
+        plain = plain_stage(self, s)
+        fold_stage(self, plain, self.coefficients.per_expert()[i], s)
         return plain
 
     def merge(self, weights: list[float] | None = None) -> nn.Module:
@@ -408,29 +392,10 @@ class Remix(wrapping.TransparentModule):
         if others:
             raise ValueError("experts of several stages cannot be merged: give weights of 0 to those of all but one")
         alpha = self._coefficients_per_row().detach().double().cpu()  # [1 or depth, N, K]
-        plain = self._plain(first)
-        self._fold(plain, (weights * alpha).sum(1).tolist(), first)
+        plain = plain_stage(self, first)
+        fold_stage(self, plain, (weights * alpha).sum(1).tolist(), first)
         return plain
 
-    def _plain(self, s: int) -> nn.Module:
-        """Return a copy of stage s with plain layers, in eval mode; the mixed ones are not initialized."""
-        if fsdp.is_sharded(self):
-            return fsdp.gather_plain(self, s)
-        plain = {id(layer): wrapping.plain_linear(layer) for _, layer in self.mixed(s)}
-        return copy.deepcopy(self.stages.module(s), plain).eval()
-
-    def _folding(self, s: int) -> nn.Module:
-        """Return a module to fold the experts of stage s into, in eval mode. Low-rank bases share all tensors."""
-        if fsdp.is_sharded(self):
-            raise ValueError("a sharded Remix cannot be folded in place: sample with the Remix, or with its experts")
-        if self.rank is None:
-            return self._plain(s)
-        module = self.stages.module(s)
-        shared = {id(layer): LowRankExpert(layer) for _, layer in self.mixed(s)}
-        shared |= {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-        return copy.deepcopy(module, shared).eval()
-
-    @torch.no_grad()
     def fold_(self, module: nn.Module, i: int):
         """Write the parameters of expert i that it does not share into `module`, in place.
 
@@ -441,25 +406,10 @@ class Remix(wrapping.TransparentModule):
         Raises:
             IndexError: if i is not from 0 to N - 1.
         """
-        s = self._stage_of(i)
-        self._fold(module, self.coefficients.per_expert()[i], s)
+        s = self.stages.of(i)
+        fold_stage(self, module, self.coefficients.per_expert()[i], s)
         if len(self.stages) > 1:
-            wrapping.copy_tensors(self.stages.module(s), module, [name for name, _ in self.mixed(s)])
-
-    def _stage_of(self, i: int) -> int:
-        """Return the stage of expert i. Raises IndexError if there is no such expert."""
-        if not 0 <= i < self.n_experts:
-            raise IndexError(f"the expert index must be from 0 to {self.n_experts - 1}, but it is {i}")
-        return self.stages.of(i)
-
-    @torch.no_grad()
-    def _fold(self, module: nn.Module, alpha: list[list[float]], s: int):
-        """Write the mixed weights of stage s for the coefficients alpha [1 or depth][K] into `module`, in place."""
-        if fsdp.is_sharded(self):
-            return fsdp.fold_gathered(self, module, alpha, s)
-        fold_layers(self.mixed(s), module, alpha)
-        # Autocast would use the casts of the weights of the expert before.
-        torch.clear_autocast_cache()
+            copy_unmixed(self, module, s)
 
 
 class RemixDiT(Remix):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from diffusion.intervals import TIMESTEPS
 from mixing.stages import find_difference, layout
@@ -213,9 +213,14 @@ def read_original(path, dtype: torch.dtype = torch.bfloat16, config: dict | None
         for key, name in names.items():
             scale = keys.get(f"{key.removesuffix('.weight')}{SCALE}")
             kept = not {*name.split(".")}.isdisjoint(model._keep_in_fp32_modules or ())
-            tensor = file.get_tensor(keys[key])
-            scale = None if scale is None else file.get_tensor(scale)
-            state[name] = _convert(tensor, scale, torch.float32 if kept else dtype)
+            tensor, kind = file.get_tensor(keys[key]), torch.float32 if kept else dtype
+            if scale is None:
+                state[name] = tensor.to(kind)
+                continue
+            scale = file.get_tensor(scale).float()
+            if scale.numel() > 1 and scale.shape != (len(tensor), 1):
+                raise UserError(f"{path}: the scale of {key} is neither one number nor one per row: {[*scale.shape]}")
+            state[name] = (tensor.float() * scale).to(kind)
     model.load_state_dict(state, assign=True)
     # Its buffers are in no file.
     model.rope = type(model.rope)(
@@ -261,8 +266,3 @@ def infer_config(path, shapes: dict[str, list[int]]) -> dict:
     if "img_emb.emb_pos" in shapes:
         config |= dict(pos_embed_seq_len=shapes["img_emb.emb_pos"][1])
     return config
-
-
-def _convert(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in another dtype, multiplied by the scale of an fp8 weight."""
-    return tensor.to(dtype) if scale is None else (tensor.float() * scale.float()).to(dtype)

@@ -82,23 +82,6 @@ class ExpertIntervals(nn.Module):
         check_levels(self.boundaries, *torch.stack(level.aminmax()).tolist(), dtype, self.rules[0])
 
 
-def fold_layers(mixed: list[tuple[str, nn.Module]], module: nn.Module, alpha: list[list[float]]):
-    """Write the mixtures of layers into the plain layers of a module, in place.
-
-    Args:
-        mixed: the mixed layers and their names.
-        module: a module that has plain layers of these names.
-        alpha: coefficients [1 or depth][K].
-    """
-    rows = {}
-    for name, layer in mixed:
-        layers, linears = rows.setdefault(layer.row, ([], []))
-        layers.append(layer)
-        linears.append(module.get_submodule(name))
-    for row, (layers, linears) in rows.items():
-        layers[0].fold(layers, linears, alpha[row])
-
-
 def restore_intervals(remix: nn.Module, incompatible_keys):
     """Give the intervals of a Remix their values after its parameters were loaded with assign=True.
 

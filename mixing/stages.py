@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixing import fsdp, wrapping
 from mixing.low_rank import LowRankPairs, StageLinear
 
 
@@ -44,7 +45,14 @@ class Stages:
         return range(self.expert_boundaries.index(low), self.expert_boundaries.index(high))
 
     def of(self, i: int) -> int:
-        """Return the stage of expert i."""
+        """Return the stage of expert i.
+
+        Raises:
+            IndexError: if i is not from 0 to N - 1.
+        """
+        last = len(self.expert_boundaries) - 2
+        if not 0 <= i <= last:
+            raise IndexError(f"the expert index must be from 0 to {last}, but it is {i}")
         return bisect_right(self.boundaries, self.expert_boundaries[i]) - 1
 
     def divide(self, experts: Tensor) -> dict[int, Tensor]:
@@ -117,25 +125,60 @@ def find_difference(first: dict[str, Any], second: dict[str, Any]) -> str | None
 
 
 def share_pairs(
-    modules: Sequence[nn.Module], pairs: nn.Module, names: list[str], shape: tuple[int, int], *coefficients
-) -> None:
-    """Replace one layer of every stage, in place, by a layer with the same low-rank pairs.
+    modules: Sequence[nn.Module], pairs: nn.Module, name: str, shape: tuple[int, int], *coefficients
+) -> list[StageLinear]:
+    """Return one layer for each stage that applies the same low-rank pairs, in the place of a linear layer.
 
     Args:
         modules: the module of each stage.
         pairs: the module that owns the pairs. They get the layer's name in it.
-        names: the names of the layer.
+        name: the name of the layer in each of the modules.
         shape: number of bases K and rank r.
         *coefficients: `batch_coefficients` and `row` of `low_rank.LowRankLinear`.
     """
-    own = LowRankPairs(modules[0].get_submodule(names[0]), *shape)
-    *parents, last = names[0].split(".")
+    own = LowRankPairs(modules[0].get_submodule(name), *shape)
+    *parents, last = name.split(".")
     for parent in parents:
         if parent not in pairs._modules:
             pairs.add_module(parent, nn.Module())
         pairs = pairs._modules[parent]
     pairs.add_module(last, own)
-    for module in modules:
-        layer = StageLinear(module.get_submodule(names[0]), own, *coefficients)
-        for name in names:
-            module.set_submodule(name, layer)
+    return [StageLinear(module.get_submodule(name), own, *coefficients) for module in modules]
+
+
+def run(remix: nn.Module, experts: Tensor, size: int, args: tuple, kwargs: dict, per_sample: bool = False) -> Any:
+    """Run each stage of a Remix on its part of a batch.
+
+    Args:
+        remix: the Remix.
+        experts: the experts [G] of G equal groups.
+        size: number of samples.
+        args, kwargs: the arguments of the module.
+        per_sample: whether the groups are the samples.
+
+    Raises:
+        ValueError: if the Remix is sharded, and other processes need other stages.
+    """
+    if not remix.stage_boundaries:
+        return remix._run(remix.backbone, experts, args, kwargs, per_sample)
+    groups = remix.stages.divide(experts)
+    if fsdp.is_sharded(remix):
+        fsdp.check_same_stages([*groups], experts.device)
+    if len(groups) == 1:
+        return remix._run(remix.stages.module(*groups), experts, args, kwargs, per_sample)
+    rows = torch.arange(size, device=experts.device).view(len(experts), -1)  # [G, B / G]
+    parts = [(rows[own].flatten(), experts[own]) for own in groups.values()]
+    return run_parts(remix, parts, size, args, kwargs, per_sample)
+
+
+def run_parts(
+    remix: nn.Module, parts: list[tuple[Tensor, Tensor]], size: int, args: tuple, kwargs: dict, per_sample: bool = False
+) -> Any:
+    """Run parts of a batch one after the other, each given by the indices of its samples and its experts; see `run`."""
+    outputs = []
+    for rows, experts in parts:
+        taken = remix.arguments.take(rows, size, args, kwargs)
+        outputs.append(run(remix, experts, len(rows), *taken, per_sample))
+    rows = [rows for rows, _ in parts]
+    lists = remix.arguments.batches_are_lists(size, args, kwargs)
+    return wrapping.join_outputs(outputs, torch.cat(rows), [*map(len, rows)], lists)

@@ -139,24 +139,6 @@ def call(module: nn.Module, unchecked: list[str], args: tuple, kwargs: dict) -> 
     return output
 
 
-def copy_tensors(source: nn.Module, target: nn.Module, mixed: Sequence[str]):
-    """Copy the tensors of a module to another one, in place.
-
-    Args:
-        source: the module.
-        target: a module of the same class, whose layers may have got adapters (LoRA) since.
-        mixed: names of layers that are left out.
-
-    Raises:
-        KeyError: if the target lacks a tensor.
-    """
-    prefixes = tuple(f"{name}." for name in mixed)
-    state = {key: value for key, value in source.state_dict().items() if not key.startswith(prefixes)}
-    # peft moves the layers that it adapts.
-    names = {name.replace(".base_layer", ""): name for name in target.state_dict()}
-    target.load_state_dict({names[key.replace(".base_layer", "")]: v for key, v in state.items()}, strict=False)
-
-
 def plain_linear(layer: nn.Module, device: str | None = None) -> nn.Linear:
     """Return a plain linear layer with the shape of a mixed layer, not initialized, on its device or another one."""
     # The weights of an offloaded layer are on the meta device, but not its bases.

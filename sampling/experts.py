@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.intervals import check_boundaries, find_time, level_dtype
+from mixing.folding import fold_stage, switching_stage
 from mixing.wrapping import TransparentModule
 from models import DiT, classifier_free_guidance
 from remix import Remix
@@ -95,7 +96,7 @@ class FoldedRemix(ExpertSwitch, TransparentModule):
         self.remix = remix
         # On the host, so that a change of the expert does not wait for the device.
         self.alpha = remix.coefficients.per_expert()
-        self.plain, *others = [remix._folding(s) for s in range(len(remix.stages))]
+        self.plain, *others = [switching_stage(remix, s) for s in range(len(remix.stages))]
         if others:
             self.other_stages = nn.ModuleList(others)
         self.folded = None
@@ -126,7 +127,7 @@ class FoldedRemix(ExpertSwitch, TransparentModule):
         s = self.remix.stages.of(i)
         plain = self.other_stages[s - 1] if s else self.plain
         if i != self.folded:
-            self.remix._fold(plain, self.alpha[i], s)
+            fold_stage(self.remix, plain, self.alpha[i], s)
             self.folded = i
         return plain
 

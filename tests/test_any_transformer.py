@@ -812,7 +812,7 @@ def test_the_documentation_trains_and_samples(steps, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "any-transformer.md").read_text()
     # The last section needs files of Wan 2.2.
-    code = "".join(re.findall(r"^```python\n(.*?)^```", page.partition("## Wan")[0], re.MULTILINE | re.DOTALL))
+    code = "".join(re.findall(r"^```python\n(.*?)^```", page.partition("## Stages")[0], re.MULTILINE | re.DOTALL))
     if steps:
         code = re.sub(r"\bsteps=\d+", f"steps={steps}", code)
     names = {}

@@ -242,6 +242,9 @@ def test_scaled_fp8_files_are_dequantized(pair, originals):
     high = read_original(originals[0], torch.float32, config).state_dict()
     assert len(expected) == 20
     assert all(torch.equal(high[name], value) for name, value in expected.items())
+    save_file(state | {"blocks.0.ffn.0.scale_weight": torch.ones(24)}, originals[0])
+    with pytest.raises(UserError, match=r"the scale of blocks\.0\.ffn\.0\.weight is neither .* per row: \[24\]"):
+        read_original(originals[0], torch.float32, config)
     save_file(state | {"blocks.0.ffn.0.comfy_quant": torch.zeros(2, dtype=torch.uint8)}, originals[0])
     with pytest.raises(UserError, match=r"does not fit a WanTransformer3DModel: blocks\.0\.ffn\.0\.comfy_quant"):
         read_original(originals[0], torch.float32, config)
