@@ -23,6 +23,7 @@ from interop.lora import (
     reduce_rank,
     write_stage_loras,
 )
+from interop.wan import diffusers_name
 from mixing.presets import PRESETS
 from remix import Remix
 from runtime.errors import UserError
@@ -145,6 +146,8 @@ def test_original_names_are_those_of_whole_models(name):
     state = lora_state(remix.backbone, pairs, "original", torch.float32)
     weights = Whole({f"{layer}.weight": product for layer, product in products(state, "diffusion_model.").items()})
     if name.startswith("Wan"):
+        # The reader of whole files of this project has the same names.
+        assert {diffusers_name(key) for key in weights} == {f"{layer}.weight" for layer in pairs}
         converted = single_file_utils.convert_wan_transformer_to_diffusers(weights)
     else:
         weights["context_embedder.weight"] = torch.zeros(24, 16)
