@@ -36,8 +36,8 @@ def fully_shard(remix: nn.Module, blocks: Sequence[str] | None = None, mesh=None
         **options: further arguments of PyTorch's `fully_shard`, such as `offload_policy` and `reshard_after_forward`.
 
     Raises:
-        ValueError: if a part of the Remix is sharded already, its experts have separate parameters, a weight is
-            quantized, or a name of `blocks` matches no module.
+        ValueError: if a part of the Remix is sharded already, a weight is quantized, or a name of `blocks` matches no
+            module.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.fsdp import fully_shard as shard
@@ -46,22 +46,19 @@ def fully_shard(remix: nn.Module, blocks: Sequence[str] | None = None, mesh=None
         raise ValueError(f"fully_shard expects a Remix, but got a {type(remix).__name__}: use PyTorch's fully_shard")
     if is_sharded(remix):
         raise ValueError("the Remix, or a part of it, is sharded already")
-    if remix.rest == "separate":
-        raise ValueError('a Remix with rest="separate" cannot be sharded: processes would gather different experts')
     for name, parameter in remix.named_parameters():
         if is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point():
             raise ValueError(f"quantized weights such as {name} cannot be sharded: each process needs them whole")
-    modules = dict(remix.backbone.named_modules())
-    layers = dict(remix.mixed())
+    names, layers = [name for name, _ in remix.backbone.named_modules()], dict(remix.mixed())
     if blocks is None:
         chosen = [name for name in dict.fromkeys(map(wrapping.block_name, layers)) if name not in layers]
     else:
-        chosen = [name for name in modules if wrapping.matches(name, blocks)]
+        chosen = [name for name in names if wrapping.matches(name, blocks)]
         for pattern in blocks:
             if not any(wrapping.matches(name, [pattern]) for name in chosen):
                 raise ValueError(f"blocks: nothing matches {pattern!r} in {type(remix.backbone).__name__}")
 
-    remix.plain_on_meta = [_plain_on_meta(remix)]
+    remix.plain_on_meta = [_plain_on_meta(remix, s) for s in range(len(remix.stages))]
     # The last dimension of a mesh is that of the parts; another one has copies of them.
     size = mesh.shape[-1] if mesh is not None else dist.get_world_size()
     bases = {basis for layer in layers.values() for basis in layer.bases()}
@@ -72,12 +69,17 @@ def fully_shard(remix: nn.Module, blocks: Sequence[str] | None = None, mesh=None
         # Rounded bases would lose their small differences, and with them the gradient of alpha.
         for layer in layers.values():
             shard(layer)
-    for name in chosen:
-        shard(modules[name], mp_policy=policy)
-    shard(remix.backbone, mp_policy=replace(policy, cast_forward_inputs=False))
-    if policy.param_dtype is not None and policy.cast_forward_inputs:
-        cast = partial(_cast_inputs, remix.arguments, policy.param_dtype)
-        remix.backbone.register_forward_pre_hook(cast, prepend=True, with_kwargs=True)
+    if len(remix.stages) > 1:
+        # Their parameters are gathered when a layer of any stage calls them.
+        for layer in layers.values():
+            shard(layer.pairs[0], mp_policy=replace(policy, cast_forward_inputs=False))
+    for stage in remix.stages.modules:
+        for name in chosen:
+            shard(stage.get_submodule(name), mp_policy=policy)
+        shard(stage, mp_policy=replace(policy, cast_forward_inputs=False))
+        if policy.param_dtype is not None and policy.cast_forward_inputs:
+            cast = partial(_cast_inputs, remix.arguments, policy.param_dtype)
+            stage.register_forward_pre_hook(cast, prepend=True, with_kwargs=True)
     return remix
 
 
@@ -88,6 +90,18 @@ def is_sharded(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def check_same_stages(stages: Sequence[int], device: torch.device):
+    """Raise ValueError on every process if the batches of the processes have samples of different stages.
+
+    Every process must call this. Processes that gather the parameters of different stages would wait for ever.
+    """
+    mask = sum(1 << s for s in stages)
+    extremes = torch.tensor([mask, -mask], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if extremes.sum():
+        raise ValueError("sharded stages need samples of the same stages on every process: draw the stage for all")
 
 
 def _placement(parameter: nn.Parameter, bases: set[nn.Parameter], size: int):
@@ -118,29 +132,31 @@ def _cast_inputs(arguments: wrapping.Arguments, dtype: torch.dtype, module: nn.M
     return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
 
-def _plain_on_meta(remix: nn.Module) -> nn.Module:
-    """Return the plain model without values; FSDP's modules cannot be copied."""
+def _plain_on_meta(remix: nn.Module, s: int) -> nn.Module:
+    """Return stage s as a plain model without values; FSDP's modules cannot be copied."""
     with torch.device("meta"):
-        memo = {id(layer): wrapping.plain_linear(layer, "meta") for _, layer in remix.mixed()}
-    tensors = (*remix.backbone.named_parameters(), *remix.backbone.named_buffers())
+        memo = {id(layer): wrapping.plain_linear(layer, "meta") for _, layer in remix.mixed(s)}
+    stage = remix.stages.module(s)
+    tensors = (*stage.named_parameters(), *stage.named_buffers())
     for _, tensor in tensors:
         if id(tensor) not in memo:
             empty = torch.empty_like(tensor, device="meta")
             parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
-    return copy.deepcopy(remix.backbone, memo).eval()
+    return copy.deepcopy(stage, memo).eval()
 
 
 @torch.no_grad()
-def gather_plain(remix: nn.Module) -> nn.Module | None:
-    """Return a copy of a sharded Remix as a plain model on rank 0, whose mixed layers are not initialized."""
+def gather_plain(remix: nn.Module, s: int) -> nn.Module | None:
+    """Return a plain copy of stage s of a sharded Remix on rank 0, whose mixed layers are not initialized."""
     if not hasattr(remix, "plain_on_meta"):
         raise ValueError(
             "this Remix was not sharded by mixing.fsdp.fully_shard: load its full state dict into a whole Remix"
         )
     reshard(remix)
-    plain = copy.deepcopy(remix.plain_on_meta[0]).to_empty(device="cpu") if dist.get_rank() == 0 else None
-    tensors = (*remix.backbone.named_parameters(), *remix.backbone.named_buffers())
+    plain = copy.deepcopy(remix.plain_on_meta[s]).to_empty(device="cpu") if dist.get_rank() == 0 else None
+    stage = remix.stages.module(s)
+    tensors = (*stage.named_parameters(), *stage.named_buffers())
     mixed = tuple(f"{name}." for name, _ in remix.mixed())
     for name, tensor in tensors:
         if name.startswith(mixed):
@@ -169,10 +185,10 @@ def whole(tensor: Tensor) -> Tensor:
 @contextmanager
 def gathered(layer: nn.Module) -> Iterator[None]:
     """Let a mixed layer have whole parameters. Every process must enter this, after `reshard`."""
-    if not any(hasattr(parameter, "full_tensor") for parameter in layer.parameters()):
+    modules = layer.owners() if isinstance(layer, LowRankLinear) else (layer,)
+    if not any(hasattr(parameter, "full_tensor") for module in modules for parameter in module.parameters()):
         yield
         return
-    modules = (layer, layer.linear) if isinstance(layer, LowRankLinear) else (layer,)
     before = [dict(module._parameters) for module in modules]
     try:
         for module in modules:
@@ -185,10 +201,10 @@ def gathered(layer: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def fold_gathered(remix: nn.Module, module: nn.Module | None, alpha: list[list[float]]):
-    """Write mixtures into a plain module, one layer after the other. It is None on all processes but the first."""
+def fold_gathered(remix: nn.Module, module: nn.Module | None, alpha: list[list[float]], s: int):
+    """Write mixtures of stage s into a plain module, layer after layer. It is None on all processes but the first."""
     reshard(remix)
-    for name, layer in remix.mixed():
+    for name, layer in remix.mixed(s):
         with gathered(layer):
             if module is not None:
                 layer.fold([layer], [module.get_submodule(name)], alpha[layer.row])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.intervals import check_boundaries, find_time, level_dtype
+from mixing.folding import fold_stage, switching_stage
 from mixing.wrapping import TransparentModule
 from models import DiT, classifier_free_guidance
 from remix import Remix
@@ -95,7 +96,9 @@ class FoldedRemix(ExpertSwitch, TransparentModule):
         self.remix = remix
         # On the host, so that a change of the expert does not wait for the device.
         self.alpha = remix.coefficients.per_expert()
-        self.plain = remix._folding()
+        self.plain, *others = [switching_stage(remix, s) for s in range(len(remix.stages))]
+        if others:
+            self.other_stages = nn.ModuleList(others)
         self.folded = None
 
     @property
@@ -121,10 +124,12 @@ class FoldedRemix(ExpertSwitch, TransparentModule):
         return self.remix.expert_index(t, dtype)
 
     def select(self, i: int) -> nn.Module:
+        s = self.remix.stages.of(i)
+        plain = self.other_stages[s - 1] if s else self.plain
         if i != self.folded:
-            self.remix._fold(self.plain, self.alpha[i], i)
+            fold_stage(self.remix, plain, self.alpha[i], s)
             self.folded = i
-        return self.plain
+        return plain
 
 
 def for_sampling(model: DiT | Remix) -> DiT | ExpertSwitch:
