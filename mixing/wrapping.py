@@ -156,7 +156,8 @@ def block_name(layer: str) -> str:
 
 def has_rows(value: Any, size: int) -> bool:
     """Return whether a value is a tensor or an array whose first dimension has a size."""
-    return isinstance(value, Tensor | np.ndarray) and value.ndim > 0 and len(value) == size
+    # Before PyTorch 2.10, torch.compile cannot trace a union of types.
+    return isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0 and len(value) == size
 
 
 def join_outputs(outputs: list, order: Tensor, sizes: list[int], lists: bool) -> Any:
