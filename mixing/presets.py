@@ -126,7 +126,7 @@ PRESETS = {
         batch_dims={"attention_kwargs": 0},
     ),
     "CogView3PlusTransformer2DModel": Preset(COG),
-    "CogView4Transformer2DModel": Preset(COG, unbatched=("image_rotary_emb",), batch_dims={"attention_kwargs": 0}),
+    "CogView4Transformer2DModel": Preset(COG, batch_dims={"attention_kwargs": 0}),
     "ConsisIDTransformer3DModel": Preset(
         COG, unbatched=("image_rotary_emb",), batch_dims={"id_vit_hidden": 0, "attention_kwargs": 0}
     ),
