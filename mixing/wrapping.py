@@ -292,13 +292,21 @@ class Arguments:
             raise ValueError(f"timestep: {self.owner}.forward has no argument {self.timestep!r}, only {known}")
         self.unbatched = preset.unbatched
         self.batch_dims = preset.batch_dims
+        self.caches = preset.caches
 
     def times(self, args: tuple, kwargs: dict) -> Tensor:
         """Return what the argument `timestep` holds for each sample, [B] or [1]. Of several, that of the most noise.
 
         Raises:
             TypeError: if it is no tensor.
+            ValueError: if there is a cache of activations.
         """
+        for name, value in self.named(args, kwargs) if self.caches else ():
+            if name in self.caches and value is not None:
+                raise ValueError(
+                    f"{name} would pass activations of one expert of the {self.owner} to another: leave it out (some "
+                    "pipelines have use_kv_cache=False)"
+                )
         if callable(self.timestep):
             t = self.timestep(*args, **kwargs)
         else:
