@@ -67,7 +67,7 @@ def write_experts(remix: Remix, folder, lora: bool = False):
             save_file({key: value.clone() for key, value in state.items()}, temporary, metadata={"format": "pt"})
     timestep = remix.arguments.timestep
     index = {
-        "class": type(remix.backbone).__name__,
+        "class": remix.arguments.owner,
         "timestep": timestep if isinstance(timestep, str) else None,
         "boundaries": remix.boundaries,
         "format": "lora" if lora else "diffusers" if diffusers else "state dict",
@@ -114,7 +114,7 @@ def lora_state(remix: Remix, i: int) -> dict[str, torch.Tensor]:
 
 
 def _check_lora(remix: Remix):
-    name = type(remix.backbone).__name__
+    name = remix.arguments.owner
     if remix.rank is None or remix.rest == "separate":
         kind = "whole layers as bases" if remix.rank is None else 'the setting rest="separate"'
         raise UserError(f"LoRA files need low-rank bases and a shared rest, but this Remix has {kind}")

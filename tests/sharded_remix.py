@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from conftest import relative
-from safetensors.torch import load_file
 from test_any_transformer import make, randomize, sample
 from torch import nn
 from torch.distributed import checkpoint
@@ -166,7 +165,10 @@ def check_checkpoints(remix: Remix, arguments: dict, shard, folder: Path):
 
 def check_folding(remix: Remix, arguments: dict, shard, folder: Path):
     """Every process calls, and rank 0 gets what a whole Remix gives."""
-    sharded, first = shard(copy.deepcopy(remix)), dist.get_rank() == 0
+    remix, first = copy.deepcopy(remix), dist.get_rank() == 0
+    if remix.rank:
+        remix.freeze_shared()
+    sharded = shard(copy.deepcopy(remix))
     loss(sharded, arguments, own_samples())  # leaves the root gathered
     assert torch.allclose(sharded.coefficients(), remix.coefficients())
     for ours, theirs in zip(sharded.distances(), remix.distances(), strict=True):
@@ -183,14 +185,17 @@ def check_folding(remix: Remix, arguments: dict, shard, folder: Path):
                 one = sample(arguments, 1)
                 torch.testing.assert_close(ours(**one).sample, theirs(**one).sample)
     sharded.fold_(plain, 0)
-    write_experts(sharded, folder / "experts", lora=False)
+    for lora in (False, True) if remix.rank else (False,):
+        folders = [folder / f"{name}{lora}" for name in ("sharded", "whole")]
+        write_experts(sharded, folders[0], lora)
+        if first:
+            write_experts(remix, folders[1], lora)
+            files = [{f.relative_to(root): f.read_bytes() for f in root.rglob("*.*")} for root in folders]
+            assert files[0] == files[1]
+            assert len(files[0]) == (5 if lora else 9)
     if first:
         expected = remix.expert(0)
         assert all(torch.equal(plain.state_dict()[key], value) for key, value in expected.state_dict().items())
-        (file,) = (folder / "experts" / "expert0").glob("*.safetensors")
-        written = load_file(file)
-        assert all(torch.equal(written[key], value) for key, value in expected.state_dict().items() if key in written)
-        assert len([*(folder / "experts").iterdir()]) == 5
     try:
         from sampling.experts import FoldedRemix
 
