@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from diffusion.intervals import EITHER, TIMESTEPS, level_dtype, scale_of
 from mixing import fsdp, wrapping
 from mixing.coefficients import BatchCoefficients, Coefficients, RowsError, expert_weights, initial_logits
-from mixing.experts import ExpertIntervals, centered_gram, fold_layers, measure_distances, restore_intervals
+from mixing.experts import ExpertIntervals, centered_gram, measure_distances, restore_intervals
+from mixing.folding import copy_unmixed, fold_stage, plain_stage
 from mixing.grouped_linear import mix_into, mixed_linear
-from mixing.low_rank import LowRankExpert, LowRankLinear, pair_options
+from mixing.low_rank import LowRankLinear, pair_options
 from mixing.options import PRIOR_BONUS, complete_options
 from mixing.presets import Preset, complete_preset
+from mixing.stages import Stages, find_modules, run, run_parts, share_pairs
 from models import BACKBONES, build_plain, classifier_free_guidance, find_backbone
 
 
@@ -113,11 +115,13 @@ class Remix(wrapping.TransparentModule):
     Args:
         module: the module. It is changed in place: its mixed layers are replaced. Every basis starts as a copy of the
             layer that it replaces. With `rank`, layers of subclasses of `nn.Linear` and quantized ones can be mixed.
+            With `stages`, a list of modules of one class, that of the least noise first.
         layers: names of the `nn.Linear` layers to mix, in which * stands for any text without a dot, such as
             "blocks.*.mlp.fc1"; every name must match a layer. None: those that mixing/presets.py lists for the module's
             class.
         n_basis: number of bases K.
-        n_experts: number of experts N, with equal intervals of the noise levels. It may be omitted with `boundaries`.
+        n_experts: number of experts N, with equal intervals of the noise levels, or as `options.divide_stages` divides
+            the stages. It may be omitted with `boundaries`, and with `stages`, each of which is one expert then.
         boundaries: N + 1 increasing noise levels. Expert i denoises boundaries[i] <= level < boundaries[i + 1]. The
             last expert also denoises the last boundary. Expert 0 has the least noise.
         timestep: the argument of the module that holds the noise level of each sample [B], as its name; or a function
@@ -130,8 +134,9 @@ class Remix(wrapping.TransparentModule):
         highest_level: highest noise level, such as 1000 or 1. None: that of the preset, or the last of the boundaries.
         prior_bonus: number added to the initial logit of each expert's basis in the prior. The published one is 3.
         rank: rank of low-rank bases; see `low_rank.LowRankLinear`. None: every basis is a whole layer.
-        rest: "shared" (the experts share all parameters outside the mixed layers) or "separate" (each expert has its
-            own copy of them).
+        stages: S + 1 increasing noise levels, for S modules whose layouts are equal. Module s is frozen, and denoises
+            stages[s] <= level < stages[s + 1], compared as they are, also by levels that are rounded. All of `stages`
+            must be boundaries of experts. The modules share the low-rank bases. It needs `rank`.
         unbatched: names of arguments that may have as many rows as the batch but are no batches.
         batch_dims: the dimension of the batch in the tensors of some arguments, where it is not the first one, by the
             names of the arguments. A list in these arguments is no batch, but may hold tensors that are.
@@ -141,10 +146,12 @@ class Remix(wrapping.TransparentModule):
             scope is local, in float32.
         mixing_config: the keyword arguments that build this Remix from its module; `prior_bonus`, which concerns only
             the initial logits, is left out.
+        pairs: only with `stages`: the low-rank bases, under the names of the layers.
+        other_stages: only with `stages`: the modules of the stages 1 to S - 1. That of stage 0 is `backbone`.
 
     Raises:
         ValueError: if the module is no `nn.Module`, no layer matches, a layer cannot be mixed, the timestep is no
-            argument of the module, or another argument is out of range or unknown.
+            argument of the module, the modules of stages differ, or another argument is out of range or unknown.
     """
 
     def __init__(
@@ -161,19 +168,23 @@ class Remix(wrapping.TransparentModule):
         highest_level: float | None = None,
         prior_bonus: float = PRIOR_BONUS,
         rank: int | None = None,
-        rest: str = "shared",
+        stages: Sequence[float] | None = None,
         unbatched: Sequence[str] = (),
         batch_dims: Mapping[str, int] | None = None,
     ):
         super().__init__()
+        module, *others = modules = find_modules(module, stages, rank)
         given = Preset(layers, (), timestep, highest_level, unbatched, batch_dims or {})
         wrapped = complete_preset(module, given, boundaries)
         if fsdp.is_sharded(module) or any(hasattr(parameter, "full_tensor") for parameter in module.parameters()):
             raise ValueError("the module is sharded already: wrap it first, then shard its Remix (mixing.fsdp)")
         options = dict(n_basis=n_basis, n_experts=n_experts, mixer=mixer, scope=scope, boundaries=boundaries)
-        options = complete_options(options | dict(highest_level=wrapped.highest_level, rank=rank, rest=rest))
+        options = complete_options(options | dict(highest_level=wrapped.highest_level, rank=rank, stages=stages))
+        if stages is None:
+            del options["stages"]
+        self.stage_boundaries = options.get("stages")
         self.n_basis, self.n_experts, self.boundaries = n_basis, options["n_experts"], options["boundaries"]
-        self.mixer, self.scope, self.rank, self.rest = mixer, scope, rank, rest
+        self.mixer, self.scope, self.rank = mixer, scope, rank
         self.highest_level = wrapped.highest_level
         self.mixing_config = options | dict(layers=layers and [*layers], timestep=wrapped.timestep)
         self.mixing_config |= dict(unbatched=[*unbatched], batch_dims=dict(batch_dims or {}))
@@ -182,7 +193,7 @@ class Remix(wrapping.TransparentModule):
         if rank is None:
             self._refused = wrapping.NOT_OF_A_REMIX | wrapping.NOT_OF_WHOLE_BASES
         # Whether a batch of several experts is one call of the module. `forward` finds out if it cannot be.
-        self.runs_at_once = rank is not None and rest == "shared"
+        self.runs_at_once = rank is not None
         linears = wrapping.find_linears(module, wrapped.layers, wrapped.optional_layers, rank is not None)
         names_of_layers = [*linears.values()]
         blocks = list(dict.fromkeys(wrapping.block_name(names[0]) for names in names_of_layers))
@@ -194,18 +205,24 @@ class Remix(wrapping.TransparentModule):
         self.register_module("coefficients", None)
         self.backbone = module
         self.batch_coefficients = BatchCoefficients()
+        if others:
+            self.other_stages, self.pairs = nn.ModuleList(others), nn.Module()
+            for stage in modules:
+                stage.requires_grad_(False)
+        shape = (n_basis,) if rank is None else (n_basis, rank)
+        make = RemixLinear.from_linear if rank is None else LowRankLinear
         for names in names_of_layers:
             row = blocks.index(wrapping.block_name(names[0])) if scope == "local" else 0
-            shape = (n_basis,) if rank is None else (n_basis, rank)
-            make = RemixLinear.from_linear if rank is None else LowRankLinear
-            mixed = make(module.get_submodule(names[0]), *shape, self.batch_coefficients, row)
-            for name in names:
-                module.set_submodule(name, mixed)
-        if rest == "separate":
-            # The copies have the same mixed layers.
-            shared = {id(layer): layer for _, layer in self.mixed()}
-            self.copies = nn.ModuleList(copy.deepcopy(module, dict(shared)) for _ in range(self.n_experts - 1))
-        self.intervals = ExpertIntervals(self.boundaries, n_basis, device, self._directions())
+            coefficients = self.batch_coefficients, row
+            if others:
+                mixed = share_pairs(modules, self.pairs, names[0], shape, *coefficients)
+            else:
+                mixed = [make(module.get_submodule(names[0]), *shape, *coefficients)]
+            for stage, layer in zip(modules, mixed, strict=True):
+                for name in names:
+                    stage.set_submodule(name, layer)
+        unrounded = self.stages.boundaries[1:-1]
+        self.intervals = ExpertIntervals(self.boundaries, n_basis, device, self._directions(), unrounded)
         self.register_load_state_dict_post_hook(restore_intervals)
         depth = len(blocks) if scope == "local" else None
         logits = initial_logits(n_basis, self.n_experts, depth, mixer, prior_bonus)
@@ -215,6 +232,14 @@ class Remix(wrapping.TransparentModule):
     def logits(self) -> nn.Parameter:
         """The logits pi of the mixing coefficients [N, K], or [depth, N, K] if the scope is local."""
         return self.coefficients.logits
+
+    @property
+    def stages(self) -> Stages:
+        """Which module runs each interval of noise levels."""
+        modules = [self.backbone, *self._modules.get("other_stages", ())]
+        shared = [self._modules[name] for name in ("pairs", "coefficients", "intervals") if self._modules.get(name)]
+        levels = self.stage_boundaries or [self.boundaries[0], self.boundaries[-1]]
+        return Stages(levels, self.boundaries, modules, shared)
 
     @property
     def backbone_config(self) -> dict:
@@ -257,10 +282,11 @@ class Remix(wrapping.TransparentModule):
             state_dict[f"{prefix}coefficients.logits"] = logits
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def mixed(self) -> list[tuple[str, RemixLinear | LowRankLinear]]:
-        """Return the mixed layers and their names within the module."""
+    def mixed(self, stage: int = 0) -> list[tuple[str, RemixLinear | LowRankLinear]]:
+        """Return the mixed layers of a stage, and their names within its module. All stages have the same bases."""
         kinds = (RemixLinear, LowRankLinear)
-        return [(name, layer) for name, layer in self.backbone.named_modules() if isinstance(layer, kinds)]
+        modules = self.stages.module(stage).named_modules()
+        return [(name, layer) for name, layer in modules if isinstance(layer, kinds)]
 
     def freeze_shared(self):
         """Let only the bases and the coefficients be trained: with low rank, the pairs and the coefficients."""
@@ -272,7 +298,7 @@ class Remix(wrapping.TransparentModule):
     @torch.no_grad()
     def distances(self) -> tuple[Tensor, Tensor]:
         """Return the distances between the bases [K, K] and that of the experts; see `experts.measure_distances`."""
-        layers = [layer for _, layer in self.mixed()]
+        layers = [layer for s in range(len(self.stages)) for _, layer in self.mixed(s)]
         if fsdp.is_sharded(self):
             fsdp.reshard(self)
         return measure_distances(layers, self._coefficients_per_row(), self.batch_coefficients.sum)
@@ -286,7 +312,7 @@ class Remix(wrapping.TransparentModule):
                 noise levels of one expert. They run as one batch, without a host sync. Noise levels are not checked.
                 The first dimension of the inputs of all mixed layers must be the batch. By default, low-rank bases run
                 the whole batch at once too, unless this dimension is another one or the samples are in lists. Whole
-                bases run one expert after the other. With rest="separate" they always do: `groups` has no effect.
+                bases run one expert after the other. With stages, a batch is one pass per stage, after a host sync.
 
         Returns:
             The result of the module.
@@ -298,63 +324,57 @@ class Remix(wrapping.TransparentModule):
         """
         t = self.times(*args, **kwargs)
         experts = self.expert_index(t)  # [B]
-        if groups is not None and self.rest == "shared":
+        if groups is not None:
             if isinstance(groups, float) or groups < 1 or len(experts) % groups:
                 raise ValueError(f"groups must divide the batch size {len(experts)}, but it is {groups}")
             # Rounding can move some samples of a group to the expert above, but none to the one below.
-            return self._run(experts.view(groups, -1).amin(1), args, kwargs)
+            return run(self, experts.view(groups, -1).amin(1), len(t), args, kwargs)
         lists = self.arguments.batches_are_lists(len(t), args, kwargs)
         at_once = self.runs_at_once and not lists
         if at_once and torch.compiler.is_compiling():
-            return self._run(experts, args, kwargs, per_sample=len(experts) > 1)
+            return run(self, experts, len(t), args, kwargs, per_sample=len(experts) > 1)
         self.intervals.check(self.noise_level(t), level_dtype(t))
         present, counts = experts.unique(return_counts=True)
         if len(present) == 1:
-            return self._run(present, args, kwargs)
+            return run(self, present, len(t), args, kwargs)
         if not at_once and fsdp.is_sharded(self):
             raise ValueError("a sharded Remix needs groups: its processes must call the module equally often")
         if at_once:
             try:
-                return self._run(experts, args, kwargs, per_sample=True)
+                return run(self, experts, len(t), args, kwargs, per_sample=True)
             except RowsError:
                 # Layers of this module see other rows than the samples, such as folded frames or routed tokens.
                 if fsdp.is_sharded(self):
                     raise
                 self.runs_at_once = False
-        order, sizes = experts.argsort(stable=True), counts.tolist()  # [B]
-        parts = [self.arguments.take(rows, len(t), args, kwargs) for rows in order.split(sizes)]
-        outputs = [self._run(expert, *part) for expert, part in zip(present.split(1), parts, strict=True)]
-        return wrapping.join_outputs(outputs, order, sizes, lists)
+        rows = experts.argsort(stable=True).split(counts.tolist())  # [B] in all
+        return run_parts(self, [*zip(rows, present.split(1), strict=True)], len(t), args, kwargs)
 
     def times(self, *args, **kwargs) -> Tensor:
         """Return what the argument `timestep` holds for each sample, [B] or [1]."""
         return self.arguments.times(args, kwargs)
 
-    def _run(self, experts: Tensor, args: tuple, kwargs: dict, per_sample: bool = False) -> Any:
-        """Run the module on G equal groups, or samples, with the experts [G]."""
-        module = self._module(int(experts)) if self.rest == "separate" else self.backbone
+    def _run(self, module: nn.Module, experts: Tensor, args: tuple, kwargs: dict, per_sample: bool) -> Any:
+        """Run the module of a stage on G equal groups, or samples, with the experts [G]."""
         self.batch_coefficients.start(self._coefficients_per_row(), experts, per_sample)
         try:
             return wrapping.call(module, self.unchecked, args, kwargs)
         finally:
             self.batch_coefficients.end()
 
-    def _module(self, i: int) -> nn.Module:
-        """Return the module that holds the parameters of expert i that are not mixed."""
-        return self.copies[i - 1] if self.rest == "separate" and i else self.backbone
-
     def enable_gradient_checkpointing(self):
         """Let a model of diffusers store only the inputs of each block, and compute the activations again."""
-        for i in range(self.n_experts if self.rest == "separate" else 1):
-            self._module(i).enable_gradient_checkpointing(self.batch_coefficients.checkpoint)
+        for module in self.stages.modules:
+            module.enable_gradient_checkpointing(self.batch_coefficients.checkpoint)
 
     def expert(self, i: int) -> nn.Module:
         """Return expert i as a module of the wrapped class with its own parameters, in eval mode; see `fold_`.
 
         Every process calls it if the Remix is sharded (`mixing.fsdp`). Only rank 0 gets a module then.
         """
-        plain = self._plain(i)
-        self.fold_(plain, i)
+        s = self.stages.of(i)
+        plain = plain_stage(self, s)
+        fold_stage(self, plain, self.coefficients.per_expert()[i], s)
         return plain
 
     def merge(self, weights: list[float] | None = None) -> nn.Module:
@@ -366,37 +386,18 @@ class Remix(wrapping.TransparentModule):
             weights: weight of each expert, at least 0 [N]; they are divided by their sum. Default: equal weights.
 
         Raises:
-            ValueError: if there are not N weights, or one of them is negative, or all are 0, or the experts have
-                separate parameters.
+            ValueError: if there are not N weights, or one of them is negative, or all are 0, or experts of several
+                stages have weights.
         """
-        if self.rest == "separate":
-            raise ValueError("experts with separate parameters cannot be merged")
         weights = expert_weights(weights, self.n_experts)[:, None]  # [N, 1]
+        first, *others = {self.stages.of(i) for i in weights.flatten().nonzero().flatten().tolist()}
+        if others:
+            raise ValueError("experts of several stages cannot be merged: give weights of 0 to those of all but one")
         alpha = self._coefficients_per_row().detach().double().cpu()  # [1 or depth, N, K]
-        plain = self._plain(0)
-        self._fold(plain, (weights * alpha).sum(1).tolist(), 0)
+        plain = plain_stage(self, first)
+        fold_stage(self, plain, (weights * alpha).sum(1).tolist(), first)
         return plain
 
-    def _plain(self, i: int) -> nn.Module:
-        """Return a copy of expert i's module with plain layers, in eval mode; the mixed ones are not initialized."""
-        if fsdp.is_sharded(self):
-            return fsdp.gather_plain(self)
-        plain = {id(layer): wrapping.plain_linear(layer) for _, layer in self.mixed()}
-        return copy.deepcopy(self._module(i), plain).eval()
-
-    def _folding(self) -> nn.Module:
-        """Return a module to fold experts into, one after the other, in eval mode. Low-rank bases share all tensors."""
-        if fsdp.is_sharded(self):
-            raise ValueError("a sharded Remix cannot be folded in place: sample with the Remix, or with its experts")
-        if self.rank is None:
-            return self._plain(0)
-        module = self.backbone
-        shared = {id(layer): LowRankExpert(layer) for _, layer in self.mixed()}
-        if self.rest == "shared":
-            shared |= {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-        return copy.deepcopy(module, shared).eval()
-
-    @torch.no_grad()
     def fold_(self, module: nn.Module, i: int):
         """Write the parameters of expert i that it does not share into `module`, in place.
 
@@ -407,20 +408,10 @@ class Remix(wrapping.TransparentModule):
         Raises:
             IndexError: if i is not from 0 to N - 1.
         """
-        if not 0 <= i < self.n_experts:
-            raise IndexError(f"the expert index must be from 0 to {self.n_experts - 1}, but it is {i}")
-        self._fold(module, self.coefficients.per_expert()[i], i)
-
-    @torch.no_grad()
-    def _fold(self, module: nn.Module, alpha: list[list[float]], i: int):
-        """Write the mixed weights for the coefficients alpha [1 or depth][K] of expert i into `module`, in place."""
-        if fsdp.is_sharded(self):
-            return fsdp.fold_gathered(self, module, alpha)
-        fold_layers(self.mixed(), module, alpha)
-        if self.rest == "separate":
-            wrapping.copy_tensors(self._module(i), module, [name for name, _ in self.mixed()])
-        # Autocast would use the casts of the weights of the expert before.
-        torch.clear_autocast_cache()
+        s = self.stages.of(i)
+        fold_stage(self, module, self.coefficients.per_expert()[i], s)
+        if len(self.stages) > 1:
+            copy_unmixed(self, module, s)
 
 
 class RemixDiT(Remix):

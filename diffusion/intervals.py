@@ -13,6 +13,8 @@ from torch import Tensor
 
 from runtime.errors import warn
 
+from .interpolants import TimeDistribution
+
 # Number of timesteps of the default process, which is that of the published models.
 TIMESTEPS = 1000
 # How far float32 noise levels can be from the exact ones, relative to the highest level.
@@ -148,8 +150,8 @@ def equal_boundaries(n_experts: int, highest: float) -> list[float]:
     return scale_of([0, highest]).equal_boundaries(n_experts)
 
 
-def check_boundaries(boundaries: Sequence[float], n_experts: int, highest: float):
-    """Check the boundaries between experts.
+def check_boundaries(boundaries: Sequence[float], n_experts: int, highest: float, name: str = "boundaries"):
+    """Check the boundaries between experts, or others, whose name is for the messages.
 
     Raises:
         ValueError: unless they are `n_experts` + 1 increasing numbers from 0 to `highest`.
@@ -158,11 +160,11 @@ def check_boundaries(boundaries: Sequence[float], n_experts: int, highest: float
         raise ValueError(f"{n_experts} experts need {n_experts + 1} boundaries, but there are {len(boundaries)}")
     if boundaries[0] != 0 or boundaries[-1] != highest:
         raise ValueError(
-            f"boundaries must run from 0 to {exact(highest)}, but they run from {exact(boundaries[0])} to "
+            f"{name} must run from 0 to {exact(highest)}, but they run from {exact(boundaries[0])} to "
             f"{exact(boundaries[-1])}"
         )
     if any(not low < high for low, high in pairwise(boundaries)):
-        raise ValueError(f"boundaries must increase, but they are {', '.join(map(exact, boundaries))}")
+        raise ValueError(f"{name} must increase, but they are {', '.join(map(exact, boundaries))}")
 
 
 def exact(number: float) -> str:
@@ -216,7 +218,10 @@ def rounded_levels(
 
 
 def inner_boundaries(
-    boundaries: Sequence[float], dtype: torch.dtype | None = None, directions: tuple[bool, ...] = DIRECT
+    boundaries: Sequence[float],
+    dtype: torch.dtype | None = None,
+    directions: tuple[bool, ...] = DIRECT,
+    unrounded: Sequence[float] = (),
 ) -> list[float]:
     """Return the N - 1 boundaries between experts, lowered for comparison with noise levels of a type.
 
@@ -229,13 +234,15 @@ def inner_boundaries(
         dtype: one of `LEVEL_DTYPES`, in which the noise levels arrive. None: the type of times of the scale.
         directions: whether the noise levels are the highest level minus rounded times (`REVERSED`), are rounded
             themselves (`DIRECT`), or may be either (`EITHER`).
+        unrounded: boundaries that are not lowered: levels of all types are compared with them as they are.
     """
-    return list(_inner_boundaries(tuple(boundaries), dtype or scale_of(boundaries).dtype, directions)[0])
+    dtype = dtype or scale_of(boundaries).dtype
+    return list(_inner_boundaries(tuple(boundaries), dtype, directions, tuple(unrounded))[0])
 
 
 @functools.lru_cache
 def _inner_boundaries(
-    boundaries: tuple[float, ...], dtype: torch.dtype, directions: tuple[bool, ...]
+    boundaries: tuple[float, ...], dtype: torch.dtype, directions: tuple[bool, ...], unrounded: tuple[float, ...] = ()
 ) -> tuple[list[float], bool]:
     """Return the result of `inner_boundaries`, and whether it separates all steps on boundaries."""
     if not dtype.is_floating_point or len(boundaries) < 3:
@@ -243,14 +250,20 @@ def _inner_boundaries(
     low, high = rounded_levels(boundaries, dtype, directions, ROUNDING)
     levels = torch.tensor(boundaries, dtype=torch.float64, device="cpu")
     # Not below the middle of the interval, so that short intervals keep the levels at their beginning.
+    low = torch.where(torch.tensor([level in unrounded for level in boundaries], device="cpu"), levels, low)
     inner = torch.maximum(low, (levels + levels.roll(1)) / 2)[1:-1]
     separates = torch.equal(inner, low[1:-1]) and bool((high[1:-2] < inner[1:]).all())
     return inner.tolist(), separates
 
 
-def separates_steps(boundaries: Sequence[float], dtype: torch.dtype, directions: tuple[bool, ...] = DIRECT) -> bool:
+def separates_steps(
+    boundaries: Sequence[float],
+    dtype: torch.dtype,
+    directions: tuple[bool, ...] = DIRECT,
+    unrounded: Sequence[float] = (),
+) -> bool:
     """Return whether all steps on boundaries run the expert above; see `inner_boundaries` for the arguments."""
-    return _inner_boundaries(tuple(boundaries), dtype, directions)[1]
+    return _inner_boundaries(tuple(boundaries), dtype, directions, tuple(unrounded))[1]
 
 
 @functools.lru_cache
@@ -294,6 +307,7 @@ def find_interval(
     level: Tensor | float,
     dtype: torch.dtype | None = None,
     directions: tuple[bool, ...] = DIRECT,
+    unrounded: Sequence[float] = (),
 ) -> int:
     """Return the index of the interval between boundaries that a noise level belongs to.
 
@@ -303,7 +317,7 @@ def find_interval(
         boundaries: increasing noise levels from 0.
         level: the noise level, a number or a tensor [].
         dtype: the type in which the level or the time has arrived; see `inner_boundaries`. None: that of `level`.
-        directions: see `inner_boundaries`.
+        directions, unrounded: see `inner_boundaries`.
 
     Raises:
         ValueError: if the level is outside the boundaries.
@@ -311,7 +325,7 @@ def find_interval(
     dtype, boundaries = dtype or level_dtype(level), tuple(boundaries)
     level = np.float32(float(level))
     check_levels(boundaries, float(level), float(level), dtype, directions)
-    inner, separates = _inner_boundaries(boundaries, dtype, directions)
+    inner, separates = _inner_boundaries(boundaries, dtype, directions, tuple(unrounded))
     if not separates:
         warn_of_short_intervals(dtype)
     return bisect.bisect_right(inner, level, key=np.float32)
@@ -335,3 +349,82 @@ def interval_labels(boundaries: Sequence[float], separator: str = "-") -> list[s
     ends = [scale.ends(low, high) for low, high in pairwise(boundaries)]
     form = "d" if scale.whole else ".3g"
     return [f"{low:{form}}{separator}{high:{form}}" for low, high in ends]
+
+
+def sample_levels(
+    boundaries: Sequence[float],
+    n: int,
+    shift: float = 1.0,
+    share: str | Sequence[float] = "equal",
+    groups: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw noise levels for training the experts of a flow.
+
+    The levels of each expert follow the distribution of training, restricted to its interval: u uniform in [0, 1],
+    moved to s u / (1 + (s - 1) u) by the shift s (arXiv 2403.03206, eq. 23), times the highest level. The boundaries
+    are levels after the shift.
+
+    Args:
+        boundaries: the N + 1 boundaries between experts, from 0 to the highest level; or the Remix.
+        n: number of noise levels.
+        shift: the shift s > 0, such as 12 for text to video of Wan 2.2 and 5 for image to video.
+        share: each expert's share of the levels: "equal"; "drawn", which keeps the distribution of training as a whole;
+            or N numbers in proportion to the shares. An expert gets n times its share, rounded up or down at random.
+        groups: draw this many equal contiguous groups of levels, each for one expert, as the `groups` of `remix.Remix`
+            promises. It must divide n. With equal shares and a multiple of N levels, the levels are N such groups
+            without it.
+        generator: the generator of the random numbers, on the CPU. None: that of PyTorch.
+
+    Returns:
+        The noise levels, float32 [n] on the CPU, those of expert 0 first. A model that takes the time of the data gets
+        the highest level minus them.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    boundaries = getattr(boundaries, "boundaries", boundaries)
+    check_boundaries(boundaries, max(len(boundaries) - 1, 1), boundaries[-1])
+    if not 0 < shift < math.inf:
+        raise ValueError(f"the shift must be a positive number, but it is {shift}")
+    parts = n if groups is None else groups
+    if n < 1 or parts < 1 or n % parts:
+        raise ValueError(f"the number of levels must be positive and a multiple of groups={groups}, but it is {n}")
+    # Relative to the highest level.
+    ends = np.array(boundaries, dtype=np.float64) / boundaries[-1]
+    times = TimeDistribution("uniform", 0.0, 1.0, float(shift))
+    low, high = times.cdf(ends[:-1]), times.cdf(ends[1:])  # [N]
+    shares = _expert_shares(share, high - low)
+
+    # Expert i owns the part of a line of this length in proportion to its share. The line is cut at regular distances,
+    # from a random start.
+    line = shares.cumsum() / shares.sum() * parts
+    line = np.where(np.abs(line - line.round()) < 1e-9 * parts, line.round(), line)
+    # In float32, so that no sum of it and an integer is rounded up to the next one.
+    start = torch.rand((), generator=generator).item()
+    experts = np.searchsorted(line, np.arange(parts) + start, side="right").repeat(n // parts)  # [n]
+
+    uniform = torch.rand(n, generator=generator, dtype=torch.float64).numpy()
+    levels = times.quantile(low[experts] + (high - low)[experts] * uniform)
+    # As in the training of flows, rounding leaves a level in the interval of its expert.
+    margin = np.minimum(2 * ROUNDING, np.diff(ends) / 4)[experts]
+    levels = np.clip(levels, ends[:-1][experts] + margin, ends[1:][experts] - margin)
+    return torch.from_numpy(levels * boundaries[-1]).float()
+
+
+def _expert_shares(share: str | Sequence[float], drawn: np.ndarray) -> np.ndarray:
+    """Return numbers [N] in proportion to the experts' shares of the levels; see `sample_levels`.
+
+    Args:
+        share: see `sample_levels`.
+        drawn: probability of each expert's interval in training [N].
+    """
+    if isinstance(share, str):
+        known = {"equal": np.ones_like(drawn), "drawn": drawn}
+        if share not in known:
+            raise ValueError(f"share must be {', '.join(known)} or {len(drawn)} numbers, but it is {share!r}")
+        return known[share]
+    shares = np.asarray(share, dtype=np.float64)
+    if shares.shape != drawn.shape or not np.isfinite(shares).all() or shares.min() < 0 or shares.sum() == 0:
+        raise ValueError(f"share must be {len(drawn)} numbers of at least 0, not all of them 0, but it is {share}")
+    return shares

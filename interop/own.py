@@ -96,7 +96,17 @@ def read_checkpoint(path, allow_pickle: bool = False, verify: bool = False) -> d
         )
     if content.get("format") == FORMAT and not {"config", "model", "ema"} <= content.keys():
         raise UserError(f"{path} is a checkpoint without its config or weights")
+    if content.get("format") == FORMAT:
+        _drop_rest(path, content["config"])
     return content
+
+
+def _drop_rest(path, config: dict):
+    """Remove the option `rest` of earlier versions, which had no effect unless it was "separate"."""
+    model = config.get("model") if isinstance(config, dict) else None
+    mixing = model.get("remix") if isinstance(model, dict) else None
+    if isinstance(mixing, dict) and mixing.pop("rest", "shared") != "shared":
+        raise UserError(f"{path} holds experts with separate parameters (rest), which this version does not support")
 
 
 def _read_torch(path: Path, allow_pickle: bool, verify: bool):

@@ -1,87 +1,151 @@
-"""Wan 2.2's pair of transformers in the layout of diffusers: read as a Remix with two experts, and written back.
+"""Wan 2.2's pair of transformers, read as the two stages of a Remix, and written back.
 
 Of the pair, `transformer` denoises the timesteps of at least 1000 * `boundary_ratio`, and `transformer_2` those below.
-As a Remix it has K = N = 2 bases and experts, without mixing. Expert 0, which has the least noise, is `transformer_2`.
-The Remix compares timesteps of all types with the boundary as they are, as WanPipeline does.
+Stage 0, which has the least noise, is `transformer_2`. The pair is read from the layout of diffusers, or from two files
+with the names of the original, as ComfyUI uses them.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
+from diffusion.intervals import TIMESTEPS
+from mixing.stages import find_difference, layout
 from remix import Remix
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 from runtime.files import write_json
 
 INDEX = "model_index.json"
+# All published models of Wan have heads of this size. The tensors do not show it.
+HEAD = 128
+# The names of the original and those of diffusers, in the order in which they are replaced.
+NAMES = {
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+}
+NAMES_IN_BLOCKS = {
+    "self_attn.": "attn1.",
+    "cross_attn.": "attn2.",
+    ".q.": ".to_q.",
+    ".k.": ".to_k.",
+    ".v.": ".to_v.",
+    ".o.": ".to_out.0.",
+    ".k_img.": ".add_k_proj.",
+    ".v_img.": ".add_v_proj.",
+    ".norm_k_img.": ".norm_added_k.",
+    ".ffn.0.": ".ffn.net.0.proj.",
+    ".ffn.2.": ".ffn.net.2.",
+    ".norm3.": ".norm2.",
+    ".modulation": ".scale_shift_table",
+}
+# What fp8 "scaled" files of ComfyUI hold beside the weights. The scale of the input is for products in fp8.
+SCALE, INPUT_SCALE, SCALED = ".scale_weight", ".scale_input", "scaled_fp8"
 
 
-def read_pair(source, dtype: torch.dtype = torch.float32) -> Remix:
-    """Read a pair of transformers as a Remix with the mixer "one-hot" and separate parameters.
+def read_pair(
+    source,
+    dtype: torch.dtype = torch.bfloat16,
+    rank: int = 16,
+    *,
+    boundary_ratio: float | None = None,
+    config: dict | None = None,
+    **options,
+) -> Remix:
+    """Read a pair of transformers as a Remix of two frozen stages, which share low-rank bases.
+
+    With the initial pairs, whose B is zero, the Remix is the pair.
 
     Args:
-        source: the folder of a pipeline; or a loaded pipeline, whose transformer_2 becomes a part of the Remix. Use
-            the Remix in the place of both.
-        dtype: dtype of the parameters that are read from a folder.
+        source: the folder of a pipeline; a loaded pipeline, whose transformers become parts of the Remix; or two
+            safetensors files (high, low) with the original's names, that of high noise first. Weights in fp8 are
+            converted to `dtype`, also "scaled" ones. Use the Remix, or a `FoldedRemix` of it, in the place of both
+            transformers.
+        dtype: dtype of the parameters that are read from files, except those that diffusers keeps in float32.
+        rank: rank r of the bases.
+        boundary_ratio: the least noise of the first transformer, divided by 1000: 0.875 for text to video, and 0.9 for
+            image to video. None: that of the pipeline. Two files do not hold it.
+        config: the config of two files, keyword arguments of diffusers' WanTransformer3DModel. None: that of their
+            tensors, with heads of 128 channels.
+        **options: further arguments of `remix.Remix`, such as n_basis, and n_experts or boundaries. By default, each
+            stage is one expert.
 
     Raises:
-        UserError: if the pipeline has no pair, or its transformers differ in their shapes or dtypes.
+        UserError: if there is no pair or no boundary, the files are no transformers of Wan in the original's layout, or
+            the transformers differ in their shapes.
+        ValueError: see `remix.Remix`.
     """
-    if isinstance(source, str | Path):
+    files = isinstance(source, Sequence) and not isinstance(source, str)
+    if config is not None and not files:
+        raise UserError("config is only for two files: a pipeline has its own")
+    if files:
+        high, low = _read_files(source, dtype, config)
+        ratio = None
+    elif isinstance(source, str | Path):
         high, low, ratio = _load(Path(source), dtype)
     else:
         high, low, ratio = source.transformer, source.transformer_2, source.config.boundary_ratio
+    if ratio is not None and boundary_ratio not in (None, ratio):
+        raise UserError(f"boundary_ratio is {boundary_ratio}, but that of the pipeline is {ratio}")
+    ratio = boundary_ratio if ratio is None else ratio
     if high is None or low is None or ratio is None:
         raise UserError(
             "a pair needs transformer, transformer_2 and boundary_ratio, but "
             f"transformer is {type(high).__name__}, transformer_2 is {type(low).__name__}, boundary_ratio is {ratio}"
         )
-    own = high.state_dict()
-    if _layout(own) != _layout(low.state_dict()):
-        raise UserError("the transformers of the pair differ in the names, shapes or dtypes of their parameters")
-
-    remix = Remix(low, n_basis=2, boundaries=[0, 1000 * ratio, 1000], mixer="one-hot", rest="separate")
-    remix.intervals.exact = True
-    with torch.no_grad():
-        for name, layer in remix.mixed():
-            for kind, bases in (("weight", layer.weight), ("bias", layer.bias)):
-                if f"{name}.{kind}" in own:
-                    bases[1].copy_(own.pop(f"{name}.{kind}"))
-    # What is left is not mixed.
-    remix.copies[0].load_state_dict(own, strict=False)
-    return remix
+    if not 0 < ratio < 1:
+        raise UserError(f"boundary_ratio must be between 0 and 1, but it is {ratio}")
+    if found := find_difference(layout(high), layout(low)):
+        raise UserError(f"the transformers of the pair differ in their names or shapes, such as {found}")
+    # As WanPipeline calculates it.
+    return Remix([low, high], stages=[0, ratio * TIMESTEPS, TIMESTEPS], rank=rank, **options)
 
 
 def write_pair(remix: Remix, folder):
-    """Write the two experts of a Remix of a WanTransformer3DModel as a pair.
+    """Write a Remix of WanTransformer3DModels as a pair: of each stage, the mean of its experts.
 
     Args:
-        remix: the Remix, with any mixer.
+        remix: the Remix of two stages, or of one module with two experts.
         folder: folder of a pipeline, of which the pair is replaced; or a new folder, to which the other parts of a
             pipeline can be added. `WanPipeline.from_pretrained` takes them as arguments too.
 
     Raises:
-        UserError: if the Remix has another number of experts, or is no Remix of a WanTransformer3DModel.
+        UserError: if the Remix has neither two stages nor two experts, or is no Remix of WanTransformer3DModels.
     """
-    name = type(remix.backbone).__name__
-    if name != "WanTransformer3DModel" or remix.n_experts != 2:
+    name, stages = remix.arguments.owner, remix.stages
+    parts = [[i] for i in range(remix.n_experts)]
+    if len(stages) > 1:
+        parts = [stages.experts(s) for s in range(len(stages))]
+    if name != "WanTransformer3DModel" or len(parts) != 2:
         raise UserError(
-            f"a pair is written from 2 experts of a WanTransformer3DModel, not from {remix.n_experts} of a {name}"
+            "a pair is written from 2 stages, or from 2 experts, of a WanTransformer3DModel, not from "
+            f"{len(stages)} stages with {remix.n_experts} experts of a {name}"
         )
     folder = Path(folder)
-    experts = {"transformer": 1, "transformer_2": 0}
-    for part, i in experts.items():
-        remix.expert(i).save_pretrained(folder / part)
+    for part, experts in zip(("transformer_2", "transformer"), parts, strict=True):
+        remix.merge([float(i in experts) for i in range(remix.n_experts)]).save_pretrained(folder / part)
     config = remix.backbone.config
     # The transformers of image-to-video also get the latents of the image.
     image = config.in_channels > config.out_channels
     index = {"_class_name": "WanImageToVideoPipeline" if image else "WanPipeline"}
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text())
-    index |= {part: ["diffusers", name] for part in experts}
-    write_json(folder / INDEX, index | {"boundary_ratio": remix.boundaries[1] / remix.boundaries[2]})
+    index |= {part: ["diffusers", name] for part in ("transformer", "transformer_2")}
+    boundary = remix.boundaries[parts[1][0]]
+    write_json(folder / INDEX, index | {"boundary_ratio": boundary / remix.boundaries[-1]})
 
 
 def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, float | None]:
@@ -98,5 +162,107 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, float
     return *pair, json.loads((folder / INDEX).read_text()).get("boundary_ratio")
 
 
-def _layout(state: dict[str, torch.Tensor]) -> dict[str, tuple]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+def _read_files(files: Sequence, dtype: torch.dtype, config: dict | None) -> list[nn.Module]:
+    """Return the transformers of two files, that of high noise first."""
+    if len(files) != 2:
+        raise UserError(f"a pair is two files, that of high noise first, but there are {len(files)}")
+    for file, other in zip(files, ("low_noise", "high_noise"), strict=True):
+        if other in Path(file).name:
+            raise UserError(
+                f"the file of high noise comes first, and then that of low noise, but got {Path(file).name}"
+            )
+    return [read_original(file, dtype, config) for file in files]
+
+
+def read_original(path, dtype: torch.dtype = torch.bfloat16, config: dict | None = None) -> nn.Module:
+    """Read a transformer of Wan from a safetensors file with the original's names. `read_pair` documents the arguments.
+
+    Tensors whose dtype stays are mapped into memory, and the others are converted one at a time.
+
+    Raises:
+        UserError: if the file is damaged or of another layout, or if the config does not fit.
+    """
+    from diffusers import WanTransformer3DModel
+
+    try:
+        file = safe_open(path, framework="pt")
+    except Exception as error:
+        # A damaged file can cause errors of any kind.
+        raise UserError(f"{path} is not a complete .safetensors file: {first_line(error)}") from None
+    with file:
+        keys = {key.removeprefix("model.").removeprefix("diffusion_model."): key for key in file.keys()}  # noqa: SIM118
+        if not {"head.head.weight", "patch_embedding.weight"} <= keys.keys():
+            raise UserError(
+                f"{path} holds no transformer of Wan in the original's layout: there is no head.head.weight"
+            )
+        shapes = {key: file.get_slice(stored).get_shape() for key, stored in keys.items()}
+        tensors = [key for key in keys if key != SCALED and not key.endswith((SCALE, INPUT_SCALE))]
+        names = {key: diffusers_name(key) for key in tensors}
+        config = infer_config(path, shapes) if config is None else config
+        with torch.device("meta"):
+            model = WanTransformer3DModel.from_config(config)
+        expected = {name: [*tensor.shape] for name, tensor in model.state_dict().items()}
+        found = {name: shapes[key] for key, name in names.items()}
+        if name := find_difference(expected, found):
+            key = next((key for key in tensors if names[key] == name), name)
+            raise UserError(
+                f"{path} does not fit a WanTransformer3DModel: {key} has the shape {found.get(name)}, not "
+                f"{expected.get(name)}"
+            )
+        state = {}
+        for key, name in names.items():
+            scale = keys.get(f"{key.removesuffix('.weight')}{SCALE}")
+            kept = not {*name.split(".")}.isdisjoint(model._keep_in_fp32_modules or ())
+            tensor, kind = file.get_tensor(keys[key]), torch.float32 if kept else dtype
+            if scale is None:
+                state[name] = tensor.to(kind)
+                continue
+            scale = file.get_tensor(scale).float()
+            if scale.numel() > 1 and scale.shape != (len(tensor), 1):
+                raise UserError(f"{path}: the scale of {key} is neither one number nor one per row: {[*scale.shape]}")
+            state[name] = (tensor.float() * scale).to(kind)
+    model.load_state_dict(state, assign=True)
+    # Its buffers are in no file.
+    model.rope = type(model.rope)(
+        model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len
+    )
+    return model.eval()
+
+
+def diffusers_name(key: str) -> str:
+    """Return diffusers' name of a parameter of Wan's original."""
+    if not key.startswith("blocks."):
+        return next((key.replace(old, new, 1) for old, new in NAMES.items() if key.startswith(old)), key)
+    for old, new in NAMES_IN_BLOCKS.items():
+        key = key.replace(old, new, 1)
+    return key
+
+
+def infer_config(path, shapes: dict[str, list[int]]) -> dict:
+    """Return the config of a transformer of Wan from the shapes of its tensors under the original's names.
+
+    Raises:
+        UserError: if a tensor is missing, or the width is no multiple of 128.
+    """
+    try:
+        width, in_channels, *patch = shapes["patch_embedding.weight"]
+        config = dict(
+            patch_size=tuple(patch),
+            in_channels=in_channels,
+            out_channels=shapes["head.head.weight"][0] // (patch[0] * patch[1] * patch[2]),
+            text_dim=shapes["text_embedding.0.weight"][1],
+            freq_dim=shapes["time_embedding.0.weight"][1],
+            ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{path} holds no transformer of Wan in the original's layout: {error!r}") from None
+    if width % HEAD:
+        raise UserError(f"{path} has the width {width}, no multiple of {HEAD}, the size of Wan's heads: give config")
+    config |= dict(num_attention_heads=width // HEAD, attention_head_dim=HEAD)
+    config |= dict(num_layers=1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")))
+    config |= dict(cross_attn_norm="blocks.0.norm3.weight" in shapes)
+    if "blocks.0.cross_attn.k_img.weight" in shapes:
+        config |= dict(added_kv_proj_dim=width, image_dim=shapes.get("img_emb.proj.0.weight", [None])[0])
+    if "img_emb.emb_pos" in shapes:
+        config |= dict(pos_embed_seq_len=shapes["img_emb.emb_pos"][1])
+    return config

@@ -1,6 +1,6 @@
 """The intervals of noise levels of the experts, and how different the experts are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,28 +25,34 @@ class ExpertIntervals(nn.Module):
         boundaries: N + 1 increasing noise levels. Expert i denoises boundaries[i] <= level < boundaries[i + 1].
         n_basis: number of bases K.
         device: device of the tensors.
-        directions: see `diffusion.intervals.inner_boundaries`.
+        directions, unrounded: see `diffusion.intervals.inner_boundaries`.
 
     Attributes:
-        exact: compare all noise levels with the boundaries as they are, not only integers.
         inner: the N - 1 boundaries between experts for each type of noise levels, [len(LEVEL_DTYPES), N - 1].
         prior: the basis of each expert in the prior [N].
     """
 
-    def __init__(self, boundaries: list[float], n_basis: int, device: torch.device, directions: tuple[bool, ...]):
+    def __init__(
+        self,
+        boundaries: list[float],
+        n_basis: int,
+        device: torch.device,
+        directions: tuple[bool, ...],
+        unrounded: Sequence[float] = (),
+    ):
         super().__init__()
         self.boundaries = boundaries
         self.n_basis = n_basis
-        self.directions = directions
-        self.exact = False
-        self.separated = [dtype for dtype in LEVEL_DTYPES if separates_steps(boundaries, dtype, directions)]
+        # How levels of each type are compared with the boundaries.
+        self.rules = directions, tuple(unrounded)
+        self.separated = [dtype for dtype in LEVEL_DTYPES if separates_steps(boundaries, dtype, *self.rules)]
         self._register(device)
 
     def _register(self, device: torch.device):
         """Create the buffers on a device."""
         prior = prior_bases(self.n_basis, len(self.boundaries) - 1, device)
         # For all types, so that no call copies them to the device.
-        inner = [inner_boundaries(self.boundaries, dtype, self.directions) for dtype in LEVEL_DTYPES]
+        inner = [inner_boundaries(self.boundaries, dtype, *self.rules) for dtype in LEVEL_DTYPES]
         inner = torch.tensor(inner, dtype=torch.float32, device=device)
         self.register_buffer("prior", prior, persistent=False)
         self.register_buffer("inner", inner, persistent=False)
@@ -65,33 +71,15 @@ class ExpertIntervals(nn.Module):
             level: the noise levels, in float32.
             dtype: one of `LEVEL_DTYPES`, in which they have arrived.
         """
-        dtype = torch.long if self.exact else dtype
         if not isinstance(level, Tensor):
-            return find_interval(self.boundaries, level, dtype, self.directions)
+            return find_interval(self.boundaries, level, dtype, *self.rules)
         if dtype not in self.separated and not torch.compiler.is_compiling():
             warn_of_short_intervals(dtype)
         return torch.bucketize(level.contiguous(), self.inner[LEVEL_DTYPES.index(dtype)], right=True)
 
     def check(self, level: Tensor, dtype: torch.dtype):
         """Raise ValueError if a noise level is outside the boundaries. The host waits for the device."""
-        check_levels(self.boundaries, *torch.stack(level.aminmax()).tolist(), dtype, self.directions)
-
-
-def fold_layers(mixed: list[tuple[str, nn.Module]], module: nn.Module, alpha: list[list[float]]):
-    """Write the mixtures of layers into the plain layers of a module, in place.
-
-    Args:
-        mixed: the mixed layers and their names.
-        module: a module that has plain layers of these names.
-        alpha: coefficients [1 or depth][K].
-    """
-    rows = {}
-    for name, layer in mixed:
-        layers, linears = rows.setdefault(layer.row, ([], []))
-        layers.append(layer)
-        linears.append(module.get_submodule(name))
-    for row, (layers, linears) in rows.items():
-        layers[0].fold(layers, linears, alpha[row])
+        check_levels(self.boundaries, *torch.stack(level.aminmax()).tolist(), dtype, self.rules[0])
 
 
 def restore_intervals(remix: nn.Module, incompatible_keys):

@@ -37,9 +37,8 @@ def fully_shard(remix: nn.Module, blocks: Sequence[str] | None = None, mesh=None
         **options: further arguments of PyTorch's `fully_shard`, such as `offload_policy` and `reshard_after_forward`.
 
     Raises:
-        ValueError: if a part of the Remix is sharded already, its experts have separate parameters, a weight is
-            quantized, a name of `blocks` matches no module that is called, or parameters that are gathered together
-            are trained in two dtypes.
+        ValueError: if a part of the Remix is sharded already, a weight is quantized, a name of `blocks` matches no
+            module that is called, or parameters that are gathered together are trained in two dtypes.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
     from torch.distributed.fsdp import fully_shard as pytorch
@@ -48,15 +47,12 @@ def fully_shard(remix: nn.Module, blocks: Sequence[str] | None = None, mesh=None
         raise ValueError(f"fully_shard expects a Remix, but got a {type(remix).__name__}: use PyTorch's fully_shard")
     if is_sharded(remix):
         raise ValueError("the Remix, or a part of it, is sharded already")
-    if remix.rest == "separate":
-        raise ValueError('a Remix with rest="separate" cannot be sharded: processes would gather different experts')
     for name, parameter in remix.named_parameters():
         if is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point():
             raise ValueError(f"quantized weights such as {name} cannot be sharded: each process needs them whole")
-    modules = dict(remix.backbone.named_modules())
     layers = dict(remix.mixed())
     chosen = _find_blocks(remix.backbone, layers, blocks)
-    remix.plain_on_meta = [_plain_on_meta(remix)]
+    remix.plain_on_meta = [_plain_on_meta(remix, s) for s in range(len(remix.stages))]
     # The last dimension of a mesh is that of the parts; another one has copies of them.
     size = mesh.shape[-1] if mesh is not None else dist.get_world_size()
     bases = {basis for layer in layers.values() for basis in layer.bases()}
@@ -69,22 +65,28 @@ def fully_shard(remix: nn.Module, blocks: Sequence[str] | None = None, mesh=None
 
     shard(remix.coefficients, MixedPrecisionPolicy())
     alone = policy.param_dtype is not None and remix.rank is None
-    _check_dtypes(remix.backbone, chosen, bases if alone else ())
+    for stage in remix.stages.modules:
+        _check_dtypes(stage, chosen, bases if alone or len(remix.stages) > 1 else ())
     if alone:
         # Rounded bases would lose their small differences, and with them the gradient of alpha.
         for layer in layers.values():
             shard(layer, MixedPrecisionPolicy())
-    # A layer that several modules call cannot be gathered with one of them.
-    callers = Counter(part for module in modules.values() for part in module.children())
-    for part in (part for part, count in callers.items() if count > 1 and [*part.parameters()]):
-        shard(part, policy)
-    # The inner ones first.
-    for name in reversed(chosen):
-        shard(modules[name], policy)
-    shard(remix.backbone, replace(policy, cast_forward_inputs=False))
-    if policy.param_dtype is not None and policy.cast_forward_inputs:
-        cast = partial(_cast_inputs, remix.arguments, policy.param_dtype)
-        remix.backbone.register_forward_pre_hook(cast, prepend=True, with_kwargs=True)
+    if len(remix.stages) > 1:
+        # Their parameters are gathered when a layer of any stage calls them.
+        for layer in layers.values():
+            shard(layer.pairs[0], replace(policy, cast_forward_inputs=False))
+    for stage in remix.stages.modules:
+        # A layer that several modules call cannot be gathered with one of them.
+        callers = Counter(part for module in stage.modules() for part in module.children())
+        for part in (part for part, count in callers.items() if count > 1 and [*part.parameters()]):
+            shard(part, policy)
+        # The inner ones first.
+        for name in reversed(chosen):
+            shard(stage.get_submodule(name), policy)
+        shard(stage, replace(policy, cast_forward_inputs=False))
+        if policy.param_dtype is not None and policy.cast_forward_inputs:
+            cast = partial(_cast_inputs, remix.arguments, policy.param_dtype)
+            stage.register_forward_pre_hook(cast, prepend=True, with_kwargs=True)
     return remix
 
 
@@ -132,6 +134,18 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
+def check_same_stages(stages: Sequence[int], device: torch.device):
+    """Raise ValueError on every process if the batches of the processes have samples of different stages.
+
+    Every process must call this. Processes that gather the parameters of different stages would wait for ever.
+    """
+    mask = sum(1 << s for s in stages)
+    extremes = torch.tensor([mask, -mask], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if extremes.sum():
+        raise ValueError("sharded stages need samples of the same stages on every process: draw the stage for all")
+
+
 def _placement(parameter: nn.Parameter, bases: set[nn.Parameter], size: int):
     """Return the dimension on which a basis [K, ...] is divided: not K, which may be less than the processes."""
     from torch.distributed.tensor import Shard
@@ -160,11 +174,12 @@ def _cast_inputs(arguments: wrapping.Arguments, dtype: torch.dtype, module: nn.M
     return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
 
-def _plain_on_meta(remix: nn.Module) -> nn.Module:
-    """Return the plain model without values; FSDP's modules cannot be copied."""
+def _plain_on_meta(remix: nn.Module, s: int) -> nn.Module:
+    """Return stage s as a plain model without values; FSDP's modules cannot be copied."""
     with torch.device("meta"):
-        layers = {id(layer): wrapping.plain_linear(layer, "meta") for _, layer in remix.mixed()}
-    return copy.deepcopy(remix.backbone, layers | _without_values(remix.backbone, "meta")).eval()
+        layers = {id(layer): wrapping.plain_linear(layer, "meta") for _, layer in remix.mixed(s)}
+    stage = remix.stages.module(s)
+    return copy.deepcopy(stage, layers | _without_values(stage, "meta")).eval()
 
 
 def _without_values(module: nn.Module, device: str) -> dict[int, Tensor]:
@@ -178,18 +193,18 @@ def _without_values(module: nn.Module, device: str) -> dict[int, Tensor]:
 
 
 @torch.no_grad()
-def gather_plain(remix: nn.Module) -> nn.Module | None:
-    """Return a copy of a sharded Remix as a plain model on rank 0, whose mixed layers are not initialized."""
+def gather_plain(remix: nn.Module, s: int) -> nn.Module | None:
+    """Return a plain copy of stage s of a sharded Remix on rank 0, whose mixed layers are not initialized."""
     if not hasattr(remix, "plain_on_meta"):
         raise ValueError(
             "this Remix was not sharded by mixing.fsdp.fully_shard: load its full state dict into a whole Remix"
         )
     reshard(remix)
-    plain, meta = None, remix.plain_on_meta[0]
+    plain, meta, stage = None, remix.plain_on_meta[s], remix.stages.module(s)
     if dist.get_rank() == 0:
         # Unlike `to_empty`, this keeps tied parameters tied.
         plain = copy.deepcopy(meta, _without_values(meta, "cpu"))
-    tensors = (*remix.backbone.named_parameters(), *remix.backbone.named_buffers())
+    tensors = (*stage.named_parameters(), *stage.named_buffers())
     mixed = tuple(f"{name}." for name, _ in remix.mixed())
     for name, tensor in tensors:
         if name.startswith(mixed):
@@ -218,10 +233,10 @@ def whole(tensor: Tensor) -> Tensor:
 @contextmanager
 def gathered(layer: nn.Module) -> Iterator[None]:
     """Let a mixed layer have whole parameters. Every process must enter this, after `reshard`."""
-    if not any(hasattr(parameter, "full_tensor") for parameter in layer.parameters()):
+    modules = layer.owners() if isinstance(layer, LowRankLinear) else (layer,)
+    if not any(hasattr(parameter, "full_tensor") for module in modules for parameter in module.parameters()):
         yield
         return
-    modules = (layer, layer.linear) if isinstance(layer, LowRankLinear) else (layer,)
     before = [dict(module._parameters) for module in modules]
     try:
         for module in modules:
@@ -234,10 +249,10 @@ def gathered(layer: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def fold_gathered(remix: nn.Module, module: nn.Module | None, alpha: list[list[float]]):
-    """Write mixtures into a plain module, one layer after the other. It is None on all processes but the first."""
+def fold_gathered(remix: nn.Module, module: nn.Module | None, alpha: list[list[float]], s: int):
+    """Write mixtures of stage s into a plain module, layer after layer. It is None on all processes but the first."""
     reshard(remix)
-    for name, layer in remix.mixed():
+    for name, layer in remix.mixed(s):
         with gathered(layer):
             if module is not None:
                 layer.fold([layer], [module.get_submodule(name)], alpha[layer.row])

@@ -8,12 +8,53 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
-class LowRankLinear(nn.Module):
+class LowRankPairs(nn.Module):
+    """K pairs of small matrices, the low-rank bases that are added to a linear layer.
+
+    They start as in LoRA (Hu et al., arXiv 2106.09685, section 4.1): A_k is random and B_k is zero.
+
+    Args:
+        linear: the layer. It gives the shapes, the device and the dtype.
+        n_basis: number of bases K.
+        rank: rank r of each pair.
+    """
+
+    def __init__(self, linear: nn.Linear, n_basis: int, rank: int):
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        options = pair_options(linear)
+        self.lora_A = nn.Parameter(torch.empty(n_basis, rank, linear.in_features, **options))
+        self.lora_B = nn.Parameter(torch.empty(n_basis, linear.out_features, rank, **options))
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, alpha: Tensor) -> Tensor:
+        """Apply sum_k alpha[g, k] B_k A_k to the g-th of the G equal parts of x [B, ..., in] -> [B, ..., out]."""
+        a = self.lora_A.flatten(0, 1).to(x.dtype)  # [K * r, in]
+        b = self.lora_B.transpose(0, 1).flatten(1).to(x.dtype)  # [out, K * r]
+        h = F.linear(x, a)  # [B, ..., K * r]
+        # The coefficients multiply in float32: their gradients are sums over all tokens of a group.
+        scales = alpha.repeat_interleave(self.lora_A.shape[1], dim=1)[:, None]  # [G, 1, K * r]
+        h = (h.reshape(len(alpha), -1, h.shape[-1]) * scales).view(h.shape).to(h.dtype)
+        return F.linear(h, b)
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Draw the initial pairs. The linear layer is not changed."""
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.uniform_(self.lora_A, -bound, bound)
+        nn.init.zeros_(self.lora_B)
+
+    def extra_repr(self) -> str:
+        n_basis, rank, _ = self.lora_A.shape
+        return f"in_features={self.in_features}, out_features={self.out_features}, n_basis={n_basis}, rank={rank}"
+
+
+class LowRankLinear(LowRankPairs):
     """A linear layer with K low-rank bases. Mixture g has the weight W + sum_k alpha[g, k] B_k A_k.
 
-    The pairs start as in LoRA (Hu et al., arXiv 2106.09685, section 4.1): A_k is random and B_k is zero, so that every
-    mixture starts as the linear layer. The mixtures are not computed: the linear layer is called, and the pairs are
-    applied to its input.
+    Every mixture starts as the linear layer. The mixtures are not computed: the linear layer is called, and the pairs
+    are applied to its input.
 
     Args:
         linear: the layer whose output the pairs add to. It may be of a subclass of `nn.Linear`, and its weight may be
@@ -25,16 +66,10 @@ class LowRankLinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear, n_basis: int, rank: int, batch_coefficients, row: int = 0):
-        super().__init__()
+        super().__init__(linear, n_basis, rank)
         self.linear = linear
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
         self.batch_coefficients = batch_coefficients
         self.row = row
-        options = pair_options(linear)
-        self.lora_A = nn.Parameter(torch.empty(n_basis, rank, linear.in_features, **options))
-        self.lora_B = nn.Parameter(torch.empty(n_basis, linear.out_features, rank, **options))
-        self.reset_parameters()
 
     @property
     def weight(self) -> Tensor:
@@ -48,21 +83,12 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply mixture g to the g-th of the G equal parts of the batch, x [B, ..., in] -> [B, ..., out]."""
-        alpha = self.batch_coefficients.of(self.row, x)  # [G, K]
-        a = self.lora_A.flatten(0, 1).to(x.dtype)  # [K * r, in]
-        b = self.lora_B.transpose(0, 1).flatten(1).to(x.dtype)  # [out, K * r]
-        h = F.linear(x, a)  # [B, ..., K * r]
-        # The coefficients multiply in float32: their gradients are sums over all tokens of a group.
-        scales = alpha.repeat_interleave(self.lora_A.shape[1], dim=1)[:, None]  # [G, 1, K * r]
-        h = (h.reshape(len(alpha), -1, h.shape[-1]) * scales).view(h.shape).to(h.dtype)
-        return self.linear(x) + F.linear(h, b)
+        update = super().forward(x, self.batch_coefficients.of(self.row, x))
+        return self.linear(x) + update
 
-    @torch.no_grad()
-    def reset_parameters(self):
-        """Draw the initial pairs. The linear layer is not changed."""
-        bound = 1 / math.sqrt(self.in_features)
-        nn.init.uniform_(self.lora_A, -bound, bound)
-        nn.init.zeros_(self.lora_B)
+    def owners(self) -> tuple[nn.Module, ...]:
+        """Return the modules that own the parameters of this layer."""
+        return self, self.linear
 
     def bases(self) -> list[nn.Parameter]:
         """See `remix.RemixLinear.bases`."""
@@ -71,7 +97,7 @@ class LowRankLinear(nn.Module):
     def gram(self) -> tuple[Tensor, Tensor]:
         """See `remix.RemixLinear.gram`."""
         a, b = self.lora_A, self.lora_B
-        weight = dense_layer(self.linear)[0].to(a.dtype)
+        weight = dense_layer(self.linear)[0].to(a)
         # <B_j A_j, B_k A_k> is the sum of the products of B_j^T B_k [r, r] and A_j A_k^T [r, r].
         inner = torch.einsum("jor,kos,jri,ksi->jk", b, b, a, a)  # [K, K]
         cross = torch.einsum("kor,oi,kri->k", b, weight, a)  # <W, B_k A_k>, [K]
@@ -90,7 +116,7 @@ class LowRankLinear(nn.Module):
                 continue
             weight, bias = dense_layer(layer.linear)
             # GPUs may compute products of float32 in TF32.
-            linear.weight.copy_(weight.double() + b.double() @ a.double())
+            linear.weight.copy_(weight.double() + (b.double() @ a.double()).to(weight.device))
             if bias is not None:
                 linear.bias.copy_(bias)
 
@@ -107,9 +133,41 @@ class LowRankLinear(nn.Module):
             state_dict[f"{prefix}linear.{key.removeprefix(prefix)}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def extra_repr(self) -> str:
-        n_basis, rank, _ = self.lora_A.shape
-        return f"in_features={self.in_features}, out_features={self.out_features}, n_basis={n_basis}, rank={rank}"
+
+class StageLinear(LowRankLinear):
+    """A low-rank layer whose pairs are those of several layers, one in each stage, and not its own parameters.
+
+    Args:
+        linear, batch_coefficients, row: see `LowRankLinear`.
+        pairs: the pairs.
+    """
+
+    def __init__(self, linear: nn.Linear, pairs: LowRankPairs, batch_coefficients, row: int = 0):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.linear = linear
+        # In a list, so that they are no submodule: they stay where they are when a stage is moved or converted.
+        self.pairs = [pairs]
+        self.batch_coefficients = batch_coefficients
+        self.row = row
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        """The matrices A_k [K, r, in]."""
+        return self.pairs[0].lora_A
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        """The matrices B_k [K, out, r]."""
+        return self.pairs[0].lora_B
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `LowRankLinear.forward`."""
+        update = self.pairs[0](x, self.batch_coefficients.of(self.row, x))
+        return self.linear(x) + update
+
+    def owners(self) -> tuple[nn.Module, ...]:
+        return self.pairs[0], self.linear
 
 
 class LowRankExpert(nn.Linear):

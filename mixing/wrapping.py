@@ -48,8 +48,9 @@ def find_linears(
             some = f"linear layers such as {', '.join(examples[:4])}" if examples else "no linear layer"
             raise ValueError(f"layers: nothing matches {pattern!r} in {type(module).__name__}, which has {some}")
         found |= matched
-    for name in found:
-        check_linear(name, modules, subclasses)
+    for name in modules:
+        if name in found:
+            check_linear(name, modules, subclasses)
     matched, names = {modules[name] for name in found}, {}
     for name, layer in modules.items():
         if layer in matched:
@@ -139,28 +140,10 @@ def call(module: nn.Module, unchecked: list[str], args: tuple, kwargs: dict) -> 
     return output
 
 
-def copy_tensors(source: nn.Module, target: nn.Module, mixed: Sequence[str]):
-    """Copy the tensors of a module to another one, in place.
-
-    Args:
-        source: the module.
-        target: a module of the same class, whose layers may have got adapters (LoRA) since.
-        mixed: names of layers that are left out.
-
-    Raises:
-        KeyError: if the target lacks a tensor.
-    """
-    prefixes = tuple(f"{name}." for name in mixed)
-    state = {key: value for key, value in source.state_dict().items() if not key.startswith(prefixes)}
-    # peft moves the layers that it adapts.
-    names = {name.replace(".base_layer", ""): name for name in target.state_dict()}
-    target.load_state_dict({names[key.replace(".base_layer", "")]: v for key, v in state.items()}, strict=False)
-
-
 def plain_linear(layer: nn.Module, device: str | None = None) -> nn.Linear:
     """Return a plain linear layer with the shape of a mixed layer, not initialized, on its device or another one."""
     # The weights of an offloaded layer are on the meta device, but not its bases.
-    device = device or layer.bases()[0].device
+    device = device or (layer.bases()[0] if layer.weight.is_meta else layer.weight).device
     options = dict(bias=layer.bias is not None, device=device, dtype=plain_dtype(layer.weight))
     linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, **options)
     return linear.requires_grad_(layer.weight.requires_grad)
@@ -257,7 +240,7 @@ def join_contexts(contexts: Sequence[AbstractContextManager]) -> Iterator[Any]:
 class TransparentModule(nn.Module):
     """A module with a submodule, by default `backbone`, whose attributes are also attributes of this one.
 
-    If it has `copies` of the submodule too, the methods of the submodule are called for all of them.
+    If it has `other_stages` too, modules of the same class, the methods of the submodule are called for all of them.
 
     Attributes:
         _inner: name of the submodule.
@@ -282,10 +265,10 @@ class TransparentModule(nn.Module):
                 raise AttributeError(self._refused[name]) from None
             inner = getattr(self, self._inner)
             value = getattr(inner, name)
-            copies = self._modules.get("copies", ())
-            if not (copies and inspect.ismethod(value)):
+            others = self._modules.get("other_stages", ())
+            if not (others and inspect.ismethod(value)):
                 return value
-            return partial(call_each, name, [inner, *copies])
+            return partial(call_each, name, [inner, *others])
 
 
 class Arguments:
@@ -333,8 +316,8 @@ class Arguments:
     def named(self, args: tuple, kwargs: dict) -> list[tuple[str, Any]]:
         """Return the names and the values of all arguments, the positional ones first."""
         # The last name may be that of *args.
-        names = [*self.names, *self.names[-1:] * len(args)]
-        return [*zip(names, args, strict=False), *kwargs.items()]
+        names = [*self.names, *self.names[-1:] * len(args)][: len(args)]
+        return [*zip(names, args, strict=True), *kwargs.items()]
 
     def batches_are_lists(self, size: int, args: tuple, kwargs: dict) -> bool:
         """Return whether no argument is a tensor with the batch as its first dimension and further dimensions.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diffusion.intervals import check_boundaries, find_time, level_dtype
+from mixing.folding import fold_stage, switching_stage
 from mixing.low_rank import LowRankExpert
 from mixing.wrapping import TransparentModule
 from models import DiT, classifier_free_guidance
@@ -97,7 +98,9 @@ class FoldedRemix(ExpertSwitch, TransparentModule):
         self.remix = remix
         # On the host, so that a change of the expert does not wait for the device.
         self.alpha = remix.coefficients.per_expert()
-        self.plain = remix._folding()
+        self.plain, *others = [switching_stage(remix, s) for s in range(len(remix.stages))]
+        if others:
+            self.other_stages = nn.ModuleList(others)
         self.folded = None
 
     @property
@@ -123,16 +126,18 @@ class FoldedRemix(ExpertSwitch, TransparentModule):
         return self.remix.expert_index(t, dtype)
 
     def select(self, i: int) -> nn.Module:
+        s = self.remix.stages.of(i)
+        plain = self.other_stages[s - 1] if s else self.plain
         if i != self.folded:
-            _check_layers(self.plain, self.remix)
-            self.remix._fold(self.plain, self.alpha[i], i)
+            _check_layers(plain, self.remix, s)
+            fold_stage(self.remix, plain, self.alpha[i], s)
             self.folded = i
-        return self.plain
+        return plain
 
 
-def _check_layers(plain: nn.Module, remix: Remix):
+def _check_layers(plain: nn.Module, remix: Remix, s: int):
     """Raise ValueError if a layer to fold into was replaced or quantized, as libraries do with all `nn.Linear`s."""
-    for name, _ in remix.mixed():
+    for name, _ in remix.mixed(s):
         layer = plain.get_submodule(name)
         # peft wraps the layers that it adapts.
         layer = getattr(layer, "base_layer", layer)

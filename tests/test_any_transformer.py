@@ -15,7 +15,6 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from interop.expert_folder import find_expert, write_experts
-from interop.wan import read_pair, write_pair
 from mixing.experts import stored_parameters
 from mixing.options import MIXERS
 from models import DiT
@@ -243,7 +242,7 @@ def test_the_expert_of_a_sample_with_several_noise_levels_is_that_of_the_highest
 
 
 @classes
-@pytest.mark.parametrize("settings", [{}, {"rank": 2}, {"rest": "separate"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"rank": 2}], ids=str)
 def test_experts_folded_inside_one_autocast_use_their_own_weights(kind, settings):
     """Autocast keeps the casts of parameters, which are overwritten when the expert changes."""
     remix, arguments = make(kind, **settings)
@@ -261,24 +260,6 @@ def test_experts_folded_inside_one_autocast_use_their_own_weights(kind, settings
                 # Low-rank pairs are applied to activations.
                 assert relative(plain(**one).sample, out) <= (0.02 if remix.rank else 0)
     assert not torch.allclose(expected[0], expected[1], rtol=0.1)
-
-
-@ranks
-def test_experts_with_separate_parameters(rank):
-    remix, arguments = make("wan", rest="separate", rank=rank)
-    for i, module in enumerate([remix.backbone, *remix.copies]):
-        module.proj_out.weight.data *= 1 + i
-    folded = FoldedRemix(remix)
-    with torch.no_grad():
-        mixed = remix(**arguments).sample
-        grouped = remix(**arguments, groups=4).sample
-        for i, expert in enumerate(EXPERTS):
-            alone = remix.expert(expert)(**sample(arguments, i)).sample
-            torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(folded(**sample(arguments, i)).sample, alone, rtol=1e-4, atol=1e-5)
-    assert torch.equal(grouped, mixed)
-    with pytest.raises(ValueError, match="cannot be merged"):
-        remix.merge()
 
 
 def test_a_function_selects_the_experts():
@@ -331,14 +312,6 @@ def test_gradient_checkpointing_computes_the_same_gradients(kind):
     assert remix.is_gradient_checkpointing
     assert_close(gradients(remix, remix(**arguments).sample), expected, 1e-6)
     assert_close(gradients(remix, remix(**arguments, groups=4).sample), expected)
-
-
-def test_gradient_checkpointing_of_experts_with_separate_parameters():
-    remix, arguments = make("wan", rest="separate")
-    expected = gradients(remix, remix(**arguments).sample)
-    remix.enable_gradient_checkpointing()
-    assert all(copy.gradient_checkpointing for copy in remix.copies)
-    assert_close(gradients(remix, remix(**arguments).sample), expected, 1e-6)
 
 
 def test_low_rank_pairs_of_full_rank_are_whole_bases():
@@ -417,31 +390,6 @@ def test_a_folded_remix_is_copied_and_pickled():
             assert torch.equal(twin(**one).sample, folded(**one).sample)
 
 
-def test_methods_of_the_module_reach_the_copies_of_all_experts():
-    remix, arguments = make("wan", rest="separate")
-    called = set()
-
-    def processor(expert):
-        original = remix._module(expert).blocks[0].attn1.processor
-
-        def process(attention, *args, **kwargs):
-            called.add(attention)
-            return original(attention, *args, **kwargs)
-
-        return process
-
-    # Diffusers empties the dictionary.
-    remix.set_attn_processor({name: processor(0) for name in remix.attn_processors})
-    with torch.no_grad(), remix.cache_context("cond"):
-        remix(**arguments)
-    assert called == {block.attn1 for i in set(EXPERTS) for block in remix._module(i).blocks} | {
-        block.attn2 for i in set(EXPERTS) for block in remix._module(i).blocks
-    }
-    remix.enable_gradient_checkpointing()
-    remix.disable_gradient_checkpointing()
-    assert not any(remix._module(i).is_gradient_checkpointing for i in range(4))
-
-
 # Layers that are not called
 
 
@@ -457,7 +405,7 @@ def test_fused_projections_are_refused(kind):
     assert all(layer.weight.grad is not None for _, layer in remix.mixed())
 
 
-@pytest.mark.parametrize("settings", [{}, {"rank": 2}, {"rest": "separate"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"rank": 2}], ids=str)
 def test_layers_that_the_first_call_does_not_reach_are_refused(settings):
     class Unused(Tiny):
         def __init__(self):
@@ -660,28 +608,23 @@ def write_lora(kind: str, targets: list[str], path, seed: int):
 
 
 @pytest.mark.parametrize(
-    ("kind", "rest", "rank"),
+    ("kind", "rank", "stages"),
     [
-        ("sd3", "separate", None),
-        ("flux", "shared", None),
-        ("wan", "shared", None),
-        pytest.param("sd3", "shared", None, marks=pytest.mark.slow),
-        pytest.param("flux", "separate", None, marks=pytest.mark.slow),
-        pytest.param("wan", "separate", None, marks=pytest.mark.slow),
-        ("sd3", "shared", 2),
-        pytest.param("wan", "separate", 2, marks=pytest.mark.slow),
+        ("sd3", None, None),
+        pytest.param("flux", None, None, marks=pytest.mark.slow),
+        pytest.param("wan", None, None, marks=pytest.mark.slow),
+        ("sd3", 2, None),
+        ("wan", 2, [0, 500, 1000]),
     ],
 )
-def test_loras_of_a_folded_remix_are_managed_as_those_of_a_plain_model(kind, rest, rank, tmp_path):
+def test_loras_of_a_folded_remix_are_managed_as_those_of_a_plain_model(kind, rank, stages, tmp_path):
     # proj_out is not mixed in any block of SD3 and Wan.
     outside = {"sd3": "proj_out", "flux": "x_embedder", "wan": "proj_out"}[kind]
     files = {"a": tmp_path / "a.safetensors", "b": tmp_path / "b.safetensors"}
     write_lora(kind, ["to_q", outside], files["a"], 1)
     write_lora(kind, ["to_v"], files["b"], 2)
-    remix = randomize(Remix(for_pipeline(kind), n_experts=4, rest=rest, rank=rank).eval())
-    if rest == "separate":
-        for i in range(4):
-            remix._module(i).get_submodule(outside).weight.data *= 1 + i
+    modules = for_pipeline(kind) if stages is None else [for_pipeline(kind, seed) for seed in (0, 1)]
+    remix = randomize(Remix(modules, n_experts=4, rank=rank, stages=stages).eval())
     arguments = KINDS[kind][1](4) | dict(timestep=LEVELS * KINDS[kind][2])
     if kind == "wan":
         arguments["hidden_states"] = torch.randn(4, 16, 2, 4, 4)
@@ -718,65 +661,23 @@ def test_loras_of_a_folded_remix_are_managed_as_those_of_a_plain_model(kind, res
     check({})
 
 
-# Wan 2.2's pair
-
-
-@pytest.fixture(scope="module")
-def pair():
-    """A WanPipeline with two different transformers."""
-    return pipeline("wan", for_pipeline("wan"), transformer_2=for_pipeline("wan", seed=1), boundary_ratio=0.875)
-
-
-def test_wans_pair_is_a_remix_with_two_experts(pair):
-    expected = generate("wan", pair, guidance_scale_2=3.0)
-    assert not torch.equal(generate("wan", pipeline("wan", pair.transformer)), expected)
-    pair = copy.deepcopy(pair)
-    remix = read_pair(pair)
-    assert remix.boundaries == [0, 875, 1000]
-    pair.transformer = pair.transformer_2 = remix
-    torch.testing.assert_close(generate("wan", pair, guidance_scale_2=3.0), expected, rtol=0, atol=1e-6)
-
-
-def test_wans_pair_is_written_as_it_was_read(pair, tmp_path):
-    pair.save_pretrained(tmp_path / "read")
-    write_pair(read_pair(tmp_path / "read"), tmp_path / "written")
-    for part in ("transformer", "transformer_2"):
-        file = f"{part}/diffusion_pytorch_model.safetensors"
-        read, written = load_file(tmp_path / "read" / file), load_file(tmp_path / "written" / file)
-        assert read.keys() == written.keys()
-        assert all(torch.equal(tensor, written[name]) for name, tensor in read.items()), part
-    parts = {name: pair.components[name] for name in ("vae", "scheduler", "text_encoder", "tokenizer")}
-    again = type(pair).from_pretrained(tmp_path / "written", **parts)
-    again.set_progress_bar_config(disable=True)
-    assert torch.equal(generate("wan", again), generate("wan", pair))
-    # A pipeline's other parts stay as they are.
-    write_pair(read_pair(tmp_path / "written"), tmp_path / "read")
-    index = json.loads((tmp_path / "read" / "model_index.json").read_text())
-    assert index["boundary_ratio"] == 0.875
-    assert index["vae"] == ["diffusers", "AutoencoderKLWan"]
-
-
-def test_what_is_no_pair_is_refused(tmp_path):
-    with pytest.raises(UserError, match="transformer_2 is NoneType, boundary_ratio is None"):
-        read_pair(pipeline("wan", for_pipeline("wan")))
-    with pytest.raises(UserError, match=r"no pair .* there is no .*model_index.json"):
-        read_pair(tmp_path)
-    other = tiny_wan(num_layers=1)
-    with pytest.raises(UserError, match="differ in the names, shapes or dtypes"):
-        read_pair(pipeline("wan", tiny_wan(), transformer_2=other, boundary_ratio=0.9))
-    with pytest.raises(UserError, match="from 2 experts of a WanTransformer3DModel, not from 4 of a DiTTransformer2D"):
-        write_pair(make("dit")[0], tmp_path)
-
-
 # Files of all experts
 
 
-@pytest.mark.parametrize(("kind", "scope"), [("sd3", "global"), ("sd3", "local"), ("flux", "global"), ("wan", "local")])
-def test_load_lora_weights_reads_the_experts(kind, scope, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "scope", "lora"),
+    [
+        ("sd3", "global", "diffusers"),
+        ("sd3", "local", True),
+        ("flux", "global", "diffusers"),
+        ("wan", "local", "kohya"),
+    ],
+)
+def test_load_lora_weights_reads_the_experts(kind, scope, lora, tmp_path):
     model = for_pipeline(kind)
     remix = randomize(Remix(copy.deepcopy(model), n_experts=4, rank=2, scope=scope).eval(), 0.3)
     remix.freeze_shared()
-    write_experts(remix, tmp_path, lora=True)
+    write_experts(remix, tmp_path, lora=lora, dtype=torch.float32)
     pipe = pipeline(kind, model)
     images = []
     for expert in (0, 3):
@@ -828,8 +729,7 @@ def test_experts_that_lora_files_cannot_represent_are_refused(tmp_path):
         with pytest.raises(UserError, match=message):
             write_experts(remix, tmp_path / "experts", lora=True)
 
-    refused("need low-rank bases .* but this Remix has whole layers as bases")
-    refused('but this Remix has the setting rest="separate"', rank=2, rest="separate")
+    refused("need low-rank bases, but this Remix has whole layers as bases")
     refused(r"need all parameters outside the low-rank bases frozen .* such as backbone\.", rank=2, frozen=False)
     for kind in ("pixart", "dit"):
         refused("Transformer2DModel have no load_lora_weights", kind, rank=2)
@@ -862,7 +762,6 @@ class Denoiser(nn.Module):
         (dict(timestep=None), "layers and timestep must be given for a Denoiser; presets exist for DiTTransformer2D"),
         (dict(n_experts=None), "n_experts or boundaries must be given"),
         (dict(boundaries=[0, 0.5]), "2 experts need 3 boundaries"),
-        (dict(rest="none"), "rest must be one of shared, separate"),
         (dict(rank=0), "rank must be at least 1, but it is 0"),
         (dict(rank=1.5), r"rank must be an integer, but it is 1\.5"),
         (dict(n_basis=2.5), r"n_basis must be an integer, but it is 2\.5"),
@@ -913,7 +812,7 @@ def test_the_documentation_trains_and_samples(steps, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "any-transformer.md").read_text()
     # The last section needs files of Wan 2.2.
-    code = "".join(re.findall(r"^```python\n(.*?)^```", page.partition("## Wan")[0], re.MULTILINE | re.DOTALL))
+    code = "".join(re.findall(r"^```python\n(.*?)^```", page.partition("## Stages")[0], re.MULTILINE | re.DOTALL))
     if steps:
         code = re.sub(r"\bsteps=\d+", f"steps={steps}", code)
     names = {}
@@ -1010,7 +909,7 @@ def test_intervals_are_right_after_the_meta_device():
 
 
 @pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"rank": 2}, {"rest": "separate"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"rank": 2}], ids=str)
 def test_layers_without_biases_are_right_after_the_meta_device(settings, assign):
     def build() -> Remix:
         module = Tiny()
@@ -1116,19 +1015,6 @@ def test_the_flux_pipeline_in_bf16_runs_each_of_twenty_experts_once():
         text = dict(prompt_embeds=torch.zeros(1, 5, 16).bfloat16(), pooled_prompt_embeds=torch.zeros(1, 16).bfloat16())
         pipe(**text, height=16, width=16, output_type="latent", sigmas=[i / 20 for i in range(20, 0, -1)])
         assert used == [19, *range(19, 0, -1)]
-
-
-def test_a_pair_is_compared_with_its_boundary_as_wans_pipeline_does(pair, tmp_path):
-    remix = read_pair(copy.deepcopy(pair))
-    folded = FoldedRemix(remix)
-    write_experts(remix, tmp_path)
-    below = np.nextafter(np.float32(875), np.float32(0)).item()
-    for level, expert in ((below, 0), (875.0, 1), (874, 0), (875, 1)):
-        t = torch.tensor([level])
-        assert (t >= 0.875 * 1000).item() == expert
-        assert remix.expert_index(t).tolist() == [expert]
-        assert folded.expert_index(level) == expert
-        assert find_expert(tmp_path, t[0]) == f"expert{expert}"
 
 
 @pytest.mark.parametrize("highest", [np.pi / 2, 14.6146, 0.7, 80])

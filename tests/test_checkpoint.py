@@ -41,6 +41,19 @@ def test_round_trip(tmp_path, mixer, scope):
     assert config["model"] == model_config("RemixDiT-T/2", model), "nothing is left out"
 
 
+def test_files_with_the_option_rest_of_earlier_versions(tmp_path):
+    path, model = tmp_path / "a.pt", RemixDiT_models["RemixDiT-T/2"](input_size=8, n_basis=2, n_experts=3)
+    save(path, model, "RemixDiT-T/2")
+    content = read_checkpoint(path)
+    content["config"]["model"]["remix"]["rest"] = "shared"
+    save_checkpoint(path, content)
+    assert load_model(path)[0].mixing_config == model.mixing_config
+    content["config"]["model"]["remix"]["rest"] = "separate"
+    save_checkpoint(path, content)
+    with pytest.raises(UserError, match="holds experts with separate parameters"):
+        load_model(path)
+
+
 def test_overrides_must_not_contradict_the_config(tmp_path):
     save(tmp_path / "a.pt", DiT_models["DiT-T/4"](input_size=8), "DiT-T/4")
     load_model(tmp_path / "a.pt", model="DiT-T/4", num_classes=1000)

@@ -83,7 +83,6 @@ def test_what_cannot_be_sharded_is_refused(one_process):
             fully_shard(remix, mesh=one_process, **options)
 
     refused(Tiny(), "fully_shard expects a Remix, but got a Tiny: use PyTorch's fully_shard")
-    refused(wrap(Tiny(), rest="separate"), 'a Remix with rest="separate" cannot be sharded')
     refused(wrap(Tiny()), r"blocks: nothing matches 'blocks\.\*' in Tiny", blocks=["blocks.*"])
     refused(wrap(Tiny()), r"blocks must be a list of names of modules, but it is 'blocks\.\*'", blocks="blocks.*")
     refused(make_odd(2), "blocks: blocks is a ModuleList, which is not called: name the modules in it", blocks=["*"])
