@@ -176,6 +176,8 @@ class Remix(wrapping.TransparentModule):
         module, *others = modules = find_modules(module, stages, rank)
         given = Preset(layers, (), timestep, highest_level, unbatched, batch_dims or {})
         wrapped = complete_preset(module, given, boundaries)
+        if fsdp.is_sharded(module) or any(hasattr(parameter, "full_tensor") for parameter in module.parameters()):
+            raise ValueError("the module is sharded already: wrap it first, then shard its Remix (mixing.fsdp)")
         options = dict(n_basis=n_basis, n_experts=n_experts, mixer=mixer, scope=scope, boundaries=boundaries)
         options = complete_options(options | dict(highest_level=wrapped.highest_level, rank=rank, stages=stages))
         if stages is None:

@@ -72,7 +72,7 @@ def write_experts(remix: Remix, folder, lora: bool | str = False, dtype: torch.d
             save_file(state, temporary, metadata={"format": "pt"})
     timestep = remix.arguments.timestep
     index = {
-        "class": type(remix.backbone).__name__,
+        "class": remix.arguments.owner,
         "timestep": timestep if isinstance(timestep, str) else None,
         "boundaries": remix.boundaries,
         "format": "lora" if lora else "diffusers" if diffusers else "state dict",

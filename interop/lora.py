@@ -202,7 +202,7 @@ def check_lora(remix: Remix, lora: str):
     Raises:
         UserError: if they cannot, or the format is unknown, or has no names for the class or for a mixed layer.
     """
-    name = type(remix.backbone).__name__
+    name = remix.arguments.owner
     if lora not in FORMATS:
         raise UserError(f"the format of LoRA files must be one of {', '.join(FORMATS)}, but it is {lora!r}")
     if remix.rank is None:
@@ -256,7 +256,7 @@ def save_lora(remix: Remix, pairs: Pairs, path: Path, lora: str, dtype: torch.dt
         **facts: what the file's header says beside the class, the format and the rank.
     """
     rank = len(next(iter(pairs.values()))[0])
-    facts = dict(base_model=type(remix.backbone).__name__, lora_format=lora, rank=rank, **facts)
+    facts = dict(base_model=remix.arguments.owner, lora_format=lora, rank=rank, **facts)
     header = {"format": "pt"} | {key: str(fact) for key, fact in facts.items() if fact != ""}
     sharded = fsdp.is_sharded(remix)
     if not sharded or dist.get_rank() == 0:
@@ -435,7 +435,7 @@ def load_pairs(remix: Remix, path: Path) -> Pairs:
     Raises:
         UserError: see `read_lora`.
     """
-    kind = type(remix.backbone).__name__
+    kind = remix.arguments.owner
     try:
         with safe_open(path, framework="pt") as file:
             header, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -125,7 +125,7 @@ def write_pair(remix: Remix, folder):
     Raises:
         UserError: if the Remix has neither two stages nor two experts, or is no Remix of WanTransformer3DModels.
     """
-    name, stages = type(remix.backbone).__name__, remix.stages
+    name, stages = remix.arguments.owner, remix.stages
     parts = [[i] for i in range(remix.n_experts)]
     if len(stages) > 1:
         parts = [stages.experts(s) for s in range(len(stages))]
