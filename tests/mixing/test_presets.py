@@ -171,7 +171,7 @@ def check_files(name: str, without: dict[str, str], folder):
 
 
 def write_lora(remix: Remix, folder):
-    write_experts(remix, folder, lora=True)
+    write_experts(remix, folder, lora=True, dtype=torch.float32)
 
 
 class Denoiser(nn.Module):
