@@ -48,7 +48,7 @@ def find_linears(
             some = f"linear layers such as {', '.join(examples[:4])}" if examples else "no linear layer"
             raise ValueError(f"layers: nothing matches {pattern!r} in {type(module).__name__}, which has {some}")
         found |= matched
-    for name in found:
+    for name in sorted(found):
         check_linear(name, modules, subclasses)
     matched, names = {modules[name] for name in found}, {}
     for name, layer in modules.items():
