@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ VARIANTS = {
     "shared-bonus-0": dict(n_basis=4, n_experts=8, rank=4, prior_bonus=0),
 }
 REFERENCE = "two-loras"
-RATES = (3e-3, 1e-2)
+RATES = (1e-2, 3e-3)
 PRIOR_STRENGTH = 1e-4
 BATCH = 128
 COLUMNS = ["variant", "lr", "seed", "steps", "error", "low", "high", "minutes", "commit", "date"]
@@ -59,8 +59,8 @@ def main(args):
     lock_folder(out, "--out")
     train, test = read_sheets("train"), read_sheets("test")
     done = {(row["variant"], float(row["lr"]), int(row["seed"])) for row in read_results(out)}
-    for seed in args.seeds:
-        for variant, lr in [("pair", 0.0), *((name, lr) for name in VARIANTS for lr in RATES)]:
+    for lr in (0.0, *RATES):
+        for seed, variant in product(args.seeds, VARIANTS if lr else ["pair"]):
             if (variant, lr, seed) in done:
                 continue
             start = time.perf_counter()
@@ -200,8 +200,8 @@ def make_table(results: list[dict]) -> str:
 if __name__ == "__main__":
     parser = ArgumentParser(description="Compare shared low-rank bases of two stages with LoRAs of their own.")
     parser.add_argument("--seeds", type=seed_int, nargs="+", default=[0, 1, 2], help="seeds of the pretrained models")
-    parser.add_argument("--steps", type=positive_int, default=500, help="training steps of each variant")
-    parser.add_argument("--pair-steps", type=positive_int, default=500, help="training steps of each stage of the pair")
+    parser.add_argument("--steps", type=positive_int, default=300, help="training steps of each variant")
+    parser.add_argument("--pair-steps", type=positive_int, default=300, help="training steps of each stage of the pair")
     parser.add_argument("--per-timestep", type=positive_int, default=100, help="images for the error of each timestep")
     parser.add_argument("--out", default=os.path.relpath(ROOT / "studies" / "results" / "pair"), help="results")
     parser.add_argument("--work", default="outputs/pair", help="folder of the trained pairs")
