@@ -156,7 +156,7 @@ class Remix(wrapping.TransparentModule):
 
     def __init__(
         self,
-        module: nn.Module,
+        module: nn.Module | Sequence[nn.Module],
         layers: Sequence[str] | None = None,
         n_basis: int = 4,
         n_experts: int | None = None,

@@ -6,6 +6,7 @@ with the names of the original, as ComfyUI uses them.
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -136,7 +137,11 @@ def write_pair(remix: Remix, folder):
         )
     folder = Path(folder)
     for part, experts in zip(("transformer_2", "transformer"), parts, strict=True):
-        remix.merge([float(i in experts) for i in range(remix.n_experts)]).save_pretrained(folder / part)
+        # The tensors of the Remix may be those of the files that are replaced, mapped into memory.
+        new = folder / f".{part}"
+        remix.merge([float(i in experts) for i in range(remix.n_experts)]).save_pretrained(new)
+        shutil.rmtree(folder / part, ignore_errors=True)
+        new.rename(folder / part)
     config = remix.backbone.config
     # The transformers of image-to-video also get the latents of the image.
     image = config.in_channels > config.out_channels
