@@ -254,6 +254,9 @@ def test_scaled_fp8_files_are_dequantized(pair, originals):
     save_file(state | {"blocks.0.ffn.0.scale_weight": torch.ones(24)}, originals[0])
     with pytest.raises(UserError, match=r"the scale of blocks\.0\.ffn\.0\.weight is neither .* per row: \[24\]"):
         read_original(originals[0], torch.float32, config)
+    save_file(state | {"blocks.0.ffn.0.weight": torch.ones(32, 24, dtype=torch.int8)}, originals[0])
+    with pytest.raises(UserError, match=r"blocks\.0\.ffn\.0\.weight is quantized as torch\.int8, but only fp8"):
+        read_original(originals[0], torch.float32, config)
     save_file(state | {"blocks.0.ffn.0.comfy_quant": torch.zeros(2, dtype=torch.uint8)}, originals[0])
     with pytest.raises(UserError, match=r"does not fit a WanTransformer3DModel: blocks\.0\.ffn\.0\.comfy_quant"):
         read_original(originals[0], torch.float32, config)
@@ -276,7 +279,13 @@ def test_what_is_no_pair_is_refused(pair, originals, tmp_path):
         with pytest.raises(UserError, match=message):
             read_pair(*args, **options)
 
-    refused("transformer_2 is NoneType, boundary_ratio is None", pipeline("wan", for_pipeline("wan")))
+    refused("of a WanPipeline they are WanTransformer3DModel, NoneType and None", pipeline("wan", for_pipeline("wan")))
+    refused("of a NoneType they are NoneType, NoneType and None", None)
+    refused("a pair is two files, .* there are 2: Wan", [pair.transformer, pair.transformer_2], boundary_ratio=0.9)
+    for part in ("transformer", "transformer_2"):
+        (tmp_path / "index" / part).mkdir(parents=True)
+    (tmp_path / "index" / "model_index.json").write_text("{")
+    refused(r"model_index\.json is no JSON: ", tmp_path / "index")
     refused(r"no pair .* there is no .*model_index.json", tmp_path)
     other = pipeline("wan", tiny_wan(), transformer_2=tiny_wan(num_layers=1), boundary_ratio=0.9)
     refused(r"differ in their names or shapes, such as blocks\.1", other)
@@ -291,7 +300,12 @@ def test_what_is_no_pair_is_refused(pair, originals, tmp_path):
         r"has the width 24, no multiple of 128, the size of Wan's heads: give config", originals, boundary_ratio=0.9
     )
     wrong = config["config"] | dict(ffn_dim=16)
-    refused(r"blocks\.0\.ffn\.0\.weight has the shape \[32, 24\], not \[16, 24\]", originals, config=wrong)
+    refused(
+        r"blocks\.0\.ffn\.0\.weight has the shape \[32, 24\], not \[16, 24\]",
+        originals,
+        boundary_ratio=0.9,
+        config=wrong,
+    )
     save_file({"x": torch.zeros(1)}, originals[0])
     refused("no transformer of Wan in the original's layout", originals, boundary_ratio=0.9)
     originals[0].write_bytes(b"damaged")
