@@ -64,10 +64,11 @@ class Stages:
 
     def activate(self, s: int, device: torch.device | str):
         """Move stage s and what all stages share to a device, and the other stages to the host."""
-        for other, module in enumerate(self.modules):
-            if other != s:
+        active = self.module(s)
+        for module in self.modules:
+            if module is not active:
                 module.to("cpu")
-        for module in (*self.shared, self.modules[s]):
+        for module in (*self.shared, active):
             module.to(device)
 
 
@@ -78,8 +79,8 @@ def find_modules(module: Any, stages: Sequence[float] | None, rank: int | None) 
         module, stages, rank: see `remix.Remix`.
 
     Raises:
-        ValueError: if `stages` and several modules are not given together, or without a rank; or if the modules differ
-            in their class or layout, or are one module.
+        ValueError: if `stages` and several modules are not given together, or without a rank; if `stages` is no list;
+            or if the modules differ in their class or layout, or are one module.
     """
     if stages is None:
         if isinstance(module, list | tuple):
@@ -87,6 +88,8 @@ def find_modules(module: Any, stages: Sequence[float] | None, rank: int | None) 
         return [module]
     if not isinstance(module, list | tuple):
         raise ValueError(f"stages needs a list of modules, but got one {type(module).__name__}")
+    if not hasattr(stages, "__len__"):
+        raise ValueError(f"stages must be a list of noise levels, such as [0, 875, 1000], but it is {stages!r}")
     modules = [*module]
     if len(modules) < 2 or len(stages) != len(modules) + 1:
         raise ValueError(

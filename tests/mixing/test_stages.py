@@ -304,6 +304,30 @@ def test_a_stage_that_a_batch_does_not_need_is_not_touched():
         remix(x, sigma)
 
 
+class Unmixed(Tiny):
+    """Has a buffer that is not stored, and a layer with two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = self.a
+        self.register_buffer("shift", torch.randn(6), persistent=False)
+
+    def forward(self, x, sigma):
+        return super().forward(x, sigma) + self.shift
+
+
+@torch.no_grad()
+def test_buffers_of_stages_are_folded_and_moved():
+    torch.manual_seed(0)
+    remix, (x, sigma) = wrap([Unmixed(), Unmixed()]), inputs()
+    plain = remix.expert(0)
+    remix.fold_(plain, 3)
+    torch.testing.assert_close(plain(x[2:3], sigma[2:3]), remix(x[2:3], sigma[2:3]))
+    folded = FoldedRemix(remix)
+    remix.stages.activate(1, "meta")
+    assert [module.shift.is_meta for module in (folded.plain, *folded.other_stages)] == [False, True]
+
+
 @torch.no_grad()
 def test_stages_are_moved_and_the_pairs_stay():
     remix, (x, sigma) = wrap(), inputs()
@@ -394,6 +418,7 @@ def test_experts_of_one_stage_are_merged():
     [
         (None, dict(boundaries=[0, 0.2, 0.6, 1]), r"a stage ends at 0\.7, which is no boundary of the experts: 0, "),
         (None, dict(levels=None), "stages must be given for 2 modules"),
+        (None, dict(levels=0.7), r"stages must be a list of noise levels, such as \[0, 875, 1000\], but it is 0\.7"),
         (None, dict(levels=[0, 0.5, 0.7, 1]), "got 2 modules and 4 noise levels"),
         (None, dict(levels=[0, 0.7, 2]), "stages must run from 0 to 1, but they run from 0 to 2"),
         (None, dict(rank=None), "stages needs rank"),
