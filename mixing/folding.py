@@ -21,6 +21,13 @@ def plain_stage(remix: nn.Module, s: int) -> nn.Module | None:
     return copy.deepcopy(remix.stages.module(s), plain).eval()
 
 
+def plain_expert(remix: nn.Module, alpha: list[list[float]], s: int) -> nn.Module | None:
+    """Return the expert of stage s with the coefficients alpha [1 or depth][K]; see `plain_stage`."""
+    plain = plain_stage(remix, s)
+    fold_stage(remix, plain, alpha, s)
+    return plain
+
+
 def switching_stage(remix: nn.Module, s: int) -> nn.Module:
     """Return a module to fold the experts of stage s into, one after the other, in eval mode.
 

@@ -163,15 +163,24 @@ def run(remix: nn.Module, experts: Tensor, size: int, args: tuple, kwargs: dict,
         ValueError: if the Remix is sharded, and other processes need other stages.
     """
     if not remix.stage_boundaries:
-        return remix._run(remix.backbone, experts, args, kwargs, per_sample)
+        return run_stage(remix, 0, experts, args, kwargs, per_sample)
     groups = remix.stages.divide(experts)
     if fsdp.is_sharded(remix):
         fsdp.check_same_stages([*groups], experts.device)
     if len(groups) == 1:
-        return remix._run(remix.stages.module(*groups), experts, args, kwargs, per_sample)
+        return run_stage(remix, *groups, experts, args, kwargs, per_sample)
     rows = torch.arange(size, device=experts.device).view(len(experts), -1)  # [G, B / G]
     parts = [(rows[own].flatten(), experts[own]) for own in groups.values()]
     return run_parts(remix, parts, size, args, kwargs, per_sample)
+
+
+def run_stage(remix: nn.Module, s: int, experts: Tensor, args: tuple, kwargs: dict, per_sample: bool) -> Any:
+    """Run the module of stage s on G equal groups of experts [G]; see `run`."""
+    remix.batch_coefficients.start(remix.coefficients_per_row(), experts, per_sample)
+    try:
+        return wrapping.call(remix.stages.module(s), remix.unchecked, args, kwargs)
+    finally:
+        remix.batch_coefficients.end()
 
 
 def run_parts(

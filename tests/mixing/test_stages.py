@@ -90,6 +90,7 @@ def test_each_stage_is_one_expert_by_default():
     remix = wrap(boundaries=None)
     assert (remix.n_experts, remix.boundaries) == (2, STAGES)
     assert wrap(boundaries=None, n_experts=3).boundaries == [0, 0.35, 0.7, 1]
+    assert wrap(boundaries=None, highest_level=None).highest_level == 1
 
 
 @torch.no_grad()
