@@ -39,9 +39,9 @@ def switching_stage(remix: nn.Module, s: int) -> nn.Module:
         return plain_stage(remix, s)
     module = remix.stages.module(s)
     shared = {id(layer): LowRankExpert(layer) for _, layer in remix.mixed(s)}
-    shared |= {id(parameter): parameter for parameter in module.parameters()}
-    # Buffers are replaced when a module is moved, and parameters are not.
-    shared |= {id(part._buffers): part._buffers for part in module.modules()}
+    shared |= {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    # Moving a module replaces its buffers, and quantized parameters.
+    shared |= {id(owned): owned for part in module.modules() for owned in (part._parameters, part._buffers)}
     return copy.deepcopy(module, shared).eval()
 
 

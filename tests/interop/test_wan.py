@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_any_transformer import for_pipeline, generate, make, pipeline, sample, tiny_wan, tiny_wan_image, wan_arguments
 from torch import Tensor, nn
 
+from interop.lora import write_stage_loras
 from interop.wan import diffusers_name, infer_config, read_original, read_pair, write_pair
 from remix import Remix
 from runtime.errors import UserError
@@ -56,6 +57,20 @@ def test_the_remix_of_a_pair_gives_the_videos_of_the_pair(pair):
     assert (trained - expected).abs().max() > 0.1
     pipe.transformer = pipe.transformer_2 = FoldedRemix(remix)
     torch.testing.assert_close(generate("wan", pipe, guidance_scale_2=3.0), trained, rtol=1e-3, atol=1e-3)
+
+
+def test_a_lora_of_one_stage_is_loaded_into_its_module(pair, tmp_path):
+    pytest.importorskip("peft")
+    write_stage_loras(randomize(read_copy(pair)[0]), tmp_path / "lora")
+    files = {s: tmp_path / f"lora_{kind}_noise.safetensors" for s, kind in enumerate(("low", "high"))}
+    plain = copy.deepcopy(pair)
+    for s, file in files.items():
+        plain.load_lora_weights(file.parent, weight_name=file.name, load_into_transformer_2=s == 0)
+    _, pipe = read_copy(pair)
+    pipe.transformer = pipe.transformer_2 = folded = FoldedRemix(pipe.transformer)
+    for s, module in enumerate((folded.plain, *folded.other_stages)):
+        module.load_lora_adapter(type(pair).lora_state_dict(files[s]))
+    torch.testing.assert_close(generate("wan", pipe), generate("wan", plain))
 
 
 def run_steps(pipe, shift: float, sigmas: list[float] | None):

@@ -311,14 +311,15 @@ class Unmixed(Tiny):
     def __init__(self):
         super().__init__()
         self.again = self.a
+        self.scale = nn.Parameter(torch.ones(6))
         self.register_buffer("shift", torch.randn(6), persistent=False)
 
     def forward(self, x, sigma):
-        return super().forward(x, sigma) + self.shift
+        return super().forward(x, sigma) * self.scale + self.shift
 
 
 @torch.no_grad()
-def test_buffers_of_stages_are_folded_and_moved():
+def test_buffers_and_tied_layers_of_stages_are_folded_and_moved():
     torch.manual_seed(0)
     remix, (x, sigma) = wrap([Unmixed(), Unmixed()]), inputs()
     plain = remix.expert(0)
@@ -326,7 +327,8 @@ def test_buffers_of_stages_are_folded_and_moved():
     torch.testing.assert_close(plain(x[2:3], sigma[2:3]), remix(x[2:3], sigma[2:3]))
     folded = FoldedRemix(remix)
     remix.stages.activate(1, "meta")
-    assert [module.shift.is_meta for module in (folded.plain, *folded.other_stages)] == [False, True]
+    for s, module in enumerate((folded.plain, *folded.other_stages)):
+        assert (module.shift.is_meta, module.scale.is_meta) == (s == 1, s == 1)
 
 
 @torch.no_grad()
