@@ -339,8 +339,10 @@ class Remix(wrapping.TransparentModule):
                 if fsdp.is_sharded(self):
                     raise
                 self.runs_at_once = False
-        rows = experts.argsort(stable=True).split(counts.tolist())  # [B] in all
-        return run_parts(self, [*zip(rows, present.split(1), strict=True)], len(t), args, kwargs)
+        owners, sizes = torch.stack([present, counts]).tolist()
+        rows = experts.argsort(stable=True).split(sizes)  # [B] in all
+        parts = zip(map(self.stages.of, owners), rows, present.split(1), strict=True)
+        return run_parts(self, [*parts], len(t), args, kwargs)
 
     def times(self, *args, **kwargs) -> Tensor:
         """Return what the argument `timestep` holds for each sample, [B] or [1]."""

@@ -170,7 +170,7 @@ def run(remix: nn.Module, experts: Tensor, size: int, args: tuple, kwargs: dict,
     if len(groups) == 1:
         return run_stage(remix, *groups, experts, args, kwargs, per_sample)
     rows = torch.arange(size, device=experts.device).view(len(experts), -1)  # [G, B / G]
-    parts = [(rows[own].flatten(), experts[own]) for own in groups.values()]
+    parts = [(s, rows[own].flatten(), experts[own]) for s, own in groups.items()]
     return run_parts(remix, parts, size, args, kwargs, per_sample)
 
 
@@ -184,13 +184,18 @@ def run_stage(remix: nn.Module, s: int, experts: Tensor, args: tuple, kwargs: di
 
 
 def run_parts(
-    remix: nn.Module, parts: list[tuple[Tensor, Tensor]], size: int, args: tuple, kwargs: dict, per_sample: bool = False
+    remix: nn.Module,
+    parts: list[tuple[int, Tensor, Tensor]],
+    size: int,
+    args: tuple,
+    kwargs: dict,
+    per_sample: bool = False,
 ) -> Any:
-    """Run parts of a batch one after the other, each given by the indices of its samples and its experts; see `run`."""
+    """Run parts of a batch one after the other; see `run`. Each is a stage, the indices of its samples, and experts."""
     outputs = []
-    for rows, experts in parts:
+    for s, rows, experts in parts:
         taken = remix.arguments.take(rows, size, args, kwargs)
-        outputs.append(run(remix, experts, len(rows), *taken, per_sample))
-    rows = [rows for rows, _ in parts]
+        outputs.append(run_stage(remix, s, experts, *taken, per_sample))
+    rows = [rows for _, rows, _ in parts]
     lists = remix.arguments.batches_are_lists(size, args, kwargs)
     return wrapping.join_outputs(outputs, torch.cat(rows), [*map(len, rows)], lists)
