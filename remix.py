@@ -254,8 +254,8 @@ class Remix(wrapping.TransparentModule):
     def expert_index(self, t: Tensor | float, dtype: torch.dtype | None = None) -> Tensor | int:
         """Return the index of the expert that owns each value of the argument `timestep`, a tensor or a number.
 
-        A step on a boundary belongs to the expert above, also if its noise level is rounded below the boundary: `dtype`
-        is the type in which the values have arrived, by default that of `t`.
+        A step on a boundary belongs to the expert above, also if its noise level is rounded below the boundary, unless
+        it is one of stages: `dtype` is the type in which the values have arrived, by default that of `t`.
         """
         return self.intervals.find(self.noise_level(t), dtype or level_dtype(t))
 

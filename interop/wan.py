@@ -225,10 +225,10 @@ def read_original(path, dtype: torch.dtype = torch.bfloat16, config: dict | None
         found = {name: shapes[key] for key, name in names.items()}
         if name := find_difference(expected, found):
             key = next((key for key in tensors if names[key] == name), name)
-            raise UserError(
-                f"{path} does not fit a WanTransformer3DModel: {key} has the shape {found.get(name)}, not "
-                f"{expected.get(name)}"
-            )
+            problem = "is missing" if name not in found else "is not in this class"
+            if name in found and name in expected:
+                problem = f"has the shape {found[name]}, not {expected[name]}"
+            raise UserError(f"{path} does not fit a WanTransformer3DModel: {key} {problem}")
         state = {}
         for key, name in names.items():
             scale = keys.get(f"{key.removesuffix('.weight')}{SCALE}")
