@@ -134,6 +134,15 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
+def check_whole(modules: Sequence[nn.Module]):
+    """Raise ValueError if a module that is to be wrapped is sharded."""
+    for module in modules:
+        if isinstance(module, nn.Module) and (
+            is_sharded(module) or any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
+        ):
+            raise ValueError("the module is sharded already: wrap it first, then shard its Remix (mixing.fsdp)")
+
+
 def check_same_stages(stages: Sequence[int], device: torch.device):
     """Raise ValueError on every process if the batches of the processes have samples of different stages.
 

@@ -349,7 +349,8 @@ def complete_preset(module: nn.Module, given: Preset, boundaries: Sequence[float
         module: the module.
         given: what the arguments of a Remix give. Of its layers, timestep and highest_level, None stands for that of
             the class. Its unbatched and batch_dims are added to those of the class.
-        boundaries: boundaries between experts. They end at the highest noise level of a class that is not known.
+        boundaries: boundaries between experts or stages. They end at the highest noise level of a class that is not
+            known.
 
     Raises:
         ValueError: if the module is no `nn.Module`, if it lacks an argument that is named, or if something is

@@ -89,6 +89,10 @@ class FoldedRemix(ExpertSwitch, TransparentModule):
 
     Args:
         remix: the Remix. Its parameters must not change later, because its coefficients are copied to the host.
+
+    Attributes:
+        plain: the plain model, with stages that of stage 0.
+        other_stages: only with stages: the plain models of the stages 1 to S - 1.
     """
 
     _inner, _refused = "plain", NOT_OF_A_FOLDED_REMIX

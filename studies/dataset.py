@@ -81,6 +81,24 @@ def write_sheets(work: Path, out: Path = SHEETS):
             Image.fromarray(sheet).save(out / split / f"{label}-{name}.png", optimize=True)
 
 
+def read_sheets(split: str, folder: Path = SHEETS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images of a split that `write_sheets` wrote.
+
+    Args:
+        split: "train" or "test".
+        folder: its argument `out`.
+
+    Returns:
+        The images [n, 1, 16, 16], from -1 to 1, and their labels [n], int64.
+    """
+    images, labels = [], []
+    for path in sorted((folder / split).glob("*.png")):
+        sheet = np.asarray(Image.open(path))
+        images.append(sheet.reshape(-1, 16, SHEET_COLUMNS, 16).swapaxes(1, 2).reshape(-1, 1, 16, 16))
+        labels += [int(path.stem.split("-")[0])] * len(images[-1])
+    return torch.from_numpy(np.concatenate(images)).float() / 127.5 - 1, torch.tensor(labels)
+
+
 def split_images(root: Path, n_validation: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return the images of each split, padded to uint8 [n, 32, 32], and their labels [n], the same on every call.
 
