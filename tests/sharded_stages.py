@@ -1,15 +1,20 @@
-"""The checks of mixing/test_stages.py that run in two processes."""
+"""The checks of mixing/test_stages.py that run in two processes: sharded_stages.py FOLDER."""
 
 import copy
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from sharded_remix import assert_near, whole
 from test_any_transformer import tiny_wan, wan_arguments
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from interop.lora import write_stage_loras
 from mixing.fsdp import fully_shard
+from mixing.stage_rates import set_stage_rates
 from remix import Remix
 
 
@@ -60,10 +65,24 @@ def main():
             continue
         loss(sharded, arguments, timestep, rank).backward()
         assert_near(gradients(sharded), expected, 1e-6)
+    for model in (remix, sharded):
+        optimizer = torch.optim.SGD([model.logits], lr=1.0)
+        set_stage_rates(optimizer, model, [0.5, 2.0])
+        model.logits.grad = torch.ones_like(model.logits)
+        optimizer.step()
+    assert torch.equal(whole(sharded.logits), remix.logits)
     plain = sharded.expert(3)
+    folder = Path(sys.argv[1])
+    write_stage_loras(sharded, folder / "sharded", dtype=torch.float32)
     if rank == 0:
         theirs = remix.expert(3).state_dict()
         assert all(torch.allclose(value, theirs[key]) for key, value in plain.state_dict().items())
+        write_stage_loras(remix, folder / "whole", dtype=torch.float32)
+        for stage in ("low_noise", "high_noise"):
+            files = [safe_open(folder / f"{name}_{stage}.safetensors", "pt") for name in ("sharded", "whole")]
+            assert files[0].metadata() == files[1].metadata()
+            assert [*files[0].keys()] == [*files[1].keys()]
+            assert all(torch.equal(*(file.get_tensor(key) for file in files)) for key in files[0].keys())  # noqa: SIM118
         print("ddp passed", "fsdp passed", flush=True)
     dist.destroy_process_group()
 
