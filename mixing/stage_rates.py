@@ -16,7 +16,8 @@ def set_stage_rates(optimizer: torch.optim.Optimizer, remix: nn.Module, factors:
     the weight decay, with any optimizer whose steps are in proportion to the learning rate.
 
     Args:
-        optimizer: the optimizer. It keeps its own learning rate, which a schedule may change.
+        optimizer: the optimizer, also one that accelerate has prepared. It keeps its own learning rate, which a
+            schedule may change.
         remix: a `remix.Remix` with stages, whose logits the optimizer trains.
         factors: the factor of each stage [S], stage 0 with the least noise.
 
@@ -27,6 +28,8 @@ def set_stage_rates(optimizer: torch.optim.Optimizer, remix: nn.Module, factors:
         ValueError: if there are not S finite factors of at least 0, or the optimizer does not train the logits.
     """
     logits = remix.logits
+    # The optimizer of accelerate wraps the one that takes the steps.
+    optimizer = getattr(optimizer, "optimizer", optimizer)
     if len(factors) != len(remix.stages) or not all(0 <= factor < math.inf for factor in factors):
         raise ValueError(
             f"expected {len(remix.stages)} finite factors of at least 0, one per stage, but got {list(factors)}"
