@@ -97,12 +97,14 @@ LAYOUTS = {
             _attention("attn", "img_attn")
             | _text_attention("txt_attn")
             | _feed_forward("ff", "img_mlp.0", "img_mlp.2")
-            | _feed_forward("ff_context", "txt_mlp.0", "txt_mlp.2"),
+            | _feed_forward("ff_context", "txt_mlp.0", "txt_mlp.2")
+            | {"norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin"},
         )
         | _inside(
             "single_transformer_blocks",
             "single_blocks",
-            dict.fromkeys(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear1") | {"proj_out": "linear2"},
+            dict.fromkeys(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear1")
+            | {"proj_out": "linear2", "norm.linear": "modulation.lin"},
         ),
         down_up=True,
     ),
@@ -456,7 +458,10 @@ def load_pairs(remix: Remix, path: Path) -> Pairs:
         match = TENSORS.fullmatch(key)
         if match is None or tensor.ndim != 2:
             raise UserError(f"{path} holds {key} {list(tensor.shape)}, which pairs of linear layers cannot represent")
-        pairs.setdefault(match["layer"], {})["a" if match["a"] else "b"] = tensor.float()
+        tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} holds numbers in {key} that are not finite")
+        pairs.setdefault(match["layer"], {})["a" if match["a"] else "b"] = tensor
     known, mixed = _readable_layers(remix), dict(remix.mixed())
     others = [name for name in pairs if name not in known]
     if not pairs:

@@ -185,6 +185,17 @@ def test_fused_layers_of_flux_at_the_width_that_diffusers_expects(lora):
             torch.testing.assert_close(b @ (a @ x), ours[1] @ (ours[0] @ x), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("lora", ["original", "kohya"])
+def test_modulation_of_flux_has_names(lora):
+    """sd-scripts trains it too."""
+    norms = ["transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear"]
+    remix = make("FluxTransformer2DModel", layers=[*norms, "single_transformer_blocks.*.norm.linear"])
+    pairs = pairs_of(remix)
+    assert len(pairs) == 5
+    state = lora_state(remix.backbone, pairs, lora, torch.float32)
+    assert_equal(products(diffusers.FluxPipeline.lora_state_dict(state)), pairs)
+
+
 def call(name: str, model) -> torch.Tensor:
     """The output of a transformer for two samples at the noise levels of the second of four experts."""
     torch.manual_seed(1)
@@ -550,6 +561,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     first = next(key for key in state if key.endswith("lora_A.weight"))
     refused(r"is a layer from 24 to 24 channels, and the file has \[6, 25\] and", state | {first: torch.zeros(6, 25)})
     refused("is a layer from 24 to 24 channels", {key: state[key] for key in state if key != first})
+    refused(f"holds numbers in {first} that are not finite", state | {first: state[first] * math.nan})
     refused("holds .*diff_b", state | {"diffusion_model.blocks.0.ffn.0.diff_b": torch.zeros(32)})
     refused("holds .*alpha \\[2\\]", state | {"diffusion_model.blocks.0.ffn.0.alpha": torch.ones(2)})
     twice = state | lora_state(wan.backbone, pairs_of(wan), "diffusers", torch.float32)
