@@ -205,13 +205,12 @@ def check_lora(remix: Remix, lora: str, dtype: torch.dtype):
     Raises:
         UserError: if they cannot, or the format is unknown, or has no names for the class or for a mixed layer.
     """
+    _check_low_rank(remix)
     name = remix.arguments.owner
     if lora not in FORMATS:
         raise UserError(f"the format of LoRA files must be one of {', '.join(FORMATS)}, but it is {lora!r}")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"the dtype of LoRA files must be a floating-point torch.dtype, but it is {dtype!r}")
-    if remix.rank is None:
-        raise UserError("LoRA files need low-rank bases, but this Remix has whole layers as bases")
     if not hasattr(remix.backbone, "load_lora_adapter"):
         raise UserError(
             f"the pipelines of a {name} have no load_lora_weights: write whole experts (write_experts with lora=False)"
@@ -231,6 +230,14 @@ def check_lora(remix: Remix, lora: str, dtype: torch.dtype):
             f"LoRA files need all parameters outside the low-rank bases frozen (Remix.freeze_shared), but {len(names)} "
             f"are not, such as {names[0]}"
         )
+
+
+def _check_low_rank(remix: nn.Module):
+    """Raise UserError unless a module is a Remix with low-rank bases."""
+    if not isinstance(remix, Remix):
+        raise UserError(f"LoRA files need a Remix with low-rank bases, but this is a {type(remix).__name__}")
+    if remix.rank is None:
+        raise UserError("LoRA files need low-rank bases, but this Remix has whole layers as bases: give it a rank")
 
 
 def find_layout(module: nn.Module) -> Layout | None:
@@ -411,8 +418,7 @@ def read_lora(remix: Remix, path, reduce: bool = False) -> Reduction:
         UserError: if the file is of another model or holds what pairs cannot represent, its rank is too high, the
             coefficients of an expert do not sum to 1, or the Remix has no low-rank bases or is sharded.
     """
-    if remix.rank is None:
-        raise UserError("a LoRA file starts low-rank bases, but this Remix has whole layers as bases: give it a rank")
+    _check_low_rank(remix)
     if fsdp.is_sharded(remix):
         raise UserError("read the LoRA file before the Remix is sharded")
     sums = torch.tensor(remix.coefficients.per_expert(), dtype=torch.float64).sum(-1)

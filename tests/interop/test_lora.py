@@ -28,6 +28,7 @@ from interop.wan import diffusers_name
 from mixing.presets import PRESETS
 from remix import Remix
 from runtime.errors import UserError
+from sampling.experts import FoldedRemix
 
 HEADS = dict(num_attention_heads=2, attention_head_dim=12)
 FLUX = dict(in_channels=16, num_layers=2, axes_dims_rope=(4, 4, 4), joint_attention_dim=16, pooled_projection_dim=16)
@@ -267,6 +268,7 @@ def test_formats_without_names_are_refused(tmp_path):
         refused(f"rank of the LoRA files must be an integer from 1 to K \\* r = 6, but it is {rank}", make(), rank=rank)
     for dtype in (torch.int8, "bf16"):
         refused("dtype of LoRA files must be a floating-point torch.dtype, but it is .*", make(), dtype=dtype)
+    refused("need a Remix with low-rank bases, but this is a FoldedRemix", FoldedRemix(make()))
     own = nn.Sequential(nn.Linear(2, 2))
     own = Remix(own, ["0"], 2, 2, timestep=lambda input: input[:, 0], highest_level=1, rank=1)
     for lora in FORMATS:
@@ -582,6 +584,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         raw.logits[1] *= 2
     refused(r"must sum to 1, but those of this Remix with mixer='raw' sum to 1 to 2", state, raw)
     refused("this Remix has whole layers as bases", state, Remix(copy.deepcopy(wan.expert(0)), n_experts=2))
+    refused("need a Remix with low-rank bases, but this is a WanTransformer3DModel", state, wan.expert(0))
     # Half of a fused layer that the Remix does not mix.
     part = make("FluxTransformer2DModel", layers=["transformer_blocks.*.attn.to_q"])
     state = lora_state(
