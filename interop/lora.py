@@ -270,7 +270,6 @@ def save_lora(remix: Remix, pairs: Pairs, path: Path, lora: str, dtype: torch.dt
         **facts: what the file's header says beside the class, the format and the rank.
     """
     rank = len(next(iter(pairs.values()))[0])
-    # FSDP has changed the name of a sharded module's class.
     facts = dict(base_model=remix.arguments.owner, lora_format=lora, rank=rank, **facts)
     header = {"format": "pt"} | {key: str(fact) for key, fact in facts.items() if fact != ""}
     sharded = fsdp.is_sharded(remix)

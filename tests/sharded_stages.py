@@ -40,6 +40,24 @@ def gradients(remix: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def check_rates_and_files(remix: Remix, sharded: Remix, folder: Path):
+    """Steps with learning rates of the stages, and the LoRA files of the stages."""
+    for model in (remix, sharded):
+        optimizer = torch.optim.SGD([model.logits], lr=1.0)
+        set_stage_rates(optimizer, model, [0.5, 2.0])
+        model.logits.grad = torch.ones_like(model.logits)
+        optimizer.step()
+    assert torch.equal(whole(sharded.logits), remix.logits)
+    write_stage_loras(sharded, folder / "sharded", dtype=torch.float32)
+    if dist.get_rank() == 0:
+        write_stage_loras(remix, folder / "whole", dtype=torch.float32)
+        for stage in ("low_noise", "high_noise"):
+            files = [safe_open(folder / f"{name}_{stage}.safetensors", "pt") for name in ("sharded", "whole")]
+            assert files[0].metadata() == files[1].metadata()
+            assert [*files[0].keys()] == [*files[1].keys()]
+            assert all(torch.equal(*(file.get_tensor(key) for file in files)) for key in files[0].keys())  # noqa: SIM118
+
+
 def main():
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -65,25 +83,12 @@ def main():
             continue
         loss(sharded, arguments, timestep, rank).backward()
         assert_near(gradients(sharded), expected, 1e-6)
-    for model in (remix, sharded):
-        optimizer = torch.optim.SGD([model.logits], lr=1.0)
-        set_stage_rates(optimizer, model, [0.5, 2.0])
-        model.logits.grad = torch.ones_like(model.logits)
-        optimizer.step()
-    assert torch.equal(whole(sharded.logits), remix.logits)
     plain = sharded.expert(3)
-    folder = Path(sys.argv[1])
-    write_stage_loras(sharded, folder / "sharded", dtype=torch.float32)
     if rank == 0:
         theirs = remix.expert(3).state_dict()
         assert all(torch.allclose(value, theirs[key]) for key, value in plain.state_dict().items())
-        write_stage_loras(remix, folder / "whole", dtype=torch.float32)
-        for stage in ("low_noise", "high_noise"):
-            files = [safe_open(folder / f"{name}_{stage}.safetensors", "pt") for name in ("sharded", "whole")]
-            assert files[0].metadata() == files[1].metadata()
-            assert [*files[0].keys()] == [*files[1].keys()]
-            assert all(torch.equal(*(file.get_tensor(key) for file in files)) for key in files[0].keys())  # noqa: SIM118
         print("ddp passed", "fsdp passed", flush=True)
+    check_rates_and_files(remix, sharded, Path(sys.argv[1]))
     dist.destroy_process_group()
 
 
