@@ -25,8 +25,9 @@ def fully_shard(remix: nn.Module, blocks: Sequence[str] | None = None, mesh=None
     """Divide the parameters of a Remix among processes, in place, and return it.
 
     Afterwards every process calls it with its own part of the global batch, and the gradients are averaged. The methods
-    `expert`, `fold_`, `merge`, `distances` and `interop.expert_folder.write_experts` must be called by every process;
-    the plain models are made on rank 0 only, in host memory, and None on the others.
+    `expert`, `fold_`, `merge` and `distances`, `interop.expert_folder.write_experts` and
+    `interop.lora.write_stage_loras` must be called by every process; the plain models are made on rank 0 only, in host
+    memory, and None on the others.
 
     Args:
         remix: the Remix, the same on every process.

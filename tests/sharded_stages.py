@@ -1,15 +1,20 @@
-"""The checks of mixing/test_stages.py that run in two processes."""
+"""The checks of mixing/test_stages.py that run in two processes: sharded_stages.py FOLDER."""
 
 import copy
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from sharded_remix import assert_near, whole
 from test_any_transformer import tiny_wan, wan_arguments
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from interop.lora import write_stage_loras
 from mixing.fsdp import fully_shard
+from mixing.stage_rates import set_stage_rates
 from remix import Remix
 
 
@@ -33,6 +38,24 @@ def gradients(remix: nn.Module) -> dict[str, torch.Tensor]:
     found = {name: whole(p.grad).clone() for name, p in remix.named_parameters() if p.grad is not None}
     remix.zero_grad()
     return found
+
+
+def check_rates_and_files(remix: Remix, sharded: Remix, folder: Path):
+    """Steps with learning rates of the stages, and the LoRA files of the stages."""
+    for model in (remix, sharded):
+        optimizer = torch.optim.SGD([model.logits], lr=1.0)
+        set_stage_rates(optimizer, model, [0.5, 2.0])
+        model.logits.grad = torch.ones_like(model.logits)
+        optimizer.step()
+    assert torch.equal(whole(sharded.logits), remix.logits)
+    write_stage_loras(sharded, folder / "sharded", dtype=torch.float32)
+    if dist.get_rank() == 0:
+        write_stage_loras(remix, folder / "whole", dtype=torch.float32)
+        for stage in ("low_noise", "high_noise"):
+            files = [safe_open(folder / f"{name}_{stage}.safetensors", "pt") for name in ("sharded", "whole")]
+            assert files[0].metadata() == files[1].metadata()
+            assert [*files[0].keys()] == [*files[1].keys()]
+            assert all(torch.equal(*(file.get_tensor(key) for file in files)) for key in files[0].keys())  # noqa: SIM118
 
 
 def main():
@@ -66,6 +89,7 @@ def main():
         theirs = remix.expert(3).state_dict()
         assert all(torch.allclose(value, theirs[key]) for key, value in plain.state_dict().items())
         print("ddp passed", "fsdp passed", flush=True)
+    check_rates_and_files(remix, sharded, Path(sys.argv[1]))
     dist.destroy_process_group()
 
 

@@ -394,8 +394,8 @@ def test_half_precision_of_one_stage_leaves_the_pairs():
 
 
 def test_two_processes_with_different_experts_give_the_gradients_of_one(tmp_path):
-    """DDP with samples of other stages on each process, and FSDP2, which refuses them."""
-    printed = run(ROOT / "tests" / "sharded_stages.py", processes=2).stdout
+    """DDP with samples of other stages on each process, and FSDP2, which refuses them and writes the same files."""
+    printed = run(ROOT / "tests" / "sharded_stages.py", tmp_path, processes=2).stdout
     assert "ddp passed" in printed
     assert "fsdp passed" in printed
 
