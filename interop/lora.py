@@ -163,7 +163,7 @@ def write_stage_loras(
     Args:
         remix: the Remix, with low-rank bases; all its other parameters must be frozen. If it is sharded
             (`mixing.fsdp`), every process calls this, and rank 0 writes.
-        name: path of the files without the end of their names.
+        name: path of the files without the end of their names; .safetensors may be given.
         lora: the format, one of `FORMATS`.
         rank: reduce the rank of each layer of the class to this one, by the best approximation of B A (a truncated
             singular value decomposition). None: the rank K * r of all bases, without loss.
@@ -186,7 +186,7 @@ def write_stage_loras(
         pairs, lost = mixture_pairs(remix, experts[list(rows)].mean(0).tolist()), Reduction()
         if rank is not None and rank < whole:
             pairs, lost = reduce_rank(pairs, rank)
-        path = Path(f"{name}{f'_{stage}' if stage else ''}.safetensors")
+        path = Path(f"{str(name).removesuffix('.safetensors')}{f'_{stage}' if stage else ''}.safetensors")
         levels = remix.boundaries[rows[0] : rows[-1] + 2]
         save_lora(remix, pairs, path, lora, dtype, stage=stage, boundaries=levels, lost=lost.share)
         written[path] = lost
@@ -252,7 +252,7 @@ def mixture_pairs(remix: Remix, alpha: list[list[float]]) -> Pairs:
         fsdp.reshard(remix)
     pairs = {}
     for name, layer in remix.mixed():
-        with fsdp.gathered(layer):
+        with fsdp.gathered(layer, bases_only=True):
             a, b = layer.lora_pair(alpha[layer.row])
             pairs[name] = a.detach().cpu(), b.cpu()
     return pairs

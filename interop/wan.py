@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 
 from diffusion.intervals import TIMESTEPS
+from mixing import fsdp
 from mixing.stages import find_difference, layout
 from remix import Remix
 from runtime.errors import UserError, first_line
@@ -128,7 +130,8 @@ def write_pair(remix: Remix, folder):
     """Write a Remix of WanTransformer3DModels as a pair: of each stage, the mean of its experts.
 
     Args:
-        remix: the Remix of two stages, or of one module with two experts.
+        remix: the Remix of two stages, or of one module with two experts. If it is sharded (`mixing.fsdp`), every
+            process calls this, and rank 0 writes.
         folder: folder of a pipeline, of which the pair is replaced; or a new folder, to which the other parts of a
             pipeline can be added. `WanPipeline.from_pretrained` takes them as arguments too.
 
@@ -146,21 +149,32 @@ def write_pair(remix: Remix, folder):
         )
     folder = Path(folder)
     for part, experts in zip(PARTS[::-1], parts, strict=True):
-        # The tensors of the Remix may be those of the files that are replaced, mapped into memory.
-        new = folder / f".{part}"
-        shutil.rmtree(new, ignore_errors=True)
-        remix.merge([float(i in experts) for i in range(remix.n_experts)]).save_pretrained(new)
-        shutil.rmtree(folder / part, ignore_errors=True)
-        new.rename(folder / part)
-    config = remix.backbone.config
-    # The transformers of image-to-video also get the latents of the image.
-    image = config.in_channels > config.out_channels
-    index = {"_class_name": "WanImageToVideoPipeline" if image else "WanPipeline"}
-    if (folder / INDEX).is_file():
-        index = _read_index(folder)
-    index |= {part: ["diffusers", name] for part in PARTS}
-    boundary = remix.boundaries[parts[1][0]]
-    write_json(folder / INDEX, index | {"boundary_ratio": boundary / remix.boundaries[-1]})
+        # Of a sharded Remix, only rank 0 gets a module.
+        if (plain := remix.merge([float(i in experts) for i in range(remix.n_experts)])) is not None:
+            _replace(folder, part, plain)
+    sharded = fsdp.is_sharded(remix)
+    if not sharded or dist.get_rank() == 0:
+        config = remix.backbone.config
+        # The transformers of image-to-video also get the latents of the image.
+        image = config.in_channels > config.out_channels
+        index = {"_class_name": "WanImageToVideoPipeline" if image else "WanPipeline"}
+        if (folder / INDEX).is_file():
+            index = _read_index(folder)
+        index |= {part: ["diffusers", name] for part in PARTS}
+        boundary = remix.boundaries[parts[1][0]]
+        write_json(folder / INDEX, index | {"boundary_ratio": boundary / remix.boundaries[-1]})
+    if sharded:
+        dist.barrier()
+
+
+def _replace(folder: Path, part: str, model: nn.Module):
+    """Write a transformer to a part of a pipeline's folder, in the place of what is there."""
+    # The tensors of the model may be those of the files that are replaced, mapped into memory.
+    new = folder / f".{part}"
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    shutil.rmtree(folder / part, ignore_errors=True)
+    new.rename(folder / part)
 
 
 def _read_index(folder: Path) -> dict:

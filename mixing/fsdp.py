@@ -241,9 +241,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def gathered(layer: nn.Module) -> Iterator[None]:
-    """Let a mixed layer have whole parameters. Every process must enter this, after `reshard`."""
+def gathered(layer: nn.Module, bases_only: bool = False) -> Iterator[None]:
+    """Let a mixed layer have whole parameters, or only whole bases. Every process must enter this, after `reshard`."""
     modules = layer.owners() if isinstance(layer, LowRankLinear) else (layer,)
+    modules = modules[:1] if bases_only else modules
     if not any(hasattr(parameter, "full_tensor") for module in modules for parameter in module.parameters()):
         yield
         return

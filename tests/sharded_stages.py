@@ -1,18 +1,21 @@
 """The checks of mixing/test_stages.py that run in two processes: sharded_stages.py FOLDER."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import load_file
 from sharded_remix import assert_near, whole
 from test_any_transformer import tiny_wan, wan_arguments
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from interop.lora import write_stage_loras
+from interop.wan import write_pair
 from mixing.fsdp import fully_shard
 from mixing.stage_rates import set_stage_rates
 from remix import Remix
@@ -58,6 +61,18 @@ def check_rates_and_files(remix: Remix, sharded: Remix, folder: Path):
             assert all(torch.equal(*(file.get_tensor(key) for file in files)) for key in files[0].keys())  # noqa: SIM118
 
 
+def check_pair(remix: Remix, sharded: Remix, folder: Path):
+    """The pair of a sharded Remix."""
+    write_pair(sharded, folder / "pair")
+    index = json.loads((folder / "pair" / "model_index.json").read_text())
+    assert index["boundary_ratio"] == 0.5
+    for part, experts in (("transformer", [0, 0, 1, 1]), ("transformer_2", [1, 1, 0, 0])):
+        state = load_file(folder / "pair" / part / "diffusion_pytorch_model.safetensors")
+        expected = remix.merge(experts).state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
 def main():
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -90,6 +105,7 @@ def main():
         assert all(torch.allclose(value, theirs[key]) for key, value in plain.state_dict().items())
         print("ddp passed", "fsdp passed", flush=True)
     check_rates_and_files(remix, sharded, Path(sys.argv[1]))
+    check_pair(remix, sharded, Path(sys.argv[1]))
     dist.destroy_process_group()
 
 
