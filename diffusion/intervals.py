@@ -13,6 +13,8 @@ from torch import Tensor
 
 from runtime.errors import warn
 
+from .interpolants import TimeDistribution
+
 # Number of timesteps of the default process, which is that of the published models.
 TIMESTEPS = 1000
 # How far float32 noise levels can be from the exact ones, relative to the highest level.
@@ -347,3 +349,82 @@ def interval_labels(boundaries: Sequence[float], separator: str = "-") -> list[s
     ends = [scale.ends(low, high) for low, high in pairwise(boundaries)]
     form = "d" if scale.whole else ".3g"
     return [f"{low:{form}}{separator}{high:{form}}" for low, high in ends]
+
+
+def sample_levels(
+    boundaries: Sequence[float],
+    n: int,
+    shift: float = 1.0,
+    share: str | Sequence[float] = "equal",
+    groups: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw noise levels for training the experts of a flow.
+
+    The levels of each expert follow the distribution of training, restricted to its interval: u uniform in [0, 1],
+    moved to s u / (1 + (s - 1) u) by the shift s (arXiv 2403.03206, eq. 23), times the highest level. The boundaries
+    are levels after the shift.
+
+    Args:
+        boundaries: the N + 1 boundaries between experts, from 0 to the highest level; or the Remix.
+        n: number of noise levels.
+        shift: the shift s > 0, such as 12 for text to video of Wan 2.2 and 5 for image to video.
+        share: each expert's share of the levels: "equal"; "drawn", which keeps the distribution of training as a whole;
+            or N numbers in proportion to the shares. An expert gets n times its share, rounded up or down at random.
+        groups: draw this many equal contiguous groups of levels, each for one expert, as the `groups` of `remix.Remix`
+            promises. It must divide n. With equal shares and a multiple of N levels, the levels are N such groups
+            without it.
+        generator: the generator of the random numbers, on the CPU. None: that of PyTorch.
+
+    Returns:
+        The noise levels, float32 [n] on the CPU, those of expert 0 first. A model that takes the time of the data gets
+        the highest level minus them.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    boundaries = getattr(boundaries, "boundaries", boundaries)
+    check_boundaries(boundaries, max(len(boundaries) - 1, 1), boundaries[-1])
+    if not 0 < shift < math.inf:
+        raise ValueError(f"the shift must be a positive number, but it is {shift}")
+    parts = n if groups is None else groups
+    if n < 1 or parts < 1 or n % parts:
+        raise ValueError(f"the number of levels must be positive and a multiple of groups={groups}, but it is {n}")
+    # Relative to the highest level.
+    ends = np.array(boundaries, dtype=np.float64) / boundaries[-1]
+    times = TimeDistribution("uniform", 0.0, 1.0, float(shift))
+    low, high = times.cdf(ends[:-1]), times.cdf(ends[1:])  # [N]
+    shares = _expert_shares(share, high - low)
+
+    # Expert i owns the part of a line of this length in proportion to its share. The line is cut at regular distances,
+    # from a random start.
+    line = shares.cumsum() / shares.sum() * parts
+    line = np.where(np.abs(line - line.round()) < 1e-9 * parts, line.round(), line)
+    # In float32, so that no sum of it and an integer is rounded up to the next one.
+    start = torch.rand((), generator=generator).item()
+    experts = np.searchsorted(line, np.arange(parts) + start, side="right").repeat(n // parts)  # [n]
+
+    uniform = torch.rand(n, generator=generator, dtype=torch.float64).numpy()
+    levels = times.quantile(low[experts] + (high - low)[experts] * uniform)
+    # As in the training of flows, rounding leaves a level in the interval of its expert.
+    margin = np.minimum(2 * ROUNDING, np.diff(ends) / 4)[experts]
+    levels = np.clip(levels, ends[:-1][experts] + margin, ends[1:][experts] - margin)
+    return torch.from_numpy(levels * boundaries[-1]).float()
+
+
+def _expert_shares(share: str | Sequence[float], drawn: np.ndarray) -> np.ndarray:
+    """Return numbers [N] in proportion to the experts' shares of the levels; see `sample_levels`.
+
+    Args:
+        share: see `sample_levels`.
+        drawn: probability of each expert's interval in training [N].
+    """
+    if isinstance(share, str):
+        known = {"equal": np.ones_like(drawn), "drawn": drawn}
+        if share not in known:
+            raise ValueError(f"share must be {', '.join(known)} or {len(drawn)} numbers, but it is {share!r}")
+        return known[share]
+    shares = np.asarray(share, dtype=np.float64)
+    if shares.shape != drawn.shape or not np.isfinite(shares).all() or shares.min() < 0 or shares.sum() == 0:
+        raise ValueError(f"share must be {len(drawn)} numbers of at least 0, not all of them 0, but it is {share}")
+    return shares

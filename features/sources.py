@@ -238,8 +238,11 @@ def _load_split(path: str):
     """Load one split of a Hugging Face dataset as a datasets.Dataset. See `TableImages`."""
     try:
         import datasets
-    except ImportError:
+    except ModuleNotFoundError:
         raise UserError(f"--data-path {path} needs the package datasets: pip install datasets") from None
+    except ImportError as error:
+        # Its package pyarrow may need another version of NumPy.
+        raise UserError(f"--data-path {path}: the package datasets cannot be imported: {first_line(error)}") from None
     name, split = path.removeprefix(PREFIX), ""
     if "@" in name and not Path(name).is_dir():
         name, _, split = name.rpartition("@")

@@ -21,32 +21,32 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from diffusion.intervals import DIRECT, EITHER, REVERSED, find_interval, level_dtype
+from interop.lora import check_lora, mixture_pairs, save_lora, stage_names
 from mixing import fsdp
 from remix import Remix
-from runtime.errors import UserError
 from runtime.files import atomic_write, write_json
 
 INDEX = "experts.json"
-# The parameters that a LoRA file represents: the low-rank bases and the coefficients.
-IN_LORA = ("lora_A", "lora_B", "logits")
 
 
-def write_experts(remix: Remix, folder, lora: bool = False):
+def write_experts(remix: Remix, folder, lora: bool | str = False, dtype: torch.dtype = torch.bfloat16):
     """Write all experts of a Remix and the index.
 
     Args:
         remix: the Remix. A model of diffusers is written with `save_pretrained`, another one as a safetensors file of
             its state dict. If it is sharded (`mixing.fsdp`), every process calls this, and rank 0 writes.
         folder: the folder to create.
-        lora: write low-rank bases as LoRA files of rank K * r in diffusers' (peft) format, which the
-            `load_lora_weights` of pipelines reads. All parameters outside the low-rank bases must be frozen: the files
-            do not hold them.
+        lora: write low-rank bases as LoRA files of rank K * r in this format, one of `interop.lora.FORMATS`. True is
+            "diffusers", which the `load_lora_weights` of pipelines reads. All parameters outside the low-rank bases
+            must be frozen: the files do not hold them.
+        dtype: dtype of the pairs in LoRA files. Whole experts keep their dtypes.
 
     Raises:
-        UserError: if LoRA files cannot represent the experts.
+        UserError: if LoRA files in this format cannot represent the experts.
     """
+    lora = "diffusers" if lora is True else lora
     if lora:
-        _check_lora(remix)
+        check_lora(remix, lora)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     diffusers = not lora and hasattr(remix.backbone, "save_pretrained")
@@ -55,17 +55,21 @@ def write_experts(remix: Remix, folder, lora: bool = False):
     if sharded:
         fsdp.reshard(remix)
     for i, name in enumerate(names):
-        expert = None if lora else remix.expert(i)
-        state = lora_state(remix, i) if lora else None
+        if lora:
+            pairs = mixture_pairs(remix, remix.coefficients.per_expert()[i])
+            facts = dict(stage=stage_names(remix)[remix.stages.of(i)], boundaries=remix.boundaries[i : i + 2])
+            save_lora(remix, pairs, folder / name, lora, dtype, **facts)
+            continue
+        expert = remix.expert(i)
         if sharded and dist.get_rank() > 0:
             continue
         if diffusers:
             expert.save_pretrained(folder / name)
             continue
-        state = state or expert.state_dict()
         with atomic_write(folder / name) as temporary:
             # Tensors in one storage, such as those of tied layers, are refused.
-            save_file({key: value.clone() for key, value in state.items()}, temporary, metadata={"format": "pt"})
+            state = {key: value.clone() for key, value in expert.state_dict().items()}
+            save_file(state, temporary, metadata={"format": "pt"})
     timestep = remix.arguments.timestep
     index = {
         "class": type(remix.backbone).__name__,
@@ -101,29 +105,3 @@ def find_expert(folder, level: float | torch.Tensor) -> str:
         level = boundaries[-1] - np.float32(float(level))
     unrounded = boundaries if index.get("exact") else index.get("stages", ())
     return index["experts"][find_interval(boundaries, level, dtype, directions, unrounded)]
-
-
-@torch.no_grad()
-def lora_state(remix: Remix, i: int) -> dict[str, torch.Tensor]:
-    """Return expert i as LoRA weights in diffusers' format, each A [K * r, in] and B [out, K * r]."""
-    alpha = remix.coefficients.per_expert()[i]
-    state = {}
-    for name, layer in remix.mixed():
-        with fsdp.gathered(layer):
-            a, b = layer.lora_pair(alpha[layer.row])
-        state |= {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
-    return state
-
-
-def _check_lora(remix: Remix):
-    name = type(remix.backbone).__name__
-    if remix.rank is None:
-        raise UserError("LoRA files need low-rank bases, but this Remix has whole layers as bases")
-    if not hasattr(remix.backbone, "load_lora_adapter"):
-        raise UserError(f"the pipelines of a {name} have no load_lora_weights; write whole experts with lora=False")
-    names = [key for key, p in remix.named_parameters() if p.requires_grad and key.split(".")[-1] not in IN_LORA]
-    if names:
-        raise UserError(
-            f"LoRA files need all parameters outside the low-rank bases frozen (Remix.freeze_shared), but {len(names)} "
-            f"are not, such as {names[0]}"
-        )

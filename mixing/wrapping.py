@@ -48,8 +48,9 @@ def find_linears(
             some = f"linear layers such as {', '.join(examples[:4])}" if examples else "no linear layer"
             raise ValueError(f"layers: nothing matches {pattern!r} in {type(module).__name__}, which has {some}")
         found |= matched
-    for name in sorted(found):
-        check_linear(name, modules, subclasses)
+    for name in modules:
+        if name in found:
+            check_linear(name, modules, subclasses)
     matched, names = {modules[name] for name in found}, {}
     for name, layer in modules.items():
         if layer in matched:
@@ -315,8 +316,8 @@ class Arguments:
     def named(self, args: tuple, kwargs: dict) -> list[tuple[str, Any]]:
         """Return the names and the values of all arguments, the positional ones first."""
         # The last name may be that of *args.
-        names = [*self.names, *self.names[-1:] * len(args)]
-        return [*zip(names, args, strict=False), *kwargs.items()]
+        names = [*self.names, *self.names[-1:] * len(args)][: len(args)]
+        return [*zip(names, args, strict=True), *kwargs.items()]
 
     def batches_are_lists(self, size: int, args: tuple, kwargs: dict) -> bool:
         """Return whether no argument is a tensor with the batch as its first dimension and further dimensions.

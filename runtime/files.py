@@ -166,7 +166,8 @@ def name_write_errors(path):
         raise OSError(error.errno, error.strerror, str(path)) from error
     except Exception as error:
         # torch.save and safetensors raise exceptions of their own.
-        if not any(words in str(error) for words in ("(os error ", "PytorchStreamWriter failed", "unexpected pos")):
+        known = ("(os error ", "IoError(Os ", "PytorchStreamWriter failed", "unexpected pos")
+        if not any(words in str(error) for words in known):
             raise
         raise OSError(errno.EIO, "cannot be written (is the disk full?)", str(path)) from error
 

@@ -664,12 +664,20 @@ def test_loras_of_a_folded_remix_are_managed_as_those_of_a_plain_model(kind, ran
 # Files of all experts
 
 
-@pytest.mark.parametrize(("kind", "scope"), [("sd3", "global"), ("sd3", "local"), ("flux", "global"), ("wan", "local")])
-def test_load_lora_weights_reads_the_experts(kind, scope, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "scope", "lora"),
+    [
+        ("sd3", "global", "diffusers"),
+        ("sd3", "local", True),
+        ("flux", "global", "diffusers"),
+        ("wan", "local", "kohya"),
+    ],
+)
+def test_load_lora_weights_reads_the_experts(kind, scope, lora, tmp_path):
     model = for_pipeline(kind)
     remix = randomize(Remix(copy.deepcopy(model), n_experts=4, rank=2, scope=scope).eval(), 0.3)
     remix.freeze_shared()
-    write_experts(remix, tmp_path, lora=True)
+    write_experts(remix, tmp_path, lora=lora, dtype=torch.float32)
     pipe = pipeline(kind, model)
     images = []
     for expert in (0, 3):

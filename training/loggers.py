@@ -131,7 +131,7 @@ class WandbLogger:
                 name=folder.name,
                 id=id_file.read_text().strip(),
                 resume="allow",
-                dir=folder,
+                dir=str(folder),
                 config=config,
                 # log.txt holds the output already.
                 settings=wandb.Settings(console="off"),

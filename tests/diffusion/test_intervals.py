@@ -18,13 +18,14 @@ from diffusion.intervals import (
     inner_boundaries,
     interval_labels,
     intervals,
+    sample_levels,
     scale_of,
     separates_steps,
     timestep_scale,
     warn_of_short_intervals,
 )
 from models import DiT_models
-from remix import RemixDiT
+from remix import Remix, RemixDiT
 
 
 def test_the_last_boundary_tells_the_scale():
@@ -189,3 +190,90 @@ def test_the_highest_level_may_be_no_integer():
     assert equal_boundaries(4, 14.6146) == [0, 14.6146 / 4, 14.6146 / 2, 0.75 * 14.6146, 14.6146]
     scale = scale_of(quarters)
     assert (scale.dtype, scale.level(0.25), scale.time(0.25)) == (torch.float32, 0.25, 0.25)
+
+
+# Noise levels for training
+
+
+@pytest.mark.parametrize(("boundary", "shift", "above"), [(875, 12, 0.63), (900, 5, 0.36)])
+def test_drawn_levels_keep_the_shifted_distribution(boundary, shift, above):
+    generator = torch.Generator().manual_seed(0)
+    levels = sample_levels([0, 300, boundary, 1000], 20000, shift, "drawn", generator=generator)
+    assert (levels >= boundary).float().mean().item() == pytest.approx(above, abs=0.005)
+    # Without the shift, they are uniform.
+    u = (levels.double() / 1000).numpy()
+    u = np.sort(u / (shift - (shift - 1) * u))
+    assert np.abs(u - (np.arange(20000) + 0.5) / 20000).max() < 0.015
+
+
+@pytest.mark.parametrize("shift", [1, 5])
+def test_levels_of_an_expert_follow_the_distribution_in_its_interval(shift):
+    boundaries = [0, 0.1, 0.7, 1]
+    levels = sample_levels(boundaries, 30000, shift, generator=torch.Generator().manual_seed(0)).view(3, -1)
+    for row, (low, high) in zip(levels, pairwise(boundaries), strict=True):
+        assert low <= row.min() < row.max() < high
+        u = np.sort(row.double().numpy())
+        u, ends = (x / (shift - (shift - 1) * x) for x in (u, np.array([low, high])))
+        expected = ends[0] + (ends[1] - ends[0]) * (np.arange(10000) + 0.5) / 10000
+        assert np.abs(u - expected).max() < 0.02 * (ends[1] - ends[0])
+
+
+def test_shares_of_the_experts():
+    def counts(n, share, **settings):
+        levels = sample_levels([0, 200, 500, 1000], n, 3, share, generator=torch.Generator().manual_seed(n), **settings)
+        experts = torch.bucketize(levels, torch.tensor([200.0, 500.0]), right=True)
+        assert torch.equal(experts, experts.sort().values)
+        return experts.bincount(minlength=3).tolist()
+
+    assert counts(9, "equal") == [3, 3, 3]
+    assert counts(8, [1, 0, 3]) == [2, 0, 6]
+    assert counts(8, [0, 1, 0]) == [0, 8, 0]
+    # Rounded up or down.
+    drawn = torch.tensor([counts(n, "equal") for n in range(4, 200, 3)])
+    assert (drawn.max(1).values - drawn.min(1).values).max() == 1
+    # Groups of one expert each, also where there are fewer groups than experts.
+    grouped = [
+        sample_levels([0, 200, 500, 1000], 8, 3, groups=2, generator=torch.Generator().manual_seed(s))
+        for s in range(60)
+    ]
+    experts = torch.bucketize(torch.stack(grouped), torch.tensor([200.0, 500.0]), right=True).view(60, 2, 4)
+    assert torch.equal(experts.amin(2), experts.amax(2))
+    assert (experts[:, 0, 0] != experts[:, 1, 0]).all()
+    used = experts[:, :, 0].flatten().bincount(minlength=3) / 120
+    assert used.sub(1 / 3).abs().max() < 0.1
+
+
+def test_levels_depend_on_the_generator_only():
+    draws = [sample_levels([0, 0.5, 1], 6, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(*draws[:2])
+    assert not torch.equal(draws[0], draws[2])
+    assert (draws[0].dtype, draws[0].shape) == (torch.float32, (6,))
+
+
+def test_a_remix_runs_the_groups_that_were_drawn():
+    """Each group runs its own expert, in every type of timesteps, although the intervals are narrow."""
+    boundaries = [i / 40 * 1000 for i in range(41)]
+    remix = Remix(
+        torch.nn.Sequential(torch.nn.Linear(2, 2)), ["0"], 2, boundaries=boundaries, timestep=lambda input: input[:, 0]
+    )
+    for seed in range(20):
+        levels = sample_levels(remix, 160, 5, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(remix.expert_index(levels), torch.arange(40).repeat_interleave(4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(n=0), "must be positive and a multiple of groups=None, but it is 0"),
+        (dict(n=5, groups=2), "a multiple of groups=2, but it is 5"),
+        (dict(shift=0), "shift must be a positive number, but it is 0"),
+        (dict(share="half"), "share must be equal, drawn or 2 numbers, but it is 'half'"),
+        (dict(share=[1, 2, 3]), "share must be 2 numbers of at least 0"),
+        (dict(share=[0, 0]), "not all of them 0"),
+        (dict(boundaries=[0.1, 0.5, 1]), "boundaries must run from 0"),
+        (dict(boundaries=[1]), "need 2 boundaries"),
+    ],
+)
+def test_wrong_arguments_of_the_levels_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sample_levels(**dict(boundaries=[0, 0.5, 1], n=4) | arguments)

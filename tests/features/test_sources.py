@@ -144,6 +144,11 @@ def test_a_hub_that_cannot_be_reached_and_a_missing_package(monkeypatch, tmp_pat
     flags = ("--data-path=hf:owner/name", f"--features-path={tmp_path / 'f'}", *PIXELS)
     stderr = run("extract_features.py", *flags, expect=2).stderr
     assert "needs the package datasets: pip install datasets" in stderr and stderr.count("\n") == 1
+    (tmp_path / "datasets.py").write_text("raise ImportError('pyarrow requires NumPy 2')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "datasets")
+    stderr = run("extract_features.py", *flags, expect=2).stderr
+    assert "datasets cannot be imported: pyarrow requires NumPy 2" in stderr and stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
