@@ -47,7 +47,7 @@ format: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	touch $@
 
-# "torch>=2.6" becomes "torch==2.6", which is 2.6.0.
+# "torch>=2.9" becomes "torch==2.9", which is 2.9.0.
 .venv-lowest/installed: $(REQUIREMENTS)
 	$(PYTHON_LOWEST) -m venv .venv-lowest
 	sed -e '/^-r/d' -e 's/>=/==/' $(REQUIREMENTS) > .venv-lowest/requirements.txt

@@ -21,7 +21,7 @@ from diffusion.intervals import EITHER, TIMESTEPS, level_dtype, scale_of
 from mixing import fsdp, wrapping
 from mixing.coefficients import BatchCoefficients, Coefficients, RowsError, expert_weights, initial_logits
 from mixing.experts import ExpertIntervals, centered_gram, measure_distances, restore_intervals
-from mixing.folding import copy_unmixed, fold_stage, plain_stage
+from mixing.folding import copy_unmixed, fold_stage, plain_expert
 from mixing.grouped_linear import mix_into, mixed_linear
 from mixing.low_rank import LowRankLinear, pair_options
 from mixing.options import PRIOR_BONUS, complete_options
@@ -131,7 +131,8 @@ class Remix(wrapping.TransparentModule):
             prior and is not trained).
         scope: "global" (one pi [N, K] for all blocks) or "local" (one per block, [depth, N, K]). The block of a layer
             is its name up to the first number.
-        highest_level: highest noise level, such as 1000 or 1. None: that of the preset, or the last of the boundaries.
+        highest_level: highest noise level, such as 1000 or 1. None: that of the preset, or the last of the boundaries,
+            or of the stages.
         prior_bonus: number added to the initial logit of each expert's basis in the prior. The published one is 3.
         rank: rank of low-rank bases; see `low_rank.LowRankLinear`. None: every basis is a whole layer.
         stages: S + 1 increasing noise levels, for S modules whose layouts are equal. Module s is frozen, and denoises
@@ -175,11 +176,10 @@ class Remix(wrapping.TransparentModule):
         super().__init__()
         module, *others = modules = find_modules(module, stages, rank)
         given = Preset(layers, (), timestep, highest_level, unbatched, batch_dims or {})
-        wrapped = complete_preset(module, given, boundaries)
+        fsdp.check_whole(modules)
+        wrapped = complete_preset(module, given, stages if boundaries is None else boundaries)
         options = dict(n_basis=n_basis, n_experts=n_experts, mixer=mixer, scope=scope, boundaries=boundaries)
         options = complete_options(options | dict(highest_level=wrapped.highest_level, rank=rank, stages=stages))
-        if stages is None:
-            del options["stages"]
         self.stage_boundaries = options.get("stages")
         self.n_basis, self.n_experts, self.boundaries = n_basis, options["n_experts"], options["boundaries"]
         self.mixer, self.scope, self.rank = mixer, scope, rank
@@ -205,8 +205,7 @@ class Remix(wrapping.TransparentModule):
         self.batch_coefficients = BatchCoefficients()
         if others:
             self.other_stages, self.pairs = nn.ModuleList(others), nn.Module()
-            for stage in modules:
-                stage.requires_grad_(False)
+            self.requires_grad_(False)
         shape = (n_basis,) if rank is None else (n_basis, rank)
         make = RemixLinear.from_linear if rank is None else LowRankLinear
         for names in names_of_layers:
@@ -256,12 +255,12 @@ class Remix(wrapping.TransparentModule):
     def expert_index(self, t: Tensor | float, dtype: torch.dtype | None = None) -> Tensor | int:
         """Return the index of the expert that owns each value of the argument `timestep`, a tensor or a number.
 
-        A step on a boundary belongs to the expert above, also if its noise level is rounded below the boundary: `dtype`
-        is the type in which the values have arrived, by default that of `t`.
+        A step on a boundary belongs to the expert above, also if its noise level is rounded below the boundary, unless
+        it is one of stages: `dtype` is the type in which the values have arrived, by default that of `t`.
         """
         return self.intervals.find(self.noise_level(t), dtype or level_dtype(t))
 
-    def _coefficients_per_row(self) -> Tensor:
+    def coefficients_per_row(self) -> Tensor:
         """Return the coefficients [1 or depth, N, K] for every scope."""
         return self.coefficients().view(-1, self.n_experts, self.n_basis)
 
@@ -293,13 +292,9 @@ class Remix(wrapping.TransparentModule):
             basis.requires_grad_()
         self.logits.requires_grad_(self.mixer != "one-hot")
 
-    @torch.no_grad()
     def distances(self) -> tuple[Tensor, Tensor]:
         """Return the distances between the bases [K, K] and that of the experts; see `experts.measure_distances`."""
-        layers = [layer for s in range(len(self.stages)) for _, layer in self.mixed(s)]
-        if fsdp.is_sharded(self):
-            fsdp.reshard(self)
-        return measure_distances(layers, self._coefficients_per_row(), self.batch_coefficients.sum)
+        return measure_distances(self)
 
     def forward(self, *args, groups: int | None = None, **kwargs) -> Any:
         """Denoise every sample by its own expert.
@@ -325,7 +320,7 @@ class Remix(wrapping.TransparentModule):
         if groups is not None:
             if isinstance(groups, float) or groups < 1 or len(experts) % groups:
                 raise ValueError(f"groups must divide the batch size {len(experts)}, but it is {groups}")
-            # Rounding can move some samples of a group to the expert above, but none to the one below.
+            # Rounding can move some samples of a group to the expert above; to the one below only across stages.
             return run(self, experts.view(groups, -1).amin(1), len(t), args, kwargs)
         lists = self.arguments.batches_are_lists(len(t), args, kwargs)
         at_once = self.runs_at_once and not lists
@@ -345,20 +340,14 @@ class Remix(wrapping.TransparentModule):
                 if fsdp.is_sharded(self):
                     raise
                 self.runs_at_once = False
-        rows = experts.argsort(stable=True).split(counts.tolist())  # [B] in all
-        return run_parts(self, [*zip(rows, present.split(1), strict=True)], len(t), args, kwargs)
+        owners, sizes = torch.stack([present, counts]).tolist()
+        rows = experts.argsort(stable=True).split(sizes)  # [B] in all
+        parts = zip(map(self.stages.of, owners), rows, present.split(1), strict=True)
+        return run_parts(self, [*parts], len(t), args, kwargs)
 
     def times(self, *args, **kwargs) -> Tensor:
         """Return what the argument `timestep` holds for each sample, [B] or [1]."""
         return self.arguments.times(args, kwargs)
-
-    def _run(self, module: nn.Module, experts: Tensor, args: tuple, kwargs: dict, per_sample: bool) -> Any:
-        """Run the module of a stage on G equal groups, or samples, with the experts [G]."""
-        self.batch_coefficients.start(self._coefficients_per_row(), experts, per_sample)
-        try:
-            return wrapping.call(module, self.unchecked, args, kwargs)
-        finally:
-            self.batch_coefficients.end()
 
     def enable_gradient_checkpointing(self):
         """Let a model of diffusers store only the inputs of each block, and compute the activations again."""
@@ -371,9 +360,7 @@ class Remix(wrapping.TransparentModule):
         Every process calls it if the Remix is sharded (`mixing.fsdp`). Only rank 0 gets a module then.
         """
         s = self.stages.of(i)
-        plain = plain_stage(self, s)
-        fold_stage(self, plain, self.coefficients.per_expert()[i], s)
-        return plain
+        return plain_expert(self, self.coefficients.per_expert()[i], s)
 
     def merge(self, weights: list[float] | None = None) -> nn.Module:
         """Return a weighted mean of the experts' weights as a plain module with its own parameters, in eval mode.
@@ -391,10 +378,8 @@ class Remix(wrapping.TransparentModule):
         first, *others = {self.stages.of(i) for i in weights.flatten().nonzero().flatten().tolist()}
         if others:
             raise ValueError("experts of several stages cannot be merged: give weights of 0 to those of all but one")
-        alpha = self._coefficients_per_row().detach().double().cpu()  # [1 or depth, N, K]
-        plain = plain_stage(self, first)
-        fold_stage(self, plain, (weights * alpha).sum(1).tolist(), first)
-        return plain
+        alpha = self.coefficients_per_row().detach().double().cpu()  # [1 or depth, N, K]
+        return plain_expert(self, (weights * alpha).sum(1).tolist(), first)
 
     def fold_(self, module: nn.Module, i: int):
         """Write the parameters of expert i that it does not share into `module`, in place.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -388,8 +389,10 @@ def sample_levels(
     if not 0 < shift < math.inf:
         raise ValueError(f"the shift must be a positive number, but it is {shift}")
     parts = n if groups is None else groups
-    if n < 1 or parts < 1 or n % parts:
-        raise ValueError(f"the number of levels must be positive and a multiple of groups={groups}, but it is {n}")
+    if not all(isinstance(number, Integral) and number > 0 for number in (n, parts)) or n % parts:
+        raise ValueError(
+            f"the number of levels must be a positive integer and a multiple of groups={groups}, but it is {n}"
+        )
     # Relative to the highest level.
     ends = np.array(boundaries, dtype=np.float64) / boundaries[-1]
     times = TimeDistribution("uniform", 0.0, 1.0, float(shift))
@@ -401,10 +404,10 @@ def sample_levels(
     line = shares.cumsum() / shares.sum() * parts
     line = np.where(np.abs(line - line.round()) < 1e-9 * parts, line.round(), line)
     # In float32, so that no sum of it and an integer is rounded up to the next one.
-    start = torch.rand((), generator=generator).item()
+    start = torch.rand((), generator=generator, dtype=torch.float32, device="cpu").item()
     experts = np.searchsorted(line, np.arange(parts) + start, side="right").repeat(n // parts)  # [n]
 
-    uniform = torch.rand(n, generator=generator, dtype=torch.float64).numpy()
+    uniform = torch.rand(n, generator=generator, dtype=torch.float64, device="cpu").numpy()
     levels = times.quantile(low[experts] + (high - low)[experts] * uniform)
     # As in the training of flows, rounding leaves a level in the interval of its expert.
     margin = np.minimum(2 * ROUNDING, np.diff(ends) / 4)[experts]

@@ -42,11 +42,11 @@ def write_experts(remix: Remix, folder, lora: bool | str = False, dtype: torch.d
         dtype: dtype of the pairs in LoRA files. Whole experts keep their dtypes.
 
     Raises:
-        UserError: if LoRA files in this format cannot represent the experts.
+        UserError: if LoRA files in this format and dtype cannot represent the experts.
     """
     lora = "diffusers" if lora is True else lora
     if lora:
-        check_lora(remix, lora)
+        check_lora(remix, lora, dtype)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     diffusers = not lora and hasattr(remix.backbone, "save_pretrained")
@@ -72,7 +72,7 @@ def write_experts(remix: Remix, folder, lora: bool | str = False, dtype: torch.d
             save_file(state, temporary, metadata={"format": "pt"})
     timestep = remix.arguments.timestep
     index = {
-        "class": type(remix.backbone).__name__,
+        "class": remix.arguments.owner,
         "timestep": timestep if isinstance(timestep, str) else None,
         "boundaries": remix.boundaries,
         "format": "lora" if lora else "diffusers" if diffusers else "state dict",

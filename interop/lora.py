@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -96,12 +97,14 @@ LAYOUTS = {
             _attention("attn", "img_attn")
             | _text_attention("txt_attn")
             | _feed_forward("ff", "img_mlp.0", "img_mlp.2")
-            | _feed_forward("ff_context", "txt_mlp.0", "txt_mlp.2"),
+            | _feed_forward("ff_context", "txt_mlp.0", "txt_mlp.2")
+            | {"norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin"},
         )
         | _inside(
             "single_transformer_blocks",
             "single_blocks",
-            dict.fromkeys(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear1") | {"proj_out": "linear2"},
+            dict.fromkeys(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear1")
+            | {"proj_out": "linear2", "norm.linear": "modulation.lin"},
         ),
         down_up=True,
     ),
@@ -160,7 +163,7 @@ def write_stage_loras(
     Args:
         remix: the Remix, with low-rank bases; all its other parameters must be frozen. If it is sharded
             (`mixing.fsdp`), every process calls this, and rank 0 writes.
-        name: path of the files without the end of their names.
+        name: path of the files without the end of their names; .safetensors may be given.
         lora: the format, one of `FORMATS`.
         rank: reduce the rank of each layer of the class to this one, by the best approximation of B A (a truncated
             singular value decomposition). None: the rank K * r of all bases, without loss.
@@ -170,12 +173,12 @@ def write_stage_loras(
         The path of each file, and what the reduction of its rank left out.
 
     Raises:
-        UserError: if LoRA files in this format cannot represent the experts, or the rank is out of range.
+        UserError: if LoRA files in this format and dtype cannot represent the experts, or the rank is out of range.
     """
-    check_lora(remix, lora)
+    check_lora(remix, lora, dtype)
     whole = remix.n_basis * remix.rank
-    if rank is not None and not 1 <= rank <= whole:
-        raise UserError(f"the rank of the LoRA files must be from 1 to K * r = {whole}, but it is {rank}")
+    if rank is not None and not (isinstance(rank, Integral) and 1 <= rank <= whole):
+        raise UserError(f"the rank of the LoRA files must be an integer from 1 to K * r = {whole}, but it is {rank}")
     experts = torch.tensor(remix.coefficients.per_expert(), dtype=torch.float64)  # [N, 1 or depth, K]
     written = {}
     for s, stage in enumerate(stage_names(remix)):
@@ -183,7 +186,7 @@ def write_stage_loras(
         pairs, lost = mixture_pairs(remix, experts[list(rows)].mean(0).tolist()), Reduction()
         if rank is not None and rank < whole:
             pairs, lost = reduce_rank(pairs, rank)
-        path = Path(f"{name}{f'_{stage}' if stage else ''}.safetensors")
+        path = Path(f"{str(name).removesuffix('.safetensors')}{f'_{stage}' if stage else ''}.safetensors")
         levels = remix.boundaries[rows[0] : rows[-1] + 2]
         save_lora(remix, pairs, path, lora, dtype, stage=stage, boundaries=levels, lost=lost.share)
         written[path] = lost
@@ -196,19 +199,22 @@ def stage_names(remix: Remix) -> list[str]:
     return {1: [""], 2: ["low_noise", "high_noise"]}.get(n_stages, [f"stage{s}" for s in range(n_stages)])
 
 
-def check_lora(remix: Remix, lora: str):
-    """Check that LoRA files in a format can represent the experts of a Remix.
+def check_lora(remix: Remix, lora: str, dtype: torch.dtype):
+    """Check that LoRA files in a format and a dtype can represent the experts of a Remix.
 
     Raises:
         UserError: if they cannot, or the format is unknown, or has no names for the class or for a mixed layer.
     """
-    name = type(remix.backbone).__name__
+    _check_low_rank(remix)
+    name = remix.arguments.owner
     if lora not in FORMATS:
         raise UserError(f"the format of LoRA files must be one of {', '.join(FORMATS)}, but it is {lora!r}")
-    if remix.rank is None:
-        raise UserError("LoRA files need low-rank bases, but this Remix has whole layers as bases")
-    if lora == "diffusers" and not hasattr(remix.backbone, "load_lora_adapter"):
-        raise UserError(f"the pipelines of a {name} have no load_lora_weights; write whole experts with lora=False")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f"the dtype of LoRA files must be a floating-point torch.dtype, but it is {dtype!r}")
+    if not hasattr(remix.backbone, "load_lora_adapter"):
+        raise UserError(
+            f"the pipelines of a {name} have no load_lora_weights: write whole experts (write_experts with lora=False)"
+        )
     if lora != "diffusers":
         layout = find_layout(remix.backbone)
         if layout is None:
@@ -226,6 +232,14 @@ def check_lora(remix: Remix, lora: str):
         )
 
 
+def _check_low_rank(remix: nn.Module):
+    """Raise UserError unless a module is a Remix with low-rank bases."""
+    if not isinstance(remix, Remix):
+        raise UserError(f"LoRA files need a Remix with low-rank bases, but this is a {type(remix).__name__}")
+    if remix.rank is None:
+        raise UserError("LoRA files need low-rank bases, but this Remix has whole layers as bases: give it a rank")
+
+
 def find_layout(module: nn.Module) -> Layout | None:
     """Return the layout of a module's class, or of a class that it extends; None if there is none."""
     return next((LAYOUTS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in LAYOUTS), None)
@@ -238,7 +252,7 @@ def mixture_pairs(remix: Remix, alpha: list[list[float]]) -> Pairs:
         fsdp.reshard(remix)
     pairs = {}
     for name, layer in remix.mixed():
-        with fsdp.gathered(layer):
+        with fsdp.gathered(layer, bases_only=True):
             a, b = layer.lora_pair(alpha[layer.row])
             pairs[name] = a.detach().cpu(), b.cpu()
     return pairs
@@ -256,7 +270,7 @@ def save_lora(remix: Remix, pairs: Pairs, path: Path, lora: str, dtype: torch.dt
         **facts: what the file's header says beside the class, the format and the rank.
     """
     rank = len(next(iter(pairs.values()))[0])
-    facts = dict(base_model=type(remix.backbone).__name__, lora_format=lora, rank=rank, **facts)
+    facts = dict(base_model=remix.arguments.owner, lora_format=lora, rank=rank, **facts)
     header = {"format": "pt"} | {key: str(fact) for key, fact in facts.items() if fact != ""}
     sharded = fsdp.is_sharded(remix)
     if not sharded or dist.get_rank() == 0:
@@ -291,41 +305,42 @@ def lora_state(module: nn.Module, pairs: Pairs, lora: str, dtype: torch.dtype) -
         key = PREFIXES[lora] + (name.replace(".", "_") if lora == "kohya" else name)
         state[f"{key}.{down}.weight"], state[f"{key}.{up}.weight"] = a, b
         if down_up:
-            state[f"{key}.alpha"] = torch.tensor(float(len(a)))
+            state[f"{key}.alpha"] = torch.tensor(len(a), dtype=torch.float32)
     return state
+
+
+def _find_block(layer: str) -> tuple[str, str]:
+    """Return the name of a layer with * for the number of its block, and the number."""
+    number = re.search(r"(?<=\.)\d+(?=\.)", layer)
+    return (layer, "") if number is None else (f"{layer[: number.start()]}*{layer[number.end() :]}", number[0])
 
 
 def _original_name(layer: str, names: dict[str, str] | None) -> str | None:
     """Return the original's name of a layer, or None if it has none."""
     if names is None:
         return layer
-    number = re.search(r"(?<=\.)\d+(?=\.)", layer)
-    if number is None:
-        return None
-    name = names.get(f"{layer[: number.start()]}*{layer[number.end() :]}")
-    return name and name.replace("*", number[0])
+    pattern, number = _find_block(layer)
+    name = names.get(pattern)
+    return name and name.replace("*", number)
 
 
-def _original_layers(
-    module: nn.Module, names: dict[str, str] | None, wanted: Iterable[str] | None = None
-) -> dict[str, list[str]]:
+def _original_layers(module: nn.Module, names: dict[str, str] | None, wanted: Iterable[str]) -> dict[str, list[str]]:
     """Return the layers of a module that each layer of the original consists of, in the order of their rows.
 
     Args:
         module: the transformer.
         names: see `Layout`.
-        wanted: only those of the original that contain one of these layers. None: all.
+        wanted: layers of the module. Only the layers of the original that contain one of them are returned.
     """
-    found = {}
+    found, wanted = {}, {*wanted}
     # The parts of one layer stand beside each other in a module, but perhaps not in the order of their rows.
     order = {pattern: i for i, pattern in enumerate(names or ())}
     for layer, part in module.named_modules():
         if hasattr(part, "out_features") and (name := _original_name(layer, names)) is not None:
             found.setdefault(name, []).append(layer)
     for layers in found.values():
-        layers.sort(key=lambda layer: order.get(re.sub(r"\.\d+\.", ".*.", layer, count=1), 0))
-    wanted = None if wanted is None else {*wanted}
-    return {name: layers for name, layers in found.items() if wanted is None or wanted & {*layers}}
+        layers.sort(key=lambda layer: order.get(_find_block(layer)[0], 0))
+    return {name: layers for name, layers in found.items() if not wanted.isdisjoint(layers)}
 
 
 # The rank
@@ -383,16 +398,16 @@ def read_lora(remix: Remix, path, reduce: bool = False) -> Reduction:
     """Start the low-rank bases of a Remix from a LoRA file, so that every expert is W + B A of the file.
 
     The coefficients of an expert sum to 1, so all K bases become the file's pair. What is left of the rank r, and the
-    layers that the file lacks, start as usual: A random and B zero. Equal bases give the coefficients no gradient in
-    the first step. They do not stay equal: the gradient of basis k is the sum of the experts' gradients, weighted by
-    their coefficients alpha[i, k], which differ between the bases, as the initial logits are random and prefer the
-    basis of the prior.
+    layers that the file lacks, start as usual: A random and B zero. Equal bases give the logits of a softmax no
+    gradient in the first step. They do not stay equal: the gradient of basis k is the sum of the experts' gradients,
+    weighted by their coefficients alpha[i, k], which differ between the bases, as the initial logits are random and
+    prefer the basis of the prior.
 
     Args:
         remix: the Remix. The values of its pairs are replaced, and its coefficients are kept.
         path: a safetensors file in one of the three formats of this module, with any rank and alpha, also one written
             by others: by the `save_lora_weights` of pipelines, by peft (with its adapter_config.json beside it), or by
-            the trainers that use these names.
+            the trainers that use these names. The prefixes transformer. and diffusion_model. may be missing.
         reduce: approximate pairs of a higher rank than r by those of rank r. Otherwise they are refused.
 
     Returns:
@@ -402,11 +417,10 @@ def read_lora(remix: Remix, path, reduce: bool = False) -> Reduction:
         UserError: if the file is of another model or holds what pairs cannot represent, its rank is too high, the
             coefficients of an expert do not sum to 1, or the Remix has no low-rank bases or is sharded.
     """
-    if remix.rank is None:
-        raise UserError("a LoRA file starts low-rank bases, but this Remix has whole layers as bases: give it a rank")
+    _check_low_rank(remix)
     if fsdp.is_sharded(remix):
         raise UserError("read the LoRA file before the Remix is sharded")
-    sums = torch.tensor(remix.coefficients.per_expert()).sum(-1)
+    sums = torch.tensor(remix.coefficients.per_expert(), dtype=torch.float64).sum(-1)
     if (sums - 1).abs().max() > 1e-3:
         raise UserError(
             f"the coefficients of an expert must sum to 1, but those of this Remix with mixer={remix.mixer!r} sum to "
@@ -435,7 +449,7 @@ def load_pairs(remix: Remix, path: Path) -> Pairs:
     Raises:
         UserError: see `read_lora`.
     """
-    kind = type(remix.backbone).__name__
+    kind = remix.arguments.owner
     try:
         with safe_open(path, framework="pt") as file:
             header, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -443,13 +457,16 @@ def load_pairs(remix: Remix, path: Path) -> Pairs:
         raise UserError(f"{path} cannot be read as a safetensors file: {error}") from None
     pairs, alphas = {}, {}
     for key, tensor in tensors.items():
-        if key.endswith(".alpha"):
+        if key.endswith(".alpha") and tensor.numel() == 1:
             alphas[key.removesuffix(".alpha")] = float(tensor)
             continue
         match = TENSORS.fullmatch(key)
         if match is None or tensor.ndim != 2:
             raise UserError(f"{path} holds {key} {list(tensor.shape)}, which pairs of linear layers cannot represent")
-        pairs.setdefault(match["layer"], {})["a" if match["a"] else "b"] = tensor.float()
+        tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} holds numbers in {key} that are not finite")
+        pairs.setdefault(match["layer"], {})["a" if match["a"] else "b"] = tensor
     known, mixed = _readable_layers(remix), dict(remix.mixed())
     others = [name for name in pairs if name not in known]
     if not pairs:
@@ -476,6 +493,8 @@ def load_pairs(remix: Remix, path: Path) -> Pairs:
         for layer, b in zip(layers, (scale * pair["b"]).split(sizes), strict=True):
             # The pair of a part of a block-diagonal one.
             used = b.any(0) if len(layers) > 1 else slice(None)
+            if layer in found:
+                raise UserError(f"{path} holds several pairs of {layer}, such as {name}")
             if layer in mixed:
                 found[layer] = a[used], b[:, used]
             elif b.any():
@@ -491,21 +510,25 @@ def _readable_layers(remix: Remix) -> dict[str, list[str]]:
     tables = [] if layout is None else [layout.names, *([layout.fused] if layout.fused else [])]
     for names in tables:
         for name, parts in _original_layers(module, names, layers).items():
-            known[PREFIXES["original"] + name] = known[PREFIXES["kohya"] + name.replace(".", "_")] = parts
+            kohya = PREFIXES["kohya"] + name.replace(".", "_")
+            known |= dict.fromkeys((name, PREFIXES["original"] + name, kohya), parts)
     return known
 
 
 def _peft_config(path: Path, header: dict[str, str], from_peft: bool) -> dict:
     """Return peft's configuration of a file: that of its header, or of the file beside it; empty if it has none."""
-    config = {}
-    if "lora_adapter_metadata" in header:
-        metadata = json.loads(header["lora_adapter_metadata"])
-        config = {key.removeprefix("transformer."): value for key, value in metadata.items()}
-    elif from_peft:
-        beside = path.parent / "adapter_config.json"
-        if not beside.is_file():
-            raise UserError(f"{path} has the names of peft, whose alpha is in {beside}, which does not exist")
-        config = json.loads(beside.read_text())
+    source, text = path, header.get("lora_adapter_metadata")
+    if text is None:
+        if not from_peft:
+            return {}
+        source = path.parent / "adapter_config.json"
+        if not source.is_file():
+            raise UserError(f"{path} has the names of peft, whose alpha is in {source}, which does not exist")
+        text = source.read_text()
+    try:
+        config = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
+    except (ValueError, AttributeError):
+        raise UserError(f"the configuration of peft in {source} is no JSON object") from None
     if config.get("use_dora"):
         raise UserError(f"{path} is a DoRA, which low-rank pairs cannot represent")
     return config

@@ -11,16 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 
 from diffusion.intervals import TIMESTEPS
+from mixing import fsdp
 from mixing.stages import find_difference, layout
 from remix import Remix
 from runtime.errors import UserError, first_line
 from runtime.files import write_json
 
 INDEX = "model_index.json"
+# The transformer of high noise, and that of low noise.
+PARTS = ("transformer", "transformer_2")
 # All published models of Wan have heads of this size. The tensors do not show it.
 HEAD = 128
 # The names of the original and those of diffusers, in the order in which they are replaced.
@@ -90,25 +94,32 @@ def read_pair(
         ValueError: see `remix.Remix`.
     """
     files = isinstance(source, Sequence) and not isinstance(source, str)
+    folder = isinstance(source, str | Path)
     if config is not None and not files:
         raise UserError("config is only for two files: a pipeline has its own")
     if files:
-        high, low = _read_files(source, dtype, config)
-        ratio = None
-    elif isinstance(source, str | Path):
-        high, low, ratio = _load(Path(source), dtype)
+        stored = None
+    elif folder:
+        stored = _read_index(Path(source)).get("boundary_ratio")
     else:
-        high, low, ratio = source.transformer, source.transformer_2, source.config.boundary_ratio
-    if ratio is not None and boundary_ratio not in (None, ratio):
-        raise UserError(f"boundary_ratio is {boundary_ratio}, but that of the pipeline is {ratio}")
-    ratio = boundary_ratio if ratio is None else ratio
-    if high is None or low is None or ratio is None:
-        raise UserError(
-            "a pair needs transformer, transformer_2 and boundary_ratio, but "
-            f"transformer is {type(high).__name__}, transformer_2 is {type(low).__name__}, boundary_ratio is {ratio}"
-        )
+        high, low = (getattr(source, part, None) for part in PARTS)
+        stored = getattr(getattr(source, "config", None), "boundary_ratio", None)
+        if high is None or low is None:
+            raise UserError(
+                f"a pair needs transformer, transformer_2 and boundary_ratio, but of a {type(source).__name__} "
+                f"they are {type(high).__name__}, {type(low).__name__} and {stored}"
+            )
+    if stored is not None and boundary_ratio not in (None, stored):
+        raise UserError(f"boundary_ratio is {boundary_ratio}, but that of the pipeline is {stored}")
+    ratio = boundary_ratio if stored is None else stored
+    if ratio is None:
+        raise UserError("boundary_ratio is None: give 0.875 for text to video, or 0.9 for image to video")
     if not 0 < ratio < 1:
         raise UserError(f"boundary_ratio must be between 0 and 1, but it is {ratio}")
+    if files:
+        high, low = _read_files(source, dtype, config)
+    elif folder:
+        high, low = _load(Path(source), dtype)
     if found := find_difference(layout(high), layout(low)):
         raise UserError(f"the transformers of the pair differ in their names or shapes, such as {found}")
     # As WanPipeline calculates it.
@@ -119,14 +130,15 @@ def write_pair(remix: Remix, folder):
     """Write a Remix of WanTransformer3DModels as a pair: of each stage, the mean of its experts.
 
     Args:
-        remix: the Remix of two stages, or of one module with two experts.
+        remix: the Remix of two stages, or of one module with two experts. If it is sharded (`mixing.fsdp`), every
+            process calls this, and rank 0 writes.
         folder: folder of a pipeline, of which the pair is replaced; or a new folder, to which the other parts of a
             pipeline can be added. `WanPipeline.from_pretrained` takes them as arguments too.
 
     Raises:
         UserError: if the Remix has neither two stages nor two experts, or is no Remix of WanTransformer3DModels.
     """
-    name, stages = type(remix.backbone).__name__, remix.stages
+    name, stages = remix.arguments.owner, remix.stages
     parts = [[i] for i in range(remix.n_experts)]
     if len(stages) > 1:
         parts = [stages.experts(s) for s in range(len(stages))]
@@ -136,43 +148,60 @@ def write_pair(remix: Remix, folder):
             f"{len(stages)} stages with {remix.n_experts} experts of a {name}"
         )
     folder = Path(folder)
-    for part, experts in zip(("transformer_2", "transformer"), parts, strict=True):
-        # The tensors of the Remix may be those of the files that are replaced, mapped into memory.
-        new = folder / f".{part}"
-        remix.merge([float(i in experts) for i in range(remix.n_experts)]).save_pretrained(new)
-        shutil.rmtree(folder / part, ignore_errors=True)
-        new.rename(folder / part)
-    config = remix.backbone.config
-    # The transformers of image-to-video also get the latents of the image.
-    image = config.in_channels > config.out_channels
-    index = {"_class_name": "WanImageToVideoPipeline" if image else "WanPipeline"}
-    if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text())
-    index |= {part: ["diffusers", name] for part in ("transformer", "transformer_2")}
-    boundary = remix.boundaries[parts[1][0]]
-    write_json(folder / INDEX, index | {"boundary_ratio": boundary / remix.boundaries[-1]})
+    for part, experts in zip(PARTS[::-1], parts, strict=True):
+        # Of a sharded Remix, only rank 0 gets a module.
+        if (plain := remix.merge([float(i in experts) for i in range(remix.n_experts)])) is not None:
+            _replace(folder, part, plain)
+    sharded = fsdp.is_sharded(remix)
+    if not sharded or dist.get_rank() == 0:
+        config = remix.backbone.config
+        # The transformers of image-to-video also get the latents of the image.
+        image = config.in_channels > config.out_channels
+        index = {"_class_name": "WanImageToVideoPipeline" if image else "WanPipeline"}
+        if (folder / INDEX).is_file():
+            index = _read_index(folder)
+        index |= {part: ["diffusers", name] for part in PARTS}
+        boundary = remix.boundaries[parts[1][0]]
+        write_json(folder / INDEX, index | {"boundary_ratio": boundary / remix.boundaries[-1]})
+    if sharded:
+        dist.barrier()
 
 
-def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, float | None]:
-    """Return both transformers and the boundary of a pipeline's folder."""
-    from diffusers import WanTransformer3DModel
+def _replace(folder: Path, part: str, model: nn.Module):
+    """Write a transformer to a part of a pipeline's folder, in the place of what is there."""
+    # The tensors of the model may be those of the files that are replaced, mapped into memory.
+    new = folder / f".{part}"
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    shutil.rmtree(folder / part, ignore_errors=True)
+    new.rename(folder / part)
 
-    for part in (INDEX, "transformer", "transformer_2"):
+
+def _read_index(folder: Path) -> dict:
+    """Return the index of a pipeline's folder, which has both transformers."""
+    for part in (INDEX, *PARTS):
         if not (folder / part).exists():
             raise UserError(f"{folder} holds no pair of transformers in diffusers' layout: there is no {folder / part}")
-    pair = [
-        WanTransformer3DModel.from_pretrained(folder / part, torch_dtype=dtype)
-        for part in ("transformer", "transformer_2")
-    ]
-    return *pair, json.loads((folder / INDEX).read_text()).get("boundary_ratio")
+    try:
+        return json.loads((folder / INDEX).read_text())
+    except ValueError as error:
+        raise UserError(f"{folder / INDEX} is no JSON: {error}") from None
+
+
+def _load(folder: Path, dtype: torch.dtype) -> list[nn.Module]:
+    """Return both transformers of a pipeline's folder, that of high noise first."""
+    from diffusers import WanTransformer3DModel
+
+    return [WanTransformer3DModel.from_pretrained(folder / part, torch_dtype=dtype) for part in PARTS]
 
 
 def _read_files(files: Sequence, dtype: torch.dtype, config: dict | None) -> list[nn.Module]:
     """Return the transformers of two files, that of high noise first."""
-    if len(files) != 2:
-        raise UserError(f"a pair is two files, that of high noise first, but there are {len(files)}")
+    if len(files) != 2 or not all(isinstance(file, str | Path) for file in files):
+        kinds = ", ".join(type(file).__name__ for file in files)
+        raise UserError(f"a pair is two files, that of high noise first, but there are {len(files)}: {kinds}")
     for file, other in zip(files, ("low_noise", "high_noise"), strict=True):
-        if other in Path(file).name:
+        if other in Path(file).name.lower():
             raise UserError(
                 f"the file of high noise comes first, and then that of low noise, but got {Path(file).name}"
             )
@@ -210,15 +239,17 @@ def read_original(path, dtype: torch.dtype = torch.bfloat16, config: dict | None
         found = {name: shapes[key] for key, name in names.items()}
         if name := find_difference(expected, found):
             key = next((key for key in tensors if names[key] == name), name)
-            raise UserError(
-                f"{path} does not fit a WanTransformer3DModel: {key} has the shape {found.get(name)}, not "
-                f"{expected.get(name)}"
-            )
+            problem = "is missing" if name not in found else "is not in this class"
+            if name in found and name in expected:
+                problem = f"has the shape {found[name]}, not {expected[name]}"
+            raise UserError(f"{path} does not fit a WanTransformer3DModel: {key} {problem}")
         state = {}
         for key, name in names.items():
             scale = keys.get(f"{key.removesuffix('.weight')}{SCALE}")
             kept = not {*name.split(".")}.isdisjoint(model._keep_in_fp32_modules or ())
             tensor, kind = file.get_tensor(keys[key]), torch.float32 if kept else dtype
+            if not tensor.is_floating_point():
+                raise UserError(f"{path}: {key} is quantized as {tensor.dtype}, but only fp8 can be read")
             if scale is None:
                 state[name] = tensor.to(kind)
                 continue

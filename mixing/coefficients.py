@@ -80,15 +80,14 @@ class Coefficients(nn.Module):
             return F.cross_entropy(self.logits.flatten(0, -2), prior.expand(self.logits.shape[:-1]).flatten())
         return self.logits.softmax(-1) if self.mixer == "softmax" else self.logits
 
-    def _apply(self, *args, **kwargs) -> "Coefficients":
+    def _apply(self, fn: Callable, *args, **kwargs) -> "Coefficients":
         """Move or convert the logits, but keep them in float32 in half precision, which would lose their updates."""
-        logits = self.logits.data
-        super()._apply(*args, **kwargs)
-        if self.logits.dtype.itemsize < 4:
-            gradient, self.logits.grad = self.logits.grad, None
-            self.logits.data = logits.to(self.logits.device)
-            self.logits.grad = None if gradient is None else gradient.to(logits.dtype)
-        return self
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            return converted if converted.dtype.itemsize >= 4 else tensor.to(converted.device)
+
+        return super()._apply(convert, *args, **kwargs)
 
     def per_expert(self) -> list[list[list[float]]]:
         """Return the coefficients of each expert, [N][1 or depth][K], computed on the host, as equal on all devices."""

@@ -1,6 +1,6 @@
 """The intervals of noise levels of the experts, and how different the experts are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from diffusion.intervals import (
     warn_of_short_intervals,
 )
 from mixing.coefficients import Coefficients, prior_bases
-from mixing.fsdp import gathered
+from mixing.fsdp import gathered, is_sharded, reshard
 from mixing.low_rank import LowRankLinear
 
 
@@ -137,19 +137,21 @@ def centered_gram(weight: Tensor) -> tuple[Tensor, Tensor]:
     return bases @ bases.T, norm
 
 
-def measure_distances(layers: list[nn.Module], alpha: Tensor, add: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def measure_distances(remix: nn.Module) -> tuple[Tensor, Tensor]:
     """Measure how different the bases are and how different the experts are. A distance of 0 means equal weights.
 
-    Args:
-        layers: the mixed layers.
-        alpha: coefficients [1 or depth, N, K].
-        add: sums numbers over the processes that the bases are divided among.
+    Every process must call this if the bases are divided among several.
 
     Returns:
         The distances [K, K] between the bases, and the root mean square distance of the experts from their mean (a
         scalar). Both are over the mixed weights, relative to the root mean square norm of the bases.
     """
+    if is_sharded(remix):
+        reshard(remix)
+    layers = [layer for s in range(len(remix.stages)) for _, layer in remix.mixed(s)]
     squared_distances, squared_spread, squared_norm = 0, 0, 0
+    alpha = remix.coefficients_per_row()
     alpha = alpha - alpha.mean(1, keepdim=True)  # [1 or depth, N, K]
     for layer in layers:
         with gathered(layer):
@@ -159,7 +161,7 @@ def measure_distances(layers: list[nn.Module], alpha: Tensor, add: Callable[[Ten
         row = alpha[layer.row]  # [N, K]
         squared_spread = squared_spread + ((row @ gram) * row).sum(1).mean()
     sums = torch.cat([squared_distances.flatten(), squared_spread.view(1), squared_norm.view(1)])  # [K * K + 2]
-    *_, squared_spread, squared_norm = sums = add(sums)
+    *_, squared_spread, squared_norm = sums = remix.batch_coefficients.sum(sums)
     n_basis = alpha.shape[-1]
     distances = (sums[:-2].clamp(min=0) / squared_norm).sqrt().view(n_basis, n_basis)
     return distances, (squared_spread / squared_norm).sqrt()

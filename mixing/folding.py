@@ -3,10 +3,10 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mixing import fsdp
-from mixing.low_rank import LowRankExpert
+from mixing.low_rank import LowRankExpert, LowRankLinear
 from mixing.wrapping import plain_linear
 
 
@@ -21,6 +21,13 @@ def plain_stage(remix: nn.Module, s: int) -> nn.Module | None:
     return copy.deepcopy(remix.stages.module(s), plain).eval()
 
 
+def plain_expert(remix: nn.Module, alpha: list[list[float]], s: int) -> nn.Module | None:
+    """Return the expert of stage s with the coefficients alpha [1 or depth][K]; see `plain_stage`."""
+    plain = plain_stage(remix, s)
+    fold_stage(remix, plain, alpha, s)
+    return plain
+
+
 def switching_stage(remix: nn.Module, s: int) -> nn.Module:
     """Return a module to fold the experts of stage s into, one after the other, in eval mode.
 
@@ -33,6 +40,8 @@ def switching_stage(remix: nn.Module, s: int) -> nn.Module:
     module = remix.stages.module(s)
     shared = {id(layer): LowRankExpert(layer) for _, layer in remix.mixed(s)}
     shared |= {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    # Moving a module replaces its buffers, and quantized parameters.
+    shared |= {id(owned): owned for part in module.modules() for owned in (part._parameters, part._buffers)}
     return copy.deepcopy(module, shared).eval()
 
 
@@ -72,8 +81,16 @@ def copy_unmixed(remix: nn.Module, module: nn.Module | None, s: int):
     source = fsdp.gather_plain(remix, s) if fsdp.is_sharded(remix) else remix.stages.module(s)
     if module is None:
         return
-    mixed = tuple(f"{name}." for name, _ in remix.mixed(s))
+    layers = remix.stages.module(s).named_modules(remove_duplicate=False)
+    mixed = tuple(f"{name}." for name, layer in layers if isinstance(layer, LowRankLinear))
     # peft moves the layers that it adapts.
-    names = {name.replace(".base_layer", ""): name for name in module.state_dict()}
-    state = {names[key]: value for key, value in source.state_dict().items() if not key.startswith(mixed)}
-    module.load_state_dict(state, strict=False)
+    own = {name.replace(".base_layer", ""): tensor for name, tensor in named_tensors(module)}
+    for name, tensor in named_tensors(source):
+        if not name.startswith(mixed):
+            own[name].copy_(tensor)
+
+
+def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return all parameters and buffers of a module, also those that checkpoints do not hold, by all their names."""
+    options = dict(remove_duplicate=False)
+    return [*module.named_parameters(**options), *module.named_buffers(**options)]

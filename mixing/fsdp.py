@@ -5,7 +5,8 @@ applied to the logits, to whole bases, which are mixed in float32, and to the no
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,8 +25,9 @@ def fully_shard(remix: nn.Module, blocks: Sequence[str] | None = None, mesh=None
     """Divide the parameters of a Remix among processes, in place, and return it.
 
     Afterwards every process calls it with its own part of the global batch, and the gradients are averaged. The methods
-    `expert`, `fold_`, `merge`, `distances` and `interop.expert_folder.write_experts` must be called by every process;
-    the plain models are made on rank 0 only, in host memory, and None on the others.
+    `expert`, `fold_`, `merge` and `distances`, `interop.expert_folder.write_experts` and
+    `interop.lora.write_stage_loras` must be called by every process; the plain models are made on rank 0 only, in host
+    memory, and None on the others.
 
     Args:
         remix: the Remix, the same on every process.
@@ -36,11 +38,11 @@ def fully_shard(remix: nn.Module, blocks: Sequence[str] | None = None, mesh=None
         **options: further arguments of PyTorch's `fully_shard`, such as `offload_policy` and `reshard_after_forward`.
 
     Raises:
-        ValueError: if a part of the Remix is sharded already, a weight is quantized, or a name of `blocks` matches no
-            module.
+        ValueError: if a part of the Remix is sharded already, a weight is quantized, a name of `blocks` matches no
+            module that is called, or parameters that are gathered together are trained in two dtypes.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-    from torch.distributed.fsdp import fully_shard as shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+    from torch.distributed.fsdp import fully_shard as pytorch
 
     if not hasattr(remix, "batch_coefficients"):
         raise ValueError(f"fully_shard expects a Remix, but got a {type(remix).__name__}: use PyTorch's fully_shard")
@@ -49,38 +51,79 @@ def fully_shard(remix: nn.Module, blocks: Sequence[str] | None = None, mesh=None
     for name, parameter in remix.named_parameters():
         if is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point():
             raise ValueError(f"quantized weights such as {name} cannot be sharded: each process needs them whole")
-    names, layers = [name for name, _ in remix.backbone.named_modules()], dict(remix.mixed())
-    if blocks is None:
-        chosen = [name for name in dict.fromkeys(map(wrapping.block_name, layers)) if name not in layers]
-    else:
-        chosen = [name for name in names if wrapping.matches(name, blocks)]
-        for pattern in blocks:
-            if not any(wrapping.matches(name, [pattern]) for name in chosen):
-                raise ValueError(f"blocks: nothing matches {pattern!r} in {type(remix.backbone).__name__}")
-
+    layers = dict(remix.mixed())
+    chosen = _find_blocks(remix.backbone, layers, blocks)
     remix.plain_on_meta = [_plain_on_meta(remix, s) for s in range(len(remix.stages))]
     # The last dimension of a mesh is that of the parts; another one has copies of them.
     size = mesh.shape[-1] if mesh is not None else dist.get_world_size()
     bases = {basis for layer in layers.values() for basis in layer.bases()}
     policy = mp_policy or MixedPrecisionPolicy()
-    shard = partial(shard, mesh=mesh, shard_placement_fn=partial(_placement, bases=bases, size=size), **options)
-    shard(remix.coefficients)
-    if policy.param_dtype is not None and remix.rank is None:
+    pytorch = partial(pytorch, mesh=mesh, shard_placement_fn=partial(_placement, bases=bases, size=size), **options)
+
+    def shard(module: nn.Module, policy: MixedPrecisionPolicy):
+        if not isinstance(module, FSDPModule):
+            pytorch(module, mp_policy=policy)
+
+    shard(remix.coefficients, MixedPrecisionPolicy())
+    alone = policy.param_dtype is not None and remix.rank is None
+    for stage in remix.stages.modules:
+        _check_dtypes(stage, chosen, bases if alone or len(remix.stages) > 1 else ())
+    if alone:
         # Rounded bases would lose their small differences, and with them the gradient of alpha.
         for layer in layers.values():
-            shard(layer)
+            shard(layer, MixedPrecisionPolicy())
     if len(remix.stages) > 1:
         # Their parameters are gathered when a layer of any stage calls them.
         for layer in layers.values():
-            shard(layer.pairs[0], mp_policy=replace(policy, cast_forward_inputs=False))
+            shard(layer.pairs[0], replace(policy, cast_forward_inputs=False))
     for stage in remix.stages.modules:
-        for name in chosen:
-            shard(stage.get_submodule(name), mp_policy=policy)
-        shard(stage, mp_policy=replace(policy, cast_forward_inputs=False))
+        # A layer that several modules call cannot be gathered with one of them.
+        callers = Counter(part for module in stage.modules() for part in module.children())
+        for part in (part for part, count in callers.items() if count > 1 and [*part.parameters()]):
+            shard(part, policy)
+        # The inner ones first.
+        for name in reversed(chosen):
+            shard(stage.get_submodule(name), policy)
+        shard(stage, replace(policy, cast_forward_inputs=False))
         if policy.param_dtype is not None and policy.cast_forward_inputs:
             cast = partial(_cast_inputs, remix.arguments, policy.param_dtype)
             stage.register_forward_pre_hook(cast, prepend=True, with_kwargs=True)
     return remix
+
+
+def _find_blocks(module: nn.Module, layers: Collection[str], patterns: Sequence[str] | None) -> list[str]:
+    """Return the names of the modules that are gathered one at a time, in the module's order; see `fully_shard`."""
+    modules = dict(module.named_modules())
+    # PyTorch refuses modules without a forward, such as an nn.ModuleList.
+    called = {name for name, part in modules.items() if type(part).forward is not nn.Module.forward}
+    if patterns is None:
+        names = dict.fromkeys(map(wrapping.block_name, layers))
+        return [name for name in names if name in called and name not in layers]
+    if isinstance(patterns, str):
+        raise ValueError(f"blocks must be a list of names of modules, but it is {patterns!r}")
+    names = [name for name in modules if name and wrapping.matches(name, patterns)]
+    for pattern in patterns:
+        if not any(wrapping.matches(name, [pattern]) for name in names):
+            raise ValueError(f"blocks: nothing matches {pattern!r} in {type(module).__name__}")
+    for name in names:
+        if name not in called:
+            kind = type(modules[name]).__name__
+            raise ValueError(f"blocks: {name} is a {kind}, which is not called: name the modules in it")
+    return names
+
+
+def _check_dtypes(module: nn.Module, blocks: Sequence[str], alone: Collection[nn.Parameter]):
+    """Raise ValueError if parameters of a block or of the rest, except `alone`, are trained in several dtypes."""
+    first = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter not in alone:
+            block = next((block for block in reversed(blocks) if name.startswith(f"{block}.")), "")
+            other, dtype = first.setdefault(block, (name, parameter.dtype))
+            if dtype != parameter.dtype:
+                raise ValueError(
+                    f"FSDP cannot train {other} in {dtype} with {name} in {parameter.dtype}: freeze what is outside "
+                    "the bases (remix.freeze_shared()), or convert it"
+                )
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -90,6 +133,15 @@ def is_sharded(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def check_whole(modules: Sequence[nn.Module]):
+    """Raise ValueError if a module that is to be wrapped is sharded."""
+    for module in modules:
+        if isinstance(module, nn.Module) and (
+            is_sharded(module) or any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
+        ):
+            raise ValueError("the module is sharded already: wrap it first, then shard its Remix (mixing.fsdp)")
 
 
 def check_same_stages(stages: Sequence[int], device: torch.device):
@@ -135,15 +187,19 @@ def _cast_inputs(arguments: wrapping.Arguments, dtype: torch.dtype, module: nn.M
 def _plain_on_meta(remix: nn.Module, s: int) -> nn.Module:
     """Return stage s as a plain model without values; FSDP's modules cannot be copied."""
     with torch.device("meta"):
-        memo = {id(layer): wrapping.plain_linear(layer, "meta") for _, layer in remix.mixed(s)}
+        layers = {id(layer): wrapping.plain_linear(layer, "meta") for _, layer in remix.mixed(s)}
     stage = remix.stages.module(s)
-    tensors = (*stage.named_parameters(), *stage.named_buffers())
-    for _, tensor in tensors:
-        if id(tensor) not in memo:
-            empty = torch.empty_like(tensor, device="meta")
-            parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
-    return copy.deepcopy(stage, memo).eval()
+    return copy.deepcopy(stage, layers | _without_values(stage, "meta")).eval()
+
+
+def _without_values(module: nn.Module, device: str) -> dict[int, Tensor]:
+    """Return what `copy.deepcopy` takes for the tensors of a module: others on a device, which are not initialized."""
+    tensors = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        empty = torch.empty_like(tensor, device=device)
+        parameter = isinstance(tensor, nn.Parameter)
+        tensors[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+    return tensors
 
 
 @torch.no_grad()
@@ -154,8 +210,10 @@ def gather_plain(remix: nn.Module, s: int) -> nn.Module | None:
             "this Remix was not sharded by mixing.fsdp.fully_shard: load its full state dict into a whole Remix"
         )
     reshard(remix)
-    plain = copy.deepcopy(remix.plain_on_meta[s]).to_empty(device="cpu") if dist.get_rank() == 0 else None
-    stage = remix.stages.module(s)
+    plain, meta, stage = None, remix.plain_on_meta[s], remix.stages.module(s)
+    if dist.get_rank() == 0:
+        # Unlike `to_empty`, this keeps tied parameters tied.
+        plain = copy.deepcopy(meta, _without_values(meta, "cpu"))
     tensors = (*stage.named_parameters(), *stage.named_buffers())
     mixed = tuple(f"{name}." for name, _ in remix.mixed())
     for name, tensor in tensors:
@@ -183,9 +241,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def gathered(layer: nn.Module) -> Iterator[None]:
-    """Let a mixed layer have whole parameters. Every process must enter this, after `reshard`."""
+def gathered(layer: nn.Module, bases_only: bool = False) -> Iterator[None]:
+    """Let a mixed layer have whole parameters, or only whole bases. Every process must enter this, after `reshard`."""
     modules = layer.owners() if isinstance(layer, LowRankLinear) else (layer,)
+    modules = modules[:1] if bases_only else modules
     if not any(hasattr(parameter, "full_tensor") for module in modules for parameter in module.parameters()):
         yield
         return

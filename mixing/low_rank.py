@@ -87,7 +87,7 @@ class LowRankLinear(LowRankPairs):
         return self.linear(x) + update
 
     def owners(self) -> tuple[nn.Module, ...]:
-        """Return the modules that own the parameters of this layer."""
+        """Return the modules that own the parameters of this layer, that of the pairs first."""
         return self, self.linear
 
     def bases(self) -> list[nn.Parameter]:

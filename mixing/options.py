@@ -20,16 +20,18 @@ def complete_options(options: dict) -> dict:
 
     Args:
         options: n_basis, n_experts, boundaries, mixer, scope, highest_level, rank and stages, as in `remix.Remix`.
+            The result has no stages if they are None.
 
     Raises:
         ValueError: if one is out of range, unknown or no integer, or if the number of experts, the boundaries and the
             stages are missing.
     """
-    boundaries, stages = options["boundaries"], options["stages"]
+    options = dict(options)
+    boundaries, stages = options["boundaries"], options.pop("stages")
     if options["n_experts"] is None:
         if boundaries is None and stages is None:
             raise ValueError("n_experts or boundaries must be given")
-        options = options | {"n_experts": len(stages if boundaries is None else boundaries) - 1}
+        options["n_experts"] = len(stages if boundaries is None else boundaries) - 1
     for name in ("n_basis", "n_experts", "rank"):
         if not isinstance(options[name], Integral) and (name, options[name]) != ("rank", None):
             raise ValueError(f"{name} must be an integer, but it is {options[name]!r}")
@@ -63,7 +65,7 @@ def complete_options(options: dict) -> dict:
         if level not in boundaries:
             known = ", ".join(map(exact, boundaries))
             raise ValueError(f"a stage ends at {exact(level)}, which is no boundary of the experts: {known}")
-    return options | {"boundaries": boundaries, "stages": stages}
+    return options | {"boundaries": boundaries} | ({} if stages is None else {"stages": stages})
 
 
 def divide_stages(stages: list[float], n_experts: int) -> list[float]:

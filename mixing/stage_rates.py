@@ -1,5 +1,6 @@
 """One learning rate per stage."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,8 @@ def set_stage_rates(optimizer: torch.optim.Optimizer, remix: nn.Module, factors:
     the weight decay, with any optimizer whose steps are in proportion to the learning rate.
 
     Args:
-        optimizer: the optimizer. It keeps its own learning rate, which a schedule may change.
+        optimizer: the optimizer, also one that accelerate has prepared. It keeps its own learning rate, which a
+            schedule may change.
         remix: a `remix.Remix` with stages, whose logits the optimizer trains.
         factors: the factor of each stage [S], stage 0 with the least noise.
 
@@ -23,11 +25,15 @@ def set_stage_rates(optimizer: torch.optim.Optimizer, remix: nn.Module, factors:
         Two handles, whose `remove` ends this.
 
     Raises:
-        ValueError: if there are not S factors of at least 0, or the optimizer does not train the logits.
+        ValueError: if there are not S finite factors of at least 0, or the optimizer does not train the logits.
     """
     logits = remix.logits
-    if len(factors) != len(remix.stages) or not min(factors) >= 0:
-        raise ValueError(f"expected {len(remix.stages)} factors of at least 0, one per stage, but got {list(factors)}")
+    # The optimizer of accelerate wraps the one that takes the steps.
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if len(factors) != len(remix.stages) or not all(0 <= factor < math.inf for factor in factors):
+        raise ValueError(
+            f"expected {len(remix.stages)} finite factors of at least 0, one per stage, but got {list(factors)}"
+        )
     if not any(parameter is logits for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError("the optimizer does not train the logits of the Remix")
     scale = torch.ones(remix.n_experts, 1, dtype=logits.dtype, device=logits.device)  # [N, 1]

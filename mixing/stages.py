@@ -64,10 +64,11 @@ class Stages:
 
     def activate(self, s: int, device: torch.device | str):
         """Move stage s and what all stages share to a device, and the other stages to the host."""
-        for other, module in enumerate(self.modules):
-            if other != s:
+        active = self.module(s)
+        for module in self.modules:
+            if module is not active:
                 module.to("cpu")
-        for module in (*self.shared, self.modules[s]):
+        for module in (*self.shared, active):
             module.to(device)
 
 
@@ -78,8 +79,8 @@ def find_modules(module: Any, stages: Sequence[float] | None, rank: int | None) 
         module, stages, rank: see `remix.Remix`.
 
     Raises:
-        ValueError: if `stages` and several modules are not given together, or without a rank; or if the modules differ
-            in their class or layout, or are one module.
+        ValueError: if `stages` and several modules are not given together, or without a rank; if `stages` is no list;
+            or if the modules differ in their class or layout, or are one module.
     """
     if stages is None:
         if isinstance(module, list | tuple):
@@ -87,6 +88,8 @@ def find_modules(module: Any, stages: Sequence[float] | None, rank: int | None) 
         return [module]
     if not isinstance(module, list | tuple):
         raise ValueError(f"stages needs a list of modules, but got one {type(module).__name__}")
+    if not hasattr(stages, "__len__"):
+        raise ValueError(f"stages must be a list of noise levels, such as [0, 875, 1000], but it is {stages!r}")
     modules = [*module]
     if len(modules) < 2 or len(stages) != len(modules) + 1:
         raise ValueError(
@@ -160,25 +163,39 @@ def run(remix: nn.Module, experts: Tensor, size: int, args: tuple, kwargs: dict,
         ValueError: if the Remix is sharded, and other processes need other stages.
     """
     if not remix.stage_boundaries:
-        return remix._run(remix.backbone, experts, args, kwargs, per_sample)
+        return run_stage(remix, 0, experts, args, kwargs, per_sample)
     groups = remix.stages.divide(experts)
     if fsdp.is_sharded(remix):
         fsdp.check_same_stages([*groups], experts.device)
     if len(groups) == 1:
-        return remix._run(remix.stages.module(*groups), experts, args, kwargs, per_sample)
+        return run_stage(remix, *groups, experts, args, kwargs, per_sample)
     rows = torch.arange(size, device=experts.device).view(len(experts), -1)  # [G, B / G]
-    parts = [(rows[own].flatten(), experts[own]) for own in groups.values()]
+    parts = [(s, rows[own].flatten(), experts[own]) for s, own in groups.items()]
     return run_parts(remix, parts, size, args, kwargs, per_sample)
 
 
+def run_stage(remix: nn.Module, s: int, experts: Tensor, args: tuple, kwargs: dict, per_sample: bool) -> Any:
+    """Run the module of stage s on G equal groups of experts [G]; see `run`."""
+    remix.batch_coefficients.start(remix.coefficients_per_row(), experts, per_sample)
+    try:
+        return wrapping.call(remix.stages.module(s), remix.unchecked, args, kwargs)
+    finally:
+        remix.batch_coefficients.end()
+
+
 def run_parts(
-    remix: nn.Module, parts: list[tuple[Tensor, Tensor]], size: int, args: tuple, kwargs: dict, per_sample: bool = False
+    remix: nn.Module,
+    parts: list[tuple[int, Tensor, Tensor]],
+    size: int,
+    args: tuple,
+    kwargs: dict,
+    per_sample: bool = False,
 ) -> Any:
-    """Run parts of a batch one after the other, each given by the indices of its samples and its experts; see `run`."""
+    """Run parts of a batch one after the other; see `run`. Each is a stage, the indices of its samples, and experts."""
     outputs = []
-    for rows, experts in parts:
+    for s, rows, experts in parts:
         taken = remix.arguments.take(rows, size, args, kwargs)
-        outputs.append(run(remix, experts, len(rows), *taken, per_sample))
-    rows = [rows for rows, _ in parts]
+        outputs.append(run_stage(remix, s, experts, *taken, per_sample))
+    rows = [rows for _, rows, _ in parts]
     lists = remix.arguments.batches_are_lists(size, args, kwargs)
     return wrapping.join_outputs(outputs, torch.cat(rows), [*map(len, rows)], lists)

@@ -156,7 +156,8 @@ def block_name(layer: str) -> str:
 
 def has_rows(value: Any, size: int) -> bool:
     """Return whether a value is a tensor or an array whose first dimension has a size."""
-    return isinstance(value, Tensor | np.ndarray) and value.ndim > 0 and len(value) == size
+    # Before PyTorch 2.10, torch.compile cannot trace a union of types.
+    return isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0 and len(value) == size
 
 
 def join_outputs(outputs: list, order: Tensor, sizes: list[int], lists: bool) -> Any:
@@ -291,13 +292,21 @@ class Arguments:
             raise ValueError(f"timestep: {self.owner}.forward has no argument {self.timestep!r}, only {known}")
         self.unbatched = preset.unbatched
         self.batch_dims = preset.batch_dims
+        self.caches = preset.caches
 
     def times(self, args: tuple, kwargs: dict) -> Tensor:
         """Return what the argument `timestep` holds for each sample, [B] or [1]. Of several, that of the most noise.
 
         Raises:
             TypeError: if it is no tensor.
+            ValueError: if there is a cache of activations.
         """
+        for name, value in self.named(args, kwargs) if self.caches else ():
+            if name in self.caches and value is not None:
+                raise ValueError(
+                    f"{name} would pass activations of one expert of the {self.owner} to another: leave it out (some "
+                    "pipelines have use_kv_cache=False)"
+                )
         if callable(self.timestep):
             t = self.timestep(*args, **kwargs)
         else:

@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diffusion.intervals import check_boundaries, find_time, level_dtype
 from mixing.folding import fold_stage, switching_stage
+from mixing.low_rank import LowRankExpert
 from mixing.wrapping import TransparentModule
 from models import DiT, classifier_free_guidance
 from remix import Remix
@@ -87,6 +89,10 @@ class FoldedRemix(ExpertSwitch, TransparentModule):
 
     Args:
         remix: the Remix. Its parameters must not change later, because its coefficients are copied to the host.
+
+    Attributes:
+        plain: the plain model, with stages that of stage 0.
+        other_stages: only with stages: the plain models of the stages 1 to S - 1.
     """
 
     _inner, _refused = "plain", NOT_OF_A_FOLDED_REMIX
@@ -127,9 +133,27 @@ class FoldedRemix(ExpertSwitch, TransparentModule):
         s = self.remix.stages.of(i)
         plain = self.other_stages[s - 1] if s else self.plain
         if i != self.folded:
+            _check_layers(plain, self.remix, s)
             fold_stage(self.remix, plain, self.alpha[i], s)
             self.folded = i
         return plain
+
+
+def _check_layers(plain: nn.Module, remix: Remix, s: int):
+    """Raise ValueError if a layer to fold into was replaced or quantized, as libraries do with all `nn.Linear`s."""
+    for name, _ in remix.mixed(s):
+        layer = plain.get_submodule(name)
+        # peft wraps the layers that it adapts.
+        layer = getattr(layer, "base_layer", layer)
+        if remix.rank is None:
+            valid = layer.weight.is_floating_point() and not is_traceable_wrapper_subclass(layer.weight)
+        else:
+            valid = isinstance(layer, LowRankExpert)
+        if not valid:
+            raise ValueError(
+                f"the layer {name} of a FoldedRemix was replaced or quantized, so no expert can be written into it: "
+                "quantize a Remix with rank before it is folded, or the plain remix.expert(i)"
+            )
 
 
 def for_sampling(model: DiT | Remix) -> DiT | ExpertSwitch:

@@ -8,6 +8,8 @@ from conftest import relative
 from sharded_remix import gradients, whole
 from test_any_transformer import make
 
+from mixing.stage_rates import set_stage_rates
+
 
 def main(kind: str):
     """Prepare a Remix, and compare its gradients with those of one process."""
@@ -38,7 +40,10 @@ def main(kind: str):
     for name, value in expected.items():
         if value.abs().max() > 1e-3:
             assert relative(found[name], value) < 1e-5, name
+    set_stage_rates(optimizer, inner, [0.5])
+    before = whole(inner.logits.detach()).clone()
     optimizer.step()
+    torch.testing.assert_close(whole(inner.logits.detach()), before - 0.5 * 0.1 * found["coefficients.logits"])
     accelerator.print(kind, "passed")
     accelerator.end_training()
 

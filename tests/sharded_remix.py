@@ -1,15 +1,16 @@
-"""The checks of mixing/test_fsdp.py that run in two processes: sharded_remix.py FOLDER KIND RANK CHECK ..."""
+"""The checks of mixing/test_fsdp.py that run in two processes: sharded_remix.py FOLDER KIND RANK,... CHECK ..."""
 
 import copy
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from conftest import relative
-from safetensors.torch import load_file
-from test_any_transformer import make, randomize, sample
+from safetensors import safe_open
+from test_any_transformer import LEVELS, make, randomize, sample
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
@@ -26,6 +27,44 @@ from torch.distributed.tensor import DTensor
 from interop.expert_folder import write_experts
 from mixing.fsdp import fully_shard
 from remix import Remix
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(width), nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x, t):
+        return x + self.down((self.up(self.norm(x)) + t).tanh())
+
+
+class Odd(nn.Module):
+    """Two blocks of sizes that two processes cannot divide equally, which share a layer, and layers of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(7, 7), nn.Linear(7, 7)
+        self.last.weight = self.first.weight
+        self.blocks = nn.ModuleList(Block(7, 13) for _ in range(2))
+        self.blocks[1].down = self.blocks[0].down
+        self.enable_gradient_checkpointing()
+
+    def enable_gradient_checkpointing(self, function=lambda block, *args: block(*args)):
+        self.run = function
+
+    def forward(self, hidden_states, timestep):
+        x = self.first(hidden_states)
+        for block in self.blocks:
+            x = self.run(block, x, timestep.to(x.dtype).view(-1, 1, 1))
+        return SimpleNamespace(sample=self.last(x))
+
+
+def make_odd(rank: int | None, **options) -> Remix:
+    torch.manual_seed(0)
+    layers = ["blocks.*.up", "blocks.*.down"]
+    remix = Remix(Odd(), layers, 3, 4, timestep="timestep", highest_level=1, rank=rank, **options)
+    return randomize(remix)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,6 +120,44 @@ def check_gradients(remix: Remix, arguments: dict, shard, folder: Path):
         assert_near(found, expected, 1e-6 if not checkpointed else 2e-6)
     norms = [whole(nn.utils.clip_grad_norm_(model.parameters(), 1e-3)).item() for model in (sharded, remix)]
     assert abs(norms[0] - norms[1]) <= 1e-5 * norms[1]
+
+
+def check_accumulation(remix: Remix, arguments: dict, shard, folder: Path):
+    """Gradients that are averaged over the processes after the last of several backward passes."""
+    remix.zero_grad()
+    sum(loss(remix, arguments, range(i, i + 1)) for i in range(4)).mul(0.5).backward()
+    expected = {name: p.grad.clone() for name, p in remix.named_parameters() if p.grad is not None}
+    sharded = shard(copy.deepcopy(remix))
+    for i in own_samples():
+        sharded.set_requires_gradient_sync(i % 2 == 1)
+        loss(sharded, arguments, range(i, i + 1)).backward()
+    assert_near({name: whole(p.grad) for name, p in sharded.named_parameters() if p.grad is not None}, expected, 2e-6)
+
+
+def check_compiled(remix: Remix, arguments: dict, shard, folder: Path):
+    expected = gradients(remix, arguments)
+    sharded = shard(copy.deepcopy(remix))
+    sharded.compile(backend="aot_eager")
+    assert_near(gradients(sharded, arguments, own_samples()), expected, 2e-6)
+
+
+def check_average(remix: Remix, arguments: dict, shard, folder: Path):
+    """diffusers' EMAModel averages the parts of each process."""
+    from diffusers.training_utils import EMAModel
+
+    models = [copy.deepcopy(remix), shard(copy.deepcopy(remix))]
+    averages = [EMAModel(model.parameters(), decay=0.5, min_decay=0.5) for model in models]
+    for _ in range(2):
+        for model, average in zip(models, averages, strict=True):
+            gradients(model, arguments, own_samples() if model is models[1] else None)
+            torch.optim.SGD(model.parameters(), lr=1e-2).step()
+            average.step(model.parameters())
+    for model, average in zip(models, averages, strict=True):
+        average.copy_to(model.parameters())
+    assert_near(parameters(models[1]), parameters(models[0]), 1e-6)
+    plain = models[1].expert(1)
+    if plain is not None:
+        torch.testing.assert_close(plain.state_dict(), models[0].expert(1).state_dict())
 
 
 def check_steps(remix: Remix, arguments: dict, shard, folder: Path):
@@ -164,9 +241,21 @@ def check_checkpoints(remix: Remix, arguments: dict, shard, folder: Path):
     assert all(torch.equal(value, remix.get_parameter(name)) for name, value in parameters(other).items())
 
 
+def read(path: Path) -> str | tuple:
+    """The content of a file. In one of safetensors, the order of the header's entries is random."""
+    if path.suffix != ".safetensors":
+        return path.read_text()
+    with safe_open(path, framework="pt") as file:
+        values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return file.metadata(), {key: (value.dtype, value.tolist()) for key, value in values.items()}
+
+
 def check_folding(remix: Remix, arguments: dict, shard, folder: Path):
     """Every process calls, and rank 0 gets what a whole Remix gives."""
-    sharded, first = shard(copy.deepcopy(remix)), dist.get_rank() == 0
+    remix, first = copy.deepcopy(remix), dist.get_rank() == 0
+    if remix.rank:
+        remix.freeze_shared()
+    sharded = shard(copy.deepcopy(remix))
     loss(sharded, arguments, own_samples())  # leaves the root gathered
     assert torch.allclose(sharded.coefficients(), remix.coefficients())
     for ours, theirs in zip(sharded.distances(), remix.distances(), strict=True):
@@ -183,14 +272,17 @@ def check_folding(remix: Remix, arguments: dict, shard, folder: Path):
                 one = sample(arguments, 1)
                 torch.testing.assert_close(ours(**one).sample, theirs(**one).sample)
     sharded.fold_(plain, 0)
-    write_experts(sharded, folder / "experts", lora=False)
+    for lora in (False, True) if remix.rank and hasattr(remix.backbone, "load_lora_adapter") else (False,):
+        folders = [folder / f"{name}{lora}" for name in ("sharded", "whole")]
+        write_experts(sharded, folders[0], lora)
+        if first:
+            write_experts(remix, folders[1], lora)
+            files = [{path.relative_to(root): read(path) for path in root.rglob("*.*")} for root in folders]
+            assert files[0] == files[1]
+            assert {path.parts[0].split(".")[0] for path in files[0]} == {*(f"expert{i}" for i in range(4)), "experts"}
     if first:
         expected = remix.expert(0)
         assert all(torch.equal(plain.state_dict()[key], value) for key, value in expected.state_dict().items())
-        (file,) = (folder / "experts" / "expert0").glob("*.safetensors")
-        written = load_file(file)
-        assert all(torch.equal(written[key], value) for key, value in expected.state_dict().items() if key in written)
-        assert len([*(folder / "experts").iterdir()]) == 5
     try:
         from sampling.experts import FoldedRemix
 
@@ -208,6 +300,9 @@ def check_folding(remix: Remix, arguments: dict, shard, folder: Path):
 
 CHECKS = {
     "gradients": check_gradients,
+    "accumulation": check_accumulation,
+    "compiled": check_compiled,
+    "average": check_average,
     "steps": check_steps,
     "offload": check_offload,
     "precision": check_precision,
@@ -216,23 +311,26 @@ CHECKS = {
 }
 
 
-def main(folder: Path, kind: str, rank: int, checks: list[str]):
+def main(folder: Path, kind: str, ranks: list[int], checks: list[str]):
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    mesh = init_device_mesh("cpu", (2,))
-    remix, arguments = make(kind, rank=rank or None)
-    shard = partial(fully_shard, mesh=mesh)
-    sharded = shard(copy.deepcopy(remix))
-    for _, layer in sharded.mixed():
-        assert all(basis.placements[0].dim == 1 for basis in layer.bases())
-    blocks = [name for name, m in sharded.backbone.named_modules() if hasattr(m, "unshard") and "." in name]
-    assert len(blocks) == 2, blocks
-    for name in checks:
-        CHECKS[name](remix, arguments, shard, folder)
-        if dist.get_rank() == 0:
-            print(name, "passed", flush=True)
+    shard = partial(fully_shard, mesh=init_device_mesh("cpu", (2,)))
+    for rank in ranks:
+        if kind == "odd":
+            remix, arguments = make_odd(rank or None), dict(hidden_states=torch.randn(4, 5, 7), timestep=LEVELS)
+        else:
+            remix, arguments = make(kind, rank=rank or None)
+            sharded = shard(copy.deepcopy(remix))
+            for _, layer in sharded.mixed():
+                assert all(basis.placements[0].dim == 1 for basis in layer.bases())
+            blocks = [name for name, m in sharded.backbone.named_modules() if hasattr(m, "unshard") and "." in name]
+            assert len(blocks) == 2, blocks
+        for name in checks:
+            CHECKS[name](remix, arguments, shard, folder / str(rank))
+            if dist.get_rank() == 0:
+                print(name, "passed", flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])
+    main(Path(sys.argv[1]), sys.argv[2], [int(rank) for rank in sys.argv[3].split(",")], sys.argv[4:])

@@ -259,12 +259,17 @@ def test_a_remix_runs_the_groups_that_were_drawn():
     for seed in range(20):
         levels = sample_levels(remix, 160, 5, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(remix.expert_index(levels), torch.arange(40).repeat_interleave(4))
+        # As in a call with groups: rounding moves some levels to the expert above.
+        for dtype in HALF:
+            assert torch.equal(remix.expert_index(levels.to(dtype)).view(40, 4).amin(1), torch.arange(40))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(n=0), "must be positive and a multiple of groups=None, but it is 0"),
+        (dict(n=0), "must be a positive integer and a multiple of groups=None, but it is 0"),
+        (dict(n=8.0), "must be a positive integer .*, but it is 8.0"),
+        (dict(groups=2.0), "a multiple of groups=2.0, but it is 4"),
         (dict(n=5, groups=2), "a multiple of groups=2, but it is 5"),
         (dict(shift=0), "shift must be a positive number, but it is 0"),
         (dict(share="half"), "share must be equal, drawn or 2 numbers, but it is 'half'"),

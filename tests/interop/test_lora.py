@@ -16,6 +16,7 @@ from torch import nn
 
 from interop.lora import (
     FORMATS,
+    PREFIXES,
     Reduction,
     lora_state,
     mixture_pairs,
@@ -27,6 +28,7 @@ from interop.wan import diffusers_name
 from mixing.presets import PRESETS
 from remix import Remix
 from runtime.errors import UserError
+from sampling.experts import FoldedRemix
 
 HEADS = dict(num_attention_heads=2, attention_head_dim=12)
 FLUX = dict(in_channels=16, num_layers=2, axes_dims_rope=(4, 4, 4), joint_attention_dim=16, pooled_projection_dim=16)
@@ -184,6 +186,17 @@ def test_fused_layers_of_flux_at_the_width_that_diffusers_expects(lora):
             torch.testing.assert_close(b @ (a @ x), ours[1] @ (ours[0] @ x), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("lora", ["original", "kohya"])
+def test_modulation_of_flux_has_names(lora):
+    """sd-scripts trains it too."""
+    norms = ["transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear"]
+    remix = make("FluxTransformer2DModel", layers=[*norms, "single_transformer_blocks.*.norm.linear"])
+    pairs = pairs_of(remix)
+    assert len(pairs) == 5
+    state = lora_state(remix.backbone, pairs, lora, torch.float32)
+    assert_equal(products(diffusers.FluxPipeline.lora_state_dict(state)), pairs)
+
+
 def call(name: str, model) -> torch.Tensor:
     """The output of a transformer for two samples at the noise levels of the second of four experts."""
     torch.manual_seed(1)
@@ -251,7 +264,15 @@ def test_formats_without_names_are_refused(tmp_path):
     )
     layers = ["blocks.*.attn1.to_q", "condition_embedder.time_proj"]
     refused("original format has no name for condition_embedder.time_proj of a Wan", make(layers=layers))
-    refused("rank of the LoRA files must be from 1 to K \\* r = 6, but it is 7", make(), rank=7)
+    for rank in (7, 2.5, 0):
+        refused(f"rank of the LoRA files must be an integer from 1 to K \\* r = 6, but it is {rank}", make(), rank=rank)
+    for dtype in (torch.int8, "bf16"):
+        refused("dtype of LoRA files must be a floating-point torch.dtype, but it is .*", make(), dtype=dtype)
+    refused("need a Remix with low-rank bases, but this is a FoldedRemix", FoldedRemix(make()))
+    own = nn.Sequential(nn.Linear(2, 2))
+    own = Remix(own, ["0"], 2, 2, timestep=lambda input: input[:, 0], highest_level=1, rank=1)
+    for lora in FORMATS:
+        refused("pipelines of a Sequential have no load_lora_weights: write whole experts", own, lora=lora)
     assert not [*tmp_path.iterdir()]
 
 
@@ -405,10 +426,12 @@ def test_every_expert_starts_as_the_files(name, lora, tmp_path):
     alphas = [key for key in state if key.endswith(".alpha")]
     for key in alphas:
         state[key] = state[key] / 2
-    remix = make(name, rank=4)
-    assert read_lora(remix, write(tmp_path / "a.safetensors", state)) == Reduction()
-    for i in (0, 3):
-        scale = 0.5 if alphas else 1.0
+    remix, scale = make(name, rank=4), 0.5 if alphas else 1.0
+    # Other trainers write no prefix, but the name of the adapter.
+    bare = {key.removeprefix(PREFIXES[lora]).replace("lora_A", "lora_A.default"): state[key] for key in state}
+    for tensors, i in ((state, 0), (state, 3), *([(bare, 3)] if lora != "kohya" else [])):
+        remix.reset_bases()
+        assert read_lora(remix, write(tmp_path / "a.safetensors", tensors)) == Reduction()
         assert_equal({layer: b @ a / scale for layer, (a, b) in pairs_of(remix, i).items()}, pairs)
 
 
@@ -469,9 +492,14 @@ def test_a_file_of_peft_is_read_with_its_alpha(tmp_path):
         remix.mixed()[0][1].lora_B.zero_()
         read_lora(remix, other)
         torch.testing.assert_close(remix(**arguments).sample, expected, rtol=1e-4, atol=1e-5)
-    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config | dict(use_dora=True)))
-    with pytest.raises(UserError, match="is a DoRA"):
-        read_lora(remix, other)
+    for text, message in (
+        (json.dumps(config | dict(use_dora=True)), "is a DoRA"),
+        ("{", "configuration of peft in .*adapter_config.json is no JSON object"),
+        ("[]", "is no JSON object"),
+    ):
+        (tmp_path / "peft" / "adapter_config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_lora(remix, other)
 
 
 def test_a_remix_with_stages_starts_from_the_file_of_one(tmp_path):
@@ -535,7 +563,12 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     first = next(key for key in state if key.endswith("lora_A.weight"))
     refused(r"is a layer from 24 to 24 channels, and the file has \[6, 25\] and", state | {first: torch.zeros(6, 25)})
     refused("is a layer from 24 to 24 channels", {key: state[key] for key in state if key != first})
+    refused(f"holds numbers in {first} that are not finite", state | {first: state[first] * math.nan})
     refused("holds .*diff_b", state | {"diffusion_model.blocks.0.ffn.0.diff_b": torch.zeros(32)})
+    refused("holds .*alpha \\[2\\]", state | {"diffusion_model.blocks.0.ffn.0.alpha": torch.ones(2)})
+    twice = state | lora_state(wan.backbone, pairs_of(wan), "diffusers", torch.float32)
+    refused("holds several pairs of blocks.0.attn1.to_", twice)
+    refused("in .*a.safetensors is no JSON object", state, lora_adapter_metadata="no json")
     refused("holds no pairs", {"diffusion_model.blocks.0.ffn.0.alpha": torch.tensor(1.0)})
     refused(
         "among the mixed layers, such as diffusion_model.blocks.0.cross_attn.k",
@@ -551,6 +584,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         raw.logits[1] *= 2
     refused(r"must sum to 1, but those of this Remix with mixer='raw' sum to 1 to 2", state, raw)
     refused("this Remix has whole layers as bases", state, Remix(copy.deepcopy(wan.expert(0)), n_experts=2))
+    refused("need a Remix with low-rank bases, but this is a WanTransformer3DModel", state, wan.expert(0))
     # Half of a fused layer that the Remix does not mix.
     part = make("FluxTransformer2DModel", layers=["transformer_blocks.*.attn.to_q"])
     state = lora_state(

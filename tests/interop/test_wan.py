@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_any_transformer import for_pipeline, generate, make, pipeline, sample, tiny_wan, tiny_wan_image, wan_arguments
 from torch import Tensor, nn
 
+from interop.lora import write_stage_loras
 from interop.wan import diffusers_name, infer_config, read_original, read_pair, write_pair
 from remix import Remix
 from runtime.errors import UserError
@@ -58,6 +59,20 @@ def test_the_remix_of_a_pair_gives_the_videos_of_the_pair(pair):
     assert (trained - expected).abs().max() > 0.1
     pipe.transformer = pipe.transformer_2 = FoldedRemix(remix)
     torch.testing.assert_close(generate("wan", pipe, guidance_scale_2=3.0), trained, rtol=1e-3, atol=1e-3)
+
+
+def test_a_lora_of_one_stage_is_loaded_into_its_module(pair, tmp_path):
+    pytest.importorskip("peft")
+    write_stage_loras(randomize(read_copy(pair)[0]), tmp_path / "lora")
+    files = {s: tmp_path / f"lora_{kind}_noise.safetensors" for s, kind in enumerate(("low", "high"))}
+    plain = copy.deepcopy(pair)
+    for s, file in files.items():
+        plain.load_lora_weights(file.parent, weight_name=file.name, load_into_transformer_2=s == 0)
+    _, pipe = read_copy(pair)
+    pipe.transformer = pipe.transformer_2 = folded = FoldedRemix(pipe.transformer)
+    for s, module in enumerate((folded.plain, *folded.other_stages)):
+        module.load_lora_adapter(type(pair).lora_state_dict(files[s]))
+    torch.testing.assert_close(generate("wan", pipe), generate("wan", plain))
 
 
 def run_steps(pipe, shift: float, sigmas: list[float] | None):
@@ -256,8 +271,11 @@ def test_scaled_fp8_files_are_dequantized(pair, originals):
     save_file(state | {"blocks.0.ffn.0.scale_weight": torch.ones(24)}, originals[0])
     with pytest.raises(UserError, match=r"the scale of blocks\.0\.ffn\.0\.weight is neither .* per row: \[24\]"):
         read_original(originals[0], torch.float32, config)
+    save_file(state | {"blocks.0.ffn.0.weight": torch.ones(32, 24, dtype=torch.int8)}, originals[0])
+    with pytest.raises(UserError, match=r"blocks\.0\.ffn\.0\.weight is quantized as torch\.int8, but only fp8"):
+        read_original(originals[0], torch.float32, config)
     save_file(state | {"blocks.0.ffn.0.comfy_quant": torch.zeros(2, dtype=torch.uint8)}, originals[0])
-    with pytest.raises(UserError, match=r"does not fit a WanTransformer3DModel: blocks\.0\.ffn\.0\.comfy_quant"):
+    with pytest.raises(UserError, match=r"fit a WanTransformer3DModel: blocks\.0\.ffn\.0\.comfy_quant is not in "):
         read_original(originals[0], torch.float32, config)
 
 
@@ -278,7 +296,13 @@ def test_what_is_no_pair_is_refused(pair, originals, tmp_path):
         with pytest.raises(UserError, match=message):
             read_pair(*args, **options)
 
-    refused("transformer_2 is NoneType, boundary_ratio is None", pipeline("wan", for_pipeline("wan")))
+    refused("of a WanPipeline they are WanTransformer3DModel, NoneType and None", pipeline("wan", for_pipeline("wan")))
+    refused("of a NoneType they are NoneType, NoneType and None", None)
+    refused("a pair is two files, .* there are 2: Wan", [pair.transformer, pair.transformer_2], boundary_ratio=0.9)
+    for part in ("transformer", "transformer_2"):
+        (tmp_path / "index" / part).mkdir(parents=True)
+    (tmp_path / "index" / "model_index.json").write_text("{")
+    refused(r"model_index\.json is no JSON: ", tmp_path / "index")
     refused(r"no pair .* there is no .*model_index.json", tmp_path)
     other = pipeline("wan", tiny_wan(), transformer_2=tiny_wan(num_layers=1), boundary_ratio=0.9)
     refused(r"differ in their names or shapes, such as blocks\.1", other)
@@ -293,7 +317,16 @@ def test_what_is_no_pair_is_refused(pair, originals, tmp_path):
         r"has the width 24, no multiple of 128, the size of Wan's heads: give config", originals, boundary_ratio=0.9
     )
     wrong = config["config"] | dict(ffn_dim=16)
-    refused(r"blocks\.0\.ffn\.0\.weight has the shape \[32, 24\], not \[16, 24\]", originals, config=wrong)
+    refused(
+        r"blocks\.0\.ffn\.0\.weight has the shape \[32, 24\], not \[16, 24\]",
+        originals,
+        boundary_ratio=0.9,
+        config=wrong,
+    )
+    state = load_file(originals[0])
+    del state["blocks.0.ffn.0.weight"]
+    save_file(state, originals[0])
+    refused(r"blocks\.0\.ffn\.net\.0\.proj\.weight is missing", originals, boundary_ratio=0.9, **config)
     save_file({"x": torch.zeros(1)}, originals[0])
     refused("no transformer of Wan in the original's layout", originals, boundary_ratio=0.9)
     originals[0].write_bytes(b"damaged")

@@ -351,6 +351,36 @@ def test_quantized_layers_are_kept(kind, after, tmp_path):
     assert all(distance.isfinite().all() for distance in remix.distances())
 
 
+@torch.no_grad()
+def test_a_folded_remix_is_not_quantized():
+    """Libraries replace the layers that are `nn.Linear`s, or their weights."""
+    message = "the layer a of a FoldedRemix was replaced or quantized, so no expert can be written into it: quantize a"
+    folded, x = FoldedRemix(wrap(Tiny())), torch.randn(1, 5, 6)
+    folded.plain.a = nn.Linear(6, 12)
+    with pytest.raises(ValueError, match=message):
+        folded(x, SIGMA[:1])
+    folded = FoldedRemix(wrap_whole())
+    folded.plain.a.weight = nn.Parameter(folded.plain.a.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=message):
+        folded(x, SIGMA[:1])
+
+
+@pytest.mark.parametrize("kind", ["quanto int8", "torchao int8"])
+@torch.no_grad()
+def test_a_folded_remix_of_quantized_layers_equals_the_remix(kind):
+    module, x = Tiny(width=64).bfloat16().requires_grad_(False), torch.randn(4, 5, 64).bfloat16()
+    remix = wrap(module)
+    folded = FoldedRemix(remix)
+    quantize(remix, kind)
+    outputs = torch.cat([folded(x[i : i + 1], SIGMA[i : i + 1]) for i in range(4)])
+    assert relative(outputs.float(), remix(x, SIGMA).float()) < 0.01
+    assert stored_bytes(folded.plain.a.weight) <= 0.55 * 64 * 128 * 2
+    folded = FoldedRemix(wrap_whole())
+    quantize(folded, kind)
+    with pytest.raises(ValueError, match="of a FoldedRemix was replaced or quantized"):
+        folded(x[:1, :, :6], SIGMA[:1])
+
+
 def trained(remix: Remix) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in remix.named_parameters() if p.requires_grad]
 

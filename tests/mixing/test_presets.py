@@ -1,188 +1,183 @@
 """The presets of transformers of diffusers: names of layers, direction of the times, and experts of tiny models."""
 
+import copy
 import importlib
 import re
 
 import pytest
 import torch
 from conftest import ROOT, relative
-from torch import nn
+from tiny_pipelines import RUNS, run
+from tiny_transformers import EXPERTS, TINY, Tiny, arguments_of, randomize, tiny
+from torch import Tensor, nn
 
 from interop.expert_folder import find_expert, write_experts
-from mixing.presets import PRESETS, Preset, preset_table
+from mixing.presets import PRESETS, WITHOUT_PRESET, Preset
 from remix import Remix
-
-HEADS = dict(num_attention_heads=2, attention_head_dim=16)
-SIDE, TEXT = 4, 5
-
-
-def image(n: int, channels: int = 4) -> dict:
-    return dict(hidden_states=torch.randn(n, channels, SIDE, SIDE))
-
-
-def text(n: int, width: int = 16) -> dict:
-    return dict(encoder_hidden_states=torch.randn(n, TEXT, width))
-
-
-def tokens(n: int, width: int) -> dict:
-    return dict(hidden_states=torch.randn(n, SIDE * SIDE, width))
-
-
-def positions(axes: int) -> dict:
-    grid = torch.arange(SIDE * SIDE * float(axes)).view(-1, axes) % SIDE
-    return dict(img_ids=grid, txt_ids=torch.zeros(TEXT, axes))
-
-
-def video(n: int, channels: int = 4) -> dict:
-    return dict(hidden_states=torch.randn(n, channels, 2, SIDE, SIDE))
-
-
-def mask(n: int, **_) -> dict:
-    return dict(encoder_attention_mask=torch.ones(n, TEXT, dtype=torch.bool))
-
-
-# name: (arguments of the class, arguments of a call with n samples)
-TINY = {
-    "ChromaTransformer2DModel": (
-        dict(**HEADS, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=16)
-        | dict(
-            axes_dims_rope=(4, 4, 8), approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=1
-        ),
-        lambda n: tokens(n, 16) | text(n) | positions(3),
-    ),
-    "Flux2Transformer2DModel": (
-        dict(**HEADS, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=16)
-        | dict(axes_dims_rope=(4, 4, 4, 4), timestep_guidance_channels=16),
-        lambda n: tokens(n, 16) | text(n) | positions(4) | dict(guidance=torch.rand(n)),
-    ),
-    "QwenImageTransformer2DModel": (
-        dict(**HEADS, in_channels=16, out_channels=4, num_layers=2, joint_attention_dim=16, axes_dims_rope=(4, 4, 8)),
-        lambda n: (
-            tokens(n, 16)
-            | text(n)
-            | dict(img_shapes=[[(1, SIDE, SIDE)]] * n, encoder_hidden_states_mask=torch.ones(n, TEXT, dtype=torch.long))
-        ),
-    ),
-    "AuraFlowTransformer2DModel": (
-        dict(**HEADS, sample_size=SIDE, num_mmdit_layers=1, num_single_dit_layers=1, joint_attention_dim=16)
-        | dict(caption_projection_dim=32, pos_embed_max_size=16),
-        lambda n: image(n) | text(n),
-    ),
-    "Lumina2Transformer2DModel": (
-        dict(sample_size=SIDE, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1, cap_feat_dim=16)
-        | dict(num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 4, 4), axes_lens=(32, 16, 16)),
-        lambda n: image(n) | text(n) | mask(n),
-    ),
-    "ZImageTransformer2DModel": (
-        dict(in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16)
-        | dict(axes_dims=[4, 4, 8], axes_lens=[64, 32, 32]),
-        lambda n: dict(x=[*torch.randn(n, 4, 1, SIDE, SIDE)], cap_feats=[*torch.randn(n, TEXT, 16)]),
-    ),
-    "HunyuanVideoTransformer3DModel": (
-        dict(**HEADS, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, num_refiner_layers=1)
-        | dict(text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(4, 4, 8)),
-        lambda n: (
-            video(n) | text(n) | mask(n) | dict(pooled_projections=torch.randn(n, 8), guidance=torch.full((n,), 1000.0))
-        ),
-    ),
-    "MochiTransformer3DModel": (
-        dict(**HEADS, num_layers=2, pooled_projection_dim=16, in_channels=4, text_embed_dim=16, time_embed_dim=4)
-        | dict(max_sequence_length=TEXT),
-        lambda n: video(n) | text(n) | mask(n),
-    ),
-    "LTXVideoTransformer3DModel": (
-        dict(**HEADS, in_channels=16, out_channels=16, cross_attention_dim=32, num_layers=2, caption_channels=16),
-        lambda n: tokens(n, 16) | text(n) | mask(n) | dict(num_frames=1, height=SIDE, width=SIDE),
-    ),
-    "CogVideoXTransformer3DModel": (
-        dict(**HEADS, in_channels=4, out_channels=4, time_embed_dim=4, text_embed_dim=16, num_layers=2)
-        | dict(sample_width=SIDE, sample_height=SIDE, sample_frames=5, max_text_seq_length=TEXT),
-        lambda n: dict(hidden_states=torch.randn(n, 2, 4, SIDE, SIDE)) | text(n),
-    ),
-    "CogView4Transformer2DModel": (
-        dict(**HEADS, in_channels=4, out_channels=4, num_layers=2, text_embed_dim=16, time_embed_dim=8)
-        | dict(condition_dim=4, pos_embed_max_size=8, sample_size=SIDE, rope_axes_dim=(8, 8)),
-        lambda n: (
-            image(n)
-            | text(n)
-            | {name: torch.full((n, 2), 4.0) for name in ("original_size", "target_size", "crop_coords")}
-        ),
-    ),
-    "SanaTransformer2DModel": (
-        dict(**HEADS, in_channels=4, out_channels=4, num_layers=2, num_cross_attention_heads=2, sample_size=SIDE)
-        | dict(cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=16),
-        lambda n: image(n) | text(n),
-    ),
-}
-# QwenImage computes a text in its last block that it does not use.
-TEXT_OF_QWEN = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
-UNUSED = {f"transformer_blocks.1.{name}" for name in TEXT_OF_QWEN}
-LEVELS, EXPERTS = torch.tensor([0.1, 0.9, 0.3, 0.95]), [0, 3, 1, 3]
-
-
-def one(value, i: int, n: int = 4):
-    if isinstance(value, torch.Tensor):
-        return value[i : i + 1] if len(value) == n else value
-    return value[i : i + 1] if isinstance(value, list) and len(value) == n else value
+from runtime.errors import UserError
+from sampling.experts import FoldedRemix
 
 
 def make(name: str, **options) -> tuple[Remix, dict]:
     """A Remix with random bases, and the arguments of four samples of three experts."""
-    settings, arguments = TINY[name]
+    remix = randomize(Remix(tiny(name), n_experts=4, **options))
+    return remix, arguments_of(name)
+
+
+def result(output) -> Tensor:
+    """What a transformer returns, as one tensor: of video and audio [B, ...], or of a list of images."""
+    parts = [output.sample, getattr(output, "audio_sample", None)]
+    parts = [torch.stack(list(part)) if isinstance(part, list | tuple) else part for part in parts if part is not None]
+    return parts[0] if len(parts) == 1 else torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def sample(remix: Remix, arguments: dict, i: int) -> dict:
+    """The arguments of sample i."""
+    return remix.arguments.take(torch.tensor([i]), len(EXPERTS), (), arguments)[1]
+
+
+def loss(remix: Remix, arguments: dict, call=None) -> Tensor:
+    # Some classes drop labels in training.
     torch.manual_seed(0)
-    module = getattr(importlib.import_module("diffusers"), name)(**settings).eval()
-    for parameter in module.parameters():
-        if parameter.ndim > 1 and not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
-    remix = Remix(module, n_experts=4, **options)
-    with torch.no_grad():
-        for _, layer in remix.mixed():
-            for basis in layer.bases():
-                basis += 0.1 * torch.randn_like(basis)
-    preset = PRESETS[name]
-    levels = 1 - LEVELS if preset.reverses else LEVELS
-    return remix, arguments(4) | {preset.timestep: levels * preset.highest_level}
+    return result((remix if call is None else call)(**arguments, groups=4)).square().sum()
 
 
-def result(output) -> torch.Tensor:
-    output = output[0] if isinstance(output, tuple) else output.sample
-    return torch.stack(list(output)) if isinstance(output, list | tuple) else output
+def gradients(remix: Remix, arguments: dict, call=None) -> dict[str, Tensor]:
+    remix.zero_grad()
+    loss(remix, arguments, call).backward()
+    return {name: parameter.grad.clone() for name, parameter in remix.named_parameters() if parameter.grad is not None}
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]):
+    assert actual.keys() == expected.keys()
+    largest = max(value.norm() for value in expected.values())
+    for name, value in expected.items():
+        assert (actual[name] - value).norm() <= 1e-4 * max(value.norm(), 1e-3 * largest), name
+
+
+def installed() -> dict[str, Tiny]:
+    """The classes that the installed version of diffusers has."""
+    module = importlib.import_module("diffusers")
+    return {name: model for name, model in TINY.items() if hasattr(module, name)}
+
+
+def test_presets_name_the_layers_of_every_class():
+    """Every linear of the attention and of the MLPs in the blocks is mixed, but for what the presets leave out."""
+    kinds = "joint_transformer_|single_transformer_|visual_transformer_|temporal_transformer_|transformer_|double_"
+    kinds += "|double_stream_|single_stream_|txt_mode_|vace_|"
+    blocks = re.compile(rf"(({kinds})blocks|mode_blocks\.\w+|layers|noise_refiner)\.\d+\.")
+    not_mixed = re.compile(r"norm|modulation|_mod\.|adaln|vace_blocks\.\d+\.proj_|ff_i\.experts")
+    for name, model in installed().items():
+        with torch.device("meta"):
+            module = getattr(importlib.import_module("diffusers"), name)(**model.settings)
+            linears = {key for key, part in module.named_modules() if isinstance(part, nn.Linear)}
+            remix = Remix(module, n_experts=4, rank=2)
+        expected = {key for key in linears if blocks.match(key) and not not_mixed.search(key)}
+        if name == "ErnieImageTransformer2DModel":
+            expected = {key for key in expected if ".mlp." not in key}
+        assert {key for key, _ in remix.mixed()} == expected, name
+        assert remix.boundaries[-1] == PRESETS[name].highest_level
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
-def test_experts_of_every_class(name):
-    """Mixed batches equal folded experts and groups, for both kinds of bases; gradients, also with checkpointing."""
+def test_experts_of_every_class(name, tmp_path):
+    """What the table of docs/any-transformer.md says of a class."""
+    without = TINY[name].without
+    check_experts(name)
+    check_training(name, without)
+    check_pipeline(name, without)
+    check_files(name, without, tmp_path)
+
+
+def check_experts(name: str):
+    """Mixed batches and groups equal folded experts, for both kinds of bases."""
     for options in ({}, {"rank": 2}):
         remix, arguments = make(name, **options)
-        blocks = r"((joint_|single_)?(transformer_)?blocks|layers|noise_refiner)"
-        inside = re.compile(blocks + r"\.\d+\.(?!.*(norm|mod|adaLN))")
-        linears = {n for n, m in remix.backbone.named_modules() if isinstance(m, nn.Linear) and inside.match(n)}
-        assert not {n for n in linears if not n.endswith(".linear")}, "every linear of attention and MLP is mixed"
         assert remix.expert_index(remix.times(**arguments)).tolist() == EXPERTS
         with torch.no_grad():
-            mixed = result(remix(**arguments))
-            grouped = result(remix(**arguments, groups=4))
-            alone = []
-            for i, expert in enumerate(EXPERTS):
-                alone.append(result(remix.expert(expert)(**{key: one(v, i) for key, v in arguments.items()})))
-        alone = torch.cat(alone)
-        assert relative(mixed, alone) < 1e-4
-        assert relative(grouped, alone) < 1e-4
-        assert relative(result(remix.expert(0)(**arguments)).detach(), alone) > 1e-3, "the experts differ"
-        expected = gradients(remix, arguments)
-        if remix._supports_gradient_checkpointing:
-            remix.enable_gradient_checkpointing()
-            for ours, theirs in zip(gradients(remix, arguments), expected, strict=True):
-                assert relative(ours, theirs) < 1e-4 or not theirs.any()
+            alone = [result(remix.expert(e)(**sample(remix, arguments, i))) for i, e in enumerate(EXPERTS)]
+            alone = torch.cat(alone)
+            assert relative(result(remix(**arguments)), alone) < 1e-4
+            assert relative(result(remix(**arguments, groups=4)), alone) < 1e-4
+            assert relative(result(remix.expert(0)(**arguments)), alone) > 1e-3, "the experts differ"
+        for cache in PRESETS[name].caches:
+            with pytest.raises(ValueError, match=f"{cache} would pass activations of one expert"):
+                remix(**arguments, **{cache: object()})
 
 
-def gradients(remix: Remix, arguments: dict) -> list[torch.Tensor]:
-    remix.train().zero_grad()
-    result(remix(**arguments, groups=4)).square().sum().backward()
-    assert remix.logits.grad.any()
-    bases = [basis.grad for name, layer in remix.mixed() if name not in UNUSED for basis in layer.bases()]
-    return [grad.clone() for grad in [remix.logits.grad, *bases]]
+def check_training(name: str, without: dict[str, str]):
+    """A step reduces the loss. Compilation and checkpointing do not change the gradients, as far as they exist."""
+    remix, arguments = make(name)
+    expected = gradients(remix.train(), arguments)
+    trained = {"coefficients.logits", *(f"backbone.{key}" for key, _ in remix.mixed())}
+    with_gradients = {key if key in trained else key.rpartition(".")[0] for key, grad in expected.items() if grad.any()}
+    assert trained - with_gradients == {f"backbone.{key}" for key in TINY[name].unused}
+    # The graph of a class may be captured only after a first call, which fills its buffers of positions.
+    torch._dynamo.reset()
+    compiled = torch.compile(remix, backend="eager", fullgraph=True)
+    if "compile" in without:
+        # Neither does that of the plain class.
+        plain = torch.compile(tiny(name), backend="eager", fullgraph=True)
+        with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError)):
+            plain(**arguments)
+    else:
+        assert_close(gradients(remix, arguments, compiled), expected)
+    assert remix._supports_gradient_checkpointing == ("checkpointing" not in without)
+    if "checkpointing" not in without:
+        remix.enable_gradient_checkpointing()
+        assert_close(gradients(remix, arguments), expected)
+    before = loss(remix, arguments).item()
+    size = 0.01 * before / sum(grad.square().sum().item() for grad in expected.values())
+    with torch.no_grad():
+        for key, grad in expected.items():
+            remix.get_parameter(key).sub_(size * grad)
+        assert 0.98 * before < loss(remix, arguments) < 0.995 * before
+
+
+def check_pipeline(name: str, without: dict[str, str]):
+    """Its pipeline passes the levels of the preset, from the most noise on, to a Remix and to a FoldedRemix."""
+    remix = randomize(Remix(tiny(name, **RUNS[name].settings), n_experts=4, rank=2), 0.5).eval()
+    used = []
+
+    def record(module, args, kwargs):
+        used.extend(remix.expert_index(remix.times(*args, **kwargs)).tolist())
+
+    handle = remix.register_forward_pre_hook(record, with_kwargs=True)
+    mixed = run(name, remix)
+    handle.remove()
+    assert used[0] == 3 and used == sorted(used, reverse=True) and len({*used}) > 2
+    assert relative(run(name, FoldedRemix(remix)), mixed) < 1e-3
+    assert relative(run(name, remix.expert(0)), mixed) > 0.01
+
+
+def check_files(name: str, without: dict[str, str], folder):
+    """Files of LoRA are read by the pipeline, or by the transformer if its pipeline has no function for it."""
+    plain = tiny(name, **RUNS[name].settings)
+    remix = randomize(Remix(copy.deepcopy(plain), n_experts=4, rank=2), 0.5).eval()
+    remix.freeze_shared()
+    if "LoRA" in without:
+        with pytest.raises(UserError, match="have no load_lora_weights"):
+            write_lora(remix, folder)
+        return
+    write_lora(remix, folder)
+    expected = run(name, remix.expert(3))
+    assert relative(run(name, remix.expert(0)), expected) > 0.01
+    file = dict(weight_name="expert3.safetensors", adapter_name="expert3")
+    by_pipeline = TINY[name].lora == "pipeline"
+
+    def read(pipe):
+        assert hasattr(pipe, "load_lora_weights") == by_pipeline
+        if by_pipeline:
+            pipe.load_lora_weights(folder, **file)
+
+    if not by_pipeline:
+        plain.load_lora_adapter(folder, **file)
+    assert relative(run(name, plain, read), expected) < 1e-3
+
+
+def write_lora(remix: Remix, folder):
+    write_experts(remix, folder, lora=True, dtype=torch.float32)
 
 
 class Denoiser(nn.Module):
@@ -190,7 +185,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([nn.ModuleDict({"a": nn.Linear(1, 1)})])
 
-    def forward(self, x, t):
+    def forward(self, x, t, cache=None):
         return self.layers[0]["a"](x)
 
 
@@ -218,14 +213,53 @@ def test_a_class_with_another_signature_than_its_preset_is_refused(monkeypatch):
         Remix(Denoiser(), n_experts=4)
 
 
-def test_the_documentation_lists_the_presets():
-    page = (ROOT / "docs" / "any-transformer.md").read_text()
-    assert "\n".join(preset_table()) in page
-    # The page says that these are tested, here and in test_any_transformer.py.
-    from test_any_transformer import KINDS
+def table() -> list[str]:
+    """The lines of the table of docs/any-transformer.md: the presets, and what `test_experts_of_every_class` tests."""
+    columns = ("class", "argument", "highest level", "that is", "pipeline", "compile", "checkpointing", "LoRA files")
+    lines = [columns, ["---"] * len(columns)]
+    for name, preset in sorted(PRESETS.items()):
+        tested = {
+            "pipeline": RUNS[name].pipeline,
+            "compile": "yes",
+            "checkpointing": "yes",
+            "LoRA": f"{TINY[name].lora}",
+        }
+        tested |= {what: f"no: {reason}" for what, reason in TINY[name].without.items()}
+        end = "data" if preset.reverses else "noise"
+        lines.append([f"`{name}`", f"`{preset.timestep}`", f"{preset.highest_level:g}", end, *tested.values()])
+    return [f"| {' | '.join(line)} |" for line in lines]
 
-    elsewhere = {type(build()).__name__ for build, *_ in KINDS.values()}
-    assert {*TINY} | elsewhere == {*PRESETS}
+
+def test_activations_of_another_expert_are_refused(monkeypatch):
+    monkeypatch.setitem(PRESETS, "Denoiser", Preset(["layers.*.a"], timestep="t", highest_level=1, caches=("cache",)))
+    remix = Remix(Denoiser(), n_experts=4)
+    for call in (remix, FoldedRemix(remix)):
+        with pytest.raises(ValueError, match="cache would pass activations of one expert of the Denoiser to another"):
+            call(torch.zeros(1, 1), torch.zeros(1), object())
+        call(torch.zeros(1, 1), torch.zeros(1), cache=None)
+
+
+def test_a_class_without_a_preset_says_why(monkeypatch):
+    monkeypatch.setitem(WITHOUT_PRESET, "Denoiser", "its times are secret")
+    with pytest.raises(ValueError, match="layers and timestep must be given for a Denoiser: its times are secret"):
+        Remix(Denoiser(), n_experts=4)
+
+
+def test_the_documentation_lists_the_classes():
+    page = (ROOT / "docs" / "any-transformer.md").read_text()
+    for lines in (table(), [f"| `{name}` | {reason} |" for name, reason in sorted(WITHOUT_PRESET.items())]):
+        text = "\n".join(lines)
+        assert text in page, f"docs/any-transformer.md lacks this table:\n{text}"
+    assert {*TINY} == {*RUNS} == {*PRESETS}
+
+
+def test_every_class_of_the_installed_diffusers_has_a_preset_or_a_reason():
+    names = {
+        name
+        for name in dir(importlib.import_module("diffusers"))
+        if re.fullmatch(r"\w*(Transformer|DiT)[23]DModel", name)
+    }
+    assert names <= {*PRESETS, *WITHOUT_PRESET}
 
 
 WAN = dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40)

@@ -1,5 +1,7 @@
 """One learning rate per stage."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -74,8 +76,8 @@ def test_a_stages_factor_multiplies_the_steps_of_its_rows(kind, settings):
 def test_wrong_factors_are_refused():
     remix = make()
     optimizer = torch.optim.SGD([remix.logits])
-    for factors in ([1.0], [1.0, -1.0]):
-        with pytest.raises(ValueError, match="expected 2 factors of at least 0, one per stage"):
+    for factors in ([1.0], [1.0, -1.0], [1.0, math.nan], [1.0, math.inf]):
+        with pytest.raises(ValueError, match="expected 2 finite factors of at least 0, one per stage"):
             set_stage_rates(optimizer, remix, factors)
     with pytest.raises(ValueError, match="does not train the logits"):
         set_stage_rates(torch.optim.SGD(remix.mixed()[0][1].bases()), remix, [1.0, 1.0])

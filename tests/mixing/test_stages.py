@@ -90,6 +90,7 @@ def test_each_stage_is_one_expert_by_default():
     remix = wrap(boundaries=None)
     assert (remix.n_experts, remix.boundaries) == (2, STAGES)
     assert wrap(boundaries=None, n_experts=3).boundaries == [0, 0.35, 0.7, 1]
+    assert wrap(boundaries=None, highest_level=None).highest_level == 1
 
 
 @torch.no_grad()
@@ -304,6 +305,32 @@ def test_a_stage_that_a_batch_does_not_need_is_not_touched():
         remix(x, sigma)
 
 
+class Unmixed(Tiny):
+    """Has a buffer that is not stored, and a layer with two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = self.a
+        self.scale = nn.Parameter(torch.ones(6))
+        self.register_buffer("shift", torch.randn(6), persistent=False)
+
+    def forward(self, x, sigma):
+        return super().forward(x, sigma) * self.scale + self.shift
+
+
+@torch.no_grad()
+def test_buffers_and_tied_layers_of_stages_are_folded_and_moved():
+    torch.manual_seed(0)
+    remix, (x, sigma) = wrap([Unmixed(), Unmixed()]), inputs()
+    plain = remix.expert(0)
+    remix.fold_(plain, 3)
+    torch.testing.assert_close(plain(x[2:3], sigma[2:3]), remix(x[2:3], sigma[2:3]))
+    folded = FoldedRemix(remix)
+    remix.stages.activate(1, "meta")
+    for s, module in enumerate((folded.plain, *folded.other_stages)):
+        assert (module.shift.is_meta, module.scale.is_meta) == (s == 1, s == 1)
+
+
 @torch.no_grad()
 def test_stages_are_moved_and_the_pairs_stay():
     remix, (x, sigma) = wrap(), inputs()
@@ -367,8 +394,8 @@ def test_half_precision_of_one_stage_leaves_the_pairs():
 
 
 def test_two_processes_with_different_experts_give_the_gradients_of_one(tmp_path):
-    """DDP with samples of other stages on each process, and FSDP2, which refuses them."""
-    printed = run(ROOT / "tests" / "sharded_stages.py", processes=2).stdout
+    """DDP with samples of other stages on each process, and FSDP2, which refuses them and writes the same files."""
+    printed = run(ROOT / "tests" / "sharded_stages.py", tmp_path, processes=2).stdout
     assert "ddp passed" in printed
     assert "fsdp passed" in printed
 
@@ -394,6 +421,7 @@ def test_experts_of_one_stage_are_merged():
     [
         (None, dict(boundaries=[0, 0.2, 0.6, 1]), r"a stage ends at 0\.7, which is no boundary of the experts: 0, "),
         (None, dict(levels=None), "stages must be given for 2 modules"),
+        (None, dict(levels=0.7), r"stages must be a list of noise levels, such as \[0, 875, 1000\], but it is 0\.7"),
         (None, dict(levels=[0, 0.5, 0.7, 1]), "got 2 modules and 4 noise levels"),
         (None, dict(levels=[0, 0.7, 2]), "stages must run from 0 to 1, but they run from 0 to 2"),
         (None, dict(rank=None), "stages needs rank"),
