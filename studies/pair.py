@@ -58,6 +58,8 @@ def main(args):
     work.mkdir(parents=True, exist_ok=True)
     lock_folder(out, "--out")
     train, test = read_sheets("train"), read_sheets("test")
+    # Before the runs, in which the code may change.
+    code = commit()
     done = {(row["variant"], float(row["lr"]), int(row["seed"])) for row in read_results(out)}
     for lr in (0.0, *RATES):
         for seed, variant in product(args.seeds, VARIANTS if lr else ["pair"]):
@@ -70,7 +72,7 @@ def main(args):
             low, high = errors[:125].mean(), errors[125:].mean()
             row = dict(variant=variant, lr=lr, seed=seed, steps=args.steps if lr else 0)
             row |= {"error": f"{errors.mean():.7f}", "low": f"{low:.7f}", "high": f"{high:.7f}"}
-            row |= dict(minutes=f"{(time.perf_counter() - start) / 60:.1f}", commit=commit(), date=time.strftime("%F"))
+            row |= dict(minutes=f"{(time.perf_counter() - start) / 60:.1f}", commit=code, date=time.strftime("%F"))
             add_result(out, row)
             print(*row.values(), flush=True)
     with atomic_write(out / "table.md") as temporary:

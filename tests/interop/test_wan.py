@@ -2,10 +2,12 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_any_transformer import for_pipeline, generate, make, pipeline, sample, tiny_wan, tiny_wan_image, wan_arguments
 from torch import Tensor, nn
@@ -334,3 +336,35 @@ def test_what_is_no_pair_is_refused(pair, originals, tmp_path):
     shapes = {"patch_embedding.weight": [24, 4, 1, 2, 2], "head.head.weight": [16, 24]}
     with pytest.raises(UserError, match=r"original's layout: KeyError\('text_embedding\.0\.weight'\)"):
         infer_config("file", shapes)
+
+
+# The documentation
+
+
+def test_the_documentation_trains_both_stages(tmp_path, monkeypatch):
+    """The loop of docs/wan.md, shortened, lowers both stages' errors of a tiny pair on videos of moving digits."""
+    from sklearn.datasets import load_digits
+
+    monkeypatch.chdir(tmp_path)
+    high, low = (tiny_wan(in_channels=1, out_channels=1, num_layers=1).eval() for _ in range(2))
+    pipeline("wan", high, transformer_2=low, boundary_ratio=0.875).save_pretrained("Wan2.2-T2V-A14B-Diffusers")
+    images = torch.from_numpy(load_digits().images[:16]).float() / 8 - 1
+    # Each digit moves by a pixel per frame.
+    videos = torch.stack([images.roll(frame, 2) for frame in range(3)], 1)[:, None]  # [16, 1, 3, 8, 8]
+    prompts = torch.randn(16, 5, 16).bfloat16()
+    names = {"batches": [(videos, prompts)] * 20, "device": "cpu"}
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "wan.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert 20 <= len([line for line in code.splitlines() if line.strip()]) <= 25
+    code = code.replace("lr=1e-4", "lr=3e-2").replace("% 50", "% 5").replace("// 50", "// 5")
+    torch.manual_seed(0)
+    exec(compile(code, "wan.md", "exec"), names)
+    remix = names["remix"]
+    start = read_pair("Wan2.2-T2V-A14B-Diffusers")
+    noise, errors = torch.randn(videos.shape), []
+    with torch.no_grad():
+        for level in (700.0, 950.0):
+            x, t = torch.lerp(videos, noise, level / 1000).bfloat16(), torch.full((16,), level)
+            errors.append([(m(x, t, prompts).sample - (noise - videos)).square().mean().item() for m in (remix, start)])
+    assert all(trained < 0.9 * before for trained, before in errors), errors
+    for file in ("my-lora_high_noise.safetensors", "my-lora_low_noise.safetensors"):
+        assert {value.dtype for value in load_file(file).values()} == {torch.bfloat16}
