@@ -151,6 +151,15 @@ def test_groups_give_the_result_of_no_groups(remix):
         remix(x, t, y, groups=3)
 
 
+@pytest.mark.parametrize(
+    "remix",
+    [
+        "softmax-local",
+        "raw-global",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("softmax-global", "one-hot-local")),
+    ],
+    indirect=True,
+)
 def test_groups_compile_to_one_graph(remix):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

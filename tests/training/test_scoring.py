@@ -197,7 +197,7 @@ def test_two_processes_with_sharded_bases(scored, features, held_out, reference,
     assert logged == pytest.approx(scores(scored)[4], rel=1e-2)
 
 
-@pytest.mark.parametrize("model", ["DiT-T/2", "RemixDiT-T/2"])
+@pytest.mark.parametrize("model", [pytest.param("DiT-T/2", marks=pytest.mark.slow), "RemixDiT-T/2"])
 def test_flows_and_statistics_as_reference(features, held_out, reference, tmp_path, model):
     """The last step is scored also if it is no multiple of the interval."""
     flags = [*training_flags(features, tmp_path, "run", model), "--process=flow", "--max-steps=1"]

@@ -95,7 +95,7 @@ def test_weight_decay_and_beta2_are_those_of_adamw_and_spare_the_logits():
     assert relative(other[weights], plain[weights]) > 1e-3
 
 
-@pytest.mark.parametrize("checkpoint_activations", [False, True])
+@pytest.mark.parametrize("checkpoint_activations", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_flow_compiles_to_one_graph(compile_with, checkpoint_activations):
     compile_with("eager")
     flow = create_flow()
