@@ -166,7 +166,7 @@ def test_folded_and_grouped_experts_equal_mixed_ones(family, options):
     assert type(remix.expert(0)) is record.module
 
 
-@pytest.mark.parametrize("family", ["LightningDiT", "DiTDH"])
+@pytest.mark.parametrize("family", ["LightningDiT", pytest.param("DiTDH", marks=pytest.mark.slow)])
 def test_groups_compile_to_one_graph(family):
     remix = random_remix(family)
     torch._dynamo.reset()

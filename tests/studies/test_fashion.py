@@ -204,6 +204,7 @@ def test_equal_flops_include_the_mixing(n_experts):
 # The runner
 
 
+@pytest.mark.slow
 def test_importing_the_study_changes_no_registry(tmp_path):
     code = """
 from models import DIT, build_plain

@@ -90,7 +90,9 @@ def test_an_independent_expert_is_shorter_than_its_part(features):
     assert "does not divide" not in run("train_fast.py", *flags, "--max-steps=12").stdout
 
 
-@pytest.mark.parametrize(("size", "parameters", "gmacs"), [("S", 33, 6.06), ("L", 458, 80.71)])
+@pytest.mark.parametrize(
+    ("size", "parameters", "gmacs"), [("S", 33, 6.06), pytest.param("L", 458, 80.71, marks=pytest.mark.slow)]
+)
 def test_sizes_and_flops_are_those_of_the_dit_paper(tmp_path, monkeypatch, size, parameters, gmacs):
     """Peebles & Xie, arXiv 2212.09748, tables 1 and 4 (their Gflops are multiply-adds)."""
     monkeypatch.chdir(tmp_path)

@@ -188,6 +188,7 @@ def test_tensorboard_has_the_scores(scored):
         assert values == pytest.approx({step: line[name] for step, line in scores(scored).items()})
 
 
+@pytest.mark.slow
 def test_two_processes_with_sharded_bases(scored, features, held_out, reference, tmp_path):
     """They divide the samples and the noise levels. The scores equal those of one process for the same weights."""
     flags = [*training_flags(features, tmp_path, "two"), "--max-steps=4", "--shard-bases"]

@@ -113,7 +113,8 @@ def test_a_flow_compiles_to_one_graph(compile_with, checkpoint_activations):
 
 
 @cases
-@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatches", [1, 2])
 def test_compiled_and_uncompiled_gradients_agree(device, backend, microbatches, compile_with):
     compile_with(backend)
     gradients = []
@@ -139,6 +140,7 @@ def test_the_trainer_that_runs_decides_how_graphs_are_cut_for_ddp(compile_with):
         assert torch._dynamo.config.optimize_ddp == trainer.optimize_ddp
 
 
+@pytest.mark.slow
 def test_each_number_of_groups_is_compiled_separately(compile_with):
     """Otherwise the second number would become a symbolic size, be reused for the third, and be slower than both."""
     compile_with("eager")
