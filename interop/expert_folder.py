@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from diffusion.intervals import DIRECT, EITHER, REVERSED, find_interval, level_dtype
@@ -51,17 +50,15 @@ def write_experts(remix: Remix, folder, lora: bool | str = False, dtype: torch.d
     folder.mkdir(parents=True, exist_ok=True)
     diffusers = not lora and hasattr(remix.backbone, "save_pretrained")
     names = [f"expert{i}" if diffusers else f"expert{i}.safetensors" for i in range(remix.n_experts)]
-    sharded = fsdp.is_sharded(remix)
-    if sharded:
-        fsdp.reshard(remix)
+    alpha = remix.coefficients.per_expert() if lora else None
     for i, name in enumerate(names):
         if lora:
-            pairs = mixture_pairs(remix, remix.coefficients.per_expert()[i])
+            pairs = mixture_pairs(remix, alpha[i])
             facts = dict(stage=stage_names(remix)[remix.stages.of(i)], boundaries=remix.boundaries[i : i + 2])
             save_lora(remix, pairs, folder / name, lora, dtype, **facts)
             continue
-        expert = remix.expert(i)
-        if sharded and dist.get_rank() > 0:
+        # Of a sharded Remix, only rank 0 gets a module.
+        if (expert := remix.expert(i)) is None:
             continue
         if diffusers:
             expert.save_pretrained(folder / name)
@@ -82,10 +79,9 @@ def write_experts(remix: Remix, folder, lora: bool | str = False, dtype: torch.d
         index["reverses"] = True
     if len(remix.stages) > 1:
         index["stages"] = remix.stages.boundaries
-    if not sharded or dist.get_rank() == 0:
-        write_json(folder / INDEX, index)
-    if sharded:
-        dist.barrier()
+    with fsdp.written_once(remix) as writes:
+        if writes:
+            write_json(folder / INDEX, index)
 
 
 def find_expert(folder, level: float | torch.Tensor) -> str:

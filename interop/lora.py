@@ -21,7 +21,6 @@ from numbers import Integral
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -272,12 +271,10 @@ def save_lora(remix: Remix, pairs: Pairs, path: Path, lora: str, dtype: torch.dt
     rank = len(next(iter(pairs.values()))[0])
     facts = dict(base_model=remix.arguments.owner, lora_format=lora, rank=rank, **facts)
     header = {"format": "pt"} | {key: str(fact) for key, fact in facts.items() if fact != ""}
-    sharded = fsdp.is_sharded(remix)
-    if not sharded or dist.get_rank() == 0:
-        with atomic_write(path) as temporary:
-            save_file(lora_state(remix.backbone, pairs, lora, dtype), temporary, metadata=header)
-    if sharded:
-        dist.barrier()
+    with fsdp.written_once(remix) as writes:
+        if writes:
+            with atomic_write(path) as temporary:
+                save_file(lora_state(remix.backbone, pairs, lora, dtype), temporary, metadata=header)
 
 
 def lora_state(module: nn.Module, pairs: Pairs, lora: str, dtype: torch.dtype) -> dict[str, Tensor]:

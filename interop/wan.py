@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 
@@ -152,19 +151,17 @@ def write_pair(remix: Remix, folder):
         # Of a sharded Remix, only rank 0 gets a module.
         if (plain := remix.merge([float(i in experts) for i in range(remix.n_experts)])) is not None:
             _replace(folder, part, plain)
-    sharded = fsdp.is_sharded(remix)
-    if not sharded or dist.get_rank() == 0:
-        config = remix.backbone.config
-        # The transformers of image-to-video also get the latents of the image.
-        image = config.in_channels > config.out_channels
-        index = {"_class_name": "WanImageToVideoPipeline" if image else "WanPipeline"}
-        if (folder / INDEX).is_file():
-            index = _read_index(folder)
-        index |= {part: ["diffusers", name] for part in PARTS}
-        boundary = remix.boundaries[parts[1][0]]
-        write_json(folder / INDEX, index | {"boundary_ratio": boundary / remix.boundaries[-1]})
-    if sharded:
-        dist.barrier()
+    config = remix.backbone.config
+    # The transformers of image-to-video also get the latents of the image.
+    image = config.in_channels > config.out_channels
+    index = {"_class_name": "WanImageToVideoPipeline" if image else "WanPipeline"}
+    with fsdp.written_once(remix) as writes:
+        if writes:
+            if (folder / INDEX).is_file():
+                index = _read_index(folder)
+            index |= {part: ["diffusers", name] for part in PARTS}
+            boundary = remix.boundaries[parts[1][0]]
+            write_json(folder / INDEX, index | {"boundary_ratio": boundary / remix.boundaries[-1]})
 
 
 def _replace(folder: Path, part: str, model: nn.Module):

@@ -25,8 +25,8 @@ def fully_shard(remix: nn.Module, blocks: Sequence[str] | None = None, mesh=None
     """Divide the parameters of a Remix among processes, in place, and return it.
 
     Afterwards every process calls it with its own part of the global batch, and the gradients are averaged. The methods
-    `expert`, `fold_`, `merge` and `distances`, `interop.expert_folder.write_experts` and
-    `interop.lora.write_stage_loras` must be called by every process; the plain models are made on rank 0 only, in host
+    `expert`, `fold_`, `merge` and `distances`, `interop.expert_folder.write_experts`, `interop.lora.write_stage_loras`
+    and `interop.wan.write_pair` must be called by every process; the plain models are made on rank 0 only, in host
     memory, and None on the others.
 
     Args:
@@ -133,6 +133,15 @@ def is_sharded(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+@contextmanager
+def written_once(remix: nn.Module) -> Iterator[bool]:
+    """Yield whether this process writes the files of a Remix; the processes of a sharded one wait for each other."""
+    sharded = is_sharded(remix)
+    yield not sharded or dist.get_rank() == 0
+    if sharded:
+        dist.barrier()
 
 
 def check_whole(modules: Sequence[nn.Module]):
