@@ -23,7 +23,6 @@ import platform
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -37,7 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import write_imagenet_features, write_sheets, write_splits
-from measurements import SCORES, add_result, read_results
+from measurements import SCORES, add_result, code_version, read_results
 from plots import draw_figures
 from tables import write_tables
 from variants import MAIN, SETTINGS, STEPS, TABLES, VARIANTS, baseline
@@ -191,8 +190,7 @@ def run_variant(study: Study, name: str, seed: int) -> tuple[dict, dict[str, np.
     torch.set_num_threads(1)
     start = time.perf_counter()
     # Before the run, in which the code may change.
-    git = ["git", "-C", ROOT, "describe", "--always", "--abbrev=10", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    commit = code_version()
     gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     machine = ", ".join([*gpu, platform.machine(), f"{os.cpu_count()} cores", f"PyTorch {torch.__version__}"])
     with output_to(study.folder / "runs" / f"{study.setting}-{name}-{seed}.log"):

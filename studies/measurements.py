@@ -5,6 +5,7 @@ the errors of each of them at every timestep.
 """
 
 import csv
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from variants import baseline
 
 from runtime.files import atomic_write
 
+ROOT = Path(__file__).resolve().parent.parent
 SCORES = ["fid", "kid", "inception_score", "precision", "recall", "validation_fid", "imagenet_fid", "imagenet_kid"]
 ORIGIN = ["minutes", "commit", "command", "machine", "date"]
 COLUMNS = ["variant", "seed", "steps", "test_error", "validation_error", *SCORES, *ORIGIN]
@@ -34,13 +36,23 @@ def add_result(out: Path, setting: str, row: dict, errors: dict[str, np.ndarray]
     stored = {split: np.concatenate([stored[split][names != name], values[None]]) for split, values in errors.items()}
     with atomic_write(out / "errors.npz") as temporary, open(temporary, "wb") as file:
         np.savez(file, names=np.append(names[names != name], name), **stored)
-    path = out / f"{setting}.csv"
+    append_row(out / f"{setting}.csv", COLUMNS, row)
+
+
+def append_row(path: Path, columns: list[str], row: dict):
+    """Add a row to a CSV file, which is created if it does not exist."""
     new = not path.exists()
     with open(path, "a", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
+        table = csv.DictWriter(file, columns)
         if new:
             table.writeheader()
         table.writerow(row)
+
+
+def code_version() -> str:
+    """Return the commit of this code."""
+    git = ["git", "-C", ROOT, "describe", "--always", "--abbrev=10", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def _read_arrays(out: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -11,7 +11,6 @@ exists there is not computed again. The pairs are kept in --work.
 import csv
 import math
 import os
-import subprocess
 import sys
 import time
 from itertools import pairwise, product
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import read_sheets
+from measurements import append_row, code_version
 from tables import markdown, mean_and_std, with_star
 
 from diffusion import create_process
@@ -59,7 +59,7 @@ def main(args):
     lock_folder(out, "--out")
     train, test = read_sheets("train"), read_sheets("test")
     # Before the runs, in which the code may change.
-    code = commit()
+    code = code_version()
     done = {(row["variant"], float(row["lr"]), int(row["seed"])) for row in read_results(out)}
     for lr in (0.0, *RATES):
         for seed, variant in product(args.seeds, VARIANTS if lr else ["pair"]):
@@ -73,7 +73,7 @@ def main(args):
             row = dict(variant=variant, lr=lr, seed=seed, steps=args.steps if lr else 0)
             row |= {"error": f"{errors.mean():.7f}", "low": f"{low:.7f}", "high": f"{high:.7f}"}
             row |= dict(minutes=f"{(time.perf_counter() - start) / 60:.1f}", commit=code, date=time.strftime("%F"))
-            add_result(out, row)
+            append_row(out / "pair.csv", COLUMNS, row)
             print(*row.values(), flush=True)
     with atomic_write(out / "table.md") as temporary:
         temporary.write_text(make_table(read_results(out)))
@@ -164,23 +164,6 @@ def read_results(out: Path) -> list[dict]:
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def add_result(out: Path, row: dict):
-    """Add a row to the results."""
-    path = out / "pair.csv"
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        if new:
-            table.writeheader()
-        table.writerow(row)
-
-
-def commit() -> str:
-    """Return the commit of this code."""
-    git = ["git", "-C", ROOT, "describe", "--always", "--abbrev=10", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def make_table(results: list[dict]) -> str:
