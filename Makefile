@@ -15,6 +15,8 @@ BIN := .venv/bin
 TESTS := -m pytest -n 2 --dist worksteal
 PYTEST := $(BIN)/python $(TESTS)
 FAST := -m "not slow and not faults"
+# Containers often set it. The tests start many processes, and each would compile the modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-faults test-all test-versions test-lowest test-newest lint format
 demo: .venv/installed
