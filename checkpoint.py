@@ -76,6 +76,9 @@ def load_models(
     """Load models from one file, as `load_model` does: for the key "ema" with the EMA, for "model" with raw weights.
 
     The file is read once. Only the keys that are given are in the result.
+
+    Raises:
+        UserError: see `load_model`.
     """
     path = find_checkpoint(path)
     # Configs hold lists.

@@ -95,6 +95,9 @@ def fold_experts(model: Remix, expert: int | None, merge: str | None, path: str)
         merge: take all experts instead: "mean" with equal weights, or "interval" with the lengths of their intervals of
             noise levels as weights.
         path: the checkpoint, for error messages.
+
+    Raises:
+        UserError: if there is no such expert, or no expert is chosen.
     """
     if merge:
         return model.merge([high - low for low, high in intervals(model.boundaries)] if merge == "interval" else None)
@@ -109,6 +112,9 @@ def whole_bases(model: Remix, format: str) -> RemixDiT:
     """Return a Remix with low-rank bases as an equal one with whole bases.
 
     The weight of basis k is W + B_k A_k. The coefficients of an expert must add up to 1.
+
+    Raises:
+        UserError: if the mixer is "raw", whose coefficients may have any sum.
     """
     if model.mixer == "raw":
         raise UserError(
@@ -130,7 +136,11 @@ def whole_bases(model: Remix, format: str) -> RemixDiT:
 
 
 def load_vae(name: str | None):
-    """Return the diffusers.AutoencoderKL of --vae, or None if the pipeline gets none."""
+    """Return the diffusers.AutoencoderKL of --vae, or None if the pipeline gets none.
+
+    Raises:
+        UserError: if it is no AutoencoderKL.
+    """
     autoencoder = load_autoencoder(name or "none")
     if not isinstance(autoencoder, Latents) and name not in (None, "none"):
         raise UserError(f"--vae {name}: the pipeline takes an AutoencoderKL, and this is an AutoencoderRAE")

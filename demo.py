@@ -305,7 +305,11 @@ class Progress:
 
 
 def run(processes: int, script: str, *words):
-    """Print a script's command line as a user would type it, and run it; several processes run under torchrun."""
+    """Print a script's command line as a user would type it, and run it; several processes run under torchrun.
+
+    Raises:
+        SystemExit: if the command fails.
+    """
     words = [str(word) for word in words]
     line = shlex.join([script, *words])
     command, environment = [sys.executable], os.environ

@@ -121,7 +121,11 @@ def main(args: argparse.Namespace):
 
 
 def fit(args: argparse.Namespace, device: torch.device):
-    """Train and write the classifier of --fit-classifier, and print its accuracy."""
+    """Train and write the classifier of --fit-classifier, and print its accuracy.
+
+    Raises:
+        UserError: if other flags of scores are given, or the file's name does not end in .pt2.
+    """
     from evaluation.classifier import write_classifier
 
     out = Path(args.fit_classifier)

@@ -245,6 +245,10 @@ def make_reference(out: Path, images: LabelledImages, args: argparse.Namespace):
         out: the file: arr_0 are the crops, uint8 [n, size, size, 3], and arr_1 the labels, int64 [n].
         images: the images.
         args: the flags, of which those about the autoencoder and the features have no effect.
+
+    Raises:
+        UserError: if the file's name does not end in .npz, or no image could be read.
+        SystemExit: with code 1, if images were left out and --skip-bad is not given.
     """
     if out.suffix != ".npz":
         raise UserError(f"--reference {out}: the file name must end in .npz")

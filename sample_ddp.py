@@ -205,7 +205,11 @@ def latent_statistics(args: argparse.Namespace, config: dict) -> dict:
 
 
 def load_guide(args: argparse.Namespace, config: dict) -> nn.Module:
-    """Load the guide, and check that it denoises the same data, classes and process as the model of this config."""
+    """Load the guide, and check that it denoises the same data, classes and process as the model of this config.
+
+    Raises:
+        UserError: if they do not.
+    """
     guide, guide_config = load_denoiser([args.guide_ckpt], args.ema, args.trust_pickle)
     choose_process(args.guide_ckpt, guide_config, args.process)
     # Flows may differ in their training times.

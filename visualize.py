@@ -101,7 +101,11 @@ def draw_coefficients_of(out: Path, args: argparse.Namespace):
 
 
 def draw_losses_of(out: Path, args: argparse.Namespace):
-    """Measure and draw the errors of a checkpoint's experts."""
+    """Measure and draw the errors of a checkpoint's experts.
+
+    Raises:
+        UserError: if the pretrained model is another one than that of the checkpoint.
+    """
     model, config = load_remix(args)
     plain, pretrained = config["model"] | {"remix": None}, None
     if args.pretrained:
@@ -122,7 +126,12 @@ def draw_losses_of(out: Path, args: argparse.Namespace):
 
 
 def draw_ema_of(out: Path, args: argparse.Namespace):
-    """Measure and draw what the width of the EMA of a checkpoint changes."""
+    """Measure and draw what the width of the EMA of a checkpoint changes.
+
+    Raises:
+        UserError: if flags are missing or contradict each other, or the checkpoint is not of a run with --ema-
+            snapshots.
+    """
     args.ckpt = find_checkpoint(args.ckpt)
     model, config = load_model(args.ckpt)
     if not args.data_path and not args.score_against:
@@ -206,7 +215,11 @@ def draw_coefficients(out: Path, model: Remix, name: str):
 
 
 def draw_training(out: Path, args: argparse.Namespace):
-    """Draw the coefficients of every expert over the steps of a run, from the metrics.jsonl in its folder."""
+    """Draw the coefficients of every expert over the steps of a run, from the metrics.jsonl in its folder.
+
+    Raises:
+        UserError: if the run has logged no coefficients.
+    """
     # The grids and --help do not need matplotlib.
     from matplotlib.figure import Figure
 

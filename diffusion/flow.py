@@ -237,6 +237,9 @@ class FlowMatching(Process):
             n: number of steps.
             shift: see `ode_steps`.
             last_level: see `ode_steps`. The last time is that of this level if it comes before t1.
+
+        Raises:
+            ValueError: if the shift or the last level is out of range.
         """
         shift = self.times.shift if shift is None else shift
         if not 0 < shift < math.inf:
@@ -278,7 +281,12 @@ class FlowMatching(Process):
         last_step_size: float = 0.04,
         shift: float | None = None,
     ) -> FixedSteps:
-        """Prepare the steps of `sde_sample_loop`, which explains the arguments; for `shift` see `ode_steps`."""
+        """Prepare the steps of `sde_sample_loop`, which explains the arguments; for `shift` see `ode_steps`.
+
+        Raises:
+            ValueError: see `sde_sample_loop`; or if the method, the form or the path divides by zero at one of the
+                times.
+        """
         method = _choose("method", method, ("euler", "heun"))
         form = _choose("diffusion form", form, DIFFUSION_FORMS)
         last_step = _choose("last step", last_step, LAST_STEPS)

@@ -421,6 +421,9 @@ def _expert_shares(share: str | Sequence[float], drawn: np.ndarray) -> np.ndarra
     Args:
         share: see `sample_levels`.
         drawn: probability of each expert's interval in training [N].
+
+    Raises:
+        ValueError: if they are no shares.
     """
     if isinstance(share, str):
         known = {"equal": np.ones_like(drawn), "drawn": drawn}

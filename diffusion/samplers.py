@@ -88,7 +88,11 @@ def as_network(denoise: Denoiser, time: float) -> Callable[[Tensor, Tensor], Ten
 
 
 def drop_variance(out: Tensor, x: Tensor) -> Tensor:
-    """Return a flow network's output at x [B, C, ...], in x's dtype, without the second half of 2C channels."""
+    """Return a flow network's output at x [B, C, ...], in x's dtype, without the second half of 2C channels.
+
+    Raises:
+        ValueError: if the output has neither C nor 2C channels.
+    """
     channels = x.shape[1]
     if out.shape[1] not in (channels, 2 * channels):
         raise ValueError(f"the model must return {channels} or {2 * channels} channels, it returns {out.shape[1]}")

@@ -77,7 +77,11 @@ def content_hash(path) -> str:
 
 
 def read_statistics(path) -> dict[str, np.ndarray]:
-    """Read mu [D], sigma [D, D] (pooled features), mu_s [S] and sigma_s [S, S] (spatial features) from an .npz file."""
+    """Read mu [D], sigma [D, D] (pooled features), mu_s [S] and sigma_s [S, S] (spatial features) from an .npz file.
+
+    Raises:
+        UserError: if they are no means and covariances of features, or do not match each other.
+    """
     with zipfile.ZipFile(path) as archive:
         for name in STATISTICS:
             with archive.open(f"{name}.npy") as file:
@@ -116,7 +120,11 @@ def read_header(path, file, length: int) -> tuple[tuple[int, ...], bool, np.dtyp
 
 
 def read_images(path, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield batches of images, uint8 [b, H, W, 3], with the total number of images, from an .npz file or a folder."""
+    """Yield batches of images, uint8 [b, H, W, 3], with the total number of images, from an .npz file or a folder.
+
+    Raises:
+        UserError: if the file or folder is damaged, or does not hold enough images of one size.
+    """
     if Path(path).is_dir():
         yield from read_folder(path, batch_size)
         return
@@ -139,7 +147,11 @@ def read_images(path, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def read_folder(folder, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Read the images of a folder in batches, as read_images. At the end, print what was applied to them."""
+    """Read the images of a folder in batches, as read_images. At the end, print what was applied to them.
+
+    Raises:
+        UserError: if there are not enough images, or they differ in size.
+    """
     paths = find_files(folder).images
     if len(paths) <= NEIGHBOURS:
         raise UserError(f"{folder} holds {len(paths)} images, expected at least {NEIGHBOURS + 1}")
@@ -159,7 +171,11 @@ def read_folder(folder, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def read_pixels(path: Path) -> tuple[np.ndarray, list[str]]:
-    """Read an image as uint8 [H, W, 3], and what of its file was applied or left out (see `read_image`)."""
+    """Read an image as uint8 [H, W, 3], and what of its file was applied or left out (see `read_image`).
+
+    Raises:
+        UserError: if it cannot be read.
+    """
     try:
         image, treatment = read_image(path)
         return np.asarray(image), treatment

@@ -125,6 +125,9 @@ def _find_weights(folder: Path) -> list[Path]:
     """Return the files of the weights in a folder: one, or the shards of an index; an empty list if there are none.
 
     As in diffusers, an index precedes a single file. Weights without a variant precede those of a variant.
+
+    Raises:
+        UserError: if there are only weights of several variants.
     """
     found = {}
     for suffix in SUFFIXES:
@@ -162,6 +165,9 @@ def _download(name: str) -> Path:
     """Download a repository from the hub unless it is in the cache, and return its local folder.
 
     The result is cached, so that a process uses the same revision throughout.
+
+    Raises:
+        UserError: if the hub has no such repository or cannot be reached.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -190,6 +196,9 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
 
     `content` is the loaded content of the files of weights that `find_transformer` returns. `ema` has no effect,
     because the folder holds one set of weights.
+
+    Raises:
+        UserError: if the folder is damaged or of another layout, or contradicts the overrides.
     """
     files = find_transformer(path)
     if files is None:
@@ -246,6 +255,9 @@ def _frequency_shift(path, stored: dict, overrides: dict) -> int:
     """Return the shift of the timestep frequencies (see `models.TimestepEmbedder`) that weights were trained with.
 
     Prints a warning if neither the config.json nor the user gives it.
+
+    Raises:
+        UserError: if the user and the config.json contradict each other.
     """
     given, recorded = overrides.get("frequency_shift"), stored.get("frequency_shift")
     # Earlier exports of this project have a class with the published frequencies.

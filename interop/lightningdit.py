@@ -142,7 +142,11 @@ def block_options(state: dict[str, Tensor], i: int, rope: str, hidden_size: int)
 
 
 def write(path, models: dict[str, nn.Module], config: dict):
-    """Write LightningDiTs as one file, with a config that LightningDiT's scripts have. `interop` documents it."""
+    """Write LightningDiTs as one file, with a config that LightningDiT's scripts have. `interop` documents it.
+
+    Raises:
+        UserError: if the model was trained with Gaussian diffusion, or could not be told from one of REPA.
+    """
     if not flow_target(config["diffusion"]):
         raise UserError("a file of LightningDiT holds a flow, and this model was trained with Gaussian diffusion")
     warn_of_shift(path, config)

@@ -218,7 +218,11 @@ def fingerprint(path) -> str:
 
 
 def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[str, Tensor]] | None:
-    """Read this project's format. `interop` documents the arguments and the result."""
+    """Read this project's format. `interop` documents the arguments and the result.
+
+    Raises:
+        UserError: if the config describes no model, or contradicts the overrides.
+    """
     if content.get("format") != FORMAT:
         return None
     config = content["config"]

@@ -112,7 +112,11 @@ def _reverse_time(path, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(path, models: dict[str, nn.Module], config: dict):
-    """Write the EMA weights of a DiT^DH as a bare state dict, which RAE's scripts load. `interop` documents it."""
+    """Write the EMA weights of a DiT^DH as a bare state dict, which RAE's scripts load. `interop` documents it.
+
+    Raises:
+        UserError: if the process is not that of RAE's files.
+    """
     if flow_target(config["diffusion"]) != PROCESS:
         raise UserError("a file of RAE holds a flow of the linear path that predicts the velocity, which this is not")
     warn_of_shift(path, config, usual_shift(config["model"]["backbone"]))

@@ -277,6 +277,9 @@ def _count_classes(path, backbone: dict, stored: dict, overrides: dict) -> dict:
     """Return a backbone's arguments with the number of classes and whether its table has a row for the null class.
 
     The table alone does not tell, so that it is taken to have one unless the file or the user says something else.
+
+    Raises:
+        UserError: if the file contradicts its tensors.
     """
     rows = backbone["num_classes"] + 1
     classes, dropout = stored.get("num_classes"), stored.get("class_dropout_prob", stored.get("cfg_prob"))
@@ -307,6 +310,9 @@ def _guess_data(path, backbone: dict, stored: dict, record: Backbone) -> dict:
 
     Four channels are the latents of a published VAE, and as many as the published models of the backbone denoise are
     theirs, whose VAE is not known. Others are pixels.
+
+    Raises:
+        UserError: if what the file says about its images does not suit its tensors.
     """
     channels, latent_side = backbone["in_channels"], backbone["input_size"]
     vae = dict(assumed_vae(channels))

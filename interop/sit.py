@@ -49,6 +49,9 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     """Read a training checkpoint of SiT or a checkpoint of REPA. `interop` documents the arguments and the result.
 
     The config's part "source" says how the weights of a REPA model were changed.
+
+    Raises:
+        UserError: if it is a model of REPA that does not predict the velocity.
     """
     args = stored_settings(content)
     state = find_state_dict(content, ema)
@@ -89,6 +92,9 @@ def _latent_normalization(path, norm: dict[str, Tensor], channels: int) -> dict:
 
     It has no affine parameters: z becomes (z - mean) / sqrt(var) in each channel. The VAE was trained together with the
     network, so that the file's latents are those of no published VAE.
+
+    Raises:
+        UserError: if the batch norm does not hold a mean and a positive variance per channel, or is affine.
     """
     mean, var = norm.get("running_mean"), norm.get("running_var")
     fits = mean is not None and var is not None and mean.shape == var.shape == (channels,)
@@ -196,6 +202,9 @@ def write(path, models: dict[str, nn.Module], config: dict):
     """Write flow DiTs as a training checkpoint of SiT. `interop` documents the arguments.
 
     The arguments of the training run are stored as a dict, which torch.load reads without further permission.
+
+    Raises:
+        UserError: if the model was trained with Gaussian diffusion.
     """
     process, name = config["diffusion"], config["model"]["name"]
     if not flow_target(process):

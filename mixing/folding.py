@@ -32,6 +32,9 @@ def switching_stage(remix: nn.Module, s: int) -> nn.Module:
     """Return a module to fold the experts of stage s into, one after the other, in eval mode.
 
     With low-rank bases, it shares all tensors with the Remix.
+
+    Raises:
+        ValueError: if the Remix is sharded.
     """
     if fsdp.is_sharded(remix):
         raise ValueError("a sharded Remix cannot be folded in place: sample with the Remix, or with its experts")

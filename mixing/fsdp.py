@@ -213,7 +213,11 @@ def _without_values(module: nn.Module, device: str) -> dict[int, Tensor]:
 
 @torch.no_grad()
 def gather_plain(remix: nn.Module, s: int) -> nn.Module | None:
-    """Return a plain copy of stage s of a sharded Remix on rank 0, whose mixed layers are not initialized."""
+    """Return a plain copy of stage s of a sharded Remix on rank 0, whose mixed layers are not initialized.
+
+    Raises:
+        ValueError: if another function than `fully_shard` has sharded the Remix.
+    """
     if not hasattr(remix, "plain_on_meta"):
         raise ValueError(
             "this Remix was not sharded by mixing.fsdp.fully_shard: load its full state dict into a whole Remix"

@@ -132,7 +132,11 @@ def short_names(paths: list[Path]) -> list[str]:
 
 
 def read_folder(folder: Path) -> tuple[dict, list[dict], list[dict]]:
-    """Return the config, the reports and the scores in a run's folder."""
+    """Return the config, the reports and the scores in a run's folder.
+
+    Raises:
+        UserError: if the folder holds no run, or one of its files is empty or damaged.
+    """
     config, metrics = folder / "config.json", folder / "metrics.jsonl"
     for path in (config, metrics):
         if not path.is_file():
@@ -161,6 +165,9 @@ def read_scores(path: Path) -> list[tuple[Path, Evaluation]]:
     """Return the scores in a JSON file of evaluator.py, with the folder of the run that the samples are from.
 
     The file lists scores by the path of the samples, or is that of one folder of samples and lies in it.
+
+    Raises:
+        UserError: if it is no file of evaluator.py, or the settings.json of the samples is missing or damaged.
     """
     try:
         content = json.loads(path.read_text())

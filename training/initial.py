@@ -151,7 +151,11 @@ def make_model(
 def load_initial_model(
     name: str, shape: dict, mixing: dict | None, prior_bonus: float, start: InitialWeights
 ) -> nn.Module:
-    """Load the weights at step 0 and check that they fit the run; the arguments are those of `make_model`."""
+    """Load the weights at step 0 and check that they fit the run; the arguments are those of `make_model`.
+
+    Raises:
+        UserError: if they do not.
+    """
     path = start.path
     record = find_model(name).backbone
     # What the user says about a file's options is compared with the file.

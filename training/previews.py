@@ -134,6 +134,9 @@ def choose_decoder(
 
     Returns:
         The decoder, or None if nothing is decoded; and a line that says what will be drawn.
+
+    Raises:
+        UserError: if the VAE does not decode as many channels as the features have.
     """
     if not sample_every:
         return None, "no pictures (--sample-every 0)"

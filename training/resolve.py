@@ -40,7 +40,11 @@ RECIPES = {
 
 
 def independent_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """Return the flags of each run: one, or one per independent expert, which differ in --timesteps and --prefix."""
+    """Return the flags of each run: one, or one per independent expert, which differ in --timesteps and --prefix.
+
+    Raises:
+        UserError: if other flags do not suit --independent.
+    """
     if not args.independent:
         return [args]
     if find_model(args.model).with_experts or args.timesteps:
@@ -79,6 +83,9 @@ def process_options(args: argparse.Namespace, shape: tuple[int, ...]) -> dict:
     Args:
         args: the flags.
         shape: shape (C, H, W) of the features.
+
+    Raises:
+        UserError: if flags contradict each other, the process or the recipe.
     """
     options = {name: value for name in FLOW_OPTIONS if (value := getattr(args, name)) is not None}
     recipe = RECIPES[args.recipe]
@@ -103,7 +110,11 @@ def process_options(args: argparse.Namespace, shape: tuple[int, ...]) -> dict:
 
 
 def loss_weight(args: argparse.Namespace) -> dict:
-    """Return the keyword arguments of `create_process` that concern the loss only, as the flags give them."""
+    """Return the keyword arguments of `create_process` that concern the loss only, as the flags give them.
+
+    Raises:
+        UserError: if flags contradict each other or the process.
+    """
     weight = {"min_snr": args.min_snr, "min_weight": args.min_weight}
     weight = {name: value for name, value in weight.items() if value is not None}
     if weight and args.process != GaussianDiffusion.name:
@@ -116,7 +127,11 @@ def loss_weight(args: argparse.Namespace) -> dict:
 
 
 def mixing_options(args: argparse.Namespace, process: Process) -> dict | None:
-    """Return the keyword arguments of a RemixDiT that the flags give, or None for a plain DiT."""
+    """Return the keyword arguments of a RemixDiT that the flags give, or None for a plain DiT.
+
+    Raises:
+        UserError: if flags of a RemixDiT are given to a plain DiT.
+    """
     backbone, _, with_experts = find_model(args.model)
     if not with_experts:
         for name in ("boundaries", "rank", "freeze", "mix_modulation"):

@@ -175,7 +175,11 @@ def schedule_steps(path, state: dict, training: dict, extend: str) -> int | None
 
 
 def newest_checkpoint(present: list[Path]) -> tuple[Path | None, dict[Path, str]]:
-    """Return the first undamaged checkpoint of a list, and the damaged ones before it with what is wrong with them."""
+    """Return the first undamaged checkpoint of a list, and the damaged ones before it with what is wrong with them.
+
+    Raises:
+        UserError: if all of them are damaged.
+    """
     damaged = {}
     for path in present:
         reason = find_corruption(path)

@@ -183,7 +183,11 @@ class Inputs:
 
 
 def plan_run(args: argparse.Namespace) -> Run:
-    """Check the flags of a run against each other and the features, and build its model."""
+    """Check the flags of a run against each other and the features, and build its model.
+
+    Raises:
+        UserError: if they contradict each other.
+    """
     dataset = open_features(args)
     shape = model_shape(dataset, args.num_classes) | frequency_override(args.timestep_frequencies)
     options = process_options(args, dataset.shape)
