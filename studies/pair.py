@@ -30,7 +30,7 @@ from tables import markdown, mean_and_std, with_star
 from diffusion import create_process
 from models import DIT, DiT_models
 from remix import Remix
-from runtime.command_line import ArgumentParser, positive_int, seed_int
+from runtime.command_line import ArgumentParser, number, positive_int, seed_int
 from runtime.files import atomic_write, lock_folder
 from training.statistics import HeldOutErrors
 
@@ -46,7 +46,7 @@ VARIANTS = {
     "shared-bonus-0": dict(n_basis=4, n_experts=8, rank=4, prior_bonus=0),
 }
 REFERENCE = "two-loras"
-RATES = (1e-2, 3e-3)
+RATES = [1e-2, 3e-3]
 PRIOR_STRENGTH = 1e-4
 BATCH = 128
 COLUMNS = ["variant", "lr", "seed", "steps", "error", "low", "high", "minutes", "commit", "date"]
@@ -60,17 +60,18 @@ def main(args):
     train, test = read_sheets("train"), read_sheets("test")
     # Before the runs, in which the code may change.
     code = code_version()
-    done = {(row["variant"], float(row["lr"]), int(row["seed"])) for row in read_results(out)}
-    for lr in (0.0, *RATES):
+    done = {(row["variant"], float(row["lr"]), int(row["seed"]), int(row["steps"])) for row in read_results(out)}
+    for lr in (0.0, *args.rates):
+        steps = args.steps if lr else 0
         for seed, variant in product(args.seeds, VARIANTS if lr else ["pair"]):
-            if (variant, lr, seed) in done:
+            if (variant, lr, seed, steps) in done:
                 continue
             start = time.perf_counter()
             stages = make_pair(work / f"pair-{seed}-{args.pair_steps}.safetensors", train, seed, args.pair_steps)
-            model = adapt(stages, variant, upside_down(train), seed, args.steps, lr)
+            model = adapt(stages, variant, upside_down(train), seed, steps, lr)
             errors = measure(model, upside_down(test), args.per_timestep)  # [250]
             low, high = errors[:125].mean(), errors[125:].mean()
-            row = dict(variant=variant, lr=lr, seed=seed, steps=args.steps if lr else 0)
+            row = dict(variant=variant, lr=lr, seed=seed, steps=steps)
             row |= {"error": f"{errors.mean():.7f}", "low": f"{low:.7f}", "high": f"{high:.7f}"}
             row |= dict(minutes=f"{(time.perf_counter() - start) / 60:.1f}", commit=code, date=time.strftime("%F"))
             append_row(out / "pair.csv", COLUMNS, row)
@@ -167,24 +168,29 @@ def read_results(out: Path) -> list[dict]:
 
 
 def make_table(results: list[dict]) -> str:
-    """Return the table of the results: mean errors, and their changes relative to two LoRAs of the same rate."""
+    """Return the table of the results: mean errors, and their changes relative to two LoRAs of equal rate and steps."""
     values = {}
     for row in results:
         errors = np.array([float(row[key]) for key in ("error", "low", "high")])
-        values.setdefault((row["variant"], float(row["lr"])), {})[row["seed"]] = errors
+        values.setdefault((row["variant"], float(row["lr"]), int(row["steps"])), {})[row["seed"]] = errors
     lines = []
-    for (variant, lr), errors in values.items():
-        reference = values.get((REFERENCE, lr), {})
+    for (variant, *setting), errors in values.items():
+        reference = values.get((REFERENCE, *setting), {})
         changes = [100 * (errors[seed] / reference[seed] - 1) for seed in errors if seed in reference]
         changes = ["-"] * 3 if variant == REFERENCE or not changes else [with_star(x) for x in np.transpose(changes)]
         error = mean_and_std([row[0] for row in errors.values()], 5)
-        lines.append([variant, f"{lr:g}" if lr else "-", str(len(errors)), error, *changes])
-    return markdown("variant | rate | seeds | error | change, % | t < 500, % | t >= 500, %", lines) + "\n"
+        lines.append(
+            [variant, *(f"{number:g}" if number else "-" for number in setting), str(len(errors)), error, *changes]
+        )
+    return markdown("variant | rate | steps | seeds | error | change, % | t < 500, % | t >= 500, %", lines) + "\n"
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(description="Compare shared low-rank bases of two stages with LoRAs of their own.")
     parser.add_argument("--seeds", type=seed_int, nargs="+", default=[0, 1, 2], help="seeds of the pretrained models")
+    parser.add_argument(
+        "--rates", type=number(float, 0, above=True), nargs="+", default=RATES, help="learning rates of each variant"
+    )
     parser.add_argument("--steps", type=positive_int, default=300, help="training steps of each variant")
     parser.add_argument("--pair-steps", type=positive_int, default=300, help="training steps of each stage of the pair")
     parser.add_argument("--per-timestep", type=positive_int, default=100, help="images for the error of each timestep")

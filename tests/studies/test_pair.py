@@ -3,6 +3,7 @@
 import re
 import sys
 from argparse import Namespace
+from itertools import product
 
 import pytest
 import torch
@@ -21,10 +22,9 @@ RESULTS = ROOT / "studies" / "results" / "pair"
 def test_the_table_is_that_of_the_committed_results():
     results = pair.read_results(RESULTS)
     assert (RESULTS / "table.md").read_text() == pair.make_table(results)
-    runs = [(row["variant"], float(row["lr"]), row["seed"]) for row in results]
+    runs = [(row["variant"], float(row["lr"]), int(row["steps"]), int(row["seed"])) for row in results]
     assert len({*runs}) == len(runs)
-    first = {(variant, pair.RATES[0], str(seed)) for variant in pair.VARIANTS for seed in range(3)}
-    assert first <= {*runs}
+    assert {*product(pair.VARIANTS, pair.RATES, [300], range(3))} <= {*runs}
     for row in results:
         assert (float(row["low"]) + float(row["high"])) / 2 == pytest.approx(float(row["error"]), abs=1e-6)
 
@@ -53,13 +53,18 @@ def test_sheets_are_read_as_they_were_written():
 
 
 @pytest.mark.slow
-def test_the_runner_computes_only_what_is_missing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pair, "RATES", (1e-2,))
-    settings = dict(steps=2, pair_steps=2, per_timestep=1, out=str(tmp_path / "out"), work=str(tmp_path / "work"))
-    pair.main(Namespace(seeds=[0], **settings))
+def test_the_runner_computes_only_what_is_missing(tmp_path, capsys):
+    settings = dict(pair_steps=2, per_timestep=1, out=str(tmp_path / "out"), work=str(tmp_path / "work"))
+    settings |= dict(seeds=[0], rates=[1e-2])
+    pair.main(Namespace(steps=2, **settings))
     rows = pair.read_results(tmp_path / "out")
     assert [row["variant"] for row in rows] == ["pair", *pair.VARIANTS]
     capsys.readouterr()
-    pair.main(Namespace(seeds=[0], **settings))
+    pair.main(Namespace(steps=2, **settings))
     assert not capsys.readouterr().out
     assert pair.read_results(tmp_path / "out") == rows
+
+    pair.main(Namespace(steps=1, **settings))
+    longer = pair.read_results(tmp_path / "out")
+    assert longer[: len(rows)] == rows
+    assert [(row["variant"], row["steps"]) for row in longer[len(rows) :]] == [(name, "1") for name in pair.VARIANTS]
