@@ -47,6 +47,11 @@ def attention(name: str) -> tuple[str, ...]:
     return parts(name, "to_q", "to_k", "to_v", "to_out.0")
 
 
+def kandinsky_attention(name: str) -> tuple[str, ...]:
+    """Return the names of the four projections of an attention layer of Kandinsky."""
+    return parts(name, "to_query", "to_key", "to_value", "out_layer")
+
+
 def feed_forward(name: str) -> tuple[str, ...]:
     """Return the names of the two layers of an MLP."""
     return parts(name, "net.0.proj", "net.2")
@@ -78,6 +83,9 @@ WAN = inside("blocks", *attention("attn1"), *attention("attn2"), *feed_forward("
 IMAGE_OF_WAN = inside("blocks", "attn2.add_k_proj", "attn2.add_v_proj")
 # Those of CogVideoX and CogView.
 COG = inside("transformer_blocks", *attention("attn1"), *feed_forward("ff"))
+# Those of JoyImage-Edit.
+JOY = inside("double_blocks", *feed_forward("img_mlp"), *feed_forward("txt_mlp"))
+JOY += inside("double_blocks", *parts("attn", "img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj"))
 # Those of PixArt.
 PIXART = inside("transformer_blocks", *attention("attn1"), *attention("attn2"), *feed_forward("ff"))
 # LTX-2: attention in the video and in the audio, to the text, and between video and audio.
@@ -200,16 +208,29 @@ PRESETS = {
         reverses=True,
         batch_dims={"attention_kwargs": 0},
     ),
-    "JoyImageEditTransformer3DModel": Preset(
-        inside("double_blocks", *feed_forward("img_mlp"), *feed_forward("txt_mlp"))
-        + inside("double_blocks", *parts("attn", "img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj")),
-    ),
+    "JoyImageEditPlusTransformer3DModel": Preset(JOY),
+    "JoyImageEditTransformer3DModel": Preset(JOY),
     # The blocks of the text are not mixed.
     "Kandinsky5Transformer3DModel": Preset(
-        inside("visual_transformer_blocks", *parts("self_attention", "to_query", "to_key", "to_value", "out_layer"))
-        + inside("visual_transformer_blocks", *parts("cross_attention", "to_query", "to_key", "to_value", "out_layer"))
+        inside("visual_transformer_blocks", *kandinsky_attention("self_attention"))
+        + inside("visual_transformer_blocks", *kandinsky_attention("cross_attention"))
         + inside("visual_transformer_blocks", "feed_forward.in_layer", "feed_forward.out_layer"),
         unbatched=("visual_rope_pos", "text_rope_pos", "scale_factor", "sparse_params"),
+    ),
+    "Kandinsky6SRTransformer3DModel": Preset(
+        inside("visual_transformer_blocks", *kandinsky_attention("self_attention"), *feed_forward("feed_forward")),
+    ),
+    "Kandinsky6Transformer3DModel": Preset(
+        inside("visual_transformer_blocks", *kandinsky_attention("video_dec_block.self_attention"))
+        + inside("visual_transformer_blocks", *kandinsky_attention("video_dec_block.cross_attention"))
+        + inside("visual_transformer_blocks", *feed_forward("video_dec_block.feed_forward")),
+        # Those of the audio, which a call may have.
+        inside("visual_transformer_blocks", *kandinsky_attention("audio_dec_block.self_attention"))
+        + inside("visual_transformer_blocks", *kandinsky_attention("audio_dec_block.cross_attention"))
+        + inside("visual_transformer_blocks", *feed_forward("audio_dec_block.feed_forward"))
+        + inside("visual_transformer_blocks", *kandinsky_attention("va_cross_attention"))
+        + inside("visual_transformer_blocks", *kandinsky_attention("av_cross_attention")),
+        unbatched=("visual_rope_pos",),
     ),
     "Krea2Transformer2DModel": Preset(
         inside("transformer_blocks", *attention("attn"), "attn.to_gate", *parts("ff", "gate", "up", "down")),
@@ -302,6 +323,11 @@ PRESETS = {
         batch_dims={"controlnet_block_samples": 0, "attention_kwargs": 0},
     ),
     "SkyReelsV2Transformer3DModel": Preset(WAN, IMAGE_OF_WAN, batch_dims={"attention_kwargs": 0}),
+    "WanAnimateTransformer3DModel": Preset(
+        WAN + inside("face_adapter", "to_q", "to_k", "to_v", "to_out"),
+        IMAGE_OF_WAN,
+        batch_dims={"attention_kwargs": 0},
+    ),
     "WanTransformer3DModel": Preset(WAN, IMAGE_OF_WAN, batch_dims={"attention_kwargs": 0}),
     "WanVACETransformer3DModel": Preset(
         WAN + inside("vace_blocks", *attention("attn1"), *attention("attn2"), *feed_forward("ffn")),
@@ -328,9 +354,6 @@ WITHOUT_PRESET = {
     "DualTransformer2DModel": "it is a part of a U-Net",
     "GlmImageTransformer2DModel": "its pipeline passes t - 1: give `timestep` as a function that adds 1",
     "HeliosTransformer3DModel": "not tested: its pyramid changes the resolution while it denoises",
-    "JoyImageEditPlusTransformer3DModel": "not tested",
-    "Kandinsky6SRTransformer3DModel": "not tested",
-    "Kandinsky6Transformer3DModel": "not tested",
     "MiniMaxH3Transformer3DModel": "`timestep` holds the distinct times of a batch, which `timestep_indices` selects",
     "NucleusMoEImageTransformer2DModel": "not tested: routed experts in its MLPs",
     "OmniGenTransformer2DModel": "`input_image_sizes` names samples by their index, so that no batch can be divided",
@@ -338,7 +361,6 @@ WITHOUT_PRESET = {
     "SanaWMTransformer3DModel": "not tested",
     "Transformer2DModel": "it is a part of a U-Net",
     "WanAnimate2Transformer3DModel": "not tested: it has a cache of keys and values",
-    "WanAnimateTransformer3DModel": "not tested",
 }
 
 

@@ -110,6 +110,18 @@ def hunyuan_autoencoder() -> nn.Module:
     )
 
 
+def kandinsky_autoencoder() -> Part:
+    """Instead of an image, the first latents are random numbers. The image consists of the first three channels."""
+    return Part(
+        dict(scaling_factor=1.0),
+        dtype=torch.float32,
+        spatial_compression_ratio=16,
+        temporal_compression_ratio=4,
+        encode=lambda video, return_dict: (Part({}, mode=lambda: normal(1, 4, 1, 8, 8)),),
+        decode=lambda latents, return_dict: (latents[:, :3].repeat_interleave(16, 3).repeat_interleave(16, 4) / 10,),
+    )
+
+
 def prepare_fibo(pipe):
     text, layers = normal(1, TEXT, 16), [normal(1, TEXT, 16)] * 2
     ones = torch.ones(1, TEXT)
@@ -120,6 +132,10 @@ def prepare_ideogram(pipe):
     packed = packed_text(1)
     roles = [packed[name] for name in ("position_ids", "segment_ids", "indicator")]
     pipe.encode_prompt = lambda **_: (normal(1, TEXT + SIDE * SIDE, 16), *roles)
+
+
+def prepare_joy(pipe):
+    pipe.encode_prompt_multiple_images = lambda **_: (normal(1, TEXT, 16), torch.ones(1, TEXT))
 
 
 def prepare_longcat(pipe):
@@ -213,12 +229,28 @@ RUNS = {
         parts=lambda: dict(unconditional_transformer=tiny("Ideogram4Transformer2DModel")),
         prepare=prepare_ideogram,
     ),
+    "JoyImageEditPlusTransformer3DModel": Run(
+        "JoyImageEditPlusPipeline",
+        # It refuses embeddings without a prompt, and prompts with embeddings.
+        call=dict(prompt="") | dict.fromkeys([*embeddings("prompt_embeds"), *masks("prompt_embeds_mask")]),
+        prepare=prepare_joy,
+    ),
     "JoyImageEditTransformer3DModel": Run("JoyImageEditPipeline"),
     "Kandinsky5Transformer3DModel": Run(
         "Kandinsky5T2IPipeline",
         call=embeddings("prompt_embeds_qwen")
         | embeddings("prompt_embeds_clip", shape=(1, 8))
         | {f"{kind}prompt_cu_seqlens": torch.tensor([0, TEXT]) for kind in ("", "negative_")},
+    ),
+    "Kandinsky6SRTransformer3DModel": Run(
+        "Kandinsky6SRPipeline",
+        call=dict(video=normal(1, 1, 3, 64, 64), resolution_scale=2, output_type="pt"),
+        parts=lambda: dict(vae=kandinsky_autoencoder()),
+    ),
+    "Kandinsky6Transformer3DModel": Run(
+        "Kandinsky6TI2VAPipeline",
+        call=embeddings("pooled_prompt_embeds", shape=(1, 8)),
+        parts=lambda: dict(vocoder=Part({}), audio_vae=Part(dict(sample_rate=16000), latent_hop_length=1024)),
     ),
     "Krea2Transformer2DModel": Run("Krea2Pipeline", SHIFTED, embeddings("prompt_embeds", shape=(1, TEXT, 2, 16))),
     "LTX2VideoTransformer3DModel": Run(
@@ -292,6 +324,16 @@ RUNS = {
         call=NO_BINS | dict(negative_prompt=None, frames=5),
     ),
     "SkyReelsV2Transformer3DModel": Run("SkyReelsV2Pipeline", scheduler="UniPCMultistepScheduler"),
+    "WanAnimateTransformer3DModel": Run(
+        "WanAnimatePipeline",
+        call=PICTURE
+        | embeddings("prompt_embeds", shape=(1, 512, 16))
+        | dict(pose_video=[PICTURE["image"]] * 5, face_video=[PICTURE["image"].resize((16, 16))] * 5)
+        | dict(segment_frame_length=5, guidance_scale=2.0),
+        parts=lambda: dict(vae=wan_autoencoder()),
+        settings=dict(in_channels=36, latent_channels=16, out_channels=16),
+        prepare=prepare_image,
+    ),
     "WanTransformer3DModel": Run("WanPipeline"),
     "WanVACETransformer3DModel": Run(
         "WanVACEPipeline",

@@ -89,6 +89,8 @@ COGVIDEO |= dict(sample_width=SIDE, sample_height=SIDE, sample_frames=5, max_tex
 COGVIEW = dict(**HEADS, in_channels=4, out_channels=4, num_layers=2, text_embed_dim=16, time_embed_dim=8)
 COGVIEW |= dict(condition_dim=4, pos_embed_max_size=8, sample_size=SIDE)
 HUNYUAN = dict(**HEADS, in_channels=4, out_channels=4, num_layers=1, num_refiner_layers=1, text_embed_dim=16)
+JOY = dict(in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=16, num_layers=2, rope_dim_list=[4, 4, 8])
+LAST_TEXT_OF_JOY = tuple(f"double_blocks.1.{name}" for name in ("attn.txt_attn_proj", *feed_forward("txt_mlp")))
 PIXART = dict(**HEADS, sample_size=SIDE, in_channels=4, out_channels=8, num_layers=2, norm_num_groups=4)
 
 TINY = {
@@ -243,12 +245,18 @@ TINY = {
         | dict(mrope_section=(4, 2, 2)),
         packed_text,
     ),
-    "JoyImageEditTransformer3DModel": Tiny(
-        dict(in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=16, num_layers=2, rope_dim_list=[4, 4, 8]),
-        lambda n: video(n) | text(n),
-        unused=tuple(f"double_blocks.1.{name}" for name in ("attn.txt_attn_proj", *feed_forward("txt_mlp"))),
+    "JoyImageEditPlusTransformer3DModel": Tiny(
+        JOY,
+        # Patches of a target of 4 and of a reference of 2, and one of padding.
+        lambda n: (
+            dict(hidden_states=torch.randn(n, 7, 4, 1, 2, 2), shape_list=[[(1, 2, 2), (1, 1, 2)]] * n)
+            | text(n)
+            | mask(n, "encoder_hidden_states_mask")
+        ),
+        unused=LAST_TEXT_OF_JOY,
         without=NO_LORA,
     ),
+    "JoyImageEditTransformer3DModel": Tiny(JOY, lambda n: video(n) | text(n), unused=LAST_TEXT_OF_JOY, without=NO_LORA),
     "Kandinsky5Transformer3DModel": Tiny(
         dict(in_visual_dim=4, in_text_dim=16, in_text_dim2=8, time_dim=8, out_visual_dim=4, model_dim=32, ff_dim=32)
         | dict(num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 4, 8)),
@@ -259,6 +267,26 @@ TINY = {
                 visual_rope_pos=[torch.arange(2), torch.arange(2), torch.arange(2)], text_rope_pos=torch.arange(TEXT)
             )
         ),
+    ),
+    "Kandinsky6SRTransformer3DModel": Tiny(
+        dict(in_visual_dim=4, out_visual_dim=4, time_dim=8, model_dim=32, ff_dim=32, num_visual_blocks=2)
+        | dict(axes_dims=(4, 4, 8), tile_sizes=((128, 128),)),
+        lambda n: dict(hidden_states=torch.randn(n, 2, 8, 8, 9)),
+        lora="transformer",
+    ),
+    "Kandinsky6Transformer3DModel": Tiny(
+        dict(in_visual_dim=4, out_visual_dim=4, in_text_dim=16, in_text_dim2=8, time_dim=8, model_dim=32, ff_dim=32)
+        | dict(num_text_blocks=1, num_visual_blocks=1, axes_dims=(4, 4, 8), in_audio_dim=4, out_audio_dim=4)
+        | dict(ca_rope=True, cross_gates=True, fix_modulation=True, visual_token_type_num_embeddings=2),
+        lambda n: (
+            dict(hidden_states=torch.randn(n, 2, SIDE, SIDE, 9), pooled_projections=torch.randn(n, 8))
+            | text(n)
+            | text(n, 4, "audio_hidden_states", 3)
+            # The second frame is a reference at the position of the first one.
+            | dict(visual_rope_pos=(torch.zeros(2).long(), torch.arange(2), torch.arange(2)))
+            | dict(visual_token_type_ids=torch.arange(2).expand(n, -1))
+        ),
+        lora="transformer",
     ),
     "Krea2Transformer2DModel": Tiny(
         dict(**HEADS, in_channels=4, num_layers=2, num_key_value_heads=1, intermediate_size=32, timestep_embed_dim=16)
@@ -378,6 +406,18 @@ TINY = {
         lambda n: video(n) | text(n),
     ),
     "SkyReelsV2Transformer3DModel": Tiny(WAN, lambda n: video(n) | text(n)),
+    "WanAnimateTransformer3DModel": Tiny(
+        WAN
+        | dict(in_channels=12, latent_channels=4, image_dim=8, added_kv_proj_dim=32, inject_face_latents_blocks=2)
+        | dict(motion_encoder_channel_sizes={"16": 4, "8": 4, "4": 4}, motion_encoder_size=16, motion_style_dim=8)
+        | dict(motion_dim=4, motion_encoder_dim=8, face_encoder_hidden_dim=8, face_encoder_num_heads=2),
+        lambda n: (
+            video(n, 12)
+            | text(n, length=512)
+            | text(n, 8, "encoder_hidden_states_image", 3)
+            | dict(pose_hidden_states=torch.randn(n, 4, 1, SIDE, SIDE), face_pixel_values=torch.randn(n, 3, 1, 16, 16))
+        ),
+    ),
     "WanTransformer3DModel": Tiny(
         WAN | dict(image_dim=8, added_kv_proj_dim=32),
         lambda n: video(n) | text(n, length=512) | text(n, 8, "encoder_hidden_states_image", 3),
