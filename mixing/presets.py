@@ -283,6 +283,14 @@ PRESETS = {
         + inside("single_transformer_blocks", *attention("cross_attn")),
         batch_dims={"attention_kwargs": 0},
     ),
+    # The routed experts of its MLPs are no linear layers. They are not mixed.
+    "NucleusMoEImageTransformer2DModel": Preset(
+        inside("transformer_blocks", *attention("attn"), *TEXT_ATTENTION[1:3]),
+        # The MLPs of some blocks have routed experts, and a shared one.
+        inside("transformer_blocks", *feed_forward("img_mlp"), *feed_forward("img_mlp.shared_expert")),
+        highest_level=1,
+        batch_dims={"attention_kwargs": 0},
+    ),
     "OvisImageTransformer2DModel": Preset(
         FLUX, highest_level=1, unbatched=POSITIONS, batch_dims={"joint_attention_kwargs": 0}
     ),
@@ -355,7 +363,6 @@ WITHOUT_PRESET = {
     "GlmImageTransformer2DModel": "its pipeline passes t - 1: give `timestep` as a function that adds 1",
     "HeliosTransformer3DModel": "not tested: its pyramid changes the resolution while it denoises",
     "MiniMaxH3Transformer3DModel": "`timestep` holds the distinct times of a batch, which `timestep_indices` selects",
-    "NucleusMoEImageTransformer2DModel": "not tested: routed experts in its MLPs",
     "OmniGenTransformer2DModel": "`input_image_sizes` names samples by their index, so that no batch can be divided",
     "SanaWMLTX2RefinerTransformer3DModel": "not tested: it has a cache of keys and values",
     "SanaWMTransformer3DModel": "not tested",

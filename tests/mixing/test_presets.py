@@ -66,7 +66,8 @@ def test_presets_name_the_layers_of_every_class():
     kinds = "joint_transformer_|single_transformer_|visual_transformer_|temporal_transformer_|transformer_|double_"
     kinds += "|double_stream_|single_stream_|txt_mode_|vace_|"
     blocks = re.compile(rf"(({kinds})blocks|mode_blocks\.\w+|layers|noise_refiner|face_adapter)\.\d+\.")
-    not_mixed = re.compile(r"norm|modulation|_mod\.|adaln|vace_blocks\.\d+\.proj_|ff_i\.experts")
+    not_mixed = r"norm|modulation|_mod\.|adaln|vace_blocks\.\d+\.proj_|ff_i\.experts|img_mlp\.gate$"
+    not_mixed = re.compile(rf"{not_mixed}|encoder_proj")
     for name, model in installed().items():
         with torch.device("meta"):
             module = getattr(importlib.import_module("diffusers"), name)(**model.settings)

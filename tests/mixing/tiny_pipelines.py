@@ -298,6 +298,7 @@ RUNS = {
         ),
         settings=dict(in_channels=9),
     ),
+    "NucleusMoEImageTransformer2DModel": Run("NucleusMoEImagePipeline", SHIFTED),
     "OvisImageTransformer2DModel": Run(
         "OvisImagePipeline", SHIFTED, dict(negative_prompt=None), settings=dict(in_channels=64, out_channels=64)
     ),

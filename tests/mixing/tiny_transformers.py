@@ -359,6 +359,15 @@ TINY = {
         lambda n: video(n) | text(n) | mask(n),
         lora="transformer",
     ),
+    "NucleusMoEImageTransformer2DModel": Tiny(
+        dict(**HEADS, in_channels=16, out_channels=4, num_layers=2, joint_attention_dim=16, axes_dims_rope=(4, 4, 8))
+        | dict(dense_moe_strategy="leave_first_block_dense", num_experts=2, moe_intermediate_dim=16, mlp_ratio=6.0)
+        | dict(capacity_factors=1.0),
+        lambda n: (
+            tokens(n, 16) | text(n) | mask(n, "encoder_hidden_states_mask") | dict(img_shapes=[(1, SIDE, SIDE)] * n)
+        ),
+        lora="transformer",
+    ),
     "OvisImageTransformer2DModel": Tiny(FLUX, lambda n: tokens(n) | text(n) | positions(), lora="transformer"),
     "PRXTransformer2DModel": Tiny(
         dict(in_channels=4, context_in_dim=16, hidden_size=32, num_heads=2, depth=2, axes_dim=[8, 8]),
@@ -452,8 +461,9 @@ def tiny(name: str, **settings) -> nn.Module:
     """A tiny model with random weights."""
     torch.manual_seed(0)
     module = getattr(importlib.import_module("diffusers"), name)(**TINY[name].settings | settings).eval()
-    for parameter in module.parameters():
-        if not parameter.any():
+    for key, parameter in module.named_parameters():
+        # The routed experts of Nucleus are not initialized.
+        if not parameter.any() or key.endswith(("experts.gate_up_proj", "experts.down_proj")):
             nn.init.normal_(parameter, std=0.1)
     return module
 
