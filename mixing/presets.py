@@ -330,6 +330,16 @@ PRESETS = {
         inside("transformer_blocks", *attention("attn1"), *attention("attn2")),
         batch_dims={"controlnet_block_samples": 0, "attention_kwargs": 0},
     ),
+    # Of several times, those of the frames, the one of the most noise selects the expert.
+    "SanaWMTransformer3DModel": Preset(
+        inside("blocks", *parts("attn", "qkv", "proj", "beta_proj", "gate_proj", "output_gate"))
+        + inside("blocks", *parts("cross_attn", "q_linear", "kv_linear", "proj")),
+        # Those of the camera, which a call may have. In some configurations, the MLPs are convolutions.
+        inside("blocks", *parts("attn", "q_proj_cam", "k_proj_cam", "v_proj_cam", "out_proj_cam"))
+        + inside("blocks", "mlp.fc1", "mlp.fc2"),
+        unbatched=("pos_embeds",),
+        batch_dims={"data_info": 0, "cam_pos_embeds": 0},
+    ),
     "SkyReelsV2Transformer3DModel": Preset(WAN, IMAGE_OF_WAN, batch_dims={"attention_kwargs": 0}),
     "WanAnimateTransformer3DModel": Preset(
         WAN + inside("face_adapter", "to_q", "to_k", "to_v", "to_out"),
@@ -365,7 +375,6 @@ WITHOUT_PRESET = {
     "MiniMaxH3Transformer3DModel": "`timestep` holds the distinct times of a batch, which `timestep_indices` selects",
     "OmniGenTransformer2DModel": "`input_image_sizes` names samples by their index, so that no batch can be divided",
     "SanaWMLTX2RefinerTransformer3DModel": "not tested: it has a cache of keys and values",
-    "SanaWMTransformer3DModel": "not tested",
     "Transformer2DModel": "it is a part of a U-Net",
     "WanAnimate2Transformer3DModel": "not tested: it has a cache of keys and values",
 }

@@ -67,7 +67,7 @@ def test_presets_name_the_layers_of_every_class():
     kinds += "|double_stream_|single_stream_|txt_mode_|vace_|"
     blocks = re.compile(rf"(({kinds})blocks|mode_blocks\.\w+|layers|noise_refiner|face_adapter)\.\d+\.")
     not_mixed = r"norm|modulation|_mod\.|adaln|vace_blocks\.\d+\.proj_|ff_i\.experts|img_mlp\.gate$"
-    not_mixed = re.compile(rf"{not_mixed}|encoder_proj")
+    not_mixed = re.compile(rf"{not_mixed}|encoder_proj|plucker_proj")
     for name, model in installed().items():
         with torch.device("meta"):
             module = getattr(importlib.import_module("diffusers"), name)(**model.settings)

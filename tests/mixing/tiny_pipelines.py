@@ -146,6 +146,10 @@ def prepare_image(pipe):
     pipe.encode_image = lambda *_, **__: normal(1, 3, 8)
 
 
+def prepare_sana_wm(pipe):
+    pipe._encode_first_frame = lambda *_: normal(1, 4, 1, 4, 4)
+
+
 PICTURE = dict(image=Image.new("RGB", (32, 32), (100, 150, 200)), height=32, width=32)
 NO_BINS = dict(use_resolution_binning=False)
 TWO_TEXTS = embeddings("prompt_embeds_2", shape=(1, TEXT, 8)) | masks("prompt_embeds_mask_2")
@@ -323,6 +327,14 @@ RUNS = {
         "SanaVideoPipeline",
         scheduler="DPMSolverMultistepScheduler",
         call=NO_BINS | dict(negative_prompt=None, frames=5),
+    ),
+    "SanaWMTransformer3DModel": Run(
+        "SanaWMPipeline",
+        call=embeddings("prompt_embeds", shape=(1, 1, TEXT, 16))
+        | dict(image=PICTURE["image"], height=128, width=128, prompt="", num_frames=9)
+        | dict(c2w=torch.eye(4).repeat(9, 1, 1).numpy(), intrinsics=[32, 32, 16, 16]),
+        settings=dict(chunk_plucker_channels=48, ffn_type="mlp"),
+        prepare=prepare_sana_wm,
     ),
     "SkyReelsV2Transformer3DModel": Run("SkyReelsV2Pipeline", scheduler="UniPCMultistepScheduler"),
     "WanAnimateTransformer3DModel": Run(

@@ -66,6 +66,7 @@ class Tiny:
         without: what is not tested or does not exist, each with the reason: "pipeline", "compile", "checkpointing" or
             "LoRA".
         lora: what reads files of LoRA: "pipeline", or "transformer" if its pipeline has no `load_lora_weights`.
+        times: what the argument of the noise level holds for samples with some times [n].
     """
 
     settings: dict
@@ -73,6 +74,7 @@ class Tiny:
     unused: tuple[str, ...] = ()
     without: dict[str, str] = field(default_factory=dict)
     lora: str = "pipeline"
+    times: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
 
 
 NO_LORA = {"LoRA": "diffusers reads none"}
@@ -414,6 +416,21 @@ TINY = {
         | dict(cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=16, rope_max_seq_len=32),
         lambda n: video(n) | text(n),
     ),
+    "SanaWMTransformer3DModel": Tiny(
+        dict(in_channels=4, num_layers=2, hidden_size=32, num_attention_heads=2, softmax_every_n=2, linear_head_dim=16)
+        | dict(caption_channels=16, chunk_plucker_channels=4),
+        lambda n: (
+            video(n)
+            | dict(encoder_hidden_states=torch.randn(n, 1, TEXT, 16))
+            | mask(n)
+            | dict(camera_conditions=cameras(n), chunk_plucker=torch.randn(n, 4, 2, SIDE, SIDE))
+        ),
+        # The gates of a block with softmax.
+        unused=("blocks.1.attn.beta_proj", "blocks.1.attn.gate_proj"),
+        without=NO_LORA,
+        # The first frame is clean.
+        times=lambda t: torch.stack([0 * t, t], -1)[:, None],
+    ),
     "SkyReelsV2Transformer3DModel": Tiny(WAN, lambda n: video(n) | text(n)),
     "WanAnimateTransformer3DModel": Tiny(
         WAN
@@ -441,6 +458,13 @@ TINY = {
         lambda n: dict(x=[*torch.randn(n, 4, 1, SIDE, SIDE)], cap_feats=[*torch.randn(n, TEXT, 16)]),
     ),
 }
+
+
+def cameras(n: int) -> torch.Tensor:
+    """A camera for each of two frames of n videos: its pose as a matrix, the focal lengths and the center."""
+    poses = torch.eye(4).repeat(n, 2, 1, 1)
+    poses[:, :, :3, 3] = torch.rand(n, 2, 3)
+    return torch.cat([poses.flatten(2), torch.tensor([4.0, 4.0, 2.0, 2.0]).expand(n, 2, -1)], -1)
 
 
 def allegro_positions() -> tuple:
@@ -482,4 +506,5 @@ def arguments_of(name: str) -> dict:
     torch.manual_seed(1)
     preset = PRESETS[name]
     levels = 1 - LEVELS if preset.reverses else LEVELS
-    return TINY[name].arguments(len(LEVELS)) | {preset.timestep: levels * preset.highest_level}
+    times = TINY[name].times(levels * preset.highest_level)
+    return TINY[name].arguments(len(LEVELS)) | {preset.timestep: times}
