@@ -172,6 +172,15 @@ PRESETS = {
         unbatched=POSITIONS,
         batch_dims={"joint_attention_kwargs": 0, **CONTROLNET_OF_FLUX},
     ),
+    "HeliosTransformer3DModel": Preset(
+        WAN,
+        # The positions of the frames.
+        unbatched=(
+            "indices_hidden_states",
+            *(f"indices_latents_history_{kind}" for kind in ("short", "mid", "long")),
+        ),
+        batch_dims={"attention_kwargs": 0},
+    ),
     # The routed experts of its MLPs see tokens. They are not mixed.
     "HiDreamImageTransformer2DModel": Preset(
         inside("double_stream_blocks", *parts("block.attn1", "to_q", "to_k", "to_v", "to_out"))
@@ -371,7 +380,6 @@ WITHOUT_PRESET = {
     "DreamLiteTransformer2DModel": "it is a part of a U-Net",
     "DualTransformer2DModel": "it is a part of a U-Net",
     "GlmImageTransformer2DModel": "its pipeline passes t - 1: give `timestep` as a function that adds 1",
-    "HeliosTransformer3DModel": "not tested: its pyramid changes the resolution while it denoises",
     "MiniMaxH3Transformer3DModel": "`timestep` holds the distinct times of a batch, which `timestep_indices` selects",
     "OmniGenTransformer2DModel": "`input_image_sizes` names samples by their index, so that no batch can be divided",
     "SanaWMLTX2RefinerTransformer3DModel": "not tested: it has a cache of keys and values",

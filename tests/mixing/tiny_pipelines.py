@@ -110,6 +110,15 @@ def hunyuan_autoencoder() -> nn.Module:
     )
 
 
+def helios_autoencoder() -> Part:
+    scales = dict(scale_factor_temporal=4, scale_factor_spatial=8)
+    return Part(
+        dict(z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4) | scales,
+        dtype=torch.float32,
+        decode=lambda latents, return_dict: (latents,),
+    )
+
+
 def kandinsky_autoencoder() -> Part:
     """Instead of an image, the first latents are random numbers. The image consists of the first three channels."""
     return Part(
@@ -198,6 +207,12 @@ RUNS = {
     "Flux2Transformer2DModel": Run("Flux2Pipeline", SHIFTED),
     "Flux3Transformer2DModel": Run(None, argument=lambda t: t / 1000),
     "FluxTransformer2DModel": Run("FluxPipeline"),
+    "HeliosTransformer3DModel": Run(
+        "HeliosPyramidPipeline",
+        scheduler="HeliosScheduler",
+        call=dict(pyramid_num_inference_steps_list=[3, 3, 3], history_sizes=[4, 2, 1], num_latent_frames_per_chunk=2),
+        parts=lambda: dict(vae=helios_autoencoder()),
+    ),
     "HiDreamImageTransformer2DModel": Run(
         "HiDreamImagePipeline",
         call=embeddings("prompt_embeds_t5") | embeddings("prompt_embeds_llama3", shape=(2, 1, TEXT, 16)),

@@ -171,6 +171,19 @@ TINY = {
             tokens(n) | text(n) | positions() | dict(pooled_projections=torch.randn(n, 16), guidance=torch.rand(n))
         ),
     ),
+    "HeliosTransformer3DModel": Tiny(
+        {key: value for key, value in WAN.items() if key != "rope_max_seq_len"} | dict(rope_dim=(4, 4, 8)),
+        lambda n: (
+            video(n)
+            | text(n)
+            | dict(indices_hidden_states=torch.arange(7, 9)[None])
+            | {f"indices_latents_history_{kind}": torch.arange(2)[None] for kind in ("short", "mid")}
+            | dict(indices_latents_history_long=torch.arange(4)[None])
+            | dict(latents_history_short=torch.randn(n, 4, 2, SIDE, SIDE))
+            | dict(latents_history_mid=torch.randn(n, 4, 2, SIDE, SIDE))
+            | dict(latents_history_long=torch.randn(n, 4, 4, SIDE, SIDE))
+        ),
+    ),
     "HiDreamImageTransformer2DModel": Tiny(
         dict(**HEADS, patch_size=2, in_channels=4, num_layers=1, num_single_layers=1, caption_channels=[16, 16])
         | dict(text_emb_dim=16, num_routed_experts=2, num_activated_experts=1, axes_dims_rope=(4, 4, 8))
