@@ -382,9 +382,9 @@ WITHOUT_PRESET = {
     "GlmImageTransformer2DModel": "its pipeline passes t - 1: give `timestep` as a function that adds 1",
     "MiniMaxH3Transformer3DModel": "`timestep` holds the distinct times of a batch, which `timestep_indices` selects",
     "OmniGenTransformer2DModel": "`input_image_sizes` names samples by their index, so that no batch can be divided",
-    "SanaWMLTX2RefinerTransformer3DModel": "not tested: it has a cache of keys and values",
+    "SanaWMLTX2RefinerTransformer3DModel": "all steps read the keys and values of clean frames: those of expert 0",
     "Transformer2DModel": "it is a part of a U-Net",
-    "WanAnimate2Transformer3DModel": "not tested: it has a cache of keys and values",
+    "WanAnimate2Transformer3DModel": "all steps read the keys and values of a reference: those of the last expert",
 }
 
 
