@@ -243,6 +243,27 @@ def test_activations_of_another_expert_are_refused(monkeypatch):
         call(torch.zeros(1, 1), torch.zeros(1), cache=None)
 
 
+def test_a_cache_of_keys_and_values_is_refused():
+    """That of diffusers for the text in Nucleus. Other caches are enabled in the module."""
+    enabled = []
+
+    class Cached(Denoiser):
+        def enable_cache(self, config):
+            enabled.append((type(self), config))
+
+    class TextKVCacheConfig:
+        pass
+
+    remix = Remix(Cached(), ["layers.*.a"], timestep="t", highest_level=1, n_experts=4)
+    for module in (remix, FoldedRemix(remix)):
+        with pytest.raises(ValueError, match="a TextKVCacheConfig would pass keys and values of one expert to another"):
+            module.enable_cache(TextKVCacheConfig())
+        module.enable_cache("another")
+    assert enabled == [(Cached, "another")] * 2
+    with pytest.raises(AttributeError, match="'Denoiser' object has no attribute 'enable_cache'"):
+        Remix(Denoiser(), ["layers.*.a"], timestep="t", highest_level=1, n_experts=4).enable_cache("another")
+
+
 def test_a_class_without_a_preset_says_why(monkeypatch):
     monkeypatch.setitem(WITHOUT_PRESET, "Denoiser", "its times are secret")
     with pytest.raises(ValueError, match="layers and timestep must be given for a Denoiser: its times are secret"):
