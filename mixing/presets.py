@@ -47,6 +47,11 @@ def attention(name: str) -> tuple[str, ...]:
     return parts(name, "to_q", "to_k", "to_v", "to_out.0")
 
 
+def kandinsky_attention(name: str) -> tuple[str, ...]:
+    """Return the names of the four projections of an attention layer of Kandinsky."""
+    return parts(name, "to_query", "to_key", "to_value", "out_layer")
+
+
 def feed_forward(name: str) -> tuple[str, ...]:
     """Return the names of the two layers of an MLP."""
     return parts(name, "net.0.proj", "net.2")
@@ -78,6 +83,9 @@ WAN = inside("blocks", *attention("attn1"), *attention("attn2"), *feed_forward("
 IMAGE_OF_WAN = inside("blocks", "attn2.add_k_proj", "attn2.add_v_proj")
 # Those of CogVideoX and CogView.
 COG = inside("transformer_blocks", *attention("attn1"), *feed_forward("ff"))
+# Those of JoyImage-Edit.
+JOY = inside("double_blocks", *feed_forward("img_mlp"), *feed_forward("txt_mlp"))
+JOY += inside("double_blocks", *parts("attn", "img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj"))
 # Those of PixArt.
 PIXART = inside("transformer_blocks", *attention("attn1"), *attention("attn2"), *feed_forward("ff"))
 # LTX-2: attention in the video and in the audio, to the text, and between video and audio.
@@ -164,6 +172,15 @@ PRESETS = {
         unbatched=POSITIONS,
         batch_dims={"joint_attention_kwargs": 0, **CONTROLNET_OF_FLUX},
     ),
+    "HeliosTransformer3DModel": Preset(
+        WAN,
+        # The positions of the frames.
+        unbatched=(
+            "indices_hidden_states",
+            *(f"indices_latents_history_{kind}" for kind in ("short", "mid", "long")),
+        ),
+        batch_dims={"attention_kwargs": 0},
+    ),
     # The routed experts of its MLPs see tokens. They are not mixed.
     "HiDreamImageTransformer2DModel": Preset(
         inside("double_stream_blocks", *parts("block.attn1", "to_q", "to_k", "to_v", "to_out"))
@@ -200,16 +217,29 @@ PRESETS = {
         reverses=True,
         batch_dims={"attention_kwargs": 0},
     ),
-    "JoyImageEditTransformer3DModel": Preset(
-        inside("double_blocks", *feed_forward("img_mlp"), *feed_forward("txt_mlp"))
-        + inside("double_blocks", *parts("attn", "img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj")),
-    ),
+    "JoyImageEditPlusTransformer3DModel": Preset(JOY),
+    "JoyImageEditTransformer3DModel": Preset(JOY),
     # The blocks of the text are not mixed.
     "Kandinsky5Transformer3DModel": Preset(
-        inside("visual_transformer_blocks", *parts("self_attention", "to_query", "to_key", "to_value", "out_layer"))
-        + inside("visual_transformer_blocks", *parts("cross_attention", "to_query", "to_key", "to_value", "out_layer"))
+        inside("visual_transformer_blocks", *kandinsky_attention("self_attention"))
+        + inside("visual_transformer_blocks", *kandinsky_attention("cross_attention"))
         + inside("visual_transformer_blocks", "feed_forward.in_layer", "feed_forward.out_layer"),
         unbatched=("visual_rope_pos", "text_rope_pos", "scale_factor", "sparse_params"),
+    ),
+    "Kandinsky6SRTransformer3DModel": Preset(
+        inside("visual_transformer_blocks", *kandinsky_attention("self_attention"), *feed_forward("feed_forward")),
+    ),
+    "Kandinsky6Transformer3DModel": Preset(
+        inside("visual_transformer_blocks", *kandinsky_attention("video_dec_block.self_attention"))
+        + inside("visual_transformer_blocks", *kandinsky_attention("video_dec_block.cross_attention"))
+        + inside("visual_transformer_blocks", *feed_forward("video_dec_block.feed_forward")),
+        # Those of the audio, which a call may have.
+        inside("visual_transformer_blocks", *kandinsky_attention("audio_dec_block.self_attention"))
+        + inside("visual_transformer_blocks", *kandinsky_attention("audio_dec_block.cross_attention"))
+        + inside("visual_transformer_blocks", *feed_forward("audio_dec_block.feed_forward"))
+        + inside("visual_transformer_blocks", *kandinsky_attention("va_cross_attention"))
+        + inside("visual_transformer_blocks", *kandinsky_attention("av_cross_attention")),
+        unbatched=("visual_rope_pos",),
     ),
     "Krea2Transformer2DModel": Preset(
         inside("transformer_blocks", *attention("attn"), "attn.to_gate", *parts("ff", "gate", "up", "down")),
@@ -262,6 +292,14 @@ PRESETS = {
         + inside("single_transformer_blocks", *attention("cross_attn")),
         batch_dims={"attention_kwargs": 0},
     ),
+    # The routed experts of its MLPs are no linear layers. They are not mixed.
+    "NucleusMoEImageTransformer2DModel": Preset(
+        inside("transformer_blocks", *attention("attn"), *TEXT_ATTENTION[1:3]),
+        # The MLPs of some blocks have routed experts, and a shared one.
+        inside("transformer_blocks", *feed_forward("img_mlp"), *feed_forward("img_mlp.shared_expert")),
+        highest_level=1,
+        batch_dims={"attention_kwargs": 0},
+    ),
     "OvisImageTransformer2DModel": Preset(
         FLUX, highest_level=1, unbatched=POSITIONS, batch_dims={"joint_attention_kwargs": 0}
     ),
@@ -301,7 +339,22 @@ PRESETS = {
         inside("transformer_blocks", *attention("attn1"), *attention("attn2")),
         batch_dims={"controlnet_block_samples": 0, "attention_kwargs": 0},
     ),
+    # Of several times, those of the frames, the one of the most noise selects the expert.
+    "SanaWMTransformer3DModel": Preset(
+        inside("blocks", *parts("attn", "qkv", "proj", "beta_proj", "gate_proj", "output_gate"))
+        + inside("blocks", *parts("cross_attn", "q_linear", "kv_linear", "proj")),
+        # Those of the camera, which a call may have. In some configurations, the MLPs are convolutions.
+        inside("blocks", *parts("attn", "q_proj_cam", "k_proj_cam", "v_proj_cam", "out_proj_cam"))
+        + inside("blocks", "mlp.fc1", "mlp.fc2"),
+        unbatched=("pos_embeds",),
+        batch_dims={"data_info": 0, "cam_pos_embeds": 0},
+    ),
     "SkyReelsV2Transformer3DModel": Preset(WAN, IMAGE_OF_WAN, batch_dims={"attention_kwargs": 0}),
+    "WanAnimateTransformer3DModel": Preset(
+        WAN + inside("face_adapter", "to_q", "to_k", "to_v", "to_out"),
+        IMAGE_OF_WAN,
+        batch_dims={"attention_kwargs": 0},
+    ),
     "WanTransformer3DModel": Preset(WAN, IMAGE_OF_WAN, batch_dims={"attention_kwargs": 0}),
     "WanVACETransformer3DModel": Preset(
         WAN + inside("vace_blocks", *attention("attn1"), *attention("attn2"), *feed_forward("ffn")),
@@ -327,18 +380,11 @@ WITHOUT_PRESET = {
     "DreamLiteTransformer2DModel": "it is a part of a U-Net",
     "DualTransformer2DModel": "it is a part of a U-Net",
     "GlmImageTransformer2DModel": "its pipeline passes t - 1: give `timestep` as a function that adds 1",
-    "HeliosTransformer3DModel": "not tested: its pyramid changes the resolution while it denoises",
-    "JoyImageEditPlusTransformer3DModel": "not tested",
-    "Kandinsky6SRTransformer3DModel": "not tested",
-    "Kandinsky6Transformer3DModel": "not tested",
     "MiniMaxH3Transformer3DModel": "`timestep` holds the distinct times of a batch, which `timestep_indices` selects",
-    "NucleusMoEImageTransformer2DModel": "not tested: routed experts in its MLPs",
     "OmniGenTransformer2DModel": "`input_image_sizes` names samples by their index, so that no batch can be divided",
-    "SanaWMLTX2RefinerTransformer3DModel": "not tested: it has a cache of keys and values",
-    "SanaWMTransformer3DModel": "not tested",
+    "SanaWMLTX2RefinerTransformer3DModel": "all steps read the keys and values of clean frames: those of expert 0",
     "Transformer2DModel": "it is a part of a U-Net",
-    "WanAnimate2Transformer3DModel": "not tested: it has a cache of keys and values",
-    "WanAnimateTransformer3DModel": "not tested",
+    "WanAnimate2Transformer3DModel": "all steps read the keys and values of a reference: those of the last expert",
 }
 
 

@@ -256,6 +256,17 @@ class TransparentModule(nn.Module):
         owner, _, part = name.rpartition(".")
         return getattr(self.get_submodule(owner), part)
 
+    def enable_cache(self, config: Any):
+        """Enable a cache of a model of diffusers.
+
+        Raises:
+            ValueError: if it stores keys and values of the text for all steps.
+            AttributeError: if the submodule has no caches.
+        """
+        if type(config).__name__ == "TextKVCacheConfig":
+            raise ValueError("a TextKVCacheConfig would pass keys and values of one expert to another: leave it out")
+        self.__getattr__("enable_cache")(config)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

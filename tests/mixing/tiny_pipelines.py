@@ -110,6 +110,27 @@ def hunyuan_autoencoder() -> nn.Module:
     )
 
 
+def helios_autoencoder() -> Part:
+    scales = dict(scale_factor_temporal=4, scale_factor_spatial=8)
+    return Part(
+        dict(z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4) | scales,
+        dtype=torch.float32,
+        decode=lambda latents, return_dict: (latents,),
+    )
+
+
+def kandinsky_autoencoder() -> Part:
+    """Instead of an image, the first latents are random numbers. The image consists of the first three channels."""
+    return Part(
+        dict(scaling_factor=1.0),
+        dtype=torch.float32,
+        spatial_compression_ratio=16,
+        temporal_compression_ratio=4,
+        encode=lambda video, return_dict: (Part({}, mode=lambda: normal(1, 4, 1, 8, 8)),),
+        decode=lambda latents, return_dict: (latents[:, :3].repeat_interleave(16, 3).repeat_interleave(16, 4) / 10,),
+    )
+
+
 def prepare_fibo(pipe):
     text, layers = normal(1, TEXT, 16), [normal(1, TEXT, 16)] * 2
     ones = torch.ones(1, TEXT)
@@ -122,12 +143,20 @@ def prepare_ideogram(pipe):
     pipe.encode_prompt = lambda **_: (normal(1, TEXT + SIDE * SIDE, 16), *roles)
 
 
+def prepare_joy(pipe):
+    pipe.encode_prompt_multiple_images = lambda **_: (normal(1, TEXT, 16), torch.ones(1, TEXT))
+
+
 def prepare_longcat(pipe):
     pipe._encode_prompt = lambda prompt: normal(1, TEXT, 16)
 
 
 def prepare_image(pipe):
     pipe.encode_image = lambda *_, **__: normal(1, 3, 8)
+
+
+def prepare_sana_wm(pipe):
+    pipe._encode_first_frame = lambda *_: normal(1, 4, 1, 4, 4)
 
 
 PICTURE = dict(image=Image.new("RGB", (32, 32), (100, 150, 200)), height=32, width=32)
@@ -178,6 +207,12 @@ RUNS = {
     "Flux2Transformer2DModel": Run("Flux2Pipeline", SHIFTED),
     "Flux3Transformer2DModel": Run(None, argument=lambda t: t / 1000),
     "FluxTransformer2DModel": Run("FluxPipeline"),
+    "HeliosTransformer3DModel": Run(
+        "HeliosPyramidPipeline",
+        scheduler="HeliosScheduler",
+        call=dict(pyramid_num_inference_steps_list=[3, 3, 3], history_sizes=[4, 2, 1], num_latent_frames_per_chunk=2),
+        parts=lambda: dict(vae=helios_autoencoder()),
+    ),
     "HiDreamImageTransformer2DModel": Run(
         "HiDreamImagePipeline",
         call=embeddings("prompt_embeds_t5") | embeddings("prompt_embeds_llama3", shape=(2, 1, TEXT, 16)),
@@ -213,12 +248,28 @@ RUNS = {
         parts=lambda: dict(unconditional_transformer=tiny("Ideogram4Transformer2DModel")),
         prepare=prepare_ideogram,
     ),
+    "JoyImageEditPlusTransformer3DModel": Run(
+        "JoyImageEditPlusPipeline",
+        # It refuses embeddings without a prompt, and prompts with embeddings.
+        call=dict(prompt="") | dict.fromkeys([*embeddings("prompt_embeds"), *masks("prompt_embeds_mask")]),
+        prepare=prepare_joy,
+    ),
     "JoyImageEditTransformer3DModel": Run("JoyImageEditPipeline"),
     "Kandinsky5Transformer3DModel": Run(
         "Kandinsky5T2IPipeline",
         call=embeddings("prompt_embeds_qwen")
         | embeddings("prompt_embeds_clip", shape=(1, 8))
         | {f"{kind}prompt_cu_seqlens": torch.tensor([0, TEXT]) for kind in ("", "negative_")},
+    ),
+    "Kandinsky6SRTransformer3DModel": Run(
+        "Kandinsky6SRPipeline",
+        call=dict(video=normal(1, 1, 3, 64, 64), resolution_scale=2, output_type="pt"),
+        parts=lambda: dict(vae=kandinsky_autoencoder()),
+    ),
+    "Kandinsky6Transformer3DModel": Run(
+        "Kandinsky6TI2VAPipeline",
+        call=embeddings("pooled_prompt_embeds", shape=(1, 8)),
+        parts=lambda: dict(vocoder=Part({}), audio_vae=Part(dict(sample_rate=16000), latent_hop_length=1024)),
     ),
     "Krea2Transformer2DModel": Run("Krea2Pipeline", SHIFTED, embeddings("prompt_embeds", shape=(1, TEXT, 2, 16))),
     "LTX2VideoTransformer3DModel": Run(
@@ -266,6 +317,7 @@ RUNS = {
         ),
         settings=dict(in_channels=9),
     ),
+    "NucleusMoEImageTransformer2DModel": Run("NucleusMoEImagePipeline", SHIFTED),
     "OvisImageTransformer2DModel": Run(
         "OvisImagePipeline", SHIFTED, dict(negative_prompt=None), settings=dict(in_channels=64, out_channels=64)
     ),
@@ -291,7 +343,25 @@ RUNS = {
         scheduler="DPMSolverMultistepScheduler",
         call=NO_BINS | dict(negative_prompt=None, frames=5),
     ),
+    "SanaWMTransformer3DModel": Run(
+        "SanaWMPipeline",
+        call=embeddings("prompt_embeds", shape=(1, 1, TEXT, 16))
+        | dict(image=PICTURE["image"], height=128, width=128, prompt="", num_frames=9)
+        | dict(c2w=torch.eye(4).repeat(9, 1, 1).numpy(), intrinsics=[32, 32, 16, 16]),
+        settings=dict(chunk_plucker_channels=48, ffn_type="mlp"),
+        prepare=prepare_sana_wm,
+    ),
     "SkyReelsV2Transformer3DModel": Run("SkyReelsV2Pipeline", scheduler="UniPCMultistepScheduler"),
+    "WanAnimateTransformer3DModel": Run(
+        "WanAnimatePipeline",
+        call=PICTURE
+        | embeddings("prompt_embeds", shape=(1, 512, 16))
+        | dict(pose_video=[PICTURE["image"]] * 5, face_video=[PICTURE["image"].resize((16, 16))] * 5)
+        | dict(segment_frame_length=5, guidance_scale=2.0),
+        parts=lambda: dict(vae=wan_autoencoder()),
+        settings=dict(in_channels=36, latent_channels=16, out_channels=16),
+        prepare=prepare_image,
+    ),
     "WanTransformer3DModel": Run("WanPipeline"),
     "WanVACETransformer3DModel": Run(
         "WanVACEPipeline",

@@ -66,6 +66,7 @@ class Tiny:
         without: what is not tested or does not exist, each with the reason: "pipeline", "compile", "checkpointing" or
             "LoRA".
         lora: what reads files of LoRA: "pipeline", or "transformer" if its pipeline has no `load_lora_weights`.
+        times: what the argument of the noise level holds for samples with some times [n].
     """
 
     settings: dict
@@ -73,6 +74,7 @@ class Tiny:
     unused: tuple[str, ...] = ()
     without: dict[str, str] = field(default_factory=dict)
     lora: str = "pipeline"
+    times: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
 
 
 NO_LORA = {"LoRA": "diffusers reads none"}
@@ -89,6 +91,8 @@ COGVIDEO |= dict(sample_width=SIDE, sample_height=SIDE, sample_frames=5, max_tex
 COGVIEW = dict(**HEADS, in_channels=4, out_channels=4, num_layers=2, text_embed_dim=16, time_embed_dim=8)
 COGVIEW |= dict(condition_dim=4, pos_embed_max_size=8, sample_size=SIDE)
 HUNYUAN = dict(**HEADS, in_channels=4, out_channels=4, num_layers=1, num_refiner_layers=1, text_embed_dim=16)
+JOY = dict(in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=16, num_layers=2, rope_dim_list=[4, 4, 8])
+LAST_TEXT_OF_JOY = tuple(f"double_blocks.1.{name}" for name in ("attn.txt_attn_proj", *feed_forward("txt_mlp")))
 PIXART = dict(**HEADS, sample_size=SIDE, in_channels=4, out_channels=8, num_layers=2, norm_num_groups=4)
 
 TINY = {
@@ -167,6 +171,19 @@ TINY = {
             tokens(n) | text(n) | positions() | dict(pooled_projections=torch.randn(n, 16), guidance=torch.rand(n))
         ),
     ),
+    "HeliosTransformer3DModel": Tiny(
+        {key: value for key, value in WAN.items() if key != "rope_max_seq_len"} | dict(rope_dim=(4, 4, 8)),
+        lambda n: (
+            video(n)
+            | text(n)
+            | dict(indices_hidden_states=torch.arange(7, 9)[None])
+            | {f"indices_latents_history_{kind}": torch.arange(2)[None] for kind in ("short", "mid")}
+            | dict(indices_latents_history_long=torch.arange(4)[None])
+            | dict(latents_history_short=torch.randn(n, 4, 2, SIDE, SIDE))
+            | dict(latents_history_mid=torch.randn(n, 4, 2, SIDE, SIDE))
+            | dict(latents_history_long=torch.randn(n, 4, 4, SIDE, SIDE))
+        ),
+    ),
     "HiDreamImageTransformer2DModel": Tiny(
         dict(**HEADS, patch_size=2, in_channels=4, num_layers=1, num_single_layers=1, caption_channels=[16, 16])
         | dict(text_emb_dim=16, num_routed_experts=2, num_activated_experts=1, axes_dims_rope=(4, 4, 8))
@@ -243,12 +260,18 @@ TINY = {
         | dict(mrope_section=(4, 2, 2)),
         packed_text,
     ),
-    "JoyImageEditTransformer3DModel": Tiny(
-        dict(in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=16, num_layers=2, rope_dim_list=[4, 4, 8]),
-        lambda n: video(n) | text(n),
-        unused=tuple(f"double_blocks.1.{name}" for name in ("attn.txt_attn_proj", *feed_forward("txt_mlp"))),
+    "JoyImageEditPlusTransformer3DModel": Tiny(
+        JOY,
+        # Patches of a target of 4 and of a reference of 2, and one of padding.
+        lambda n: (
+            dict(hidden_states=torch.randn(n, 7, 4, 1, 2, 2), shape_list=[[(1, 2, 2), (1, 1, 2)]] * n)
+            | text(n)
+            | mask(n, "encoder_hidden_states_mask")
+        ),
+        unused=LAST_TEXT_OF_JOY,
         without=NO_LORA,
     ),
+    "JoyImageEditTransformer3DModel": Tiny(JOY, lambda n: video(n) | text(n), unused=LAST_TEXT_OF_JOY, without=NO_LORA),
     "Kandinsky5Transformer3DModel": Tiny(
         dict(in_visual_dim=4, in_text_dim=16, in_text_dim2=8, time_dim=8, out_visual_dim=4, model_dim=32, ff_dim=32)
         | dict(num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 4, 8)),
@@ -259,6 +282,26 @@ TINY = {
                 visual_rope_pos=[torch.arange(2), torch.arange(2), torch.arange(2)], text_rope_pos=torch.arange(TEXT)
             )
         ),
+    ),
+    "Kandinsky6SRTransformer3DModel": Tiny(
+        dict(in_visual_dim=4, out_visual_dim=4, time_dim=8, model_dim=32, ff_dim=32, num_visual_blocks=2)
+        | dict(axes_dims=(4, 4, 8), tile_sizes=((128, 128),)),
+        lambda n: dict(hidden_states=torch.randn(n, 2, 8, 8, 9)),
+        lora="transformer",
+    ),
+    "Kandinsky6Transformer3DModel": Tiny(
+        dict(in_visual_dim=4, out_visual_dim=4, in_text_dim=16, in_text_dim2=8, time_dim=8, model_dim=32, ff_dim=32)
+        | dict(num_text_blocks=1, num_visual_blocks=1, axes_dims=(4, 4, 8), in_audio_dim=4, out_audio_dim=4)
+        | dict(ca_rope=True, cross_gates=True, fix_modulation=True, visual_token_type_num_embeddings=2),
+        lambda n: (
+            dict(hidden_states=torch.randn(n, 2, SIDE, SIDE, 9), pooled_projections=torch.randn(n, 8))
+            | text(n)
+            | text(n, 4, "audio_hidden_states", 3)
+            # The second frame is a reference at the position of the first one.
+            | dict(visual_rope_pos=(torch.zeros(2).long(), torch.arange(2), torch.arange(2)))
+            | dict(visual_token_type_ids=torch.arange(2).expand(n, -1))
+        ),
+        lora="transformer",
     ),
     "Krea2Transformer2DModel": Tiny(
         dict(**HEADS, in_channels=4, num_layers=2, num_key_value_heads=1, intermediate_size=32, timestep_embed_dim=16)
@@ -331,6 +374,15 @@ TINY = {
         lambda n: video(n) | text(n) | mask(n),
         lora="transformer",
     ),
+    "NucleusMoEImageTransformer2DModel": Tiny(
+        dict(**HEADS, in_channels=16, out_channels=4, num_layers=2, joint_attention_dim=16, axes_dims_rope=(4, 4, 8))
+        | dict(dense_moe_strategy="leave_first_block_dense", num_experts=2, moe_intermediate_dim=16, mlp_ratio=6.0)
+        | dict(capacity_factors=1.0),
+        lambda n: (
+            tokens(n, 16) | text(n) | mask(n, "encoder_hidden_states_mask") | dict(img_shapes=[(1, SIDE, SIDE)] * n)
+        ),
+        lora="transformer",
+    ),
     "OvisImageTransformer2DModel": Tiny(FLUX, lambda n: tokens(n) | text(n) | positions(), lora="transformer"),
     "PRXTransformer2DModel": Tiny(
         dict(in_channels=4, context_in_dim=16, hidden_size=32, num_heads=2, depth=2, axes_dim=[8, 8]),
@@ -377,7 +429,34 @@ TINY = {
         | dict(cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=16, rope_max_seq_len=32),
         lambda n: video(n) | text(n),
     ),
+    "SanaWMTransformer3DModel": Tiny(
+        dict(in_channels=4, num_layers=2, hidden_size=32, num_attention_heads=2, softmax_every_n=2, linear_head_dim=16)
+        | dict(caption_channels=16, chunk_plucker_channels=4),
+        lambda n: (
+            video(n)
+            | dict(encoder_hidden_states=torch.randn(n, 1, TEXT, 16))
+            | mask(n)
+            | dict(camera_conditions=cameras(n), chunk_plucker=torch.randn(n, 4, 2, SIDE, SIDE))
+        ),
+        # The gates of a block with softmax.
+        unused=("blocks.1.attn.beta_proj", "blocks.1.attn.gate_proj"),
+        without=NO_LORA,
+        # The first frame is clean.
+        times=lambda t: torch.stack([0 * t, t], -1)[:, None],
+    ),
     "SkyReelsV2Transformer3DModel": Tiny(WAN, lambda n: video(n) | text(n)),
+    "WanAnimateTransformer3DModel": Tiny(
+        WAN
+        | dict(in_channels=12, latent_channels=4, image_dim=8, added_kv_proj_dim=32, inject_face_latents_blocks=2)
+        | dict(motion_encoder_channel_sizes={"16": 4, "8": 4, "4": 4}, motion_encoder_size=16, motion_style_dim=8)
+        | dict(motion_dim=4, motion_encoder_dim=8, face_encoder_hidden_dim=8, face_encoder_num_heads=2),
+        lambda n: (
+            video(n, 12)
+            | text(n, length=512)
+            | text(n, 8, "encoder_hidden_states_image", 3)
+            | dict(pose_hidden_states=torch.randn(n, 4, 1, SIDE, SIDE), face_pixel_values=torch.randn(n, 3, 1, 16, 16))
+        ),
+    ),
     "WanTransformer3DModel": Tiny(
         WAN | dict(image_dim=8, added_kv_proj_dim=32),
         lambda n: video(n) | text(n, length=512) | text(n, 8, "encoder_hidden_states_image", 3),
@@ -392,6 +471,13 @@ TINY = {
         lambda n: dict(x=[*torch.randn(n, 4, 1, SIDE, SIDE)], cap_feats=[*torch.randn(n, TEXT, 16)]),
     ),
 }
+
+
+def cameras(n: int) -> torch.Tensor:
+    """A camera for each of two frames of n videos: its pose as a matrix, the focal lengths and the center."""
+    poses = torch.eye(4).repeat(n, 2, 1, 1)
+    poses[:, :, :3, 3] = torch.rand(n, 2, 3)
+    return torch.cat([poses.flatten(2), torch.tensor([4.0, 4.0, 2.0, 2.0]).expand(n, 2, -1)], -1)
 
 
 def allegro_positions() -> tuple:
@@ -412,8 +498,9 @@ def tiny(name: str, **settings) -> nn.Module:
     """A tiny model with random weights."""
     torch.manual_seed(0)
     module = getattr(importlib.import_module("diffusers"), name)(**TINY[name].settings | settings).eval()
-    for parameter in module.parameters():
-        if not parameter.any():
+    for key, parameter in module.named_parameters():
+        # The routed experts of Nucleus are not initialized.
+        if not parameter.any() or key.endswith(("experts.gate_up_proj", "experts.down_proj")):
             nn.init.normal_(parameter, std=0.1)
     return module
 
@@ -432,4 +519,5 @@ def arguments_of(name: str) -> dict:
     torch.manual_seed(1)
     preset = PRESETS[name]
     levels = 1 - LEVELS if preset.reverses else LEVELS
-    return TINY[name].arguments(len(LEVELS)) | {preset.timestep: levels * preset.highest_level}
+    times = TINY[name].times(levels * preset.highest_level)
+    return TINY[name].arguments(len(LEVELS)) | {preset.timestep: times}
