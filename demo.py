@@ -153,19 +153,18 @@ def cut_sheet(path: Path) -> np.ndarray:
     return sheet.reshape(-1, SIDE, sheet.shape[1] // SIDE, SIDE).swapaxes(1, 2).reshape(-1, SIDE, SIDE)
 
 
-def draw_garments(samples: Path, path: Path, columns: int = 10):
-    """Draw samples of each class, one class per row.
+def draw_garments(samples: Path, path: Path):
+    """Draw up to ten samples of each class, one class per row.
 
     Args:
         samples: .npz file of sample_ddp.py.
         path: the PNG to write.
-        columns: samples of each class, or as many as each class has.
     """
     from figures import save_grid
 
     with np.load(samples) as file:
         images, labels = file["arr_0"], file["arr_1"]
-    columns = min(columns, np.bincount(labels).min())
+    columns = min(10, np.bincount(labels).min())
     # "9-ankle-boot". Only the first image of a row has a caption, which may be wider than the image.
     names = [sheet.stem.split("-", 1)[1] for sheet in sorted((IMAGES / "test").glob("*.png"))]
     captions = [name if i == 0 else "" for name in names for i in range(columns)]

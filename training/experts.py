@@ -64,16 +64,6 @@ class Experts:
         """
         return 3 * find_backbone(self.backbone).count_flops(self.backbone.config)
 
-    def mixing_flops(self, n_groups: int) -> int:
-        """Count the FLOPs that mixing adds to a training step: Theta = alpha beta, and its gradients.
-
-        They depend neither on the number of images nor on their size.
-
-        Args:
-            n_groups: number of groups of the batch, each with one expert.
-        """
-        return 3 * 2 * n_groups * self.count_parameters().bases
-
     def low_rank_flops(self) -> int:
         """Count the FLOPs that low-rank bases add to a training step per image, forward and backward."""
         return 0
