@@ -162,7 +162,7 @@ def main(args: argparse.Namespace):
     report_skipped(folder, args.skip_bad, logger.info)
 
 
-def check_pixel_flags(vae: str, store: str, grayscale: bool, latent_stats: str | None = None):
+def check_pixel_flags(vae: str, store: str, grayscale: bool, latent_stats: str | None):
     """Raise UserError for flags that do not suit a VAE, or its absence."""
     if store == "moments" and vae == "none":
         raise UserError("--store moments is for a VAE's latents: with --vae none there is nothing to draw")

@@ -121,7 +121,7 @@ class SamplePreview:
 
 
 def choose_decoder(
-    sample_every: int, can_sample: bool, vae: str | None, dataset: FeatureDataset, loaded: Autoencoder | None = None
+    sample_every: int, can_sample: bool, vae: str | None, dataset: FeatureDataset, loaded: Autoencoder | None
 ) -> tuple[Autoencoder | None, str]:
     """Choose what decodes the samples that are drawn while training.
 
