@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffusion import FlowMatching
 from diffusion.interpolants import dimension_shift
 from interop.lightningdit import block_options, count_blocks
 from interop.shapes import (
@@ -25,7 +26,7 @@ from models import DITDH
 from runtime.errors import UserError
 from runtime.files import atomic_write
 
-PROCESS = {"process": "flow", "path": "linear", "prediction": "velocity"}
+PROCESS = {"process": FlowMatching.name, "path": "linear", "prediction": "velocity"}
 CHANGES = "RAE: the network is called at 1 - t and its output is negated, both as a change of the weights"
 
 

@@ -7,7 +7,7 @@ import re
 
 from torch import Tensor
 
-from diffusion import FlowMatching, create_process
+from diffusion import FlowMatching, GaussianDiffusion, create_process
 from diffusion.intervals import TIMESTEPS
 from features.autoencoder import SHORT_NAMES
 from models import DIT, TIMESTEP_FREQUENCIES, Backbone, model_names
@@ -108,7 +108,7 @@ def gaussian_process(path, stored: dict, learn_sigma: bool) -> dict:
             "and use it with --process flow"
         )
     changed = {key: stored[key] for key, value in GAUSSIAN_DEFAULTS.items() if stored.get(key, value) != value}
-    options = {"process": "gaussian"} | ({} if learn_sigma else {"learn_sigma": False}) | changed
+    options = {"process": GaussianDiffusion.name} | ({} if learn_sigma else {"learn_sigma": False}) | changed
     try:
         create_process(**options)
     except (ValueError, TypeError) as error:
@@ -199,7 +199,8 @@ def make_config(
         raise UserError(f"{path} fits no registered model ({shape}): specify its number of heads (num_heads)")
     return {
         "model": {"name": name or "custom", "architecture": record.name, "backbone": backbone, "remix": remix},
-        "diffusion": {"process": "gaussian"} | ({} if backbone.get("learn_sigma") else {"learn_sigma": False}),
+        "diffusion": {"process": GaussianDiffusion.name}
+        | ({} if backbone.get("learn_sigma") else {"learn_sigma": False}),
         "data": _guess_data(path, backbone, stored, record),
         "training": None,
     }
@@ -213,11 +214,8 @@ def flow_target(process: dict) -> dict[str, str]:
     """
     if process.get("process") != FlowMatching.name:
         return {}
-    return {
-        "process": FlowMatching.name,
-        "path": process.get("path", "linear"),
-        "prediction": process.get("prediction", "velocity"),
-    }
+    defaults = FlowMatching().config
+    return {"process": FlowMatching.name} | {key: process.get(key, defaults[key]) for key in ("path", "prediction")}
 
 
 def warn_of_flow(path, config: dict):

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffusion import create_process
+from diffusion import FlowMatching, create_process
 from interop.shapes import (
     backbone_from_shapes,
     find_state_dict,
@@ -115,7 +115,7 @@ def _process(path, paths: dict[str, str], args: dict) -> dict:
     """Return the "diffusion" part of a config for training arguments, whose path types `paths` lists."""
     for ours, theirs in paths.items():
         if theirs == args["path_type"]:
-            process = {"process": "flow", "path": ours, "prediction": args["prediction"]}
+            process = {"process": FlowMatching.name, "path": ours, "prediction": args["prediction"]}
             try:
                 create_process(**process)
             except ValueError as error:
