@@ -74,25 +74,10 @@ def main(args: argparse.Namespace):
         return make_reference(Path(args.reference), images, args) if is_first_process() else None
     folder = Path(args.features_path)
     check_pixel_flags(args.vae, args.store, args.grayscale, args.latent_stats)
-    settings = dict(
-        images=len(images),
-        classes=images.classes,
-        image_size=args.image_size,
-        vae=args.vae,
-        mirror=args.mirror,
-        grayscale=args.grayscale,
-        seed=args.global_seed,
-        names=images.fingerprint(),
-        store=args.store,
-        dtype=args.dtype,
-    )
-    # Pixels have none.
     normalization = load_normalization(args.vae)
     if args.latent_stats:
         normalization = load_statistics(args.latent_stats)
-    if args.vae != "none":
-        settings |= normalization.record()
-    settings |= images.samples()
+    settings = record_settings(args, images, normalization)
     complete = finished(folder, settings)
     crops = Crops(images, args.image_size, args.grayscale, args.max_pixels)
     repaired = repaired_shards(folder, crops)
@@ -110,15 +95,9 @@ def main(args: argparse.Namespace):
     lock_folder(folder, "--features-path")
     remove_leftovers(folder)
     n_shards = count_shards(images)
-    present = {shard for shard in range(n_shards) if shard_path(folder, "features", shard).exists()} - repaired
-    missing = [shard for shard in range(n_shards) if shard not in present]
+    missing = [i for i in range(n_shards) if i in repaired or not shard_path(folder, "features", i).exists()]
     n_missing = sum(len(shard_images(shard, images)) for shard in missing)
-    n_views = 2 if args.mirror else 1
-    channels = (1 if args.grayscale else autoencoder.channels[-1]) * (2 if args.store == "moments" else 1)
-    disk = None
-    if is_first_process():
-        needed = n_missing * n_views * channels * side**2 * np.dtype(args.dtype).itemsize
-        disk = check_disk(folder, needed, "features to encode")
+    disk = check_space(folder, args, n_missing, autoencoder, side) if is_first_process() else None
 
     # Set up the processes, the device and the folder.
     world = setup()
@@ -135,7 +114,7 @@ def main(args: argparse.Namespace):
     world.barrier()
     logger.info(
         f"{counted(len(images), 'image')} of {counted(len(images.classes), 'class', 'classes')}, "
-        f"{counted(n_views, 'view')} each -> {folder}"
+        f"{counted(2 if args.mirror else 1, 'view')} each -> {folder}"
     )
     for note in [*images.notes, disk]:
         logger.info(note)
@@ -170,6 +149,26 @@ def check_pixel_flags(vae: str, store: str, grayscale: bool, latent_stats: str |
         raise UserError("--latent-stats is for the latents of a VAE, not for --vae none")
     if grayscale and vae != "none":
         raise UserError("--grayscale is for pixels: use it with --vae none")
+
+
+def record_settings(args: argparse.Namespace, images: LabelledImages, normalization: Normalization) -> dict:
+    """Return what the features depend on, for the file SETTINGS."""
+    settings = dict(
+        images=len(images),
+        classes=images.classes,
+        image_size=args.image_size,
+        vae=args.vae,
+        mirror=args.mirror,
+        grayscale=args.grayscale,
+        seed=args.global_seed,
+        names=images.fingerprint(),
+        store=args.store,
+        dtype=args.dtype,
+    )
+    # Pixels have no normalization.
+    if args.vae != "none":
+        settings |= normalization.record()
+    return settings | images.samples()
 
 
 def finished(folder: Path, settings: dict) -> bool:
@@ -211,6 +210,14 @@ def features_side(image_size: int, autoencoder: Autoencoder, model: str | None) 
         except ValueError as error:
             raise UserError(f"--image-size {image_size} gives features of side {side}. {model}: {error}") from None
     return side
+
+
+def check_space(folder: Path, args: argparse.Namespace, n_images: int, autoencoder: Autoencoder, side: int) -> str:
+    """Return a line about the disk space that images to encode need. Raises UserError if there is not enough."""
+    channels = (1 if args.grayscale else autoencoder.channels[-1]) * (2 if args.store == "moments" else 1)
+    n_views = 2 if args.mirror else 1
+    needed = n_images * n_views * channels * side**2 * np.dtype(args.dtype).itemsize
+    return check_disk(folder, needed, "features to encode")
 
 
 def count_shards(images: LabelledImages) -> int:
