@@ -92,20 +92,7 @@ def main(args: argparse.Namespace):
     guide = load_guide(args, config) if args.guide_ckpt else None
     pipeline = make_pipeline(model, guide, config, settings, vae, args.ckpt[0])
     folder = Path(args.sample_dir) / (args.name or default_name(args, settings))
-    fingerprints = [fingerprint(path) for path in args.ckpt]
-    record = {
-        "ckpt": args.ckpt,
-        "ckpt_fingerprint": fingerprints,
-        "backbone": config["model"]["backbone"],
-        "process": config["diffusion"]["process"],
-        "vae": vae,
-        **asdict(settings),
-        "guide_ckpt": args.guide_ckpt,
-        "guide_fingerprint": args.guide_ckpt and fingerprint(args.guide_ckpt),
-        "step_sizes": None,
-    }
-    if pipeline.evaluations is None:
-        record["step_sizes"] = "adaptive, common to each batch: the samples depend on per_proc_batch_size"
+    record = record_settings(args, config, vae, settings, adaptive=pipeline.evaluations is None)
     if finished(folder, record):
         return
     lock_folder(folder, "--name")
@@ -132,11 +119,7 @@ def main(args: argparse.Namespace):
     if world.is_main:
         write_json(folder / "settings.json", record)
     world.barrier()
-    steps = "adaptive" if pipeline.evaluations is None else f"{pipeline.evaluations:,}"
-    sampler = f"{settings.sampler}, {steps} network evaluations per sample, guidance scale {settings.cfg_scale}"
-    if settings.guidance_interval:
-        sampler += " at noise levels {:g} to {:g}".format(*settings.guidance_interval)
-    logger.info(f"{counted(total, 'sample')} by {sampler} -> {folder}")
+    logger.info(f"{counted(total, 'sample')} by {describe_sampler(settings, pipeline.evaluations)} -> {folder}")
     logger.info(disk)
 
     # Sample this process's share of the missing batches. Each batch is written to a file of its own.
@@ -243,6 +226,30 @@ def check_original_flags(n_basis: int | None, n_experts: int | None, tf32: bool,
         raise UserError(
             "--no-tf32: --precision replaces it; for fp32 without TF32 set NVIDIA_TF32_OVERRIDE=0 in the environment"
         )
+
+
+def record_settings(args: argparse.Namespace, config: dict, vae: str, settings: SampleSettings, adaptive: bool) -> dict:
+    """Return what the samples depend on, for settings.json; `adaptive`: whether the sampler chooses its steps."""
+    return {
+        "ckpt": args.ckpt,
+        "ckpt_fingerprint": [fingerprint(path) for path in args.ckpt],
+        "backbone": config["model"]["backbone"],
+        "process": config["diffusion"]["process"],
+        "vae": vae,
+        **asdict(settings),
+        "guide_ckpt": args.guide_ckpt,
+        "guide_fingerprint": args.guide_ckpt and fingerprint(args.guide_ckpt),
+        "step_sizes": "adaptive, common to each batch: the samples depend on per_proc_batch_size" if adaptive else None,
+    }
+
+
+def describe_sampler(settings: SampleSettings, evaluations: int | None) -> str:
+    """Describe how samples are drawn, with the network's evaluations per sample, or None for adaptive steps."""
+    steps = "adaptive" if evaluations is None else f"{evaluations:,}"
+    sampler = f"{settings.sampler}, {steps} network evaluations per sample, guidance scale {settings.cfg_scale}"
+    if settings.guidance_interval:
+        sampler += " at noise levels {:g} to {:g}".format(*settings.guidance_interval)
+    return sampler
 
 
 def default_name(args: argparse.Namespace, settings: SampleSettings) -> str:
