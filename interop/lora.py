@@ -447,27 +447,9 @@ def load_pairs(remix: Remix, path: Path) -> Pairs:
         UserError: see `read_lora`.
     """
     kind = remix.arguments.owner
-    try:
-        with safe_open(path, framework="pt") as file:
-            header, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as a safetensors file: {error}") from None
-    pairs, alphas = {}, {}
-    for key, tensor in tensors.items():
-        if key.endswith(".alpha") and tensor.numel() == 1:
-            alphas[key.removesuffix(".alpha")] = float(tensor)
-            continue
-        match = TENSORS.fullmatch(key)
-        if match is None or tensor.ndim != 2:
-            raise UserError(f"{path} holds {key} {list(tensor.shape)}, which pairs of linear layers cannot represent")
-        tensor = tensor.float()
-        if not tensor.isfinite().all():
-            raise UserError(f"{path} holds numbers in {key} that are not finite")
-        pairs.setdefault(match["layer"], {})["a" if match["a"] else "b"] = tensor
+    header, pairs, alphas = _read_tensors(path)
     known, mixed = _readable_layers(remix), dict(remix.mixed())
     others = [name for name in pairs if name not in known]
-    if not pairs:
-        raise UserError(f"{path} is no LoRA file: it holds no pairs")
     if others:
         raise UserError(
             f"{path} is no LoRA of this Remix of a {kind}: {len(others)} of its {len(pairs)} layers are not among the "
@@ -497,6 +479,34 @@ def load_pairs(remix: Remix, path: Path) -> Pairs:
             elif b.any():
                 raise UserError(f"{path} changes {layer}, which is no mixed layer of this Remix")
     return found
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, str], dict[str, dict[str, Tensor]], dict[str, float]]:
+    """Return the header of a LoRA file, and by the names in it, the tensors "a" and "b" of the layers, and their alpha.
+
+    Raises:
+        UserError: if it is no LoRA file, or holds what pairs cannot represent.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as a safetensors file: {error}") from None
+    pairs, alphas = {}, {}
+    for key, tensor in tensors.items():
+        if key.endswith(".alpha") and tensor.numel() == 1:
+            alphas[key.removesuffix(".alpha")] = float(tensor)
+            continue
+        match = TENSORS.fullmatch(key)
+        if match is None or tensor.ndim != 2:
+            raise UserError(f"{path} holds {key} {list(tensor.shape)}, which pairs of linear layers cannot represent")
+        tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} holds numbers in {key} that are not finite")
+        pairs.setdefault(match["layer"], {})["a" if match["a"] else "b"] = tensor
+    if not pairs:
+        raise UserError(f"{path} is no LoRA file: it holds no pairs")
+    return header, pairs, alphas
 
 
 def _readable_layers(remix: Remix) -> dict[str, list[str]]:
