@@ -21,18 +21,16 @@ ema: held-out error, FID or both over the width of the EMA, from the snapshots o
 """
 
 import argparse
-from functools import partial
-from itertools import chain, pairwise, zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from checkpoint import load_model
 from diffusion import create_process
-from diffusion.intervals import interval_labels, scale_of
+from diffusion.intervals import scale_of
 from evaluation.scores import NEIGHBOURS
 from features.autoencoder import Normalization
 from features.dataset import FeatureDataset
@@ -41,6 +39,7 @@ from interop.own import find_checkpoint
 from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override
 from remix import Remix
 from reports.ema import Measure, draw_ema, ema_scores, error_measure
+from reports.losses import draw_losses, expert_errors
 from reports.page import write_page
 from reports.plots import coefficients_over_steps, draw_coefficients_over_steps
 from reports.runs import read_runs
@@ -66,10 +65,10 @@ def main(args: argparse.Namespace):
     draw = dict(
         run=draw_page,
         compare=draw_table,
-        coefficients=draw_coefficients_of,
+        coefficients=draw_coefficients,
         losses=draw_losses_of,
         training=draw_training,
-        grids=draw_grids_of,
+        grids=draw_grids,
         ema=draw_ema_of,
     )[args.figure]
     draw(out, args)
@@ -94,10 +93,20 @@ def draw_table(out: Path, args: argparse.Namespace):
     print(out.with_suffix(".md").read_text(), end="")
 
 
-def draw_coefficients_of(out: Path, args: argparse.Namespace):
-    """Draw the coefficients of a checkpoint."""
+def draw_coefficients(out: Path, args: argparse.Namespace):
+    """Draw a heat map of alpha. Columns are experts with their noise levels, rows are bases."""
     model, config = load_remix(args)
-    draw_coefficients(out, model, config["model"]["name"])
+    save_coefficients(out, model, f"{config['model']['name']}: mixing coefficients")
+    alpha = model.coefficients().detach().view(-1, model.n_experts, model.n_basis)
+    blocks, _, n_basis = alpha.shape
+    scale = scale_of(model.boundaries)
+    ends = [scale.ends(low, high) for low, high in pairwise(model.boundaries)]
+    header = ["block", "expert", *scale.columns, *(f"basis_{k}" for k in range(n_basis))]
+    rows = []
+    for block, experts in enumerate(alpha.tolist()):
+        for i, (levels, values) in enumerate(zip(ends, experts, strict=True)):
+            rows.append(["all" if blocks == 1 else block, i, *levels, *values])
+    write_csv(out, header, rows)
 
 
 def draw_losses_of(out: Path, args: argparse.Namespace):
@@ -113,11 +122,12 @@ def draw_losses_of(out: Path, args: argparse.Namespace):
             raise UserError(
                 f"{args.pretrained} is not the plain {plain['architecture']} that {args.ckpt} was trained from"
             )
+        pretrained.to(device())
     x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, config)
     measure = HeldOutErrors(
         create_process(**config["diffusion"]), x.to(device()), y.to(device()), min(32, len(x)), args.global_seed
     )
-    reference, errors = expert_errors(model, pretrained, measure, args.per_interval)
+    reference, errors = expert_errors(model.to(device()), pretrained, measure, args.per_interval)
     draw_losses(out, reference, errors, model, config["model"]["name"], relative_to_best=pretrained is None)
 
 
@@ -190,21 +200,6 @@ def default_out(args: argparse.Namespace) -> Path:
     return ckpt / f"{args.figure}.png" if ckpt.is_dir() else ckpt.with_name(f"{ckpt.stem}-{args.figure}.png")
 
 
-def draw_coefficients(out: Path, model: Remix, name: str):
-    """Draw a heat map of alpha. Columns are experts with their noise levels, rows are bases."""
-    save_coefficients(out, model, f"{name}: mixing coefficients")
-    alpha = model.coefficients().detach().view(-1, model.n_experts, model.n_basis)
-    blocks, _, n_basis = alpha.shape
-    scale = scale_of(model.boundaries)
-    ends = [scale.ends(low, high) for low, high in pairwise(model.boundaries)]
-    header = ["block", "expert", *scale.columns, *(f"basis_{k}" for k in range(n_basis))]
-    rows = []
-    for block, experts in enumerate(alpha.tolist()):
-        for i, (levels, values) in enumerate(zip(ends, experts, strict=True)):
-            rows.append(["all" if blocks == 1 else block, i, *levels, *values])
-    write_csv(out, header, rows)
-
-
 def draw_training(out: Path, args: argparse.Namespace):
     """Draw the coefficients of every expert over the steps of a run, from the metrics.jsonl in its folder."""
     # The grids and --help do not need matplotlib.
@@ -250,85 +245,8 @@ def load_features(data_path: str, count: int, seed: int, ckpt: str, config: dict
     return dataset.__getitems__(np.random.default_rng(seed).permutation(len(dataset))[:count].tolist())
 
 
-def expert_errors(
-    remix: Remix, pretrained: nn.Module | None, measure: HeldOutErrors, per_interval: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Measure the error of the prediction in every interval: of the predicted noise, or of what a flow predicts.
-
-    Args:
-        remix: model with N experts.
-        pretrained: plain model of the same architecture, or None.
-        measure: measures the error of a model, on the device of the models.
-        per_interval: number of evenly spaced times in each interval.
-
-    Returns:
-        Mean squared error of the pretrained model in each interval, or of the best expert if there is no pretrained
-        model, [N]; and the error of each expert in each interval relative to it, minus 1, [N experts, N intervals].
-    """
-    remix = remix.to(device())
-    plain = [pretrained.to(device())] if pretrained is not None else []
-    scale = scale_of(remix.boundaries)
-    times = np.concatenate([scale.times_between(*pair, per_interval) for pair in pairwise(remix.boundaries)])
-
-    def interval_errors(model: nn.Module) -> np.ndarray:
-        errors = measure(model, times, times_per_batch=8)
-        return errors.view(remix.n_experts, -1).mean(1).cpu().numpy()
-
-    models = chain(plain, map(remix.expert, range(remix.n_experts)))
-    errors = [interval_errors(model) for model in tqdm(models, total=len(plain) + remix.n_experts, desc="models")]
-    experts = np.stack(errors[len(plain) :])
-    reference = errors[0] if plain else experts.min(0)
-    return reference, experts / reference - 1
-
-
-def draw_losses(
-    out: Path, reference: np.ndarray, errors: np.ndarray, model: Remix, name: str, relative_to_best: bool = False
-):
-    """Draw the results of expert_errors as heat maps. Rows are experts, columns are intervals.
-
-    The left one is relative to the pretrained model, the right one to the best expert of each interval. Where the
-    experts are good in their own intervals, the diagonal of the right one is 0. If `relative_to_best`, the errors are
-    relative to the best expert already, and there is only this heat map.
-    """
-    from matplotlib.colors import SymLogNorm
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    above_best = (1 + errors) / (1 + errors).min(0) - 1
-    # Differences are tenths of a percent inside an expert's interval, and up to a factor of ten far outside it.
-    scale = partial(SymLogNorm, linthresh=0.5, vmax=100)
-    maps = (
-        (100 * errors, "RdBu_r", scale(vmin=-100), "the pretrained model", [-100, -10, -1, 0, 1, 10, 100]),
-        (100 * above_best, "viridis_r", scale(vmin=0), "the best expert of the interval", [0, 1, 10, 100]),
-    )
-    maps = maps[1:] if relative_to_best else maps
-    figure = Figure((7 * len(maps), 6), layout="constrained")
-    axes = figure.subplots(1, len(maps), squeeze=False)[0]
-    noise_scale = scale_of(model.boundaries)
-    for axis, (values, colors, norm, baseline, ticks) in zip(axes, maps, strict=True):
-        image = axis.imshow(values, cmap=colors, norm=norm)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlabel(f"interval of {noise_scale.unit}s (interval 0: least noise)")
-        axis.set_ylabel("expert")
-        figure.colorbar(image, ax=axis, label=f"error relative to {baseline}, %", ticks=ticks, format="%d")
-    own_is_best = float((errors.argmin(0) == np.arange(model.n_experts)).mean())
-    figure.suptitle(f"{name}: the interval's own expert has the lowest error in {own_is_best:.0%}", fontsize=10)
-    save_png(figure, out)
-
-    header = ["expert", *(f"{noise_scale.symbol}_{label}" for label in interval_labels(model.boundaries, "_"))]
-    first = "best, absolute" if relative_to_best else "pretrained, absolute"
-    rows = [[first, *reference], *([i, *row] for i, row in enumerate(errors.tolist()))]
-    write_csv(out, header, rows)
-
-
-def draw_grids_of(out: Path, args: argparse.Namespace):
-    """Draw the samples of several models."""
-    draw_grids(out, args.samples, args.images)
-
-
-def draw_grids(out: Path, paths: list[str], count: int):
-    """Draw the first `count` samples of several files, one row per file.
+def draw_grids(out: Path, args: argparse.Namespace):
+    """Draw the first samples of several files, one row per file.
 
     Samples of the same seed start from the same noise, so each column shows what the models make of one noise.
 
@@ -336,13 +254,13 @@ def draw_grids(out: Path, paths: list[str], count: int):
         UserError: if a file holds no samples, or if the images of a column have different sizes or different classes.
     """
     rows, names, labels = [], [], {}
-    for path in paths:
+    for path in args.samples:
         path = Path(path) / "samples.npz" if Path(path).is_dir() else Path(path)
         try:
             with np.load(path, allow_pickle=False) as file:
-                rows.append(file["arr_0"][:count])
+                rows.append(file["arr_0"][: args.images])
                 if "arr_1" in file:
-                    labels[path] = file["arr_1"][:count].tolist()
+                    labels[path] = file["arr_1"][: args.images].tolist()
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is not a file of samples: {error}") from None
         names.append(path.parent.name or path.stem)
