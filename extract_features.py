@@ -102,10 +102,7 @@ def main(args: argparse.Namespace):
     # Set up the processes, the device and the folder.
     world = setup()
     logger = rank0_logger(world)
-    if not world.same(len(missing)):
-        raise UserError(
-            "the processes see different files: all nodes need the same --features-path, on a shared file system"
-        )
+    world.check_same_files(len(missing), "--features-path")
     if world.is_main:
         write_json(folder / SETTINGS, settings)
         # The index is deleted first, so that the features are never taken for complete.

@@ -112,10 +112,7 @@ def main(args: argparse.Namespace):
     pipeline.autoencoder.to(world.device)
     for network in filter(None, (pipeline.model, pipeline.guide)):
         network.to(world.device).requires_grad_(False)
-    if not world.same(len(missing)):
-        raise UserError(
-            "the processes see different files: all nodes need the same --sample-dir, on a shared file system"
-        )
+    world.check_same_files(len(missing), "--sample-dir")
     if world.is_main:
         write_json(folder / "settings.json", record)
     world.barrier()
