@@ -23,7 +23,7 @@ import numpy as np
 
 from runtime.command_line import ArgumentParser, flags, positive_int, run_script
 from runtime.errors import UserError
-from runtime.files import atomic_write, check_settings, write_json
+from runtime.files import SETTINGS, atomic_write, check_settings, write_json
 
 ROOT = Path(__file__).resolve().parent
 IMAGES = ROOT / "studies" / "fashion-mnist"
@@ -114,7 +114,7 @@ def main(args: argparse.Namespace):
 
 def open_folder(out: Path, settings: dict):
     """Create the folder of a demo, or check that it is that of an interrupted demo with the same settings."""
-    record = out / "settings.json"
+    record = out / SETTINGS
     if record.exists():
         check_settings(record, settings, "choose another --out")
     elif out.exists() and any(out.iterdir()):

@@ -51,6 +51,7 @@ from models import build_plain, meta_device, model_names
 from runtime.command_line import ArgumentParser, counted, number, positive_int, run_script, seed_int
 from runtime.errors import LocalError, UserError, is_first_process
 from runtime.files import (
+    SETTINGS,
     atomic_write,
     check_disk,
     check_settings,
@@ -61,8 +62,6 @@ from runtime.files import (
 )
 from runtime.processes import SampleGenerators, World, rank0_logger, setup, worker_count
 
-# The file that records what made the features, so that features of different settings are never mixed.
-SETTINGS = "settings.json"
 # Channels whose standard deviations differ by more than this factor are normalized one by one.
 CHANNELS_DIFFER = 1.5
 

@@ -40,6 +40,7 @@ from models import BACKBONES, model_names
 from runtime.command_line import ArgumentParser, counted, folder_name, number, positive_int, run_script, seed_int
 from runtime.errors import UserError, is_first_process, warn
 from runtime.files import (
+    SETTINGS,
     atomic_write,
     check_disk,
     check_settings,
@@ -114,7 +115,7 @@ def main(args: argparse.Namespace):
         network.to(world.device).requires_grad_(False)
     world.check_same_files(len(missing), "--sample-dir")
     if world.is_main:
-        write_json(folder / "settings.json", record)
+        write_json(folder / SETTINGS, record)
     world.barrier()
     logger.info(f"{counted(total, 'sample')} by {describe_sampler(settings, pipeline.evaluations)} -> {folder}")
     logger.info(disk)
@@ -226,7 +227,7 @@ def check_original_flags(n_basis: int | None, n_experts: int | None, tf32: bool,
 
 
 def record_settings(args: argparse.Namespace, config: dict, vae: str, settings: SampleSettings, adaptive: bool) -> dict:
-    """Return what the samples depend on, for settings.json; `adaptive`: whether the sampler chooses its steps."""
+    """Return what the samples depend on, for the file SETTINGS; `adaptive`: whether the sampler chooses its steps."""
     return {
         "ckpt": args.ckpt,
         "ckpt_fingerprint": [fingerprint(path) for path in args.ckpt],
@@ -272,7 +273,7 @@ def run_name(ckpt: str) -> str:
 
 def finished(folder: Path, record: dict) -> bool:
     """Return whether a folder holds all samples of these settings. Raises UserError if it holds other files."""
-    path = folder / "settings.json"
+    path = folder / SETTINGS
     if not path.exists():
         # A run that was killed at its start leaves hidden files behind.
         if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
