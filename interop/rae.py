@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from diffusion import FlowMatching
 from diffusion.interpolants import dimension_shift
-from interop.lightningdit import block_options, count_blocks
+from interop.lightningdit import block_options
 from interop.shapes import (
+    count_blocks,
     find_state_dict,
     flow_target,
     make_config,

@@ -4,6 +4,7 @@ import argparse
 import inspect
 import math
 import re
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -135,7 +136,7 @@ def backbone_from_shapes(state: dict[str, Tensor]) -> dict | None:
             patch_size=patch_size,
             in_channels=in_channels,
             hidden_size=hidden_size,
-            depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+            depth=count_blocks(state),
             mlp_ratio=size_ratio(state["blocks.0.mlp.fc1.bias"].shape[-1], hidden_size),
             class_dropout_prob=0.1,
             num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
@@ -144,6 +145,11 @@ def backbone_from_shapes(state: dict[str, Tensor]) -> dict | None:
     except (LookupError, ValueError, TypeError, ArithmeticError):
         # A missing tensor, or one with other dimensions than a DiT's.
         return None
+
+
+def count_blocks(names: Iterable[str]) -> int:
+    """Return the number of blocks of a model, whose tensors are named blocks.0, blocks.1 and so on."""
+    return 1 + max((int(name.split(".")[1]) for name in names if name.startswith("blocks.")), default=-1)
 
 
 def size_ratio(inner_size: int, hidden_size: int) -> float:

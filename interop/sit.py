@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffusion import FlowMatching, create_process
 from interop.shapes import (
     backbone_from_shapes,
+    count_blocks,
     find_state_dict,
     flow_target,
     make_config,
@@ -101,7 +102,7 @@ def _latent_normalization(path, norm: dict[str, Tensor], channels: int) -> dict:
 
 def _join_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict of an earlier version of REPA (its --legacy) with all blocks in one list."""
-    first = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=-1)
+    first = count_blocks(state)
     renamed = {}
     for key, value in state.items():
         if key.startswith(DECODER):

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from diffusion.intervals import TIMESTEPS
+from interop.shapes import count_blocks
 from mixing import fsdp
 from mixing.stages import find_difference, layout
 from remix import Remix
@@ -316,8 +317,7 @@ def infer_config(path, shapes: dict[str, list[int]]) -> dict:
     if width % HEAD:
         raise UserError(f"{path} has the width {width}, no multiple of {HEAD}, the size of Wan's heads: give config")
     config |= dict(num_attention_heads=width // HEAD, attention_head_dim=HEAD)
-    config |= dict(num_layers=1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")))
-    config |= dict(cross_attn_norm="blocks.0.norm3.weight" in shapes)
+    config |= dict(num_layers=count_blocks(shapes), cross_attn_norm="blocks.0.norm3.weight" in shapes)
     if "blocks.0.cross_attn.k_img.weight" in shapes:
         config |= dict(added_kv_proj_dim=width, image_dim=shapes.get("img_emb.proj.0.weight", [None])[0])
     if "img_emb.emb_pos" in shapes:
