@@ -35,7 +35,13 @@ from features.images import write_images
 from features.statistics import LATENT_STATS_FLAG, load_statistics
 from figures import save_grid
 from interop.own import find_checkpoint, fingerprint
-from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, flow_target, frequency_override
+from interop.shapes import (
+    NUM_HEADS_FLAG,
+    TIMESTEP_FREQUENCIES_FLAG,
+    TRUST_PICKLE_FLAG,
+    flow_target,
+    given_overrides,
+)
 from models import BACKBONES, model_names
 from runtime.command_line import ArgumentParser, counted, folder_name, number, positive_int, run_script, seed_int
 from runtime.errors import UserError, is_first_process, warn
@@ -77,8 +83,7 @@ def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is used.
     args.ckpt = [find_checkpoint(path) for path in args.ckpt]
     args.guide_ckpt = args.guide_ckpt and find_checkpoint(args.guide_ckpt)
-    overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
-    overrides |= frequency_override(args.timestep_frequencies)
+    overrides = ({"model": args.model} if args.model else {}) | given_overrides(args)
     model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
     choose_process(args.ckpt[0], config, args.process)
     check_data_flags(args.image_size, args.num_classes, config, args.ckpt[0])
@@ -447,11 +452,7 @@ if __name__ == "__main__":
         default=True,
         help="use the EMA weights; --no-ema uses the weights of the last step",
     )
-    group.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="load files with pickled Python objects, which can execute code: only for files that you trust",
-    )
+    group.add_argument("--trust-pickle", **TRUST_PICKLE_FLAG)
     group.add_argument(
         "--vae",
         help="autoencoder that decodes the samples: ema or mse (the published VAEs), a hub name, a local folder, or "

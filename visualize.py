@@ -36,7 +36,7 @@ from features.autoencoder import Normalization
 from features.dataset import FeatureDataset
 from figures import save_coefficients, save_grid, save_png, write_csv
 from interop.own import find_checkpoint
-from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override
+from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, TRUST_PICKLE_FLAG, given_overrides
 from remix import Remix
 from reports.ema import Measure, draw_ema, ema_scores, error_measure
 from reports.losses import draw_losses, expert_errors
@@ -115,7 +115,7 @@ def draw_losses_of(out: Path, args: argparse.Namespace):
     plain, pretrained = config["model"] | {"remix": None}, None
     if args.pretrained:
         pretrained, pretrained_config = load_model(
-            args.pretrained, allow_pickle=args.trust_pickle, **overrides_of(args)
+            args.pretrained, allow_pickle=args.trust_pickle, **given_overrides(args)
         )
         plain["name"] = pretrained_config["model"]["name"]
         if pretrained_config["model"] != plain:
@@ -160,12 +160,6 @@ def draw_ema_of(out: Path, args: argparse.Namespace):
     draw_ema(out, ema_scores(model, fits, measures, device()), config["model"]["name"])
 
 
-def overrides_of(args: argparse.Namespace) -> dict:
-    """Return what the flags say about the architecture of a file that does not record it."""
-    overrides = {"num_heads": args.num_heads} if args.num_heads else {}
-    return overrides | frequency_override(args.timestep_frequencies)
-
-
 def load_remix(args: argparse.Namespace) -> tuple[Remix, dict]:
     """Return the model of `args.ckpt`, which becomes the path of its file, and its config.
 
@@ -173,7 +167,7 @@ def load_remix(args: argparse.Namespace) -> tuple[Remix, dict]:
         UserError: if it is a plain model.
     """
     args.ckpt = find_checkpoint(args.ckpt)
-    model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **overrides_of(args))
+    model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **given_overrides(args))
     if not config["model"]["remix"]:
         architecture = config["model"]["architecture"]
         raise UserError(f"{args.ckpt} holds a plain {architecture}, which has no mixing coefficients")
@@ -327,11 +321,7 @@ if __name__ == "__main__":
             help="use the EMA weights, or those of the last step",
         )
         figure.add_argument("--num-heads", **NUM_HEADS_FLAG)
-        figure.add_argument(
-            "--trust-pickle",
-            action="store_true",
-            help="load files with pickled Python objects, which can execute code: only for files that you trust",
-        )
+        figure.add_argument("--trust-pickle", **TRUST_PICKLE_FLAG)
         figure.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     losses.add_argument(
         "--pretrained",

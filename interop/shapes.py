@@ -40,6 +40,11 @@ CONFIG_PARTS = ("model", "data", "diffusion", "transport")
 GAUSSIAN_DEFAULTS = dict(noise_schedule="linear", predict_xstart=False, sigma_small=False, diffusion_steps=TIMESTEPS)
 # Options that tensor shapes do not always show. An override replaces their values.
 HIDDEN_OPTIONS = ("num_heads", "class_dropout_prob", "frequency_shift")
+# Flags of the scripts that read files of other projects.
+TRUST_PICKLE_FLAG = dict(
+    action="store_true",
+    help="load files with pickled Python objects, which can execute code: only for files that you trust",
+)
 TIMESTEP_FREQUENCIES_FLAG = dict(
     choices=[*TIMESTEP_FREQUENCIES],
     help="frequencies of the timestep embedding that the weights were trained with: those of the published DiT, or "
@@ -366,3 +371,9 @@ NUM_HEADS_FLAG = dict(
 def frequency_override(choice: str | None) -> dict[str, int]:
     """Return the keyword argument of a DiT that a choice of --timestep-frequencies gives; none without the flag."""
     return {} if choice is None else {"frequency_shift": TIMESTEP_FREQUENCIES[choice]}
+
+
+def given_overrides(args: argparse.Namespace) -> dict:
+    """Return the overrides of `checkpoint.load_model` that --num-heads and --timestep-frequencies give."""
+    heads = {"num_heads": args.num_heads} if args.num_heads else {}
+    return heads | frequency_override(args.timestep_frequencies)
