@@ -32,6 +32,11 @@ from runtime.files import atomic_write
 
 FORMATS = ("diffusers", "original", "kohya")
 PREFIXES = {"diffusers": "transformer.", "original": "diffusion_model.", "kohya": "lora_unet_"}
+# What files have before the names of layers if peft has written them.
+PEFT = "base_model.model."
+# The names of A and of B in files.
+A_NAMES, B_NAMES = r"(?P<a>lora_A|lora_down|lora\.down)", r"(?P<b>lora_B|lora_up|lora\.up)"
+TENSORS = re.compile(rf"(?P<layer>.+)\.(?:{A_NAMES}|{B_NAMES})(\.default)?\.weight")
 # The parameters that a LoRA file represents: the low-rank bases and the coefficients.
 IN_LORA = ("lora_A", "lora_B", "logits")
 
@@ -340,9 +345,6 @@ def _original_layers(module: nn.Module, names: dict[str, str] | None, wanted: It
     return {name: layers for name, layers in found.items() if not wanted.isdisjoint(layers)}
 
 
-# The rank
-
-
 @torch.no_grad()
 def reduce_rank(pairs: Pairs, rank: int) -> tuple[Pairs, Reduction]:
     """Return pairs of a lower rank whose products B A are as close as possible, and what they lack.
@@ -381,13 +383,6 @@ def reduce_rank(pairs: Pairs, rank: int) -> tuple[Pairs, Reduction]:
 def _squared_norm(a: Tensor, b: Tensor) -> float:
     """Return the squared Frobenius norm of B A."""
     return ((b.double().T @ b.double()) * (a.double() @ a.double().T)).sum().item()
-
-
-# Reading
-
-A_NAMES, B_NAMES = r"(?P<a>lora_A|lora_down|lora\.down)", r"(?P<b>lora_B|lora_up|lora\.up)"
-TENSORS = re.compile(rf"(?P<layer>.+)\.(?:{A_NAMES}|{B_NAMES})(\.default)?\.weight")
-PEFT = "base_model.model."
 
 
 @torch.no_grad()
