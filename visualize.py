@@ -123,10 +123,7 @@ def draw_losses_of(out: Path, args: argparse.Namespace):
                 f"{args.pretrained} is not the plain {plain['architecture']} that {args.ckpt} was trained from"
             )
         pretrained.to(device())
-    x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, config)
-    measure = HeldOutErrors(
-        create_process(**config["diffusion"]), x.to(device()), y.to(device()), min(32, len(x)), args.global_seed
-    )
+    measure = held_out_errors(args, config)
     reference, errors = expert_errors(model.to(device()), pretrained, measure, args.per_interval)
     draw_losses(out, reference, errors, model, config["model"]["name"], relative_to_best=pretrained is None)
 
@@ -143,10 +140,7 @@ def draw_ema_of(out: Path, args: argparse.Namespace):
     print(*fits, sep="\n")
     measures = {}
     if args.data_path:
-        x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, config)
-        diffusion = create_process(**config["diffusion"])
-        errors = HeldOutErrors(diffusion, x.to(device()), y.to(device()), min(32, len(x)), args.global_seed)
-        measures["error"] = error_measure(errors)
+        measures["error"] = error_measure(held_out_errors(args, config))
     if args.score_against:
         if not config["training"]:
             raise UserError(f"{args.ckpt} is not a checkpoint of a run with --ema-snapshots")
@@ -214,6 +208,13 @@ def draw_training(out: Path, args: argparse.Namespace):
 
     header = ["step", *(f"expert_{i}_basis_{k}" for i in range(n_experts) for k in range(n_basis))]
     write_csv(out, header, [[step, *row.ravel()] for step, row in zip(steps, alpha, strict=True)])
+
+
+def held_out_errors(args: argparse.Namespace, config: dict) -> HeldOutErrors:
+    """Return what measures the errors of models on the images of --data-path."""
+    x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, config)
+    process = create_process(**config["diffusion"])
+    return HeldOutErrors(process, x.to(device()), y.to(device()), min(32, len(x)), args.global_seed)
 
 
 def load_features(data_path: str, count: int, seed: int, ckpt: str, config: dict) -> tuple[Tensor, Tensor]:
