@@ -42,7 +42,7 @@ from interop.shapes import (
     flow_target,
     given_overrides,
 )
-from models import BACKBONES, model_names
+from models import BACKBONES, data_shape, model_names
 from runtime.command_line import ArgumentParser, counted, folder_name, number, positive_int, run_script, seed_int
 from runtime.errors import UserError, is_first_process, warn
 from runtime.files import (
@@ -181,12 +181,11 @@ def latent_statistics(args: argparse.Namespace, config: dict) -> dict:
     Raises:
         UserError: if the checkpoint records its normalization, if no VAE is given, or if the statistics do not fit.
     """
-    backbone = config["model"]["backbone"]
     if config["training"]:
         raise UserError(f"--latent-stats: {args.ckpt[0]} records the normalization of its latents")
     if args.vae in (None, "none"):
         raise UserError("--latent-stats needs the --vae that decodes the latents")
-    shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
+    shape = data_shape(config["model"]["backbone"])
     return {"vae": args.vae, **load_statistics(args.latent_stats, shape).record()}
 
 

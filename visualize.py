@@ -37,6 +37,7 @@ from features.dataset import FeatureDataset
 from figures import save_coefficients, save_grid, save_png, write_csv
 from interop.own import find_checkpoint
 from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, TRUST_PICKLE_FLAG, given_overrides
+from models import data_shape
 from remix import Remix
 from reports.ema import Measure, draw_ema, ema_scores, error_measure
 from reports.losses import draw_losses, expert_errors
@@ -234,8 +235,7 @@ def load_features(data_path: str, count: int, seed: int, ckpt: str, config: dict
         UserError: if the images do not have the shape that the model takes.
     """
     dataset = FeatureDataset(data_path, normalization=Normalization.from_record(config["data"]))
-    backbone = config["model"]["backbone"]
-    if dataset.shape != (backbone["in_channels"], backbone["input_size"], backbone["input_size"]):
+    if dataset.shape != data_shape(config["model"]["backbone"]):
         raise UserError(f"{data_path} holds features of shape {dataset.shape}, which {ckpt} cannot process")
     return dataset.__getitems__(np.random.default_rng(seed).permutation(len(dataset))[:count].tolist())
 

@@ -23,7 +23,7 @@ from interop.shapes import (
     warn_of_latents,
 )
 from interop.sit import reverse_time, warn_of_shift
-from models import DITDH
+from models import DITDH, data_shape
 from runtime.errors import UserError
 from runtime.files import atomic_write
 
@@ -105,7 +105,7 @@ def _said_depth(path, n_blocks: int, said) -> list[int]:
 
 def usual_shift(backbone: dict) -> float:
     """Return the shift of the noise levels with which RAE trains and samples latents of this size."""
-    return dimension_shift((backbone["in_channels"], backbone["input_size"], backbone["input_size"]))
+    return dimension_shift(data_shape(backbone))
 
 
 def _reverse_time(path, state: dict[str, Tensor]) -> dict[str, Tensor]:

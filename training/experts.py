@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixing.low_rank import LowRankLinear
-from models import find_backbone
+from models import data_shape, find_backbone
 from remix import Remix, RemixLinear
 
 
@@ -114,7 +114,7 @@ class RemixExperts(Experts):
         flops, config = 0, self.backbone.config
         with torch.device("meta"):
             plain = find_backbone(self.backbone).module(**config).eval()
-            x = torch.empty(1, config["in_channels"], config["input_size"], config["input_size"])
+            x = torch.empty(1, *data_shape(config))
 
         def count(pairs: int, linear: nn.Linear, arguments: tuple[Tensor], output: Tensor):
             nonlocal flops
