@@ -32,7 +32,7 @@ from diffusion.intervals import intervals
 from features.autoencoder import Latents, load_autoencoder
 from interop import FORMATS, diffusers
 from interop.own import find_checkpoint
-from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override
+from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, TRUST_PICKLE_FLAG, given_overrides
 from mixing.experts import stored_state
 from remix import Remix, RemixDiT
 from runtime.command_line import ArgumentParser, counted, number, run_script
@@ -52,9 +52,7 @@ def main(args: argparse.Namespace):
         raise UserError(f"--expert and --merge give a plain model: use another format, not --to {args.to}")
 
     keys = ("ema", "model") if format.raw_weights else ("ema",)
-    overrides = {"num_heads": args.num_heads} if args.num_heads else {}
-    overrides |= frequency_override(args.timestep_frequencies)
-    models, config = load_models(args.ckpt, keys, args.trust_pickle, **overrides)
+    models, config = load_models(args.ckpt, keys, args.trust_pickle, **given_overrides(args))
     if args.ema_std:
         fit = fit_snapshots(find_checkpoint(args.ckpt), args.ema_std)
         print(fit)
@@ -157,11 +155,7 @@ if __name__ == "__main__":
         required=True,
         help="the format: " + "; ".join(f"{name}: {format.description}" for name, format in FORMATS.items()),
     )
-    parser.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="load files with pickled Python objects, which can execute code: only for files that you trust",
-    )
+    parser.add_argument("--trust-pickle", **TRUST_PICKLE_FLAG)
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--expert", type=number(int, 0), help="the expert to fold into a plain model")
     group.add_argument(

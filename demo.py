@@ -23,7 +23,7 @@ import numpy as np
 
 from runtime.command_line import ArgumentParser, flags, positive_int, run_script
 from runtime.errors import UserError
-from runtime.files import atomic_write, check_settings, write_json
+from runtime.files import SETTINGS, atomic_write, check_settings, write_json
 
 ROOT = Path(__file__).resolve().parent
 IMAGES = ROOT / "studies" / "fashion-mnist"
@@ -44,13 +44,7 @@ SECONDS = {"images": 15, "encode": 35, "continued": 85, "remix": 110, "sample": 
 
 def main(args: argparse.Namespace):
     out = Path(args.out or "demo" + ("-quick" if args.quick else "") + (f"-seed-{args.seed}" if args.seed else ""))
-    settings, record = dict(seed=args.seed, quick=args.quick), out / "settings.json"
-    if record.exists():
-        check_settings(record, settings, "choose another --out")
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out} is not empty, and not the folder of a demo: choose another one")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(record, settings)
+    open_folder(out, dict(seed=args.seed, quick=args.quick))
     images, features, runs, samples = out / "images", out / "features", out / "runs", out / "samples"
     if args.quick:
         per_class, steps, n_samples, sampling_steps, per_time = 50, 20, 100, 5, 5
@@ -106,13 +100,7 @@ def main(args: argparse.Namespace):
     errors = {name: heldout_errors(path, features / "test", per_time) for name, path in checkpoints.items()}
     draw_errors(errors, out / "errors.png")
 
-    scores = dict(zip(MODELS, json.loads((out / "scores.json").read_text()).values(), strict=True))
-    rows = [
-        dict(seed=args.seed, model=name, steps=0 if name == "pretrained" else steps)
-        | {score: f"{scores[name][score]:.4f}" for score in SCORES}
-        | dict(error=f"{errors[name].mean():.7f}")
-        for name in MODELS
-    ]
+    rows = collect_results(out / "scores.json", errors, args.seed, steps)
     write_rows(out / "scores.csv", rows)
     progress.end()
     print(score_table(rows))
@@ -122,6 +110,17 @@ def main(args: argparse.Namespace):
     print(f"Generated garments           {out / 'garments.png'}")
     print(f"Mixing coefficients          {out / 'coefficients.png'}")
     print(f"Errors over the timesteps    {out / 'errors.png'}")
+
+
+def open_folder(out: Path, settings: dict):
+    """Create the folder of a demo, or check that it is that of an interrupted demo with the same settings."""
+    record = out / SETTINGS
+    if record.exists():
+        check_settings(record, settings, "choose another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty, and not the folder of a demo: choose another one")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(record, settings)
 
 
 def write_images(out: Path, per_class: int | None):
@@ -153,19 +152,18 @@ def cut_sheet(path: Path) -> np.ndarray:
     return sheet.reshape(-1, SIDE, sheet.shape[1] // SIDE, SIDE).swapaxes(1, 2).reshape(-1, SIDE, SIDE)
 
 
-def draw_garments(samples: Path, path: Path, columns: int = 10):
-    """Draw samples of each class, one class per row.
+def draw_garments(samples: Path, path: Path):
+    """Draw up to ten samples of each class, one class per row.
 
     Args:
         samples: .npz file of sample_ddp.py.
         path: the PNG to write.
-        columns: samples of each class, or as many as each class has.
     """
     from figures import save_grid
 
     with np.load(samples) as file:
         images, labels = file["arr_0"], file["arr_1"]
-    columns = min(columns, np.bincount(labels).min())
+    columns = min(10, np.bincount(labels).min())
     # "9-ankle-boot". Only the first image of a row has a caption, which may be wider than the image.
     names = [sheet.stem.split("-", 1)[1] for sheet in sorted((IMAGES / "test").glob("*.png"))]
     captions = [name if i == 0 else "" for name in names for i in range(columns)]
@@ -238,6 +236,24 @@ def draw_errors(errors: dict[str, np.ndarray], path: Path):
     axes.legend(loc="lower left")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+def collect_results(scores: Path, errors: dict[str, np.ndarray], seed: int, steps: int) -> list[dict]:
+    """Return a row with the scores and the error of each model.
+
+    Args:
+        scores: the file of evaluator.py, with the models in the order of MODELS.
+        errors: the errors of each model, from `heldout_errors`.
+        seed: the demo's seed.
+        steps: number of steps of fine-tuning.
+    """
+    by_name = dict(zip(MODELS, json.loads(scores.read_text()).values(), strict=True))
+    return [
+        dict(seed=seed, model=name, steps=0 if name == "pretrained" else steps)
+        | {score: f"{by_name[name][score]:.4f}" for score in SCORES}
+        | dict(error=f"{errors[name].mean():.7f}")
+        for name in MODELS
+    ]
 
 
 def write_rows(path: Path, rows: list[dict]):

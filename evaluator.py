@@ -45,7 +45,7 @@ from evaluation.scores import (
 from features.images import find_files
 from runtime.command_line import ArgumentParser, counted, positive_int, run_script
 from runtime.errors import UserError
-from runtime.files import atomic_write, cache_folder, check_unused, write_json
+from runtime.files import SETTINGS, atomic_write, cache_folder, check_unused, write_json
 
 # Names that other programs import from this file.
 __all__ = ["frechet_distance", "inception_score", "precision_recall"]
@@ -157,7 +157,7 @@ def samples_of(path: str) -> str:
 def sample_settings(folder: Path) -> dict | None:
     """Return the settings that sample_ddp.py recorded in a folder; None if it is not a folder of samples."""
     try:
-        settings = json.loads((folder / "settings.json").read_text())
+        settings = json.loads((folder / SETTINGS).read_text())
         return settings if "num_fid_samples" in settings else None
     except (OSError, ValueError, TypeError):
         return None

@@ -51,6 +51,7 @@ from models import build_plain, meta_device, model_names
 from runtime.command_line import ArgumentParser, counted, number, positive_int, run_script, seed_int
 from runtime.errors import LocalError, UserError, is_first_process
 from runtime.files import (
+    SETTINGS,
     atomic_write,
     check_disk,
     check_settings,
@@ -61,8 +62,6 @@ from runtime.files import (
 )
 from runtime.processes import SampleGenerators, World, rank0_logger, setup, worker_count
 
-# The file that records what made the features, so that features of different settings are never mixed.
-SETTINGS = "settings.json"
 # Channels whose standard deviations differ by more than this factor are normalized one by one.
 CHANNELS_DIFFER = 1.5
 
@@ -74,25 +73,10 @@ def main(args: argparse.Namespace):
         return make_reference(Path(args.reference), images, args) if is_first_process() else None
     folder = Path(args.features_path)
     check_pixel_flags(args.vae, args.store, args.grayscale, args.latent_stats)
-    settings = dict(
-        images=len(images),
-        classes=images.classes,
-        image_size=args.image_size,
-        vae=args.vae,
-        mirror=args.mirror,
-        grayscale=args.grayscale,
-        seed=args.global_seed,
-        names=images.fingerprint(),
-        store=args.store,
-        dtype=args.dtype,
-    )
-    # Pixels have none.
     normalization = load_normalization(args.vae)
     if args.latent_stats:
         normalization = load_statistics(args.latent_stats)
-    if args.vae != "none":
-        settings |= normalization.record()
-    settings |= images.samples()
+    settings = record_settings(args, images, normalization)
     complete = finished(folder, settings)
     crops = Crops(images, args.image_size, args.grayscale, args.max_pixels)
     repaired = repaired_shards(folder, crops)
@@ -110,23 +94,14 @@ def main(args: argparse.Namespace):
     lock_folder(folder, "--features-path")
     remove_leftovers(folder)
     n_shards = count_shards(images)
-    present = {shard for shard in range(n_shards) if shard_path(folder, "features", shard).exists()} - repaired
-    missing = [shard for shard in range(n_shards) if shard not in present]
+    missing = [i for i in range(n_shards) if i in repaired or not shard_path(folder, "features", i).exists()]
     n_missing = sum(len(shard_images(shard, images)) for shard in missing)
-    n_views = 2 if args.mirror else 1
-    channels = (1 if args.grayscale else autoencoder.channels[-1]) * (2 if args.store == "moments" else 1)
-    disk = None
-    if is_first_process():
-        needed = n_missing * n_views * channels * side**2 * np.dtype(args.dtype).itemsize
-        disk = check_disk(folder, needed, "features to encode")
+    disk = check_space(folder, args, n_missing, autoencoder, side) if is_first_process() else None
 
     # Set up the processes, the device and the folder.
     world = setup()
     logger = rank0_logger(world)
-    if not world.same(len(missing)):
-        raise UserError(
-            "the processes see different files: all nodes need the same --features-path, on a shared file system"
-        )
+    world.check_same_files(len(missing), "--features-path")
     if world.is_main:
         write_json(folder / SETTINGS, settings)
         # The index is deleted first, so that the features are never taken for complete.
@@ -135,7 +110,7 @@ def main(args: argparse.Namespace):
     world.barrier()
     logger.info(
         f"{counted(len(images), 'image')} of {counted(len(images.classes), 'class', 'classes')}, "
-        f"{counted(n_views, 'view')} each -> {folder}"
+        f"{counted(2 if args.mirror else 1, 'view')} each -> {folder}"
     )
     for note in [*images.notes, disk]:
         logger.info(note)
@@ -162,7 +137,7 @@ def main(args: argparse.Namespace):
     report_skipped(folder, args.skip_bad, logger.info)
 
 
-def check_pixel_flags(vae: str, store: str, grayscale: bool, latent_stats: str | None = None):
+def check_pixel_flags(vae: str, store: str, grayscale: bool, latent_stats: str | None):
     """Raise UserError for flags that do not suit a VAE, or its absence."""
     if store == "moments" and vae == "none":
         raise UserError("--store moments is for a VAE's latents: with --vae none there is nothing to draw")
@@ -170,6 +145,26 @@ def check_pixel_flags(vae: str, store: str, grayscale: bool, latent_stats: str |
         raise UserError("--latent-stats is for the latents of a VAE, not for --vae none")
     if grayscale and vae != "none":
         raise UserError("--grayscale is for pixels: use it with --vae none")
+
+
+def record_settings(args: argparse.Namespace, images: LabelledImages, normalization: Normalization) -> dict:
+    """Return what the features depend on, for the file SETTINGS."""
+    settings = dict(
+        images=len(images),
+        classes=images.classes,
+        image_size=args.image_size,
+        vae=args.vae,
+        mirror=args.mirror,
+        grayscale=args.grayscale,
+        seed=args.global_seed,
+        names=images.fingerprint(),
+        store=args.store,
+        dtype=args.dtype,
+    )
+    # Pixels have no normalization.
+    if args.vae != "none":
+        settings |= normalization.record()
+    return settings | images.samples()
 
 
 def finished(folder: Path, settings: dict) -> bool:
@@ -211,6 +206,14 @@ def features_side(image_size: int, autoencoder: Autoencoder, model: str | None) 
         except ValueError as error:
             raise UserError(f"--image-size {image_size} gives features of side {side}. {model}: {error}") from None
     return side
+
+
+def check_space(folder: Path, args: argparse.Namespace, n_images: int, autoencoder: Autoencoder, side: int) -> str:
+    """Return a line about the disk space that images to encode need. Raises UserError if there is not enough."""
+    channels = (1 if args.grayscale else autoencoder.channels[-1]) * (2 if args.store == "moments" else 1)
+    n_views = 2 if args.mirror else 1
+    needed = n_images * n_views * channels * side**2 * np.dtype(args.dtype).itemsize
+    return check_disk(folder, needed, "features to encode")
 
 
 def count_shards(images: LabelledImages) -> int:

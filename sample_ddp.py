@@ -35,11 +35,18 @@ from features.images import write_images
 from features.statistics import LATENT_STATS_FLAG, load_statistics
 from figures import save_grid
 from interop.own import find_checkpoint, fingerprint
-from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, flow_target, frequency_override
-from models import BACKBONES, model_names
+from interop.shapes import (
+    NUM_HEADS_FLAG,
+    TIMESTEP_FREQUENCIES_FLAG,
+    TRUST_PICKLE_FLAG,
+    flow_target,
+    given_overrides,
+)
+from models import BACKBONES, data_shape, model_names
 from runtime.command_line import ArgumentParser, counted, folder_name, number, positive_int, run_script, seed_int
 from runtime.errors import UserError, is_first_process, warn
 from runtime.files import (
+    SETTINGS,
     atomic_write,
     check_disk,
     check_settings,
@@ -76,8 +83,7 @@ def main(args: argparse.Namespace):
     # Check everything that can be checked before any device or process group is used.
     args.ckpt = [find_checkpoint(path) for path in args.ckpt]
     args.guide_ckpt = args.guide_ckpt and find_checkpoint(args.guide_ckpt)
-    overrides = {name: value for name in ("model", "num_heads") if (value := getattr(args, name))}
-    overrides |= frequency_override(args.timestep_frequencies)
+    overrides = ({"model": args.model} if args.model else {}) | given_overrides(args)
     model, config = load_denoiser(args.ckpt, args.ema, args.trust_pickle, **overrides)
     choose_process(args.ckpt[0], config, args.process)
     check_data_flags(args.image_size, args.num_classes, config, args.ckpt[0])
@@ -92,20 +98,7 @@ def main(args: argparse.Namespace):
     guide = load_guide(args, config) if args.guide_ckpt else None
     pipeline = make_pipeline(model, guide, config, settings, vae, args.ckpt[0])
     folder = Path(args.sample_dir) / (args.name or default_name(args, settings))
-    fingerprints = [fingerprint(path) for path in args.ckpt]
-    record = {
-        "ckpt": args.ckpt,
-        "ckpt_fingerprint": fingerprints,
-        "backbone": config["model"]["backbone"],
-        "process": config["diffusion"]["process"],
-        "vae": vae,
-        **asdict(settings),
-        "guide_ckpt": args.guide_ckpt,
-        "guide_fingerprint": args.guide_ckpt and fingerprint(args.guide_ckpt),
-        "step_sizes": None,
-    }
-    if pipeline.evaluations is None:
-        record["step_sizes"] = "adaptive, common to each batch: the samples depend on per_proc_batch_size"
+    record = record_settings(args, config, vae, settings, adaptive=pipeline.evaluations is None)
     if finished(folder, record):
         return
     lock_folder(folder, "--name")
@@ -125,18 +118,11 @@ def main(args: argparse.Namespace):
     pipeline.autoencoder.to(world.device)
     for network in filter(None, (pipeline.model, pipeline.guide)):
         network.to(world.device).requires_grad_(False)
-    if not world.same(len(missing)):
-        raise UserError(
-            "the processes see different files: all nodes need the same --sample-dir, on a shared file system"
-        )
+    world.check_same_files(len(missing), "--sample-dir")
     if world.is_main:
-        write_json(folder / "settings.json", record)
+        write_json(folder / SETTINGS, record)
     world.barrier()
-    steps = "adaptive" if pipeline.evaluations is None else f"{pipeline.evaluations:,}"
-    sampler = f"{settings.sampler}, {steps} network evaluations per sample, guidance scale {settings.cfg_scale}"
-    if settings.guidance_interval:
-        sampler += " at noise levels {:g} to {:g}".format(*settings.guidance_interval)
-    logger.info(f"{counted(total, 'sample')} by {sampler} -> {folder}")
+    logger.info(f"{counted(total, 'sample')} by {describe_sampler(settings, pipeline.evaluations)} -> {folder}")
     logger.info(disk)
 
     # Sample this process's share of the missing batches. Each batch is written to a file of its own.
@@ -195,12 +181,11 @@ def latent_statistics(args: argparse.Namespace, config: dict) -> dict:
     Raises:
         UserError: if the checkpoint records its normalization, if no VAE is given, or if the statistics do not fit.
     """
-    backbone = config["model"]["backbone"]
     if config["training"]:
         raise UserError(f"--latent-stats: {args.ckpt[0]} records the normalization of its latents")
     if args.vae in (None, "none"):
         raise UserError("--latent-stats needs the --vae that decodes the latents")
-    shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
+    shape = data_shape(config["model"]["backbone"])
     return {"vae": args.vae, **load_statistics(args.latent_stats, shape).record()}
 
 
@@ -249,6 +234,30 @@ def check_original_flags(n_basis: int | None, n_experts: int | None, tf32: bool,
         )
 
 
+def record_settings(args: argparse.Namespace, config: dict, vae: str, settings: SampleSettings, adaptive: bool) -> dict:
+    """Return what the samples depend on, for the file SETTINGS; `adaptive`: whether the sampler chooses its steps."""
+    return {
+        "ckpt": args.ckpt,
+        "ckpt_fingerprint": [fingerprint(path) for path in args.ckpt],
+        "backbone": config["model"]["backbone"],
+        "process": config["diffusion"]["process"],
+        "vae": vae,
+        **asdict(settings),
+        "guide_ckpt": args.guide_ckpt,
+        "guide_fingerprint": args.guide_ckpt and fingerprint(args.guide_ckpt),
+        "step_sizes": "adaptive, common to each batch: the samples depend on per_proc_batch_size" if adaptive else None,
+    }
+
+
+def describe_sampler(settings: SampleSettings, evaluations: int | None) -> str:
+    """Describe how samples are drawn, with the network's evaluations per sample, or None for adaptive steps."""
+    steps = "adaptive" if evaluations is None else f"{evaluations:,}"
+    sampler = f"{settings.sampler}, {steps} network evaluations per sample, guidance scale {settings.cfg_scale}"
+    if settings.guidance_interval:
+        sampler += " at noise levels {:g} to {:g}".format(*settings.guidance_interval)
+    return sampler
+
+
 def default_name(args: argparse.Namespace, settings: SampleSettings) -> str:
     """Return the name of the folder for the flags, and the settings that follow from them."""
     run = run_name(args.ckpt[0])
@@ -272,7 +281,7 @@ def run_name(ckpt: str) -> str:
 
 def finished(folder: Path, record: dict) -> bool:
     """Return whether a folder holds all samples of these settings. Raises UserError if it holds other files."""
-    path = folder / "settings.json"
+    path = folder / SETTINGS
     if not path.exists():
         # A run that was killed at its start leaves hidden files behind.
         if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
@@ -446,11 +455,7 @@ if __name__ == "__main__":
         default=True,
         help="use the EMA weights; --no-ema uses the weights of the last step",
     )
-    group.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="load files with pickled Python objects, which can execute code: only for files that you trust",
-    )
+    group.add_argument("--trust-pickle", **TRUST_PICKLE_FLAG)
     group.add_argument(
         "--vae",
         help="autoencoder that decodes the samples: ema or mse (the published VAEs), a hub name, a local folder, or "

@@ -21,26 +21,26 @@ ema: held-out error, FID or both over the width of the EMA, from the snapshots o
 """
 
 import argparse
-from functools import partial
-from itertools import chain, pairwise, zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from checkpoint import load_model
 from diffusion import create_process
-from diffusion.intervals import interval_labels, scale_of
+from diffusion.intervals import scale_of
 from evaluation.scores import NEIGHBOURS
 from features.autoencoder import Normalization
 from features.dataset import FeatureDataset
 from figures import save_coefficients, save_grid, save_png, write_csv
 from interop.own import find_checkpoint
-from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override
+from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, TRUST_PICKLE_FLAG, given_overrides
+from models import data_shape
 from remix import Remix
 from reports.ema import Measure, draw_ema, ema_scores, error_measure
+from reports.losses import draw_losses, expert_errors
 from reports.page import write_page
 from reports.plots import coefficients_over_steps, draw_coefficients_over_steps
 from reports.runs import read_runs
@@ -66,10 +66,10 @@ def main(args: argparse.Namespace):
     draw = dict(
         run=draw_page,
         compare=draw_table,
-        coefficients=draw_coefficients_of,
+        coefficients=draw_coefficients,
         losses=draw_losses_of,
         training=draw_training,
-        grids=draw_grids_of,
+        grids=draw_grids,
         ema=draw_ema_of,
     )[args.figure]
     draw(out, args)
@@ -94,10 +94,20 @@ def draw_table(out: Path, args: argparse.Namespace):
     print(out.with_suffix(".md").read_text(), end="")
 
 
-def draw_coefficients_of(out: Path, args: argparse.Namespace):
-    """Draw the coefficients of a checkpoint."""
+def draw_coefficients(out: Path, args: argparse.Namespace):
+    """Draw a heat map of alpha. Columns are experts with their noise levels, rows are bases."""
     model, config = load_remix(args)
-    draw_coefficients(out, model, config["model"]["name"])
+    save_coefficients(out, model, f"{config['model']['name']}: mixing coefficients")
+    alpha = model.coefficients().detach().view(-1, model.n_experts, model.n_basis)
+    blocks, _, n_basis = alpha.shape
+    scale = scale_of(model.boundaries)
+    ends = [scale.ends(low, high) for low, high in pairwise(model.boundaries)]
+    header = ["block", "expert", *scale.columns, *(f"basis_{k}" for k in range(n_basis))]
+    rows = []
+    for block, experts in enumerate(alpha.tolist()):
+        for i, (levels, values) in enumerate(zip(ends, experts, strict=True)):
+            rows.append(["all" if blocks == 1 else block, i, *levels, *values])
+    write_csv(out, header, rows)
 
 
 def draw_losses_of(out: Path, args: argparse.Namespace):
@@ -110,18 +120,16 @@ def draw_losses_of(out: Path, args: argparse.Namespace):
     plain, pretrained = config["model"] | {"remix": None}, None
     if args.pretrained:
         pretrained, pretrained_config = load_model(
-            args.pretrained, allow_pickle=args.trust_pickle, **overrides_of(args)
+            args.pretrained, allow_pickle=args.trust_pickle, **given_overrides(args)
         )
         plain["name"] = pretrained_config["model"]["name"]
         if pretrained_config["model"] != plain:
             raise UserError(
                 f"{args.pretrained} is not the plain {plain['architecture']} that {args.ckpt} was trained from"
             )
-    x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, config)
-    measure = HeldOutErrors(
-        create_process(**config["diffusion"]), x.to(device()), y.to(device()), min(32, len(x)), args.global_seed
-    )
-    reference, errors = expert_errors(model, pretrained, measure, args.per_interval)
+        pretrained.to(device())
+    measure = held_out_errors(args, config)
+    reference, errors = expert_errors(model.to(device()), pretrained, measure, args.per_interval)
     draw_losses(out, reference, errors, model, config["model"]["name"], relative_to_best=pretrained is None)
 
 
@@ -142,10 +150,7 @@ def draw_ema_of(out: Path, args: argparse.Namespace):
     print(*fits, sep="\n")
     measures = {}
     if args.data_path:
-        x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, config)
-        diffusion = create_process(**config["diffusion"])
-        errors = HeldOutErrors(diffusion, x.to(device()), y.to(device()), min(32, len(x)), args.global_seed)
-        measures["error"] = error_measure(errors)
+        measures["error"] = error_measure(held_out_errors(args, config))
     if args.score_against:
         if not config["training"]:
             raise UserError(f"{args.ckpt} is not a checkpoint of a run with --ema-snapshots")
@@ -159,12 +164,6 @@ def draw_ema_of(out: Path, args: argparse.Namespace):
     draw_ema(out, ema_scores(model, fits, measures, device()), config["model"]["name"])
 
 
-def overrides_of(args: argparse.Namespace) -> dict:
-    """Return what the flags say about the architecture of a file that does not record it."""
-    overrides = {"num_heads": args.num_heads} if args.num_heads else {}
-    return overrides | frequency_override(args.timestep_frequencies)
-
-
 def load_remix(args: argparse.Namespace) -> tuple[Remix, dict]:
     """Return the model of `args.ckpt`, which becomes the path of its file, and its config.
 
@@ -172,7 +171,7 @@ def load_remix(args: argparse.Namespace) -> tuple[Remix, dict]:
         UserError: if it is a plain model.
     """
     args.ckpt = find_checkpoint(args.ckpt)
-    model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **overrides_of(args))
+    model, config = load_model(args.ckpt, ema=args.ema, allow_pickle=args.trust_pickle, **given_overrides(args))
     if not config["model"]["remix"]:
         architecture = config["model"]["architecture"]
         raise UserError(f"{args.ckpt} holds a plain {architecture}, which has no mixing coefficients")
@@ -197,21 +196,6 @@ def default_out(args: argparse.Namespace) -> Path:
     ckpt = Path(args.ckpt)
     # A run's folder stands for its newest checkpoint.
     return ckpt / f"{args.figure}.png" if ckpt.is_dir() else ckpt.with_name(f"{ckpt.stem}-{args.figure}.png")
-
-
-def draw_coefficients(out: Path, model: Remix, name: str):
-    """Draw a heat map of alpha. Columns are experts with their noise levels, rows are bases."""
-    save_coefficients(out, model, f"{name}: mixing coefficients")
-    alpha = model.coefficients().detach().view(-1, model.n_experts, model.n_basis)
-    blocks, _, n_basis = alpha.shape
-    scale = scale_of(model.boundaries)
-    ends = [scale.ends(low, high) for low, high in pairwise(model.boundaries)]
-    header = ["block", "expert", *scale.columns, *(f"basis_{k}" for k in range(n_basis))]
-    rows = []
-    for block, experts in enumerate(alpha.tolist()):
-        for i, (levels, values) in enumerate(zip(ends, experts, strict=True)):
-            rows.append(["all" if blocks == 1 else block, i, *levels, *values])
-    write_csv(out, header, rows)
 
 
 def draw_training(out: Path, args: argparse.Namespace):
@@ -240,6 +224,13 @@ def draw_training(out: Path, args: argparse.Namespace):
     write_csv(out, header, [[step, *row.ravel()] for step, row in zip(steps, alpha, strict=True)])
 
 
+def held_out_errors(args: argparse.Namespace, config: dict) -> HeldOutErrors:
+    """Return what measures the errors of models on the images of --data-path."""
+    x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, config)
+    process = create_process(**config["diffusion"])
+    return HeldOutErrors(process, x.to(device()), y.to(device()), min(32, len(x)), args.global_seed)
+
+
 def load_features(data_path: str, count: int, seed: int, ckpt: str, config: dict) -> tuple[Tensor, Tensor]:
     """Return random encoded images and their labels.
 
@@ -257,91 +248,13 @@ def load_features(data_path: str, count: int, seed: int, ckpt: str, config: dict
         UserError: if the images do not have the shape that the model takes.
     """
     dataset = FeatureDataset(data_path, normalization=Normalization.from_record(config["data"]))
-    backbone = config["model"]["backbone"]
-    if dataset.shape != (backbone["in_channels"], backbone["input_size"], backbone["input_size"]):
+    if dataset.shape != data_shape(config["model"]["backbone"]):
         raise UserError(f"{data_path} holds features of shape {dataset.shape}, which {ckpt} cannot process")
     return dataset.__getitems__(np.random.default_rng(seed).permutation(len(dataset))[:count].tolist())
 
 
-def expert_errors(
-    remix: Remix, pretrained: nn.Module | None, measure: HeldOutErrors, per_interval: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Measure the error of the prediction in every interval: of the predicted noise, or of what a flow predicts.
-
-    Args:
-        remix: model with N experts.
-        pretrained: plain model of the same architecture, or None.
-        measure: measures the error of a model, on the device of the models.
-        per_interval: number of evenly spaced times in each interval.
-
-    Returns:
-        Mean squared error of the pretrained model in each interval, or of the best expert if there is no pretrained
-        model, [N]; and the error of each expert in each interval relative to it, minus 1, [N experts, N intervals].
-    """
-    remix = remix.to(device())
-    plain = [pretrained.to(device())] if pretrained is not None else []
-    scale = scale_of(remix.boundaries)
-    times = np.concatenate([scale.times_between(*pair, per_interval) for pair in pairwise(remix.boundaries)])
-
-    def interval_errors(model: nn.Module) -> np.ndarray:
-        errors = measure(model, times, times_per_batch=8)
-        return errors.view(remix.n_experts, -1).mean(1).cpu().numpy()
-
-    models = chain(plain, map(remix.expert, range(remix.n_experts)))
-    errors = [interval_errors(model) for model in tqdm(models, total=len(plain) + remix.n_experts, desc="models")]
-    experts = np.stack(errors[len(plain) :])
-    reference = errors[0] if plain else experts.min(0)
-    return reference, experts / reference - 1
-
-
-def draw_losses(
-    out: Path, reference: np.ndarray, errors: np.ndarray, model: Remix, name: str, relative_to_best: bool = False
-):
-    """Draw the results of expert_errors as heat maps. Rows are experts, columns are intervals.
-
-    The left one is relative to the pretrained model, the right one to the best expert of each interval. Where the
-    experts are good in their own intervals, the diagonal of the right one is 0. If `relative_to_best`, the errors are
-    relative to the best expert already, and there is only this heat map.
-    """
-    from matplotlib.colors import SymLogNorm
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    above_best = (1 + errors) / (1 + errors).min(0) - 1
-    # Differences are tenths of a percent inside an expert's interval, and up to a factor of ten far outside it.
-    scale = partial(SymLogNorm, linthresh=0.5, vmax=100)
-    maps = (
-        (100 * errors, "RdBu_r", scale(vmin=-100), "the pretrained model", [-100, -10, -1, 0, 1, 10, 100]),
-        (100 * above_best, "viridis_r", scale(vmin=0), "the best expert of the interval", [0, 1, 10, 100]),
-    )
-    maps = maps[1:] if relative_to_best else maps
-    figure = Figure((7 * len(maps), 6), layout="constrained")
-    axes = figure.subplots(1, len(maps), squeeze=False)[0]
-    noise_scale = scale_of(model.boundaries)
-    for axis, (values, colors, norm, baseline, ticks) in zip(axes, maps, strict=True):
-        image = axis.imshow(values, cmap=colors, norm=norm)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlabel(f"interval of {noise_scale.unit}s (interval 0: least noise)")
-        axis.set_ylabel("expert")
-        figure.colorbar(image, ax=axis, label=f"error relative to {baseline}, %", ticks=ticks, format="%d")
-    own_is_best = float((errors.argmin(0) == np.arange(model.n_experts)).mean())
-    figure.suptitle(f"{name}: the interval's own expert has the lowest error in {own_is_best:.0%}", fontsize=10)
-    save_png(figure, out)
-
-    header = ["expert", *(f"{noise_scale.symbol}_{label}" for label in interval_labels(model.boundaries, "_"))]
-    first = "best, absolute" if relative_to_best else "pretrained, absolute"
-    rows = [[first, *reference], *([i, *row] for i, row in enumerate(errors.tolist()))]
-    write_csv(out, header, rows)
-
-
-def draw_grids_of(out: Path, args: argparse.Namespace):
-    """Draw the samples of several models."""
-    draw_grids(out, args.samples, args.images)
-
-
-def draw_grids(out: Path, paths: list[str], count: int):
-    """Draw the first `count` samples of several files, one row per file.
+def draw_grids(out: Path, args: argparse.Namespace):
+    """Draw the first samples of several files, one row per file.
 
     Samples of the same seed start from the same noise, so each column shows what the models make of one noise.
 
@@ -349,13 +262,13 @@ def draw_grids(out: Path, paths: list[str], count: int):
         UserError: if a file holds no samples, or if the images of a column have different sizes or different classes.
     """
     rows, names, labels = [], [], {}
-    for path in paths:
+    for path in args.samples:
         path = Path(path) / "samples.npz" if Path(path).is_dir() else Path(path)
         try:
             with np.load(path, allow_pickle=False) as file:
-                rows.append(file["arr_0"][:count])
+                rows.append(file["arr_0"][: args.images])
                 if "arr_1" in file:
-                    labels[path] = file["arr_1"][:count].tolist()
+                    labels[path] = file["arr_1"][: args.images].tolist()
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is not a file of samples: {error}") from None
         names.append(path.parent.name or path.stem)
@@ -422,11 +335,7 @@ if __name__ == "__main__":
             help="use the EMA weights, or those of the last step",
         )
         figure.add_argument("--num-heads", **NUM_HEADS_FLAG)
-        figure.add_argument(
-            "--trust-pickle",
-            action="store_true",
-            help="load files with pickled Python objects, which can execute code: only for files that you trust",
-        )
+        figure.add_argument("--trust-pickle", **TRUST_PICKLE_FLAG)
         figure.add_argument("--timestep-frequencies", **TIMESTEP_FREQUENCIES_FLAG)
     losses.add_argument(
         "--pretrained",

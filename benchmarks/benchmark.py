@@ -534,9 +534,9 @@ def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
     The shards all stay open, or one at a time, as with the thousands of shards of ImageNet. The features are stored as
     float32 or as float16.
     """
-    from features import dataset
+    from features import shards as open_files
 
-    rows, default_open = [], dataset.OPEN_SHARDS
+    rows, default_open = [], open_files.OPEN_SHARDS
     with tempfile.TemporaryDirectory() as folder:
         shards = 2 if args.toy else 8
         shape = (4, args.input_size, args.input_size)
@@ -550,7 +550,7 @@ def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
         sampler = BatchSampler(0, args.data_batch_size, world)
         n = 5 if args.toy else 100
         for dtype, open_shards in product(DTYPES, (default_open, 1)):
-            dataset.OPEN_SHARDS = open_shards
+            open_files.OPEN_SHARDS = open_shards
             try:
                 with sampler.load(FeatureDataset(f"{folder}/{dtype}"), range(n + 10), num_workers=2) as batches:
                     for _ in range(10):
@@ -560,7 +560,7 @@ def data(args: argparse.Namespace, world: World, floors: dict) -> list[dict]:
                         sampler.microbatches(next(batches))
                     rate = n * args.data_batch_size / (time.perf_counter() - start)
             finally:
-                dataset.OPEN_SHARDS = default_open
+                open_files.OPEN_SHARDS = default_open
             case = "shards stay open" if open_shards > 1 else "each image opens its shard"
             gb_s = np.dtype(dtype).itemsize * int(np.prod(shape)) * rate / 1e9
             rows.append(

@@ -243,7 +243,7 @@ def inner_boundaries(
 
 @functools.lru_cache
 def _inner_boundaries(
-    boundaries: tuple[float, ...], dtype: torch.dtype, directions: tuple[bool, ...], unrounded: tuple[float, ...] = ()
+    boundaries: tuple[float, ...], dtype: torch.dtype, directions: tuple[bool, ...], unrounded: tuple[float, ...]
 ) -> tuple[list[float], bool]:
     """Return the result of `inner_boundaries`, and whether it separates all steps on boundaries."""
     if not dtype.is_floating_point or len(boundaries) < 3:

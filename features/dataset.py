@@ -20,7 +20,7 @@ import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,8 @@ import torch
 from torch.utils.data import Dataset
 
 from features.autoencoder import Normalization
-from features.published import OPEN_SHARDS, PATTERN, VIEWS, PublishedShards, find_shards
+from features.published import PATTERN, VIEWS, PublishedShards, find_shards
+from features.shards import OpenShards
 from features.statistics import load_statistics
 from runtime.errors import UserError
 from runtime.files import atomic_write, cache_folder, wait_for_lock, write_array, write_json
@@ -192,9 +193,8 @@ class FeatureDataset(Dataset):
     def _open_packed(self):
         """Open this project's layout."""
         self.files = None
-        # Memory maps, opened on first use in each process, because they must not be copied to a DataLoader's worker.
-        self.open_shards = {}
         self._read_index()
+        self.open_shards = OpenShards(self.starts, partial(self._load, "features"))
         shards = range(len(self.starts) - 1)
         self.labels = np.concatenate([np.array(self._load("labels", shard)) for shard in shards])
         # A truncated file is reported now, not in the middle of a run.
@@ -387,13 +387,9 @@ class FeatureDataset(Dataset):
         return features
 
     def _packed_image(self, image: int) -> np.ndarray:
-        """Return an image's part [views, channels, H, W] of its shard; the shard is opened if it is not open."""
-        shard = int(np.searchsorted(self.starts, image, side="right")) - 1
-        if shard not in self.open_shards:
-            if len(self.open_shards) == OPEN_SHARDS:
-                del self.open_shards[next(iter(self.open_shards))]
-            self.open_shards[shard] = self._load("features", shard)
-        return self.open_shards[shard][image - self.starts[shard]]
+        """Return an image's part [views, channels, H, W] of its shard."""
+        features, place = self.open_shards.find(image)
+        return features[place]
 
     def __getitems__(self, items: list) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a batch: the features [B, C, H, W] (float32) and the labels [B] (int64) of a list of items."""

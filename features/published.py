@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from features.shards import OpenShards
 from runtime.errors import UserError, first_line
 
 PATTERN = "latents_rank*_shard*.safetensors"
 VIEWS = ("latents", "latents_flip")
-# Every shard that is open holds a file descriptor, and systems limit these, often to 1024.
-OPEN_SHARDS = 128
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -71,21 +70,15 @@ class PublishedShards:
         self.labels = np.concatenate(labels)
         if not len(self.labels):
             raise UserError(f"{paths[0]} and the other shards in its folder hold no images")
-        self.starts = np.cumsum([0, *map(len, labels)])
-        # Opened on first use in each process, because they must not be copied to a DataLoader's worker.
-        self.open_shards = {}
+        self.open_shards = OpenShards(np.cumsum([0, *map(len, labels)]), self._open_shard)
+
+    def _open_shard(self, shard: int):
+        return _open(self.paths[shard])
 
     def read(self, image: int, view: int) -> torch.Tensor:
         """Return one latent [C, H, W], float32, of an image (view 0) or of its mirror image (view 1)."""
-        shard = int(np.searchsorted(self.starts, image, side="right")) - 1
-        if shard not in self.open_shards:
-            if len(self.open_shards) == OPEN_SHARDS:
-                del self.open_shards[next(iter(self.open_shards))]
-            self.open_shards[shard] = _open(self.paths[shard])
-        return self.open_shards[shard].get_slice(VIEWS[view])[int(image - self.starts[shard])].float()
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"open_shards": {}}
+        file, place = self.open_shards.find(image)
+        return file.get_slice(VIEWS[view])[place].float()
 
 
 def _open(path: Path):

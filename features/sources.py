@@ -79,13 +79,8 @@ class FolderImages(LabelledImages):
 
         if not Path(path).is_dir():
             raise UserError(f"--data-path {path}: no such folder")
-        others, hidden, start = [], [], len(os.path.join(path, ""))
-        for entry in os.scandir(path):
-            if entry.is_file() and not is_hidden(entry.name):
-                others.append(entry.name)
-            elif entry.is_dir() and is_hidden(entry.name):
-                found = find_files(entry.path)
-                hidden += [os.path.relpath(file, path) for file in found.images + found.hidden]
+        others, hidden = _find_unclassed(path)
+        start = len(os.path.join(path, ""))
 
         def select(name: str) -> bool:
             if is_hidden(name[start:]):
@@ -209,6 +204,18 @@ def load_images(path: str) -> LabelledImages:
     return TableImages(path) if str(path).startswith(PREFIX) else FolderImages(path)
 
 
+def _find_unclassed(path) -> tuple[list[str], list[str]]:
+    """Return the names of the files beside the class folders, and the paths of the images in hidden folders there."""
+    others, hidden = [], []
+    for entry in os.scandir(path):
+        if entry.is_file() and not is_hidden(entry.name):
+            others.append(entry.name)
+        elif entry.is_dir() and is_hidden(entry.name):
+            found = find_files(entry.path)
+            hidden += [os.path.relpath(file, path) for file in found.images + found.hidden]
+    return others, hidden
+
+
 def _check_split_words(path: str, name: str):
     """Raise UserError if the package datasets would take classes or files of a folder of images for splits.
 
@@ -243,6 +250,8 @@ def _load_split(path: str):
     except ImportError as error:
         # Its package pyarrow may need another version of NumPy.
         raise UserError(f"--data-path {path}: the package datasets cannot be imported: {first_line(error)}") from None
+    if not is_first_process():
+        datasets.disable_progress_bars()
     name, split = path.removeprefix(PREFIX), ""
     if "@" in name and not Path(name).is_dir():
         name, _, split = name.rpartition("@")
@@ -250,18 +259,31 @@ def _load_split(path: str):
         raise UserError(f"--data-path {path} needs a name, as in {PREFIX}NAME or {PREFIX}NAME@SPLIT")
     if Path(name).is_absolute() and not Path(name).exists():
         raise UserError(f"--data-path {path}: no such folder")
-    if not is_first_process():
-        datasets.disable_progress_bars()
+    table = _load_dataset(path, name)
+    if not isinstance(table, dict):
+        table = {str(table.split or "train"): table}
+    if not split:
+        split = "train" if "train" in table else next(iter(table)) if len(table) == 1 else split
+    if split not in table:
+        raise UserError(
+            f"--data-path {path}: choose one of the splits {', '.join(table)}, as in {PREFIX}{name}@{next(iter(table))}"
+        )
+    return table[split]
+
+
+def _load_dataset(path: str, name: str):
+    """Load all splits of a Hugging Face dataset, or the single table of a folder, by the name in --data-path."""
+    import datasets
+
     unreachable = not Path(name).is_dir() and hub.offline()
     try:
         if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
-            table = datasets.load_from_disk(name)
-        else:
-            if Path(name).is_dir():
-                _check_split_words(path, name)
-            # Without this, the library would retry for half a minute.
-            datasets.config.HF_HUB_OFFLINE = unreachable
-            table = datasets.load_dataset(name)
+            return datasets.load_from_disk(name)
+        if Path(name).is_dir():
+            _check_split_words(path, name)
+        # Without this, the library would retry for half a minute.
+        datasets.config.HF_HUB_OFFLINE = unreachable
+        return datasets.load_dataset(name)
     except UserError:
         raise
     except IndexError:
@@ -272,12 +294,3 @@ def _load_split(path: str):
         reason = "the hub cannot be reached, and the dataset is not in its cache" if unreachable else first_line(error)
         failure = "not a Hugging Face dataset" if Path(name).is_dir() else "no such folder, and not found on the hub"
         raise LocalError(f"--data-path {path}: {failure}: {reason}") from None
-    if not isinstance(table, dict):
-        table = {str(table.split or "train"): table}
-    if not split:
-        split = "train" if "train" in table else next(iter(table)) if len(table) == 1 else split
-    if split not in table:
-        raise UserError(
-            f"--data-path {path}: choose one of the splits {', '.join(table)}, as in {PREFIX}{name}@{next(iter(table))}"
-        )
-    return table[split]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion import beta_schedule
+from diffusion import FlowMatching, beta_schedule
 from diffusion.flow import FLOW_OPTIONS
 from diffusion.intervals import TIMESTEPS
 from features.autoencoder import Normalization
@@ -232,7 +232,7 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     config = make_config(path, backbone, remix, overrides | {"num_heads": num_heads, "frequency_shift": shift})
     config["data"] |= _find_vae(config_file, backbone)
     if flow := stored.get("flow"):
-        config["diffusion"] = {"process": "flow"} | {key: flow[key] for key in FLOW_OPTIONS if key in flow}
+        config["diffusion"] = {"process": FlowMatching.name} | {key: flow[key] for key in FLOW_OPTIONS if key in flow}
     changed = _find_scheduler(config_file, config["diffusion"])
     if remix and changed:
         raise UserError(f"{path} holds a RemixDiT of the published process, but its scheduler has {changed}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from interop.shapes import (
     backbone_from_shapes,
+    count_blocks,
     find_state_dict,
     flow_target,
     make_config,
@@ -97,11 +98,6 @@ def _network_from_shapes(state: dict[str, Tensor]) -> dict | None:
     except (LookupError, ValueError, TypeError, ArithmeticError):
         # A missing tensor, or one with other dimensions.
         return None
-
-
-def count_blocks(state: dict[str, Tensor]) -> int:
-    """Return the number of blocks of a state dict."""
-    return 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
 
 
 def block_options(state: dict[str, Tensor], i: int, rope: str, hidden_size: int) -> dict:

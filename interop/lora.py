@@ -32,6 +32,11 @@ from runtime.files import atomic_write
 
 FORMATS = ("diffusers", "original", "kohya")
 PREFIXES = {"diffusers": "transformer.", "original": "diffusion_model.", "kohya": "lora_unet_"}
+# What files have before the names of layers if peft has written them.
+PEFT = "base_model.model."
+# The names of A and of B in files.
+A_NAMES, B_NAMES = r"(?P<a>lora_A|lora_down|lora\.down)", r"(?P<b>lora_B|lora_up|lora\.up)"
+TENSORS = re.compile(rf"(?P<layer>.+)\.(?:{A_NAMES}|{B_NAMES})(\.default)?\.weight")
 # The parameters that a LoRA file represents: the low-rank bases and the coefficients.
 IN_LORA = ("lora_A", "lora_B", "logits")
 
@@ -340,9 +345,6 @@ def _original_layers(module: nn.Module, names: dict[str, str] | None, wanted: It
     return {name: layers for name, layers in found.items() if not wanted.isdisjoint(layers)}
 
 
-# The rank
-
-
 @torch.no_grad()
 def reduce_rank(pairs: Pairs, rank: int) -> tuple[Pairs, Reduction]:
     """Return pairs of a lower rank whose products B A are as close as possible, and what they lack.
@@ -381,13 +383,6 @@ def reduce_rank(pairs: Pairs, rank: int) -> tuple[Pairs, Reduction]:
 def _squared_norm(a: Tensor, b: Tensor) -> float:
     """Return the squared Frobenius norm of B A."""
     return ((b.double().T @ b.double()) * (a.double() @ a.double().T)).sum().item()
-
-
-# Reading
-
-A_NAMES, B_NAMES = r"(?P<a>lora_A|lora_down|lora\.down)", r"(?P<b>lora_B|lora_up|lora\.up)"
-TENSORS = re.compile(rf"(?P<layer>.+)\.(?:{A_NAMES}|{B_NAMES})(\.default)?\.weight")
-PEFT = "base_model.model."
 
 
 @torch.no_grad()
@@ -447,27 +442,9 @@ def load_pairs(remix: Remix, path: Path) -> Pairs:
         UserError: see `read_lora`.
     """
     kind = remix.arguments.owner
-    try:
-        with safe_open(path, framework="pt") as file:
-            header, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as a safetensors file: {error}") from None
-    pairs, alphas = {}, {}
-    for key, tensor in tensors.items():
-        if key.endswith(".alpha") and tensor.numel() == 1:
-            alphas[key.removesuffix(".alpha")] = float(tensor)
-            continue
-        match = TENSORS.fullmatch(key)
-        if match is None or tensor.ndim != 2:
-            raise UserError(f"{path} holds {key} {list(tensor.shape)}, which pairs of linear layers cannot represent")
-        tensor = tensor.float()
-        if not tensor.isfinite().all():
-            raise UserError(f"{path} holds numbers in {key} that are not finite")
-        pairs.setdefault(match["layer"], {})["a" if match["a"] else "b"] = tensor
+    header, pairs, alphas = _read_tensors(path)
     known, mixed = _readable_layers(remix), dict(remix.mixed())
     others = [name for name in pairs if name not in known]
-    if not pairs:
-        raise UserError(f"{path} is no LoRA file: it holds no pairs")
     if others:
         raise UserError(
             f"{path} is no LoRA of this Remix of a {kind}: {len(others)} of its {len(pairs)} layers are not among the "
@@ -497,6 +474,34 @@ def load_pairs(remix: Remix, path: Path) -> Pairs:
             elif b.any():
                 raise UserError(f"{path} changes {layer}, which is no mixed layer of this Remix")
     return found
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, str], dict[str, dict[str, Tensor]], dict[str, float]]:
+    """Return the header of a LoRA file, and by the names in it, the tensors "a" and "b" of the layers, and their alpha.
+
+    Raises:
+        UserError: if it is no LoRA file, or holds what pairs cannot represent.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as a safetensors file: {error}") from None
+    pairs, alphas = {}, {}
+    for key, tensor in tensors.items():
+        if key.endswith(".alpha") and tensor.numel() == 1:
+            alphas[key.removesuffix(".alpha")] = float(tensor)
+            continue
+        match = TENSORS.fullmatch(key)
+        if match is None or tensor.ndim != 2:
+            raise UserError(f"{path} holds {key} {list(tensor.shape)}, which pairs of linear layers cannot represent")
+        tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} holds numbers in {key} that are not finite")
+        pairs.setdefault(match["layer"], {})["a" if match["a"] else "b"] = tensor
+    if not pairs:
+        raise UserError(f"{path} is no LoRA file: it holds no pairs")
+    return header, pairs, alphas
 
 
 def _readable_layers(remix: Remix) -> dict[str, list[str]]:

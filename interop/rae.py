@@ -10,9 +10,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffusion import FlowMatching
 from diffusion.interpolants import dimension_shift
-from interop.lightningdit import block_options, count_blocks
+from interop.lightningdit import block_options
 from interop.shapes import (
+    count_blocks,
     find_state_dict,
     flow_target,
     make_config,
@@ -21,11 +23,11 @@ from interop.shapes import (
     warn_of_latents,
 )
 from interop.sit import reverse_time, warn_of_shift
-from models import DITDH
+from models import DITDH, data_shape
 from runtime.errors import UserError
 from runtime.files import atomic_write
 
-PROCESS = {"process": "flow", "path": "linear", "prediction": "velocity"}
+PROCESS = {"process": FlowMatching.name, "path": "linear", "prediction": "velocity"}
 CHANGES = "RAE: the network is called at 1 - t and its output is negated, both as a change of the weights"
 
 
@@ -103,7 +105,7 @@ def _said_depth(path, n_blocks: int, said) -> list[int]:
 
 def usual_shift(backbone: dict) -> float:
     """Return the shift of the noise levels with which RAE trains and samples latents of this size."""
-    return dimension_shift((backbone["in_channels"], backbone["input_size"], backbone["input_size"]))
+    return dimension_shift(data_shape(backbone))
 
 
 def _reverse_time(path, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,10 +4,11 @@ import argparse
 import inspect
 import math
 import re
+from collections.abc import Iterable
 
 from torch import Tensor
 
-from diffusion import FlowMatching, create_process
+from diffusion import FlowMatching, GaussianDiffusion, create_process
 from diffusion.intervals import TIMESTEPS
 from features.autoencoder import SHORT_NAMES
 from models import DIT, TIMESTEP_FREQUENCIES, Backbone, model_names
@@ -39,6 +40,11 @@ CONFIG_PARTS = ("model", "data", "diffusion", "transport")
 GAUSSIAN_DEFAULTS = dict(noise_schedule="linear", predict_xstart=False, sigma_small=False, diffusion_steps=TIMESTEPS)
 # Options that tensor shapes do not always show. An override replaces their values.
 HIDDEN_OPTIONS = ("num_heads", "class_dropout_prob", "frequency_shift")
+# Flags of the scripts that read files of other projects.
+TRUST_PICKLE_FLAG = dict(
+    action="store_true",
+    help="load files with pickled Python objects, which can execute code: only for files that you trust",
+)
 TIMESTEP_FREQUENCIES_FLAG = dict(
     choices=[*TIMESTEP_FREQUENCIES],
     help="frequencies of the timestep embedding that the weights were trained with: those of the published DiT, or "
@@ -108,7 +114,7 @@ def gaussian_process(path, stored: dict, learn_sigma: bool) -> dict:
             "and use it with --process flow"
         )
     changed = {key: stored[key] for key, value in GAUSSIAN_DEFAULTS.items() if stored.get(key, value) != value}
-    options = {"process": "gaussian"} | ({} if learn_sigma else {"learn_sigma": False}) | changed
+    options = {"process": GaussianDiffusion.name} | ({} if learn_sigma else {"learn_sigma": False}) | changed
     try:
         create_process(**options)
     except (ValueError, TypeError) as error:
@@ -135,7 +141,7 @@ def backbone_from_shapes(state: dict[str, Tensor]) -> dict | None:
             patch_size=patch_size,
             in_channels=in_channels,
             hidden_size=hidden_size,
-            depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+            depth=count_blocks(state),
             mlp_ratio=size_ratio(state["blocks.0.mlp.fc1.bias"].shape[-1], hidden_size),
             class_dropout_prob=0.1,
             num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
@@ -144,6 +150,11 @@ def backbone_from_shapes(state: dict[str, Tensor]) -> dict | None:
     except (LookupError, ValueError, TypeError, ArithmeticError):
         # A missing tensor, or one with other dimensions than a DiT's.
         return None
+
+
+def count_blocks(names: Iterable[str]) -> int:
+    """Return the number of blocks of a model, whose tensors are named blocks.0, blocks.1 and so on."""
+    return 1 + max((int(name.split(".")[1]) for name in names if name.startswith("blocks.")), default=-1)
 
 
 def size_ratio(inner_size: int, hidden_size: int) -> float:
@@ -199,7 +210,8 @@ def make_config(
         raise UserError(f"{path} fits no registered model ({shape}): specify its number of heads (num_heads)")
     return {
         "model": {"name": name or "custom", "architecture": record.name, "backbone": backbone, "remix": remix},
-        "diffusion": {"process": "gaussian"} | ({} if backbone.get("learn_sigma") else {"learn_sigma": False}),
+        "diffusion": {"process": GaussianDiffusion.name}
+        | ({} if backbone.get("learn_sigma") else {"learn_sigma": False}),
         "data": _guess_data(path, backbone, stored, record),
         "training": None,
     }
@@ -213,11 +225,8 @@ def flow_target(process: dict) -> dict[str, str]:
     """
     if process.get("process") != FlowMatching.name:
         return {}
-    return {
-        "process": FlowMatching.name,
-        "path": process.get("path", "linear"),
-        "prediction": process.get("prediction", "velocity"),
-    }
+    defaults = FlowMatching().config
+    return {"process": FlowMatching.name} | {key: process.get(key, defaults[key]) for key in ("path", "prediction")}
 
 
 def warn_of_flow(path, config: dict):
@@ -368,3 +377,9 @@ NUM_HEADS_FLAG = dict(
 def frequency_override(choice: str | None) -> dict[str, int]:
     """Return the keyword argument of a DiT that a choice of --timestep-frequencies gives; none without the flag."""
     return {} if choice is None else {"frequency_shift": TIMESTEP_FREQUENCIES[choice]}
+
+
+def given_overrides(args: argparse.Namespace) -> dict:
+    """Return the overrides of `checkpoint.load_model` that --num-heads and --timestep-frequencies give."""
+    heads = {"num_heads": args.num_heads} if args.num_heads else {}
+    return heads | frequency_override(args.timestep_frequencies)

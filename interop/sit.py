@@ -14,9 +14,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffusion import create_process
+from diffusion import FlowMatching, create_process
 from interop.shapes import (
     backbone_from_shapes,
+    count_blocks,
     find_state_dict,
     flow_target,
     make_config,
@@ -107,7 +108,7 @@ def _latent_normalization(path, norm: dict[str, Tensor], channels: int) -> dict:
 
 def _join_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict of an earlier version of REPA (its --legacy) with all blocks in one list."""
-    first = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=-1)
+    first = count_blocks(state)
     renamed = {}
     for key, value in state.items():
         if key.startswith(DECODER):
@@ -121,7 +122,7 @@ def _process(path, paths: dict[str, str], args: dict) -> dict:
     """Return the "diffusion" part of a config for training arguments, whose path types `paths` lists."""
     for ours, theirs in paths.items():
         if theirs == args["path_type"]:
-            process = {"process": "flow", "path": ours, "prediction": args["prediction"]}
+            process = {"process": FlowMatching.name, "path": ours, "prediction": args["prediction"]}
             try:
                 create_process(**process)
             except ValueError as error:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from diffusion.intervals import TIMESTEPS
+from interop.shapes import count_blocks
 from mixing import fsdp
 from mixing.stages import find_difference, layout
 from remix import Remix
@@ -108,13 +109,7 @@ def read_pair(
                 f"a pair needs transformer, transformer_2 and boundary_ratio, but of a {type(source).__name__} "
                 f"they are {type(high).__name__}, {type(low).__name__} and {stored}"
             )
-    if stored is not None and boundary_ratio not in (None, stored):
-        raise UserError(f"boundary_ratio is {boundary_ratio}, but that of the pipeline is {stored}")
-    ratio = boundary_ratio if stored is None else stored
-    if ratio is None:
-        raise UserError("boundary_ratio is None: give 0.875 for text to video, or 0.9 for image to video")
-    if not 0 < ratio < 1:
-        raise UserError(f"boundary_ratio must be between 0 and 1, but it is {ratio}")
+    ratio = _choose_ratio(boundary_ratio, stored)
     if files:
         high, low = _read_files(source, dtype, config)
     elif folder:
@@ -123,6 +118,22 @@ def read_pair(
         raise UserError(f"the transformers of the pair differ in their names or shapes, such as {found}")
     # As WanPipeline calculates it.
     return Remix([low, high], stages=[0, ratio * TIMESTEPS, TIMESTEPS], rank=rank, **options)
+
+
+def _choose_ratio(given: float | None, stored: float | None) -> float:
+    """Return the boundary ratio of a pair: the argument of `read_pair`, or that of the pipeline.
+
+    Raises:
+        UserError: if both are missing, they contradict each other, or the ratio is out of range.
+    """
+    if stored is not None and given not in (None, stored):
+        raise UserError(f"boundary_ratio is {given}, but that of the pipeline is {stored}")
+    ratio = given if stored is None else stored
+    if ratio is None:
+        raise UserError("boundary_ratio is None: give 0.875 for text to video, or 0.9 for image to video")
+    if not 0 < ratio < 1:
+        raise UserError(f"boundary_ratio must be between 0 and 1, but it is {ratio}")
+    return ratio
 
 
 def write_pair(remix: Remix, folder):
@@ -227,39 +238,53 @@ def read_original(path, dtype: torch.dtype = torch.bfloat16, config: dict | None
                 f"{path} holds no transformer of Wan in the original's layout: there is no head.head.weight"
             )
         shapes = {key: file.get_slice(stored).get_shape() for key, stored in keys.items()}
-        tensors = [key for key in keys if key != SCALED and not key.endswith((SCALE, INPUT_SCALE))]
-        names = {key: diffusers_name(key) for key in tensors}
+        weights = (key for key in keys if key != SCALED and not key.endswith((SCALE, INPUT_SCALE)))
+        names = {key: diffusers_name(key) for key in weights}
         config = infer_config(path, shapes) if config is None else config
         with torch.device("meta"):
             model = WanTransformer3DModel.from_config(config)
-        expected = {name: [*tensor.shape] for name, tensor in model.state_dict().items()}
-        found = {name: shapes[key] for key, name in names.items()}
-        if name := find_difference(expected, found):
-            key = next((key for key in tensors if names[key] == name), name)
-            problem = "is missing" if name not in found else "is not in this class"
-            if name in found and name in expected:
-                problem = f"has the shape {found[name]}, not {expected[name]}"
-            raise UserError(f"{path} does not fit a WanTransformer3DModel: {key} {problem}")
+        _check_shapes(path, model, {name: (key, shapes[key]) for key, name in names.items()})
         state = {}
         for key, name in names.items():
-            scale = keys.get(f"{key.removesuffix('.weight')}{SCALE}")
-            kept = not {*name.split(".")}.isdisjoint(model._keep_in_fp32_modules or ())
-            tensor, kind = file.get_tensor(keys[key]), torch.float32 if kept else dtype
+            tensor, scale = file.get_tensor(keys[key]), keys.get(f"{key.removesuffix('.weight')}{SCALE}")
             if not tensor.is_floating_point():
                 raise UserError(f"{path}: {key} is quantized as {tensor.dtype}, but only fp8 can be read")
-            if scale is None:
-                state[name] = tensor.to(kind)
-                continue
-            scale = file.get_tensor(scale).float()
-            if scale.numel() > 1 and scale.shape != (len(tensor), 1):
-                raise UserError(f"{path}: the scale of {key} is neither one number nor one per row: {[*scale.shape]}")
-            state[name] = (tensor.float() * scale).to(kind)
+            if scale is not None:
+                scale = file.get_tensor(scale).float()
+                if scale.numel() > 1 and scale.shape != (len(tensor), 1):
+                    shape = [*scale.shape]
+                    raise UserError(f"{path}: the scale of {key} is neither one number nor one per row: {shape}")
+                tensor = tensor.float() * scale
+            kept = not {*name.split(".")}.isdisjoint(model._keep_in_fp32_modules or ())
+            state[name] = tensor.to(torch.float32 if kept else dtype)
     model.load_state_dict(state, assign=True)
     # Its buffers are in no file.
     model.rope = type(model.rope)(
         model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len
     )
     return model.eval()
+
+
+def _check_shapes(path, model: nn.Module, stored: dict[str, tuple[str, list[int]]]):
+    """Raise UserError unless a file holds the tensors of a model.
+
+    Args:
+        path: the file, for error messages.
+        model: the model.
+        stored: the original's name and the shape of each tensor of the file, by diffusers' name.
+    """
+    expected = {name: [*tensor.shape] for name, tensor in model.state_dict().items()}
+    name = find_difference(expected, {name: shape for name, (_, shape) in stored.items()})
+    if name is None:
+        return
+    key, shape = stored.get(name, (name, None))
+    if shape is None:
+        problem = "is missing"
+    elif name not in expected:
+        problem = "is not in this class"
+    else:
+        problem = f"has the shape {shape}, not {expected[name]}"
+    raise UserError(f"{path} does not fit a WanTransformer3DModel: {key} {problem}")
 
 
 def diffusers_name(key: str) -> str:
@@ -292,8 +317,7 @@ def infer_config(path, shapes: dict[str, list[int]]) -> dict:
     if width % HEAD:
         raise UserError(f"{path} has the width {width}, no multiple of {HEAD}, the size of Wan's heads: give config")
     config |= dict(num_attention_heads=width // HEAD, attention_head_dim=HEAD)
-    config |= dict(num_layers=1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")))
-    config |= dict(cross_attn_norm="blocks.0.norm3.weight" in shapes)
+    config |= dict(num_layers=count_blocks(shapes), cross_attn_norm="blocks.0.norm3.weight" in shapes)
     if "blocks.0.cross_attn.k_img.weight" in shapes:
         config |= dict(added_kv_proj_dim=width, image_dim=shapes.get("img_emb.proj.0.weight", [None])[0])
     if "img_emb.emb_pos" in shapes:

@@ -38,7 +38,7 @@ class ExpertIntervals(nn.Module):
         n_basis: int,
         device: torch.device,
         directions: tuple[bool, ...],
-        unrounded: Sequence[float] = (),
+        unrounded: Sequence[float],
     ):
         super().__init__()
         self.boundaries = boundaries

@@ -44,13 +44,7 @@ def fully_shard(remix: nn.Module, blocks: Sequence[str] | None = None, mesh=None
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
     from torch.distributed.fsdp import fully_shard as pytorch
 
-    if not hasattr(remix, "batch_coefficients"):
-        raise ValueError(f"fully_shard expects a Remix, but got a {type(remix).__name__}: use PyTorch's fully_shard")
-    if is_sharded(remix):
-        raise ValueError("the Remix, or a part of it, is sharded already")
-    for name, parameter in remix.named_parameters():
-        if is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point():
-            raise ValueError(f"quantized weights such as {name} cannot be sharded: each process needs them whole")
+    _check_shardable(remix)
     layers = dict(remix.mixed())
     chosen = _find_blocks(remix.backbone, layers, blocks)
     remix.plain_on_meta = [_plain_on_meta(remix, s) for s in range(len(remix.stages))]
@@ -89,6 +83,17 @@ def fully_shard(remix: nn.Module, blocks: Sequence[str] | None = None, mesh=None
             cast = partial(_cast_inputs, remix.arguments, policy.param_dtype)
             stage.register_forward_pre_hook(cast, prepend=True, with_kwargs=True)
     return remix
+
+
+def _check_shardable(remix: nn.Module):
+    """Raise ValueError if a module is no Remix, is sharded already, or has quantized weights."""
+    if not hasattr(remix, "batch_coefficients"):
+        raise ValueError(f"fully_shard expects a Remix, but got a {type(remix).__name__}: use PyTorch's fully_shard")
+    if is_sharded(remix):
+        raise ValueError("the Remix, or a part of it, is sharded already")
+    for name, parameter in remix.named_parameters():
+        if is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point():
+            raise ValueError(f"quantized weights such as {name} cannot be sharded: each process needs them whole")
 
 
 def _find_blocks(module: nn.Module, layers: Collection[str], patterns: Sequence[str] | None) -> list[str]:

@@ -32,26 +32,8 @@ def complete_options(options: dict) -> dict:
         if boundaries is None and stages is None:
             raise ValueError("n_experts or boundaries must be given")
         options["n_experts"] = len(stages if boundaries is None else boundaries) - 1
-    for name in ("n_basis", "n_experts", "rank"):
-        if not isinstance(options[name], Integral) and (name, options[name]) != ("rank", None):
-            raise ValueError(f"{name} must be an integer, but it is {options[name]!r}")
+    _check_values(options)
     n_experts, highest = options["n_experts"], options["highest_level"]
-    if options["n_basis"] < 1:
-        raise ValueError(f"n_basis must be at least 1, but it is {options['n_basis']}")
-    if not 0 < highest < math.inf:
-        raise ValueError(f"highest_level must be a positive number, but it is {highest}")
-    if n_experts < 1:
-        raise ValueError(f"n_experts must be at least 1, but it is {n_experts}")
-    if boundaries is None and scale_of([highest]).whole and highest < n_experts:
-        raise ValueError(
-            f"n_experts must be from 1 to highest_level={highest}, but it is {n_experts}; if the noise levels are no "
-            "integers, give boundaries"
-        )
-    for name, known in (("mixer", MIXERS), ("scope", SCOPES)):
-        if options[name] not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, but it is {options[name]!r}")
-    if options["rank"] is not None and options["rank"] < 1:
-        raise ValueError(f"rank must be at least 1, but it is {options['rank']}")
     if stages is not None:
         stages = _numbers(stages)
         check_boundaries(stages, len(stages) - 1, highest, "stages")
@@ -66,6 +48,30 @@ def complete_options(options: dict) -> dict:
             known = ", ".join(map(exact, boundaries))
             raise ValueError(f"a stage ends at {exact(level)}, which is no boundary of the experts: {known}")
     return options | {"boundaries": boundaries} | ({} if stages is None else {"stages": stages})
+
+
+def _check_values(options: dict):
+    """Raise ValueError if an option of a Remix other than boundaries and stages is out of range or unknown."""
+    for name in ("n_basis", "n_experts", "rank"):
+        if not isinstance(options[name], Integral) and (name, options[name]) != ("rank", None):
+            raise ValueError(f"{name} must be an integer, but it is {options[name]!r}")
+    n_experts, highest = options["n_experts"], options["highest_level"]
+    if options["n_basis"] < 1:
+        raise ValueError(f"n_basis must be at least 1, but it is {options['n_basis']}")
+    if not 0 < highest < math.inf:
+        raise ValueError(f"highest_level must be a positive number, but it is {highest}")
+    if n_experts < 1:
+        raise ValueError(f"n_experts must be at least 1, but it is {n_experts}")
+    if options["boundaries"] is None and scale_of([highest]).whole and highest < n_experts:
+        raise ValueError(
+            f"n_experts must be from 1 to highest_level={highest}, but it is {n_experts}; if the noise levels are no "
+            "integers, give boundaries"
+        )
+    for name, known in (("mixer", MIXERS), ("scope", SCOPES)):
+        if options[name] not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, but it is {options[name]!r}")
+    if options["rank"] is not None and options["rank"] < 1:
+        raise ValueError(f"rank must be at least 1, but it is {options['rank']}")
 
 
 def divide_stages(stages: list[float], n_experts: int) -> list[float]:

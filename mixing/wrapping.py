@@ -24,7 +24,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def find_linears(
-    module: nn.Module, patterns: Sequence[str], optional: Sequence[str] = (), subclasses: bool = False
+    module: nn.Module, patterns: Sequence[str], optional: Sequence[str], subclasses: bool
 ) -> dict[nn.Linear, list[str]]:
     """Return the layers of a module whose names match patterns, each with all its names, in the module's order.
 

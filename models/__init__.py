@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .backbone import Backbone, meta_device
+from .backbone import Backbone, data_shape, meta_device
 from .dit import (
     DIT,
     TIMESTEP_FREQUENCIES,
@@ -108,6 +108,7 @@ __all__ = [
     "build_plain",
     "choose_attention",
     "classifier_free_guidance",
+    "data_shape",
     "default_guided_channels",
     "find_backbone",
     "find_model",

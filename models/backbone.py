@@ -32,6 +32,11 @@ def meta_device() -> Iterator[None]:
         yield
 
 
+def data_shape(config: dict) -> tuple[int, int, int]:
+    """Return the shape (C, H, W) of what a backbone denoises, by the keyword arguments of its class."""
+    return config["in_channels"], config["input_size"], config["input_size"]
+
+
 @dataclass(frozen=True)
 class Backbone:
     """What the rest of the code knows about a backbone: its class, its sizes, and where its parts are.
@@ -109,7 +114,7 @@ class Backbone:
 
         with meta_device(), FlopCounterMode(display=False) as counter:
             model = self.module(**config).eval()
-            x = torch.empty(1, config["in_channels"], config["input_size"], config["input_size"])
+            x = torch.empty(1, *data_shape(config))
             model(x, torch.empty(1), torch.empty(1, dtype=torch.long))
         return counter.get_total_flops()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import UserError, warn
+from runtime.files import SETTINGS
 
 # The numbers of a report that are neither losses nor weights of losses: rates, speed, and the state of the experts.
 RATES = ("lr", "coeff_lr")
@@ -180,14 +181,11 @@ def read_scores(path: Path) -> list[tuple[Path, Evaluation]]:
         raise UserError(f"{path} is not a file of evaluator.py --json") from None
     results = []
     for samples, scores in rows:
-        settings = next(
-            (place / "settings.json" for place in (samples, samples.parent) if (place / "settings.json").is_file()),
-            None,
-        )
+        settings = next((place / SETTINGS for place in (samples, samples.parent) if (place / SETTINGS).is_file()), None)
         if settings is None:
             where = "beside it" if flat else f"in {samples.parent}"
             raise UserError(
-                f"{path}: there is no settings.json of sample_ddp.py {where}, which says whose samples were scored"
+                f"{path}: there is no {SETTINGS} of sample_ddp.py {where}, which says whose samples were scored"
                 + (": use evaluator.py --json samples/NAME/scores.json" if flat else "")
             )
         try:

@@ -66,7 +66,7 @@ def run_script(main, parser: ArgumentParser):
         dist.destroy_process_group()
 
 
-def _end_with_torchrun(torchrun: int, patience: float = 30):
+def _end_with_torchrun(torchrun: int):
     """Wait until torchrun has exited, then end this process, so that it does not keep running next to a new run.
 
     torchrun itself ends its processes in the same way: SIGTERM, after which training saves a checkpoint, and SIGKILL if
@@ -74,12 +74,11 @@ def _end_with_torchrun(torchrun: int, patience: float = 30):
 
     Args:
         torchrun: process id of torchrun, this process's parent.
-        patience: time between the signals, in seconds.
     """
     while os.getppid() == torchrun:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(patience)
+    time.sleep(30)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -17,6 +17,8 @@ from runtime.errors import UserError, is_first_process
 
 # The file in a folder of results that its writer locks; it exists while the writer runs, or after it was killed.
 LOCK = ".lock"
+# The file in a folder of results that records what made them, so that different results are never mixed.
+SETTINGS = "settings.json"
 # The locks that this process holds: the locked file, its path, and the folders that were created for it.
 _locks = []
 
@@ -201,7 +203,7 @@ def check_settings(record: Path, settings: dict, remedy: str, ignored: Iterable[
     """Check that a folder's results were made with the same settings, so that different results are never mixed.
 
     Args:
-        record: the folder's settings.json.
+        record: the folder's file SETTINGS.
         settings: settings of this run.
         remedy: what the user can do, for the error message.
         ignored: names of settings that may differ.

@@ -20,7 +20,7 @@ import torch.utils.deterministic
 from torch.distributed.rendezvous import rendezvous
 
 from runtime.command_line import counted
-from runtime.errors import LocalError
+from runtime.errors import LocalError, UserError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # SLURM can send SIGUSR1 some time before it ends a job.
@@ -77,13 +77,24 @@ class World:
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.hosts)
         return [bool(value) for value in values.tolist()]
 
-    def same(self, value: int) -> bool:
-        """Return whether all processes have the same value; the hosts synchronize, the GPUs do not."""
+    def check_same_files(self, count: int, flag: str):
+        """Check that all processes count as many files in a folder; the hosts synchronize, the GPUs do not.
+
+        Args:
+            count: the number of files that this process has found, or has found to be missing.
+            flag: the flag that selects the folder, for the error message.
+
+        Raises:
+            UserError: if the numbers differ.
+        """
         if self.size == 1:
-            return True
-        bounds = torch.tensor([value, -value])
+            return
+        bounds = torch.tensor([count, -count])
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.hosts)
-        return int(bounds.sum()) == 0
+        if bounds.sum():
+            raise UserError(
+                f"the processes see different files: all nodes need the same {flag}, on a shared file system"
+            )
 
     def from_main(self, value: str | None) -> str | None:
         """Return the value that rank 0 passes; the hosts synchronize, the GPUs do not."""

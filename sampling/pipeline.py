@@ -13,7 +13,7 @@ import torch
 from diffusion import create_process
 from diffusion.samplers import Sampler
 from features.autoencoder import Autoencoder, Normalization, load_autoencoder
-from models import BACKBONES, DiT
+from models import BACKBONES, DiT, data_shape
 from runtime.errors import UserError
 from runtime.processes import SampleGenerators, World
 from sampling.experts import ExpertSwitch
@@ -164,7 +164,7 @@ def make_pipeline(
         loop=sampler,
         evaluations=sampler.evaluations,
         autoencoder=autoencoder,
-        shape=(backbone["in_channels"], backbone["input_size"], backbone["input_size"]),
+        shape=data_shape(backbone),
         classes=config["data"]["classes"],
         n_classes=trained_classes(config),
         null_label=backbone["num_classes"],

@@ -81,18 +81,17 @@ def write_sheets(work: Path, out: Path = SHEETS):
             Image.fromarray(sheet).save(out / split / f"{label}-{name}.png", optimize=True)
 
 
-def read_sheets(split: str, folder: Path = SHEETS) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the images of a split that `write_sheets` wrote.
+def read_sheets(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images of a split that `write_sheets` wrote to SHEETS.
 
     Args:
         split: "train" or "test".
-        folder: its argument `out`.
 
     Returns:
         The images [n, 1, 16, 16], from -1 to 1, and their labels [n], int64.
     """
     images, labels = [], []
-    for path in sorted((folder / split).glob("*.png")):
+    for path in sorted((SHEETS / split).glob("*.png")):
         sheet = np.asarray(Image.open(path))
         images.append(sheet.reshape(-1, 16, SHEET_COLUMNS, 16).swapaxes(1, 2).reshape(-1, 1, 16, 16))
         labels += [int(path.stem.split("-")[0])] * len(images[-1])

@@ -14,7 +14,6 @@ import visualize
 from checkpoint import build_model, load_model
 from diffusion import create_diffusion, create_process
 from features.dataset import FeatureDataset
-from remix import RemixDiT_models
 from training.statistics import HeldOutErrors
 
 
@@ -130,16 +129,6 @@ def test_the_figure_of_training_has_a_title_and_whole_experts(trained, figure, t
         drawn = axis.images[0].get_array()
         assert drawn[:, -1].tolist() == [alpha[k] for alpha in lines[-1]["coefficients"]]
         assert all(tick == round(tick) for tick in axis.get_yticks())
-
-
-def test_losses_are_relative_to_the_pretrained_model_and_to_the_best_expert(figure, tmp_path):
-    errors = np.array([[-0.5, 0.2, 0.1], [0.0, -0.1, 0.1], [0.5, 0.3, 0.0]])
-    model = RemixDiT_models["RemixDiT-T/4"](input_size=8, n_basis=2, n_experts=3)
-    visualize.draw_losses(tmp_path / "a.png", np.ones(3), errors, model, "name")
-    left, right = (axis.images[0].get_array() for axis in figure[0].axes[:2])
-    np.testing.assert_allclose(left, 100 * errors)
-    assert right.diagonal().tolist() == [0, 0, 0]
-    assert right[2].tolist() == pytest.approx([200, 100 * (1.3 / 0.9 - 1), 0])
 
 
 def test_grids_side_by_side(sampled, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from models import data_shape
 from runtime.command_line import counted
 from runtime.errors import UserError
 from runtime.processes import PRECISIONS
@@ -154,7 +155,7 @@ def activation_bytes(run: Run, n_images: int, groups: int | None) -> int:
     # The fake tensors pretend to be on a CPU, because the meta device does not support autocast.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
-        x = torch.empty(n_images, config["in_channels"], config["input_size"], config["input_size"])
+        x = torch.empty(n_images, *data_shape(config))
         y = torch.empty(n_images, dtype=torch.long)
         t = torch.zeros(n_images, dtype=run.process.scale.dtype)
         conditions = {"y": y, "label_drop": y > 0} | ({"groups": groups} if groups else {})

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixing.low_rank import LowRankLinear
-from models import find_backbone
+from models import data_shape, find_backbone
 from remix import Remix, RemixLinear
 
 
@@ -64,16 +64,6 @@ class Experts:
         """
         return 3 * find_backbone(self.backbone).count_flops(self.backbone.config)
 
-    def mixing_flops(self, n_groups: int) -> int:
-        """Count the FLOPs that mixing adds to a training step: Theta = alpha beta, and its gradients.
-
-        They depend neither on the number of images nor on their size.
-
-        Args:
-            n_groups: number of groups of the batch, each with one expert.
-        """
-        return 3 * 2 * n_groups * self.count_parameters().bases
-
     def low_rank_flops(self) -> int:
         """Count the FLOPs that low-rank bases add to a training step per image, forward and backward."""
         return 0
@@ -124,7 +114,7 @@ class RemixExperts(Experts):
         flops, config = 0, self.backbone.config
         with torch.device("meta"):
             plain = find_backbone(self.backbone).module(**config).eval()
-            x = torch.empty(1, config["in_channels"], config["input_size"], config["input_size"])
+            x = torch.empty(1, *data_shape(config))
 
         def count(pairs: int, linear: nn.Linear, arguments: tuple[Tensor], output: Tensor):
             nonlocal flops

@@ -14,7 +14,7 @@ from diffusion.interpolants import PATHS, TIME_SAMPLINGS
 from diffusion.intervals import TIMESTEPS
 from evaluation.scores import NEIGHBOURS
 from features.statistics import LATENT_STATS_FLAG
-from interop.shapes import TIMESTEP_FREQUENCIES_FLAG
+from interop.shapes import TIMESTEP_FREQUENCIES_FLAG, TRUST_PICKLE_FLAG
 from mixing.options import MIXERS, SCOPES
 from models import model_names
 from runtime.command_line import ArgumentParser, flags, folder_name, number, positive_int, seed_int
@@ -188,11 +188,7 @@ def add_run_flags(parser: ArgumentParser):
         metavar="STEPS",
         help="consecutive steps with a non-finite loss or gradient after which the run ends",
     )
-    add(
-        "--trust-pickle",
-        action="store_true",
-        help="load files with pickled Python objects, which can execute code: only for files that you trust",
-    )
+    add("--trust-pickle", **TRUST_PICKLE_FLAG)
     add("--strict", action="store_true", help="no effect: --load-weight must always fit (a flag of the original)")
 
 

@@ -15,7 +15,7 @@ from features.autoencoder import Autoencoder, Normalization, Pixels, load_autoen
 from features.dataset import FeatureDataset
 from figures import save_coefficients, save_grid
 from interop.shapes import PUBLISHED_VAE
-from models import classifier_free_guidance
+from models import classifier_free_guidance, data_shape
 from remix import Remix
 from runtime.command_line import counted
 from runtime.errors import UserError, first_line
@@ -92,8 +92,7 @@ class SamplePreview:
         backbone = experts_of(model).backbone.config
         device = self.device
         model.to(device)
-        shape = (backbone["in_channels"], backbone["input_size"], backbone["input_size"])
-        noise = SampleGenerators(self.seed, range(SAMPLES)).randn(shape).to(device)
+        noise = SampleGenerators(self.seed, range(SAMPLES)).randn(data_shape(backbone)).to(device)
         classes = torch.arange(SAMPLES) * backbone["num_classes"] // SAMPLES
         # For guidance, the second half of the batch has the null class.
         labels = torch.cat([classes, torch.full_like(classes, backbone["num_classes"])]).to(device)
@@ -121,7 +120,7 @@ class SamplePreview:
 
 
 def choose_decoder(
-    sample_every: int, can_sample: bool, vae: str | None, dataset: FeatureDataset, loaded: Autoencoder | None = None
+    sample_every: int, can_sample: bool, vae: str | None, dataset: FeatureDataset, loaded: Autoencoder | None
 ) -> tuple[Autoencoder | None, str]:
     """Choose what decodes the samples that are drawn while training.
 

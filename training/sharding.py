@@ -204,7 +204,7 @@ def gather_rows(rows: Tensor, rank: int, size: int, everywhere: bool = False) ->
     return torch.cat(parts, dim=1).cpu() if parts else None
 
 
-def gather_model(model: Remix, world: World, everywhere: bool = False) -> Remix | None:
+def gather_model(model: Remix, world: World, everywhere: bool) -> Remix | None:
     """Return a copy of a sharded model with whole bases in host memory, in eval mode.
 
     Every process must call this. The result is on rank 0 only, or on every process if `everywhere`.

@@ -127,9 +127,7 @@ def count_checkpoints(folder: Path, first_step: int, max_steps: int, retention: 
     return max(1, count)
 
 
-def check_checkpoint_space(
-    folder: Path, model: nn.Module, count: int, n_snapshots: int = 0, snapshot_bytes: int = 0
-) -> str:
+def check_checkpoint_space(folder: Path, model: nn.Module, count: int, n_snapshots: int, snapshot_bytes: int) -> str:
     """Check that a run's checkpoints, and its snapshots for post-hoc EMA, fit on the disk.
 
     Args:

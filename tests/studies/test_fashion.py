@@ -196,7 +196,9 @@ def test_equal_flops_include_the_mixing(n_experts):
         shape = dict(input_size=16, in_channels=1, num_classes=10)
         model = RemixDiT_models["RemixDiT-T/4"](**shape, n_basis=4, n_experts=n_experts)
     experts = experts_of(model)
-    mixing = experts.mixing_flops(default_experts_per_batch(fashion.BATCH, n_experts))
+    # Theta = alpha beta of each group, and the gradients of both.
+    groups = default_experts_per_batch(fashion.BATCH, n_experts)
+    mixing = 3 * 2 * groups * experts.count_parameters().bases
     relative = 1 + mixing / (fashion.BATCH * experts.training_flops())
     assert VARIANTS[f"remix-4-{n_experts}-equal-flops"]["flops"] == pytest.approx(relative, abs=1e-5)
 
