@@ -30,7 +30,7 @@ from tables import markdown, mean_and_std, with_star
 from diffusion import create_process
 from models import DIT, DiT_models
 from remix import Remix
-from runtime.command_line import ArgumentParser, number, positive_int, seed_int
+from runtime.command_line import ArgumentParser, number, positive_int, run_script, seed_int
 from runtime.files import atomic_write, lock_folder
 from training.statistics import HeldOutErrors
 
@@ -196,4 +196,4 @@ if __name__ == "__main__":
     parser.add_argument("--per-timestep", type=positive_int, default=100, help="images for the error of each timestep")
     parser.add_argument("--out", default=os.path.relpath(ROOT / "studies" / "results" / "pair"), help="results")
     parser.add_argument("--work", default="outputs/pair", help="folder of the trained pairs")
-    main(parser.parse_args())
+    run_script(main, parser)
