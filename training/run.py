@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -251,6 +252,7 @@ def open_folder(run: Run, inputs: Inputs, resume: Resume, world: World) -> tuple
     if world.is_main:
         # The number of steps of an independent expert is a part of those that the flags give.
         steps = {"max_steps": run.settings.max_steps} if run.args.independent else {}
+        remove_outdated(run.folder, run.config, resume.step)
         prepare_folder(run.folder, run.config | {"flags": run.args.recorded | steps}, resume.damaged or {})
     log = rank0_logger(world, run.folder / "log.txt")
     devices = f"{world.size} x {world.device.type}{', compiled' if run.execution.compile else ''}"
@@ -278,6 +280,32 @@ def make_batch_sampler(
         grad_accum=grad_accum,
         boundaries=experts.boundaries,
     )
+
+
+def remove_outdated(folder: Path, config: dict, step: int):
+    """Remove the snapshots and pictures in a run's folder that are not of this run, and would be taken for its own.
+
+    A run that was lost before its first checkpoint leaves them, and so do later steps of another schedule.
+
+    Args:
+        folder: the run's folder.
+        config: configuration of the run.
+        step: number of steps that are done. If it is 0, the run is new, and everything is removed; otherwise what is of
+            later steps, if they had other settings.
+    """
+    try:
+        before = json.loads((folder / "config.json").read_text())["training"]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = config["training"]
+    if step and before == config["training"]:
+        return
+    for path in (
+        *snapshot_folder(folder).glob("*.pt"),
+        *(folder / "samples").glob("*.png"),
+        *(folder / "coefficients").glob("*.png"),
+    ):
+        if path.stem.isdigit() and (not step or int(path.stem) > step):
+            path.unlink()
 
 
 def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):
