@@ -169,7 +169,8 @@ def means_over_seeds(results: dict[str, dict]) -> dict[str, dict]:
     for path in results:
         settings = sample_settings(Path(path)) or sample_settings(Path(path).parent)
         if settings:
-            key = {name: value for name, value in settings.items() if name not in SEED_ONLY}
+            # Later versions record more settings, as None where they have no meaning.
+            key = {name: value for name, value in settings.items() if name not in SEED_ONLY and value is not None}
             groups.setdefault(json.dumps(key), []).append(path)
     means = {}
     for paths in groups.values():

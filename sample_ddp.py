@@ -16,6 +16,8 @@ If sampling is interrupted, the same command samples what is missing.
 """
 
 import argparse
+import hashlib
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
@@ -31,6 +33,7 @@ from diffusion import PROCESSES, create_process
 from diffusion.flow import LAST_STEPS
 from diffusion.interpolants import DIFFUSION_FORMS
 from diffusion.intervals import TIMESTEPS
+from features.autoencoder import weights_fingerprint
 from features.images import write_images
 from features.statistics import LATENT_STATS_FLAG, load_statistics
 from figures import save_grid
@@ -102,8 +105,14 @@ def main(args: argparse.Namespace):
         **asdict(settings),
         "guide_ckpt": args.guide_ckpt,
         "guide_fingerprint": args.guide_ckpt and fingerprint(args.guide_ckpt),
+        "vae_fingerprint": weights_fingerprint(vae),
+        "latent_stats": None,
         "step_sizes": None,
     }
+    if args.latent_stats:
+        # Statistics of each position are long.
+        statistics = pipeline.autoencoder.normalization.record()
+        record["latent_stats"] = hashlib.sha256(json.dumps(statistics).encode()).hexdigest()
     if pipeline.evaluations is None:
         record["step_sizes"] = "adaptive, common to each batch: the samples depend on per_proc_batch_size"
     if finished(folder, record):
@@ -275,7 +284,7 @@ def finished(folder: Path, record: dict) -> bool:
             raise UserError(f"{folder} is not empty: choose another --name or --sample-dir")
         return False
     # The checkpoint may have been moved; its fingerprint is compared instead.
-    check_settings(path, record, "choose another --name", ignored=("ckpt", "guide_ckpt"))
+    check_settings(path, record, "choose another --name", ignored=("ckpt", "guide_ckpt"), added=("vae_fingerprint",))
     if not (folder / "samples.npz").exists():
         return False
     # A run that was killed after packing leaves the parts behind.

@@ -98,8 +98,9 @@ def write_index(folder: Path, n_shards: int, seed: int | None = None, **describe
         folder: folder of features that holds all shards.
         n_shards: number of shards.
         seed: seed of the draws that are stored; None if there are no draws.
-        **described: the index's entries vae, scale, shift (see `Normalization.record`; by default 0), image_size,
-            classes, store (by default "draw") and dtype (by default "float32").
+        **described: the index's entries vae, vae_fingerprint if there is one (see `autoencoder.weights_fingerprint`),
+            scale, shift (see `Normalization.record`; by default 0), image_size, classes, store (by default "draw") and
+            dtype (by default "float32").
 
     Returns:
         The index.
@@ -161,6 +162,7 @@ class FeatureDataset(Dataset):
         normalization: what was done to the VAE's latents, in published features when an item is read. None for the
             original layout.
         image_size: side of the images in pixels. None if the features do not record it.
+        vae_fingerprint: see `autoencoder.weights_fingerprint`. None if the features do not record it.
         recorded_fingerprint: the fingerprint in the index; None if there is none.
 
     Raises:
@@ -217,6 +219,7 @@ class FeatureDataset(Dataset):
             self.dtype = index["dtype"]
             self.starts = np.cumsum([0, *index["shards"]])
             self.recorded_fingerprint = index.get("fingerprint")
+            self.vae_fingerprint = index.get("vae_fingerprint")
             if self.store not in STORES or self.dtype not in DTYPES:
                 raise ValueError(f"store {self.store!r}, dtype {self.dtype!r}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -236,7 +239,8 @@ class FeatureDataset(Dataset):
                     f"{self.path} holds latents that are not normalized, without {STATISTICS}: set --latent-stats"
                 )
             self.normalization = load_statistics(statistics or str(beside), self.shape)
-        self.vae = self.image_size = self.classes = self.dtype = self.recorded_fingerprint = None
+        self.vae = self.image_size = self.classes = self.dtype = None
+        self.vae_fingerprint = self.recorded_fingerprint = None
         self.store = "draw"
 
     def _find_original(self) -> tuple[Path, Path] | None:
@@ -266,7 +270,7 @@ class FeatureDataset(Dataset):
         self.classes = None
         self.store = "draw"
         self.dtype = None
-        self.recorded_fingerprint = None
+        self.vae_fingerprint = self.recorded_fingerprint = None
 
     def _cached_labels(self, folder: Path, names: list[str]) -> np.ndarray:
         """Return the labels of many files, from the cache if possible.

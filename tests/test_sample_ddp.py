@@ -66,6 +66,7 @@ def test_settings_are_recorded(ckpt, sampled):
         # What has no meaning for these settings, or was not asked for.
         **dict.fromkeys(("diffusion_form", "last_step", "last_step_size", "guidance_interval", "labels"), None),
         **dict.fromkeys(("guide_ckpt", "guide_fingerprint", "step_sizes"), None),
+        **dict.fromkeys(("vae_fingerprint", "latent_stats"), None),
         **dict.fromkeys(("time_shift", "last_level", "guided_channels"), None),
     }
 

@@ -40,6 +40,7 @@ class AssumedFeatures:
         self.labels = torch.tensor([0, 999])
         self.classes = None
         self.vae, self.store, self.dtype, self.normalization = None, "draw", "float32", None
+        self.vae_fingerprint = None
         self.views, self.fingerprint = 2, None
 
     def __len__(self) -> int:
@@ -234,6 +235,8 @@ def run_config(
     vae = assumed_vae(dataset.shape[0])
     if dataset.normalization is not None:
         vae = {"vae": dataset.vae, **dataset.normalization.record()}
+    if dataset.vae_fingerprint:
+        vae = vae | {"vae_fingerprint": dataset.vae_fingerprint}
     image_size = dataset.image_size or image_size or 256
     data = dict(images=len(dataset), image_size=image_size, classes=dataset.classes, **vae)
     data |= dict(store=dataset.store, dtype=dataset.dtype, views=dataset.views, fingerprint=dataset.fingerprint)

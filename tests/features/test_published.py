@@ -125,6 +125,10 @@ def test_a_run_on_published_features(published, tmp_path):
     foreign = ("--ckpt", tmp_path / "bare.pt", "--process=flow", *few)
     run("sample_ddp.py", *foreign, stats, "--name=given")
     run("sample_ddp.py", *foreign, "--name=without")
+    other = tmp_path / "other.pt"
+    torch.save({name: 2 * value for name, value in torch.load(published.parent / "latents_stats.pt").items()}, other)
+    refused = run("sample_ddp.py", *foreign, f"--latent-stats={other}", "--name=given", expect=2).stderr
+    assert "holds results with another latent_stats" in refused
     assert (sampled_images(tmp_path / "own") == sampled_images(tmp_path / "given")).all()
     assert (sampled_images(tmp_path / "own") != sampled_images(tmp_path / "without")).any()
 
