@@ -35,7 +35,7 @@ from diffusion import create_process
 from diffusion.intervals import interval_labels, scale_of
 from evaluation.scores import NEIGHBOURS
 from features.autoencoder import Normalization
-from features.dataset import FeatureDataset
+from features.dataset import ENCODING, FeatureDataset
 from figures import save_coefficients, save_grid, save_png, write_csv
 from interop.own import find_checkpoint
 from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, frequency_override
@@ -129,6 +129,8 @@ def draw_ema_of(out: Path, args: argparse.Namespace):
         raise UserError("ema needs --data-path for the held-out error, --score-against for FID, or both")
     if (args.weights or args.score_samples or args.vae) and not args.score_against:
         raise UserError("--weights, --score-samples and --vae need --score-against")
+    if not config["training"]:
+        raise UserError(f"{args.ckpt} is not a checkpoint of a run with --ema-snapshots")
     fits = [fit_snapshots(args.ckpt, std) for std in args.stds]
     print(*fits, sep="\n")
     measures = {}
@@ -136,10 +138,8 @@ def draw_ema_of(out: Path, args: argparse.Namespace):
         x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, config)
         diffusion = create_process(**config["diffusion"])
         errors = HeldOutErrors(diffusion, x.to(device()), y.to(device()), min(32, len(x)), args.global_seed)
-        measures["error"] = error_measure(errors)
+        measures["error"] = error_measure(errors, config["training"]["timesteps"])
     if args.score_against:
-        if not config["training"]:
-            raise UserError(f"{args.ckpt} is not a checkpoint of a run with --ema-snapshots")
         vae = args.vae or config["data"]["vae"]
         scores = ScoreSettings(None, args.score_against, args.weights, args.score_samples, vae=vae)
         fid = make_fid(scores, config, model, args.ckpt)
@@ -241,12 +241,21 @@ def load_features(data_path: str, count: int, seed: int, ckpt: str, config: dict
         The images [n, C, H, W], and their labels [n].
 
     Raises:
-        UserError: if the images do not have the shape that the model takes.
+        UserError: if the images do not have the shape that the model takes, or, as far as both record it, the VAE and
+            the classes that it was trained with.
     """
-    dataset = FeatureDataset(data_path, normalization=Normalization.from_record(config["data"]))
+    data = config["data"]
+    normalization = Normalization.from_record(data)
+    dataset = FeatureDataset(data_path, normalization=normalization)
     backbone = config["model"]["backbone"]
     if dataset.shape != (backbone["in_channels"], backbone["input_size"], backbone["input_size"]):
         raise UserError(f"{data_path} holds features of shape {dataset.shape}, which {ckpt} cannot process")
+    # Files of other projects, and runs on the original layout, assume the published VAE.
+    encoding = {}
+    if config["training"] and data["dtype"]:
+        encoding = data | {"normalization": normalization}
+    encoding = {name: encoding.get(name) for name in ENCODING}
+    dataset.check_encoding("--data-path", encoding, backbone["num_classes"], f"the features of {ckpt}")
     return dataset.__getitems__(np.random.default_rng(seed).permutation(len(dataset))[:count].tolist())
 
 

@@ -38,6 +38,8 @@ STORES = ("draw", "moments")
 DTYPES = ("float32", "float16")
 SHARD_SIZE = 1024
 INDEX = "index.json"
+# The attributes of `FeatureDataset` that say how features are encoded; the original layout does not record all of them.
+ENCODING = ("shape", "vae", "vae_fingerprint", "normalization", "image_size", "classes")
 SUFFIXES = {"skipped": "txt", "record": "json"}
 # So many images, evenly spaced, give the fingerprint of features that do not record it.
 SAMPLES = 64
@@ -329,6 +331,28 @@ class FeatureDataset(Dataset):
                 stored = self._original_image(image) if self.files else self._packed_image(image)
             digest.update(np.ascontiguousarray(stored).tobytes())
         return digest.hexdigest()
+
+    def check_encoding(self, flag: str, encoding: dict, num_classes: int, other):
+        """Check that these features are encoded as others, and have no other labels than a model.
+
+        Args:
+            flag: the flag that gives these features, for error messages.
+            encoding: the others' attributes by name, of ENCODING; what is None is not known.
+            num_classes: number of classes of the model.
+            other: what the others are called in error messages.
+
+        Raises:
+            UserError: if an attribute that both know differs, or if a label is not one of the model's.
+        """
+        for name, expected in encoding.items():
+            given = getattr(self, name)
+            if expected is not None and given is not None and expected != given:
+                values = f": {given}, not {expected}"
+                values = values if len(values) < 200 else ""
+                raise UserError(f"{flag} {self.path} has another {name} than {other}{values}")
+        low, high = self.labels.min(), self.labels.max()
+        if low < 0 or high >= num_classes:
+            raise UserError(f"{flag} {self.path} has labels from {low} to {high}, the model has 0 to {num_classes - 1}")
 
     def _load(self, kind: str, shard: int) -> np.ndarray:
         """Map a shard's features or labels and check their shape against the index."""

@@ -70,6 +70,12 @@ def test_losses_of_the_experts_are_drawn(ckpt, features, tmp_path):
     assert float(rows[2 + 3][1 + 3]) == pytest.approx(float(expert_error / base_error - 1), abs=1e-4)
     wrong = run("visualize.py", "losses", ckpt, *flags, f"--pretrained={ckpt}", expect=2).stderr
     assert "not the plain DiT" in wrong
+    # Other names would have other labels.
+    other = shutil.copytree(features, tmp_path / "other")
+    index = json.loads((other / "index.json").read_text())
+    (other / "index.json").write_text(json.dumps(index | {"classes": ["a", "b", "c"]}))
+    refused = run("visualize.py", "losses", ckpt, f"--data-path={other}", "--out", tmp_path / "no.png", expect=2).stderr
+    assert "has another classes than the features of" in refused
     # Without it, the errors are relative to the best expert of each interval.
     flags = [flag for flag in flags if "pretrained" not in flag]
     run("visualize.py", "losses", ckpt, *flags, "--out", tmp_path / "best.png")

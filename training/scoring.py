@@ -20,7 +20,7 @@ from evaluation.files import check_file, has_statistics, read_network, read_stat
 from evaluation.networks import FEATURE_BATCH, FeatureExtractor, make_extractor, network_name
 from evaluation.scores import GaussianStatistics, frechet_distance
 from features.autoencoder import Autoencoder
-from features.dataset import FeatureDataset
+from features.dataset import ENCODING, FeatureDataset
 from runtime.command_line import counted
 from runtime.errors import UserError, first_line, is_first_process
 from runtime.files import cache_folder
@@ -454,16 +454,8 @@ def open_held_out(path: str, dataset: FeatureDataset, num_classes: int) -> Featu
         UserError: if the folder holds no features, or features of another shape, VAE or classes.
     """
     held_out = FeatureDataset(path, normalization=dataset.normalization)
-    for name in ("shape", "vae", "normalization", "image_size", "classes"):
-        trained, given = getattr(dataset, name), getattr(held_out, name)
-        # The original layout does not record all of them.
-        if trained is not None and given is not None and trained != given:
-            values = f": {given}, not {trained}"
-            values = values if len(values) < 200 else ""
-            raise UserError(f"--held-out {path} has another {name} than {dataset.path}{values}")
-    low, high = held_out.labels.min(), held_out.labels.max()
-    if low < 0 or high >= num_classes:
-        raise UserError(f"--held-out {path} has labels from {low} to {high}, the model has 0 to {num_classes - 1}")
+    encoding = {name: getattr(dataset, name) for name in ENCODING}
+    held_out.check_encoding("--held-out", encoding, num_classes, dataset.path)
     return held_out
 
 

@@ -136,8 +136,8 @@ def test_a_run_on_published_features(published, tmp_path):
 def test_figures_normalize_published_features_as_the_checkpoint_records_it(published):
     """There are no statistics in the folder of the features."""
     normalization = Normalization([0.5] * 32, [1.0] * 32)
-    backbone = {"in_channels": 32, "input_size": 4}
-    config = {"model": {"backbone": backbone}, "data": normalization.record()}
+    backbone = {"in_channels": 32, "input_size": 4, "num_classes": 10}
+    config = {"model": {"backbone": backbone}, "data": normalization.record(), "training": None}
     x, y = load_features(published, 2, 0, "a.pt", config)
     images = [int(i) for i in np.random.default_rng(0).permutation(5)[:2]]
     expected, labels = FeatureDataset(published, normalization=normalization).__getitems__(images)
