@@ -54,7 +54,7 @@ from runtime.files import (
 )
 from runtime.processes import PRECISIONS, World, rank0_logger, setup
 from sampling.guidance import parse_pieces
-from sampling.loading import choose_process, load_denoiser
+from sampling.loading import check_data, choose_process, load_denoiser
 from sampling.pipeline import (
     SAMPLE_BATCH,
     Pipeline,
@@ -228,6 +228,7 @@ def load_guide(args: argparse.Namespace, config: dict) -> nn.Module:
             raise UserError(
                 f"--guide-ckpt {args.guide_ckpt} has another {what} than {args.ckpt[0]}: {theirs}, not {ours}"
             )
+    check_data("--guide-ckpt", args.guide_ckpt, guide_config, args.ckpt[0], config)
     return guide
 
 

@@ -49,6 +49,7 @@ from runtime.command_line import ArgumentParser, number, positive_int, run_scrip
 from runtime.errors import UserError
 from runtime.files import check_unused
 from runtime.processes import World
+from sampling.loading import check_data
 from training.posthoc_ema import WIDEST, fit_snapshots
 from training.scoring import FID_SAMPLES, ScoreSettings, make_fid
 from training.statistics import HeldOutErrors
@@ -113,6 +114,7 @@ def draw_losses_of(out: Path, args: argparse.Namespace):
             raise UserError(
                 f"{args.pretrained} is not the plain {plain['architecture']} that {args.ckpt} was trained from"
             )
+        check_data("--pretrained", args.pretrained, pretrained_config, args.ckpt, config)
     x, y = load_features(args.data_path, args.images, args.global_seed, args.ckpt, config)
     measure = HeldOutErrors(
         create_process(**config["diffusion"]), x.to(device()), y.to(device()), min(32, len(x)), args.global_seed

@@ -375,7 +375,9 @@ def test_independent_experts(features, tmp_path, process):
         run("train_fast.py", *flags, "--max-steps", 2, "--process", process, "--timesteps", low, high)
         files.append(tmp_path / f"expert-{low}/checkpoints/0000002.pt")
     run("sample_ddp.py", "--ckpt", *files, *FEW_SAMPLES, "--sample-dir", tmp_path, "--name", "both")
-    run("sample_ddp.py", "--ckpt", files[0], *FEW_SAMPLES, "--sample-dir", tmp_path, "--name", "alone")
+    alone = run("sample_ddp.py", "--ckpt", files[0], *FEW_SAMPLES, "--sample-dir", tmp_path, "--name", "alone")
+    levels = "timesteps 500 to 999" if process == "gaussian" else "noise levels 0.5 to 1"
+    assert f"was trained on the {levels} only" in alone.stderr
     assert not np.array_equal(sampled_images(tmp_path / "both"), sampled_images(tmp_path / "alone"))
     for wrong, message in (
         ((files[0], files[0]), "exactly once"),
@@ -383,6 +385,17 @@ def test_independent_experts(features, tmp_path, process):
     ):
         done = run("sample_ddp.py", "--ckpt", *wrong, *FEW_SAMPLES, "--sample-dir", tmp_path / "no", expect=2)
         assert message in done.stderr
+    # Models of the same shape, whose classes have other numbers or whose latents another scale.
+    state = torch.load(files[1], weights_only=True)
+    for key, value in (("classes", ["class1", "class0", "class2"]), ("scale", 2.0)):
+        data = state["config"]["data"] | {key: value}
+        save_checkpoint(tmp_path / "other.pt", state | {"config": state["config"] | {"data": data}})
+        for flags in (
+            ["--ckpt", files[0], tmp_path / "other.pt"],
+            ["--ckpt", files[0], "--guide-ckpt", tmp_path / "other.pt"],
+        ):
+            refused = run("sample_ddp.py", *flags, *FEW_SAMPLES, "--sample-dir", tmp_path / "no", expect=2).stderr
+            assert ("other classes than" if key == "classes" else "other normalization of the latents than") in refused
 
 
 def test_latent_models_from_images_to_samples(vae, tmp_path):
