@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import Process, create_process
-from evaluation.files import check_file, has_statistics, read_network, read_statistics
+from evaluation.files import check_file, compare_sizes, has_statistics, read_network, read_statistics
 from evaluation.networks import FEATURE_BATCH, FeatureExtractor, make_extractor, network_name
 from evaluation.scores import GaussianStatistics, frechet_distance
 from features.autoencoder import Autoencoder
 from features.dataset import ENCODING, FeatureDataset
 from runtime.command_line import counted
-from runtime.errors import UserError, first_line, is_first_process
+from runtime.errors import UserError, first_line, is_first_process, warn
 from runtime.files import cache_folder
 from runtime.processes import StopSignal, World
 from sampling.experts import for_sampling
@@ -476,6 +476,8 @@ def open_network(settings: ScoreSettings, pipeline: Pipeline) -> FeatureExtracto
         raise UserError(f"--score-against {reference} holds statistics of another network than --weights: {other}")
     extractor = make_extractor(settings.weights, cache_folder(), FEATURE_BATCH, torch.device("cpu"))
     side = pipeline.shape[-1] * pipeline.autoencoder.factor
+    if difference := compare_sizes(reference, "samples of this run", (side, side)):
+        warn(difference)
     width = extractor.check_network(np.zeros((2, side, side, 3), np.uint8), "samples of this run")
     if not has_statistics(reference):
         # Its features are computed on rank 0 only, and only once.
