@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from interop.own import fingerprint
 from runtime.errors import UserError, warn
 
 # The numbers of a report that are neither losses nor weights of losses: rates, speed, and the state of the experts.
@@ -184,9 +185,14 @@ def read_scores(path: Path) -> list[tuple[Path, Evaluation]]:
                 + (": use evaluator.py --json samples/NAME/scores.json" if flat else "")
             )
         try:
-            ckpt = Path(json.loads(settings.read_text())["ckpt"][0]).resolve()
+            record = json.loads(settings.read_text())
+            ckpt, [sampled] = Path(record["ckpt"][0]).resolve(), record.get("ckpt_fingerprint", [None])[:1]
         except (ValueError, KeyError, TypeError, IndexError):
             raise UserError(f"{settings} is not a file of sample_ddp.py") from None
+        # A run that was started again with the same name has written other checkpoints.
+        if sampled and ckpt.is_file() and fingerprint(ckpt) != sampled:
+            warn(f"{path}: {ckpt} has changed since {settings.parent} was sampled: left out")
+            continue
         step = int(ckpt.stem) if ckpt.stem.isdigit() else None
         results.append((ckpt.parent.parent, Evaluation(settings.parent.name, step, scores)))
     return results

@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run
 from PIL import Image
 
+from interop.own import fingerprint
 from reports.table import table_cells
 
 
@@ -68,6 +70,22 @@ def test_scores_of_unknown_samples(runs, tmp_path):
     done = run("visualize.py", "compare", runs[0], "--scores", tmp_path / "a/scores.json", "--out", tmp_path / "t.png")
     assert "which is none of the runs: left out" in done.stderr
     assert "samples" not in (tmp_path / "t.csv").read_text()
+    # A run that was started again under the same name.
+    ckpt = runs[0] / "checkpoints/0001000.pt"
+    ckpt.parent.mkdir()
+    torch.save({"step": 1}, ckpt)
+    write_scores(tmp_path / "c", ckpt, {"FID": 1.0})
+    (tmp_path / "c/settings.json").write_text(
+        json.dumps({"ckpt": [str(ckpt)], "ckpt_fingerprint": [fingerprint(ckpt)]})
+    )
+    compare = ("visualize.py", "compare", runs[0], "--scores", tmp_path / "c/scores.json", "--out")
+    assert "left out" not in run(*compare, tmp_path / "v.png").stderr
+    torch.save({"step": 2}, ckpt)
+    assert "0001000.pt has changed since" in run(*compare, tmp_path / "w.png").stderr
+    assert (
+        "FID" in (tmp_path / "v.csv").read_text().split("samples")[1]
+        and "samples" not in (tmp_path / "w.csv").read_text()
+    )
     (tmp_path / "b").mkdir()
     (tmp_path / "b/settings.json").write_text('{"image_size": 8}')
     (tmp_path / "b/scores.json").write_text('{"FID": 1.0}')
