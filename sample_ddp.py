@@ -138,6 +138,13 @@ def main(args: argparse.Namespace):
         raise UserError(
             "the processes see different files: all nodes need the same --sample-dir, on a shared file system"
         )
+    identity = json.dumps([record[key] for key in ("ckpt_fingerprint", "guide_fingerprint", "vae_fingerprint")])
+    [differ] = world.any(world.from_main(identity) != identity)
+    if differ:
+        raise UserError(
+            "the processes have read different files: a run has written a checkpoint in between; name the checkpoint "
+            "instead of the run's folder"
+        )
     if world.is_main:
         write_json(folder / "settings.json", record)
     world.barrier()

@@ -6,9 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import (
     FEW_SAMPLES,
     GOLDEN,
+    ROOT,
     check_sampling_refused,
     disk_full_of,
     file_limit,
@@ -16,6 +18,7 @@ from conftest import (
     make_images,
     run,
     sampled_images,
+    start,
     training_flags,
 )
 from PIL import Image
@@ -285,6 +288,29 @@ def test_interrupted_sampling_is_finished(ckpt, tmp_path):
     assert "nothing to do" in run("sample_ddp.py", *flags).stdout
     refused = run("sample_ddp.py", *flags, "--cfg-scale", 4, expect=2)
     assert "cfg_scale=1.5, not 4.0" in refused.stderr
+
+
+def test_processes_that_have_read_different_checkpoints_end(ckpt, trained, tmp_path):
+    """A run that trains may write a checkpoint after one process has looked for the newest one."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    flags = [*FEW_SAMPLES, f"--sample-dir={tmp_path}", "--name=s", "--per-proc-batch-size=7"]
+    ranks = [
+        start(
+            [ROOT / "sample_ddp.py", f"--ckpt={path}", *flags],
+            *(tmp_path / f"{kind}{rank}" for kind in ("out", "err")),
+            **group,
+            WORLD_SIZE=2,
+            RANK=rank,
+            LOCAL_RANK=rank,
+        )
+        for rank, path in enumerate((ckpt, trained))
+    ]
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [2, 2]
+    assert "the processes have read different files" in (tmp_path / "err0").read_text()
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(("labels", "expected"), [("equal", [0, 1, 2, 0, 1, 2]), ("2,class0, 2", [2, 0, 2, 2, 0, 2])])
