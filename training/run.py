@@ -34,7 +34,7 @@ from training.resolve import (
     resolve_settings,
 )
 from training.resume import Resume
-from training.scoring import Scorer, ScoreSettings, make_scorer
+from training.scoring import Scorer, ScoreSettings, changed_measures, make_scorer
 from training.settings import Execution, RunSettings
 from training.sharding import choose_sharding
 from training.writer import Retention, check_checkpoint_space, count_checkpoints
@@ -240,6 +240,7 @@ def read_inputs(run: Run, step: int) -> Inputs:
     loaded = scorer.decoder if scorer else None
     decoder, preview_note = choose_decoder(args.sample_every, run.can_sample, args.vae, dataset, loaded)
     notes = [preview_note, *([str(scorer)] if scorer else []), *advice(run.model, run.settings)]
+    notes += changed_measures(run.folder, scores, step) if step else []
     if is_first_process():
         notes.insert(0, run.check_space(step))
     return Inputs(scorer, decoder, notes)

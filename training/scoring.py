@@ -37,6 +37,8 @@ HELD_OUT_IMAGES = 1024
 HELD_OUT_LEVELS = 200
 IMAGES_PER_LEVEL = 32
 FID_SAMPLES = 5000
+# What flags that are not given stand for. Without a VAE, samples are pixels.
+SCORE_DEFAULTS = {"score_samples": FID_SAMPLES, "vae": "none"}
 # The log line of more experts would be too long to read.
 MAX_LOGGED_EXPERTS = 20
 
@@ -363,6 +365,41 @@ class ScoreSettings:
         for flag, value in (("--weights", self.weights), ("--score-samples", self.n_samples)):
             if value and not self.reference:
                 raise UserError(f"{flag} needs --score-against")
+
+
+def changed_measures(folder: Path, settings: ScoreSettings, step: int) -> list[str]:
+    """Return what a run that resumes scores in another way than before, as lines for the log.
+
+    Args:
+        folder: the run's folder, with the config.json of the steps before.
+        settings: what is scored from now on.
+        step: number of steps that are done.
+    """
+    try:
+        before = dict(json.loads((folder / "config.json").read_text())["flags"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    now = {
+        "score_against": settings.reference,
+        "weights": settings.weights,
+        "score_samples": settings.n_samples,
+        "vae": settings.vae,
+        "held_out": settings.held_out,
+    }
+    lines = []
+    for main, names in (
+        ("score_against", ("score_against", "weights", "score_samples", "vae")),
+        ("held_out", ("held_out",)),
+    ):
+        # Without the first of them, there is no such score.
+        if not (settings.every and now[main] and before.get(main)):
+            continue
+        for name in names:
+            old, new = before.get(name) or SCORE_DEFAULTS.get(name), now[name] or SCORE_DEFAULTS.get(name)
+            if old != new and not (isinstance(new, str) and old and Path(old).resolve() == Path(new).resolve()):
+                flag = name.replace("_", "-")
+                lines.append(f"scores up to step {step:,} had --{flag} {old}, not {new}: later ones cannot be compared")
+    return lines
 
 
 def make_scorer(
