@@ -302,6 +302,23 @@ def test_starting_from_a_pretrained_dit(features, tmp_path):
             torch.testing.assert_close(expert.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
 
+def test_later_checkpoints_of_another_schedule_are_not_continued(features, tmp_path):
+    """--resume auto would continue them, after an interruption of the run that is to replace them."""
+    flags = [*training_flags(features, tmp_path, "run", "DiT-T/2"), "--sample-every=0"]
+    folder = tmp_path / "run/checkpoints"
+    run("train_fast.py", *flags, "--max-steps=2")
+    run("train_fast.py", *flags, "--max-steps=3", "--resume=auto")
+    first = [*flags, f"--resume={folder / '0000002.pt'}"]
+    assert (
+        "schedule of 2 steps: remove it"
+        in run("train_fast.py", *first, "--max-steps=4", "--extend=stretch", expect=2).stderr
+    )
+    run("train_fast.py", *first, "--max-steps=4")
+    (folder / "0000003.pt").unlink()
+    (folder / "0000004.pt").write_bytes((folder / "0000004.pt").read_bytes()[:1000])
+    run("train_fast.py", *first, "--max-steps=3", "--extend=stretch")
+
+
 def test_a_resumed_run_names_the_weights_that_it_started_from(features, tmp_path):
     """In its log, in its config.json and in its checkpoints, whatever --load-weight the command has."""
     for seed, name in enumerate(("first.pt", "other.pt")):

@@ -33,7 +33,7 @@ from training.resolve import (
     process_options,
     resolve_settings,
 )
-from training.resume import Resume
+from training.resume import Resume, falling_steps
 from training.scoring import Scorer, ScoreSettings, changed_measures, make_scorer
 from training.settings import Execution, RunSettings
 from training.sharding import choose_sharding
@@ -294,11 +294,12 @@ def remove_outdated(folder: Path, config: dict, step: int):
         step: number of steps that are done. If it is 0, the run is new, and everything is removed; otherwise what is of
             later steps, if they had other settings.
     """
+    steps = falling_steps(config["training"])
     try:
-        before = json.loads((folder / "config.json").read_text())["training"]
+        before = falling_steps(json.loads((folder / "config.json").read_text())["training"])
     except (OSError, ValueError, KeyError, TypeError):
-        before = config["training"]
-    if step and before == config["training"]:
+        before = steps
+    if step and before == steps:
         return
     for path in (
         *snapshot_folder(folder).glob("*.pt"),
