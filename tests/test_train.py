@@ -12,6 +12,7 @@ from conftest import GOLDEN, assert_same_weights, losses, run, training_flags
 
 from checkpoint import load_model
 from diffusion import create_flow, create_process
+from features.autoencoder import Normalization
 from features.dataset import write_index, write_shard
 from interop.own import checkpoints, find_corruption, read_checkpoint, save_checkpoint
 from models import DiT_models
@@ -244,6 +245,15 @@ def test_a_run_continues_with_another_rate_precision_and_ema_from_its_weights(tr
     # One step of Adam changes a weight by at most the rate, and the EMA by half of it.
     assert 0 < (state["ema"][key] - before["ema"][key]).abs().max() <= 2.5e-4 * 1.01
     assert all(moments["step"] == 1 for moments in state["optimizer"]["state"].values())
+
+
+def test_initial_weights_of_latents_of_another_normalization_are_warned_about(trained, capsys):
+    shape = dict(input_size=8, in_channels=3, num_classes=3)
+    mixing = json.loads((trained / "config.json").read_text())["model"]["remix"]
+    for normalization, warns in ((Normalization(), False), (Normalization(0.5), True)):
+        start = InitialWeights(str(trained), normalization=normalization)
+        make_model("RemixDiT-T/2", shape, mixing, 3.0, start)
+        assert ("of another normalization than those of the features" in capsys.readouterr().err) == warns
 
 
 def test_a_run_resumes_with_its_learning_rates_and_its_prior(features, tmp_path):

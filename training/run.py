@@ -200,7 +200,12 @@ def plan_run(args: argparse.Namespace) -> Run:
     start = None
     if settings.load_weight and not args.dry_run:
         start = InitialWeights(
-            settings.load_weight, args.trust_pickle, options, dataset.classes, new_classes=bool(args.new_classes)
+            settings.load_weight,
+            args.trust_pickle,
+            options,
+            dataset.classes,
+            new_classes=bool(args.new_classes),
+            normalization=dataset.normalization,
         )
     with torch.device("meta" if args.dry_run else "cpu"):
         model = make_model(args.model, shape, mixing, settings.prior_bonus, start, bool(args.freeze))
