@@ -52,6 +52,9 @@ def check_later(folder: Path, resume: "Resume"):
     for path in checkpoints(folder / "checkpoints"):
         if int(path.stem) <= resume.step:
             break
+        # These will be renamed.
+        if path in (resume.damaged or {}):
+            continue
         try:
             steps = falling_steps(read_checkpoint(path)["config"]["training"])
         # "auto" passes over a damaged checkpoint, too.
