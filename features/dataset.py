@@ -16,6 +16,7 @@ mean and standard deviation, concatenated along the channels to [images, views, 
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -278,10 +279,11 @@ class FeatureDataset(Dataset):
         """Return the labels of many files, from the cache if possible.
 
         The first process that needs them reads the files, while the others wait for it. The cache is valid for the same
-        names and the same time of the last change of the folder. Some labels are compared with their files, because
-        replacing the content of a file does not change that time.
+        names and the same times of the last changes of the folder and the files. Some labels are compared with their
+        files, because tools that copy files can keep these times.
         """
-        key = hashlib.sha256("\n".join([str(folder.stat().st_mtime_ns), *names]).encode()).hexdigest()
+        times = [folder.stat().st_mtime_ns, sum(entry.stat().st_mtime_ns for entry in os.scandir(folder))]
+        key = hashlib.sha256("\n".join([*map(str, times), *names]).encode()).hexdigest()
         where = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
         cache = cache_folder() / f"labels-{where}.npz"
         some = np.linspace(0, len(names) - 1, 64).astype(int)
