@@ -9,6 +9,7 @@ from pathlib import Path
 
 from interop.own import fingerprint
 from runtime.errors import UserError, warn
+from training.scoring import differing_measures
 
 # The numbers of a report that are neither losses nor weights of losses: rates, speed, and the state of the experts.
 RATES = ("lr", "coeff_lr")
@@ -117,10 +118,14 @@ def read_runs(folders: Iterable[str], score_files: Iterable[str] = ()) -> list[R
                 found[run].append(evaluation)
             else:
                 warn(f"{file}: {evaluation.samples} has samples of {run}, which is none of the runs: left out")
-    return [
+    runs = [
         RunRecord(path, name, *read_folder(path), evaluations=found[place])
         for path, place, name in zip(paths, resolved, short_names(resolved), strict=True)
     ]
+    for run in runs[1:]:
+        for flag, first, other in differing_measures(*(part.config.get("flags", {}) for part in (runs[0], run))):
+            warn(f"{runs[0].name} was scored with {flag} {first}, {run.name} with {other}: do not compare these scores")
+    return runs
 
 
 def short_names(paths: list[Path]) -> list[str]:

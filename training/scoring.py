@@ -37,6 +37,8 @@ HELD_OUT_IMAGES = 1024
 HELD_OUT_LEVELS = 200
 IMAGES_PER_LEVEL = 32
 FID_SAMPLES = 5000
+# The flags that determine FID and the held-out loss, by the flag that asks for it.
+SCORE_FLAGS = {"score_against": ("score_against", "weights", "score_samples", "vae"), "held_out": ("held_out",)}
 # What flags that are not given stand for. Without a VAE, samples are pixels.
 SCORE_DEFAULTS = {"score_samples": FID_SAMPLES, "vae": "none"}
 # The log line of more experts would be too long to read.
@@ -380,26 +382,36 @@ def changed_measures(folder: Path, settings: ScoreSettings, step: int) -> list[s
     except (OSError, ValueError, KeyError, TypeError):
         return []
     now = {
+        "score_every": settings.every,
         "score_against": settings.reference,
         "weights": settings.weights,
         "score_samples": settings.n_samples,
         "vae": settings.vae,
         "held_out": settings.held_out,
     }
-    lines = []
-    for main, names in (
-        ("score_against", ("score_against", "weights", "score_samples", "vae")),
-        ("held_out", ("held_out",)),
-    ):
-        # Without the first of them, there is no such score.
-        if not (settings.every and now[main] and before.get(main)):
+    return [
+        f"scores up to step {step:,} had {flag} {old}, not {new}: later ones cannot be compared"
+        for flag, old, new in differing_measures(before, now)
+    ]
+
+
+def differing_measures(flags: dict, others: dict) -> list[tuple[str, Any, Any]]:
+    """Return the flags by which two runs measure a score of one name in different ways, each with its two values.
+
+    Args:
+        flags, others: the flags of the runs, as their config.json records them.
+    """
+    found = []
+    for score, names in SCORE_FLAGS.items():
+        # Without this flag, there is no such score.
+        if not all(part.get("score_every") and part.get(score) for part in (flags, others)):
             continue
         for name in names:
-            old, new = before.get(name) or SCORE_DEFAULTS.get(name), now[name] or SCORE_DEFAULTS.get(name)
-            if old != new and not (isinstance(new, str) and old and Path(old).resolve() == Path(new).resolve()):
-                flag = name.replace("_", "-")
-                lines.append(f"scores up to step {step:,} had --{flag} {old}, not {new}: later ones cannot be compared")
-    return lines
+            old, new = (part.get(name) or SCORE_DEFAULTS.get(name) for part in (flags, others))
+            paths = [isinstance(value, str) and Path(value).resolve() for value in (old, new)]
+            if old != new and not (paths[0] and paths[0] == paths[1]):
+                found.append((f"--{name.replace('_', '-')}", old, new))
+    return found
 
 
 def make_scorer(

@@ -64,6 +64,17 @@ def test_the_table_of_runs_holds_the_numbers_of_their_files(runs, tmp_path):
     assert "<td>c</td><td>9.5</td><td>14.5 ± 0.5</td><td>5</td><td>0.012346 ± 0.001</td>" in table
 
 
+def test_runs_that_were_scored_in_different_ways_are_warned_about(runs, tmp_path):
+    for run_folder, samples in zip(runs, (None, 100), strict=True):
+        config = json.loads((run_folder / "config.json").read_text())
+        flags = {"score_every": 1, "score_against": "ref.npz", "held_out": "h"}
+        config["flags"] = flags | ({"score_samples": samples} if samples else {})
+        (run_folder / "config.json").write_text(json.dumps(config))
+    assert run("visualize.py", "compare", *runs, "--out", tmp_path / "t.png").stderr.splitlines() == [
+        "warning: remix was scored with --score-samples 5000, plain with 100: do not compare these scores"
+    ]
+
+
 def test_scores_of_unknown_samples(runs, tmp_path):
     """Scores of another run are left out with a warning; a file that does not say whose scores it holds is refused."""
     write_scores(tmp_path / "a", tmp_path / "other/checkpoints/0000001.pt", {"FID": 1.0})
