@@ -23,7 +23,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluation.files import STATISTICS, check_file, has_images, has_statistics, read_network
+from evaluation.files import (
+    STATISTICS,
+    check_file,
+    compare_sizes,
+    has_images,
+    has_statistics,
+    read_images,
+    read_network,
+)
 from evaluation.networks import (
     FEATURE_BATCH,
     FeatureExtractor,
@@ -169,14 +177,16 @@ def means_over_seeds(results: dict[str, dict]) -> dict[str, dict]:
     Args:
         results: the scores by the path of the samples.
     """
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, dict[int, str]] = {}
     for path in results:
         settings = sample_settings(Path(path)) or sample_settings(Path(path).parent)
         if settings:
-            key = {name: value for name, value in settings.items() if name not in SEED_ONLY}
-            groups.setdefault(json.dumps(key), []).append(path)
+            # Later versions record more settings, as None where they have no meaning.
+            key = {name: value for name, value in settings.items() if name not in SEED_ONLY and value is not None}
+            # The same samples may be given twice.
+            groups.setdefault(json.dumps(key), {}).setdefault(settings.get("global_seed"), path)
     means = {}
-    for paths in groups.values():
+    for paths in map(list, map(dict.values, groups.values())):
         if len(paths) > 1:
             means[f"mean of {len(paths)} seeds, from {paths[0]}"] = {
                 key: statistic([results[path][score] for path in paths])
@@ -244,6 +254,10 @@ def describe_notes(reference, ref: dict, path, sample: dict, scores: dict[str, f
     if without_images:
         missing = ", ".join(key for key, value in scores.items() if math.isnan(value) and not key.endswith(STD))
         notes.append(f"note: {missing} need images, and there are none in {' and '.join(without_images)}")
+    if has_images(path):
+        size = next(read_images(path, 1))[0].shape[1:3]
+        if difference := compare_sizes(reference, f"the images of {path}", size):
+            notes.append(f"warning: {difference}")
     if not has_images(path) or has_statistics(path) or len(sample["pools"]) == STANDARD_COUNT:
         return notes
     count, width = sample["pools"].shape

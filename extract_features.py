@@ -20,6 +20,7 @@ import re
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -32,7 +33,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from features.autoencoder import Autoencoder, Normalization, load_autoencoder, load_normalization
+from features.autoencoder import (
+    Autoencoder,
+    Normalization,
+    load_autoencoder,
+    load_normalization,
+    weights_fingerprint,
+)
 from features.dataset import (
     DTYPES,
     INDEX,
@@ -76,8 +83,9 @@ def main(args: argparse.Namespace):
     normalization = load_normalization(args.vae)
     if args.latent_stats:
         normalization = load_statistics(args.latent_stats)
-    settings = record_settings(args, images, normalization)
-    complete = finished(folder, settings)
+    contents = images.samples()
+    settings = record_settings(args, images, normalization) | contents
+    complete = finished(folder, settings, added=["vae_fingerprint", *contents])
     crops = Crops(images, args.image_size, args.grayscale, args.max_pixels)
     repaired = repaired_shards(folder, crops)
     if complete and not repaired:
@@ -124,6 +132,8 @@ def main(args: argparse.Namespace):
     # Write the index, which marks the features as complete.
     if world.is_main:
         described = dict(vae=args.vae, **autoencoder.normalization.record())
+        if fingerprint := settings.get("vae_fingerprint"):
+            described |= dict(vae_fingerprint=fingerprint)
         described |= dict(image_size=args.image_size, classes=images.classes)
         drawn = args.store == "draw" and autoencoder.draws
         seed = args.global_seed if drawn else None
@@ -148,7 +158,7 @@ def check_pixel_flags(vae: str, store: str, grayscale: bool, latent_stats: str |
 
 
 def record_settings(args: argparse.Namespace, images: LabelledImages, normalization: Normalization) -> dict:
-    """Return what the features depend on, for the file SETTINGS."""
+    """Return what the features depend on besides the images' content, for the file SETTINGS."""
     settings = dict(
         images=len(images),
         classes=images.classes,
@@ -164,15 +174,19 @@ def record_settings(args: argparse.Namespace, images: LabelledImages, normalizat
     # Pixels have no normalization.
     if args.vae != "none":
         settings |= normalization.record()
-    return settings | images.samples()
+        settings |= dict(vae_fingerprint=weights_fingerprint(args.vae))
+    return settings
 
 
-def finished(folder: Path, settings: dict) -> bool:
-    """Return whether a folder holds all features of these settings. Raises UserError if it holds other features."""
+def finished(folder: Path, settings: dict, added: Iterable[str]) -> bool:
+    """Return whether a folder holds all features of these settings. Raises UserError if it holds other features.
+
+    `added` names the settings that earlier versions did not record.
+    """
     record = folder / SETTINGS
     if record.exists():
         # A row that could not be read may have been repaired.
-        check_settings(record, settings, "choose another --features-path", read_skipped(folder))
+        check_settings(record, settings, "choose another --features-path", read_skipped(folder), added)
     if not (folder / INDEX).exists():
         return False
     if not record.exists():

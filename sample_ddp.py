@@ -16,6 +16,8 @@ If sampling is interrupted, the same command samples what is missing.
 """
 
 import argparse
+import hashlib
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
@@ -31,6 +33,7 @@ from diffusion import PROCESSES, create_process
 from diffusion.flow import LAST_STEPS
 from diffusion.interpolants import DIFFUSION_FORMS
 from diffusion.intervals import TIMESTEPS
+from features.autoencoder import weights_fingerprint
 from features.images import write_images
 from features.statistics import LATENT_STATS_FLAG, load_statistics
 from figures import save_grid
@@ -58,7 +61,7 @@ from runtime.files import (
 )
 from runtime.processes import PRECISIONS, World, rank0_logger, setup
 from sampling.guidance import parse_pieces
-from sampling.loading import choose_process, load_denoiser
+from sampling.loading import check_data, choose_process, load_denoiser
 from sampling.pipeline import (
     SAMPLE_BATCH,
     Pipeline,
@@ -98,7 +101,7 @@ def main(args: argparse.Namespace):
     guide = load_guide(args, config) if args.guide_ckpt else None
     pipeline = make_pipeline(model, guide, config, settings, vae, args.ckpt[0])
     folder = Path(args.sample_dir) / (args.name or default_name(args, settings))
-    record = record_settings(args, config, vae, settings, adaptive=pipeline.evaluations is None)
+    record = record_settings(args, config, vae, settings, pipeline)
     if finished(folder, record):
         return
     lock_folder(folder, "--name")
@@ -119,6 +122,13 @@ def main(args: argparse.Namespace):
     for network in filter(None, (pipeline.model, pipeline.guide)):
         network.to(world.device).requires_grad_(False)
     world.check_same_files(len(missing), "--sample-dir")
+    identity = json.dumps([record[key] for key in ("ckpt_fingerprint", "guide_fingerprint", "vae_fingerprint")])
+    [differ] = world.any(world.from_main(identity) != identity)
+    if differ:
+        raise UserError(
+            "the processes have read different files: a run has written a checkpoint in between; name the checkpoint "
+            "instead of the run's folder"
+        )
     if world.is_main:
         write_json(folder / SETTINGS, record)
     world.barrier()
@@ -208,6 +218,7 @@ def load_guide(args: argparse.Namespace, config: dict) -> nn.Module:
             raise UserError(
                 f"--guide-ckpt {args.guide_ckpt} has another {what} than {args.ckpt[0]}: {theirs}, not {ours}"
             )
+    check_data("--guide-ckpt", args.guide_ckpt, guide_config, args.ckpt[0], config)
     return guide
 
 
@@ -234,9 +245,11 @@ def check_original_flags(n_basis: int | None, n_experts: int | None, tf32: bool,
         )
 
 
-def record_settings(args: argparse.Namespace, config: dict, vae: str, settings: SampleSettings, adaptive: bool) -> dict:
-    """Return what the samples depend on, for the file SETTINGS; `adaptive`: whether the sampler chooses its steps."""
-    return {
+def record_settings(
+    args: argparse.Namespace, config: dict, vae: str, settings: SampleSettings, pipeline: Pipeline
+) -> dict:
+    """Return what the samples depend on, for the file SETTINGS."""
+    record = {
         "ckpt": args.ckpt,
         "ckpt_fingerprint": [fingerprint(path) for path in args.ckpt],
         "backbone": config["model"]["backbone"],
@@ -245,8 +258,17 @@ def record_settings(args: argparse.Namespace, config: dict, vae: str, settings: 
         **asdict(settings),
         "guide_ckpt": args.guide_ckpt,
         "guide_fingerprint": args.guide_ckpt and fingerprint(args.guide_ckpt),
-        "step_sizes": "adaptive, common to each batch: the samples depend on per_proc_batch_size" if adaptive else None,
+        "vae_fingerprint": weights_fingerprint(vae),
+        "latent_stats": None,
+        "step_sizes": None,
     }
+    if args.latent_stats:
+        # Statistics of each position are long.
+        statistics = pipeline.autoencoder.normalization.record()
+        record["latent_stats"] = hashlib.sha256(json.dumps(statistics).encode()).hexdigest()
+    if pipeline.evaluations is None:
+        record["step_sizes"] = "adaptive, common to each batch: the samples depend on per_proc_batch_size"
+    return record
 
 
 def describe_sampler(settings: SampleSettings, evaluations: int | None) -> str:
@@ -288,7 +310,7 @@ def finished(folder: Path, record: dict) -> bool:
             raise UserError(f"{folder} is not empty: choose another --name or --sample-dir")
         return False
     # The checkpoint may have been moved; its fingerprint is compared instead.
-    check_settings(path, record, "choose another --name", ignored=("ckpt", "guide_ckpt"))
+    check_settings(path, record, "choose another --name", ignored=("ckpt", "guide_ckpt"), added=("vae_fingerprint",))
     if not (folder / "samples.npz").exists():
         return False
     # A run that was killed after packing leaves the parts behind.

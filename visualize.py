@@ -33,7 +33,7 @@ from diffusion import create_process
 from diffusion.intervals import scale_of
 from evaluation.scores import NEIGHBOURS
 from features.autoencoder import Normalization
-from features.dataset import FeatureDataset
+from features.dataset import ENCODING, FeatureDataset
 from figures import save_coefficients, save_grid, save_png, write_csv
 from interop.own import find_checkpoint
 from interop.shapes import NUM_HEADS_FLAG, TIMESTEP_FREQUENCIES_FLAG, TRUST_PICKLE_FLAG, given_overrides
@@ -49,6 +49,7 @@ from runtime.command_line import ArgumentParser, number, positive_int, run_scrip
 from runtime.errors import UserError
 from runtime.files import check_unused
 from runtime.processes import World
+from sampling.loading import check_data
 from training.posthoc_ema import WIDEST, fit_snapshots
 from training.scoring import FID_SAMPLES, ScoreSettings, make_fid
 from training.statistics import HeldOutErrors
@@ -127,6 +128,7 @@ def draw_losses_of(out: Path, args: argparse.Namespace):
             raise UserError(
                 f"{args.pretrained} is not the plain {plain['architecture']} that {args.ckpt} was trained from"
             )
+        check_data("--pretrained", args.pretrained, pretrained_config, args.ckpt, config)
         pretrained.to(device())
     measure = held_out_errors(args, config)
     reference, errors = expert_errors(model.to(device()), pretrained, measure, args.per_interval)
@@ -146,14 +148,14 @@ def draw_ema_of(out: Path, args: argparse.Namespace):
         raise UserError("ema needs --data-path for the held-out error, --score-against for FID, or both")
     if (args.weights or args.score_samples or args.vae) and not args.score_against:
         raise UserError("--weights, --score-samples and --vae need --score-against")
+    if not config["training"]:
+        raise UserError(f"{args.ckpt} is not a checkpoint of a run with --ema-snapshots")
     fits = [fit_snapshots(args.ckpt, std) for std in args.stds]
     print(*fits, sep="\n")
     measures = {}
     if args.data_path:
-        measures["error"] = error_measure(held_out_errors(args, config))
+        measures["error"] = error_measure(held_out_errors(args, config), config["training"]["timesteps"])
     if args.score_against:
-        if not config["training"]:
-            raise UserError(f"{args.ckpt} is not a checkpoint of a run with --ema-snapshots")
         vae = args.vae or config["data"]["vae"]
         scores = ScoreSettings(None, args.score_against, args.weights, args.score_samples, vae=vae)
         fid = make_fid(scores, config, model, args.ckpt)
@@ -245,11 +247,20 @@ def load_features(data_path: str, count: int, seed: int, ckpt: str, config: dict
         The images [n, C, H, W], and their labels [n].
 
     Raises:
-        UserError: if the images do not have the shape that the model takes.
+        UserError: if the images do not have the shape that the model takes, or, as far as both record it, the VAE and
+            the classes that it was trained with.
     """
-    dataset = FeatureDataset(data_path, normalization=Normalization.from_record(config["data"]))
-    if dataset.shape != data_shape(config["model"]["backbone"]):
+    data, backbone = config["data"], config["model"]["backbone"]
+    normalization = Normalization.from_record(data)
+    dataset = FeatureDataset(data_path, normalization=normalization)
+    if dataset.shape != data_shape(backbone):
         raise UserError(f"{data_path} holds features of shape {dataset.shape}, which {ckpt} cannot process")
+    # Files of other projects, and runs on the original layout, assume the published VAE.
+    encoding = {}
+    if config["training"] and data["dtype"]:
+        encoding = data | {"normalization": normalization}
+    encoding = {name: encoding.get(name) for name in ENCODING}
+    dataset.check_encoding("--data-path", encoding, backbone["num_classes"], f"the features of {ckpt}")
     return dataset.__getitems__(np.random.default_rng(seed).permutation(len(dataset))[:count].tolist())
 
 

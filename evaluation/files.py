@@ -103,6 +103,25 @@ def read_network(path) -> str:
         return str(file["network"])[:64] if "network" in file else INCEPTION
 
 
+def compare_sizes(reference, samples: str, size: tuple[int, int]) -> str | None:
+    """Return a warning if the images of a reference have another size than samples, as networks may resize both.
+
+    Args:
+        reference: the file or folder of the reference. Its size is not known if it holds statistics only.
+        samples: what the samples are called.
+        size: height and width of the samples.
+    """
+    if not has_images(reference):
+        return None
+    height, width = next(read_images(reference, 1))[0].shape[1:3]
+    if (height, width) == size:
+        return None
+    return (
+        f"{samples} have {size[1]}x{size[0]} pixels, the images of {reference} have {width}x{height}: the scores show "
+        "this difference, too"
+    )
+
+
 def read_header(path, file, length: int) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Return the shape, the Fortran order flag and the type of the array in an open .npy file of `length` bytes.
 

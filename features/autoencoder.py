@@ -5,6 +5,7 @@ The autoencoders are diffusers' AutoencoderKL (a VAE) and AutoencoderRAE (a froz
 
 import base64
 import functools
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -337,6 +338,23 @@ def load_autoencoder(name: str) -> Autoencoder:
 
 # By the names of diffusers' classes.
 CLASSES = {"AutoencoderKL": Latents, "AutoencoderRAE": RepresentationLatents}
+
+
+def weights_fingerprint(name: str) -> str | None:
+    """Return a hash of the weights of an autoencoder in a local folder, whose content may change under the same name.
+
+    Args:
+        name: a name as of `load_autoencoder`. Pixels and names on the hub have no such hash.
+    """
+    folder = Path(SHORT_NAMES.get(name, name))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if name == "none" or not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def load_normalization(name: str) -> Normalization:

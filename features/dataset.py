@@ -16,6 +16,7 @@ mean and standard deviation, concatenated along the channels to [images, views, 
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,8 @@ STORES = ("draw", "moments")
 DTYPES = ("float32", "float16")
 SHARD_SIZE = 1024
 INDEX = "index.json"
+# The attributes of `FeatureDataset` that say how features are encoded; the original layout does not record all of them.
+ENCODING = ("shape", "vae", "vae_fingerprint", "normalization", "image_size", "classes")
 SUFFIXES = {"skipped": "txt", "record": "json"}
 # So many images, evenly spaced, give the fingerprint of features that do not record it.
 SAMPLES = 64
@@ -99,8 +102,9 @@ def write_index(folder: Path, n_shards: int, seed: int | None = None, **describe
         folder: folder of features that holds all shards.
         n_shards: number of shards.
         seed: seed of the draws that are stored; None if there are no draws.
-        **described: the index's entries vae, scale, shift (see `Normalization.record`; by default 0), image_size,
-            classes, store (by default "draw") and dtype (by default "float32").
+        **described: the index's entries vae, vae_fingerprint if there is one (see `autoencoder.weights_fingerprint`),
+            scale, shift (see `Normalization.record`; by default 0), image_size, classes, store (by default "draw") and
+            dtype (by default "float32").
 
     Returns:
         The index.
@@ -162,6 +166,7 @@ class FeatureDataset(Dataset):
         normalization: what was done to the VAE's latents, in published features when an item is read. None for the
             original layout.
         image_size: side of the images in pixels. None if the features do not record it.
+        vae_fingerprint: see `autoencoder.weights_fingerprint`. None if the features do not record it.
         recorded_fingerprint: the fingerprint in the index; None if there is none.
 
     Raises:
@@ -217,6 +222,7 @@ class FeatureDataset(Dataset):
             self.dtype = index["dtype"]
             self.starts = np.cumsum([0, *index["shards"]])
             self.recorded_fingerprint = index.get("fingerprint")
+            self.vae_fingerprint = index.get("vae_fingerprint")
             if self.store not in STORES or self.dtype not in DTYPES:
                 raise ValueError(f"store {self.store!r}, dtype {self.dtype!r}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -236,7 +242,8 @@ class FeatureDataset(Dataset):
                     f"{self.path} holds latents that are not normalized, without {STATISTICS}: set --latent-stats"
                 )
             self.normalization = load_statistics(statistics or str(beside), self.shape)
-        self.vae = self.image_size = self.classes = self.dtype = self.recorded_fingerprint = None
+        self.vae = self.image_size = self.classes = self.dtype = None
+        self.vae_fingerprint = self.recorded_fingerprint = None
         self.store = "draw"
 
     def _find_original(self) -> tuple[Path, Path] | None:
@@ -266,16 +273,17 @@ class FeatureDataset(Dataset):
         self.classes = None
         self.store = "draw"
         self.dtype = None
-        self.recorded_fingerprint = None
+        self.vae_fingerprint = self.recorded_fingerprint = None
 
     def _cached_labels(self, folder: Path, names: list[str]) -> np.ndarray:
         """Return the labels of many files, from the cache if possible.
 
         The first process that needs them reads the files, while the others wait for it. The cache is valid for the same
-        names and the same time of the last change of the folder. Some labels are compared with their files, because
-        replacing the content of a file does not change that time.
+        names and the same times of the last changes of the folder and the files. Some labels are compared with their
+        files, because tools that copy files can keep these times.
         """
-        key = hashlib.sha256("\n".join([str(folder.stat().st_mtime_ns), *names]).encode()).hexdigest()
+        times = [folder.stat().st_mtime_ns, sum(entry.stat().st_mtime_ns for entry in os.scandir(folder))]
+        key = hashlib.sha256("\n".join([*map(str, times), *names]).encode()).hexdigest()
         where = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
         cache = cache_folder() / f"labels-{where}.npz"
         some = np.linspace(0, len(names) - 1, 64).astype(int)
@@ -325,6 +333,28 @@ class FeatureDataset(Dataset):
                 stored = self._original_image(image) if self.files else self._packed_image(image)
             digest.update(np.ascontiguousarray(stored).tobytes())
         return digest.hexdigest()
+
+    def check_encoding(self, flag: str, encoding: dict, num_classes: int, other):
+        """Check that these features are encoded as others, and have no other labels than a model.
+
+        Args:
+            flag: the flag that gives these features, for error messages.
+            encoding: the others' attributes by name, of ENCODING; what is None is not known.
+            num_classes: number of classes of the model.
+            other: what the others are called in error messages.
+
+        Raises:
+            UserError: if an attribute that both know differs, or if a label is not one of the model's.
+        """
+        for name, expected in encoding.items():
+            given = getattr(self, name)
+            if expected is not None and given is not None and expected != given:
+                values = f": {given}, not {expected}"
+                values = values if len(values) < 200 else ""
+                raise UserError(f"{flag} {self.path} has another {name} than {other}{values}")
+        low, high = self.labels.min(), self.labels.max()
+        if low < 0 or high >= num_classes:
+            raise UserError(f"{flag} {self.path} has labels from {low} to {high}, the model has 0 to {num_classes - 1}")
 
     def _load(self, kind: str, shard: int) -> np.ndarray:
         """Map a shard's features or labels and check their shape against the index."""

@@ -57,8 +57,22 @@ class LabelledImages:
         raise NotImplementedError
 
     def samples(self) -> dict[str, str]:
-        """Return hashes of some images' contents by the images' names, if the fingerprint does not depend on them."""
-        return {}
+        """Return hashes of the contents of at most SAMPLES evenly spaced images, by their names."""
+        rows = sorted({i * (len(self) - 1) // (SAMPLES - 1) for i in range(SAMPLES)})
+        return {self.name(i): hashlib.sha256(self._content(i)).hexdigest()[:16] for i in rows}
+
+    def _content(self, i: int) -> bytes:
+        """Return the content of image i's file, or its path if it cannot be read."""
+        try:
+            file = self.file(i)
+        except ValueError:
+            return b""
+        if isinstance(file, io.BytesIO):
+            return file.getvalue()
+        try:
+            return Path(file).read_bytes()
+        except OSError:
+            return str(file).encode()
 
 
 class FolderImages(LabelledImages):
@@ -180,23 +194,6 @@ class TableImages(LabelledImages):
 
     def fingerprint(self) -> str:
         return hashlib.sha256(repr((self.column, self.labels)).encode()).hexdigest()
-
-    def samples(self) -> dict[str, str]:
-        rows = sorted({i * (len(self) - 1) // (SAMPLES - 1) for i in range(SAMPLES)})
-        return {self.name(i): hashlib.sha256(self._content(i)).hexdigest()[:16] for i in rows}
-
-    def _content(self, i: int) -> bytes:
-        """Return the content of row i's image file, or its path if it cannot be read."""
-        try:
-            file = self.file(i)
-        except ValueError:
-            return b""
-        if isinstance(file, io.BytesIO):
-            return file.getvalue()
-        try:
-            return Path(file).read_bytes()
-        except OSError:
-            return file.encode()
 
 
 def load_images(path: str) -> LabelledImages:

@@ -13,9 +13,9 @@ from interop.shapes import (
     make_config,
     stored_model_name,
     stored_settings,
+    warn_of_data,
     warn_of_flow,
     warn_of_frequencies,
-    warn_of_latents,
 )
 from runtime.files import atomic_write
 
@@ -34,7 +34,7 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
 def write(path, models: dict[str, nn.Module], config: dict):
     """Write plain DiTs as one file, their state dicts under the keys of `models`. `interop` documents the arguments."""
     warn_of_flow(path, config)
-    warn_of_latents(path, config)
+    warn_of_data(path, config)
     warn_of_frequencies(path, config)
     with atomic_write(path) as temporary:
         torch.save({key: model.state_dict() for key, model in models.items()}, temporary)

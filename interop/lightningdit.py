@@ -21,7 +21,7 @@ from interop.shapes import (
     size_ratio,
     stored_model_name,
     stored_settings,
-    warn_of_latents,
+    warn_of_data,
 )
 from interop.sit import SIT_PATHS, flow_options, stored_process, warn_of_shift
 from models import LIGHTNINGDIT
@@ -146,7 +146,7 @@ def write(path, models: dict[str, nn.Module], config: dict):
     if not flow_target(config["diffusion"]):
         raise UserError("a file of LightningDiT holds a flow, and this model was trained with Gaussian diffusion")
     warn_of_shift(path, config)
-    warn_of_latents(path, config)
+    warn_of_data(path, config)
     name, backbone = config["model"]["name"], config["model"]["backbone"]
     if not any(backbone[option] for option in OPTIONS):
         raise UserError("a file of a LightningDiT without any of its options cannot be told from one of REPA")

@@ -15,8 +15,8 @@ from interop.shapes import (
     make_config,
     stored_model_name,
     stored_settings,
+    warn_of_data,
     warn_of_flow,
-    warn_of_latents,
 )
 from mixing.experts import stored_state
 from models import DIT
@@ -46,7 +46,7 @@ def write(path, models: dict[str, nn.Module], config: dict):
     to_state_dict = _mixed_state_dict if config["model"]["remix"] else nn.Module.state_dict
     states = {key: to_state_dict(model) for key, model in models.items()}
     warn_of_flow(path, config)
-    warn_of_latents(path, config)
+    warn_of_data(path, config)
     with atomic_write(path) as temporary:
         torch.save(states, temporary)
 

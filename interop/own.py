@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from interop import diffusers
 from mixing.experts import stored_state
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError, first_line, warn
 from runtime.files import atomic_write
 from runtime.hub import local_file
 
@@ -233,4 +233,6 @@ def read(path, content: dict, ema: bool, overrides: dict) -> tuple[dict, dict[st
     for key, value in overrides.items():
         if known.get(key) != value:
             raise UserError(f"{path} holds {key}={known.get(key)}, not {value}")
+    if not ema and content["model"] is content["ema"]:
+        warn(f"{path} holds the EMA weights only, which take the place of the raw weights")
     return config, content["ema" if ema else "model"]

@@ -20,7 +20,7 @@ from interop.shapes import (
     make_config,
     stored_model_name,
     stored_settings,
-    warn_of_latents,
+    warn_of_data,
 )
 from interop.sit import reverse_time, warn_of_shift
 from models import DITDH, data_shape
@@ -122,6 +122,6 @@ def write(path, models: dict[str, nn.Module], config: dict):
     if flow_target(config["diffusion"]) != PROCESS:
         raise UserError("a file of RAE holds a flow of the linear path that predicts the velocity, which this is not")
     warn_of_shift(path, config, usual_shift(config["model"]["backbone"]))
-    warn_of_latents(path, config)
+    warn_of_data(path, config)
     with atomic_write(path) as temporary:
         torch.save(_reverse_time(path, models["ema"].state_dict()), temporary)

@@ -241,8 +241,8 @@ def warn_of_frequencies(path, config: dict):
         warn(f"{path} cannot record the timestep frequencies: load it with --timestep-frequencies diffusers")
 
 
-def warn_of_latents(path, config: dict):
-    """Print a warning if a file cannot say what its latents are, and a reader would take them for others."""
+def warn_of_data(path, config: dict):
+    """Print a warning if a file cannot say what its latents or its classes are, and a reader would assume others."""
     data, assumed = config["data"], assumed_vae(config["model"]["backbone"]["in_channels"])
     found = {key: data.get(key, value) for key, value in assumed.items()}
     # The encoders of the published VAEs are the same.
@@ -250,6 +250,12 @@ def warn_of_latents(path, config: dict):
         found["vae"] = PUBLISHED_VAE["vae"]
     if found != assumed:
         warn(f"{path} cannot record the VAE and the normalization of the latents: --to safetensors does")
+    classes, n_classes = data.get("classes"), config["model"]["backbone"]["num_classes"]
+    if classes and len(classes) < n_classes:
+        warn(
+            f"{path} cannot record that only {len(classes)} of its {n_classes} classes were trained: --to safetensors "
+            "does; otherwise sample them with --labels"
+        )
 
 
 def _shape(backbone: dict) -> str:

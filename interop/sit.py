@@ -23,8 +23,8 @@ from interop.shapes import (
     make_config,
     stored_model_name,
     stored_settings,
+    warn_of_data,
     warn_of_frequencies,
-    warn_of_latents,
 )
 from models import sinusoid_frequencies
 from models.dit import SINUSOIDS
@@ -211,7 +211,7 @@ def write(path, models: dict[str, nn.Module], config: dict):
     if not flow_target(process):
         raise UserError("a file of SiT holds a flow, and this model was trained with Gaussian diffusion")
     warn_of_frequencies(path, config)
-    warn_of_latents(path, config)
+    warn_of_data(path, config)
     warn_of_shift(path, config)
     args = flow_options(process, SIT_PATHS) | {
         "model": name.removeprefix("Remix").replace("DiT-", "SiT-"),

@@ -37,14 +37,19 @@ class Measure(NamedTuple):
     text: str
 
 
-def error_measure(errors: HeldOutErrors) -> Measure:
-    """Return the measure of the mean error of a model over EMA_LEVELS evenly spaced noise levels."""
-    levels = errors.process.scale.grid(EMA_LEVELS)
+def error_measure(errors: HeldOutErrors, interval: list[float]) -> Measure:
+    """Return the measure of the mean error of a model over EMA_LEVELS evenly spaced noise levels, those of an interval.
+
+    Args:
+        errors: measures the error at some times.
+        interval: lowest and highest noise level that the model is trained on.
+    """
+    levels = errors.process.scale.grid(EMA_LEVELS, interval)
     return Measure(
         lambda network: errors(network, levels).mean().item(),
         lambda network: errors(network, levels[:1]),
-        EMA_LEVELS,
-        f"the error at {EMA_LEVELS} noise levels",
+        len(levels),
+        f"the error at {counted(len(levels), 'noise level')}",
     )
 
 

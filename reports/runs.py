@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from interop.own import fingerprint
 from runtime.errors import UserError, warn
 from runtime.files import SETTINGS
+from training.scoring import differing_measures
 
 # The numbers of a report that are neither losses nor weights of losses: rates, speed, and the state of the experts.
 RATES = ("lr", "coeff_lr")
@@ -117,10 +119,14 @@ def read_runs(folders: Iterable[str], score_files: Iterable[str] = ()) -> list[R
                 found[run].append(evaluation)
             else:
                 warn(f"{file}: {evaluation.samples} has samples of {run}, which is none of the runs: left out")
-    return [
+    runs = [
         RunRecord(path, name, *read_folder(path), evaluations=found[place])
         for path, place, name in zip(paths, resolved, short_names(resolved), strict=True)
     ]
+    for run in runs[1:]:
+        for flag, first, other in differing_measures(*(part.config.get("flags", {}) for part in (runs[0], run))):
+            warn(f"{runs[0].name} was scored with {flag} {first}, {run.name} with {other}: do not compare these scores")
+    return runs
 
 
 def short_names(paths: list[Path]) -> list[str]:
@@ -189,9 +195,14 @@ def read_scores(path: Path) -> list[tuple[Path, Evaluation]]:
                 + (": use evaluator.py --json samples/NAME/scores.json" if flat else "")
             )
         try:
-            ckpt = Path(json.loads(settings.read_text())["ckpt"][0]).resolve()
+            record = json.loads(settings.read_text())
+            ckpt, [sampled] = Path(record["ckpt"][0]).resolve(), record.get("ckpt_fingerprint", [None])[:1]
         except (ValueError, KeyError, TypeError, IndexError):
             raise UserError(f"{settings} is not a file of sample_ddp.py") from None
+        # A run that was started again with the same name has written other checkpoints.
+        if sampled and ckpt.is_file() and fingerprint(ckpt) != sampled:
+            warn(f"{path}: {ckpt} has changed since {settings.parent} was sampled: left out")
+            continue
         step = int(ckpt.stem) if ckpt.stem.isdigit() else None
         results.append((ckpt.parent.parent, Evaluation(settings.parent.name, step, scores)))
     return results

@@ -199,7 +199,7 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def check_settings(record: Path, settings: dict, remedy: str, ignored: Iterable[str] = ()):
+def check_settings(record: Path, settings: dict, remedy: str, ignored: Iterable[str] = (), added: Iterable[str] = ()):
     """Check that a folder's results were made with the same settings, so that different results are never mixed.
 
     Args:
@@ -207,6 +207,7 @@ def check_settings(record: Path, settings: dict, remedy: str, ignored: Iterable[
         settings: settings of this run.
         remedy: what the user can do, for the error message.
         ignored: names of settings that may differ.
+        added: names of settings that earlier versions did not record: they may be missing in the record.
 
     Raises:
         UserError: if any other setting differs, or if the record is damaged.
@@ -215,7 +216,7 @@ def check_settings(record: Path, settings: dict, remedy: str, ignored: Iterable[
         saved = dict(json.loads(record.read_text()))
     except (ValueError, TypeError):
         raise UserError(f"{record} is damaged: remove {record.parent} or {remedy}") from None
-    for key in sorted(settings.keys() | saved.keys()):
+    for key in sorted((settings.keys() | saved.keys()) - ({*added} - saved.keys())):
         if key not in ignored and saved.get(key) != settings.get(key):
             before, now = str(saved.get(key)), str(settings.get(key))
             difference = f"{key}={before}, not {now}" if len(before + now) < 80 else f"another {key}"

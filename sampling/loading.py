@@ -6,7 +6,7 @@ from torch import nn
 
 from checkpoint import load_model
 from diffusion import GaussianDiffusion, create_process
-from runtime.errors import UserError
+from runtime.errors import UserError, warn
 from sampling.experts import IndependentExperts, for_sampling
 
 
@@ -30,6 +30,26 @@ def choose_process(path, config: dict, process: str | None):
     config["diffusion"] = {"process": process}
 
 
+def check_data(flag: str, path, config: dict, other, other_config: dict):
+    """Check that two models denoise the same data, as far as both files record it.
+
+    Args:
+        flag: the flag that gives `path`, for error messages.
+        path, other: the files.
+        config, other_config: their configs.
+
+    Raises:
+        UserError: if the names of the classes or the normalization of the latents differ.
+    """
+    # Files of other projects assume a normalization.
+    if not (config["training"] and other_config["training"]):
+        return
+    for what, keys in (("classes", ("classes",)), ("normalization of the latents", ("scale", "shift"))):
+        parts = [[part["data"][key] for key in keys] for part in (config, other_config)]
+        if parts[0] != parts[1] and all(part[0] is not None for part in parts):
+            raise UserError(f"{flag} {path} was trained with other {what} than {other}")
+
+
 def load_denoiser(paths: list, ema: bool = True, allow_pickle: bool = False, **overrides) -> tuple[nn.Module, dict]:
     """Load a model for sampling.
 
@@ -45,11 +65,18 @@ def load_denoiser(paths: list, ema: bool = True, allow_pickle: bool = False, **o
 
     Raises:
         UserError: if a file cannot be loaded, or if several files are not independent experts of one architecture
-            whose intervals cover all timesteps exactly once.
+            with the same data, whose intervals cover all timesteps exactly once.
     """
     loaded = [(path, *load_model(path, ema, allow_pickle, **overrides)) for path in paths]
     if len(loaded) == 1:
-        _, model, config = loaded[0]
+        path, model, config = loaded[0]
+        scale = create_process(**config["diffusion"]).scale
+        if config["training"] and (interval := config["training"]["timesteps"]) != scale.range:
+            low, high = scale.ends(*interval)
+            warn(
+                f"{path} was trained on the {scale.unit}s {low:g} to {high:g} only: samples need the independent "
+                "experts of the others too"
+            )
         return for_sampling(model), config
     shape = {key: loaded[0][2]["model"][key] for key in ("architecture", "backbone")}
     for path, _, config in loaded:
@@ -61,6 +88,7 @@ def load_denoiser(paths: list, ema: bool = True, allow_pickle: bool = False, **o
             raise UserError(f"{path} and {loaded[0][0]} hold models of different shapes")
         if config["diffusion"] != loaded[0][2]["diffusion"]:
             raise UserError(f"{path} and {loaded[0][0]} were trained with different processes")
+        check_data("--ckpt", path, config, loaded[0][0], loaded[0][2])
     loaded.sort(key=lambda item: item[2]["training"]["timesteps"])
     intervals = [config["training"]["timesteps"] for _, _, config in loaded]
     bounds = [intervals[0][0], *(high for _, high in intervals)]

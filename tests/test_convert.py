@@ -86,12 +86,15 @@ def test_a_bare_state_dict_becomes_a_file_of_sit(tmp_path):
     assert "cannot record that the model is a flow" in done.stderr
 
 
-def test_to_safetensors_and_back(trained, tmp_path):
+def test_to_safetensors_and_back(trained, tmp_path, capsys):
     ckpt = trained / "checkpoints/0000004.pt"
     run("convert.py", ckpt, tmp_path / "a.safetensors", "--to", "safetensors")
     (ours, config), (back, config_back) = load_model(ckpt), load_model(tmp_path / "a.safetensors")
     assert config == config_back
     assert all(torch.equal(value, back.state_dict()[key]) for key, value in ours.state_dict().items())
+    assert "EMA weights only" not in capsys.readouterr().err
+    load_model(tmp_path / "a.safetensors", ema=False)
+    assert "a.safetensors holds the EMA weights only" in capsys.readouterr().err
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:999])
     stderr = run("sample_ddp.py", "--ckpt", tmp_path / "cut.safetensors", expect=2).stderr
     assert "not a complete .safetensors file" in stderr

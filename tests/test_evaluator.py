@@ -16,7 +16,7 @@ from evaluation.classifier import read_labelled
 from evaluation.files import content_hash
 from evaluation.networks import AdmInception, load_network
 from evaluation.scores import GaussianStatistics, fid_bias, fid_std, kernel_distance
-from evaluator import frechet_distance, inception_score, precision_recall
+from evaluator import describe_notes, frechet_distance, inception_score, precision_recall
 
 
 @pytest.fixture(autouse=True)
@@ -429,6 +429,10 @@ def test_folders_of_samples_and_seeds(files, tmp_path):
     assert [row.split("  ")[0] for row in rows] == [*saved, f"mean of 2 seeds, from {folders[0]}"]
     both = [saved[str(folder)]["FID"] for folder in folders[:2]]
     assert f"{np.mean(both):.2f} ± {np.std(both, ddof=1):.2f}" in rows[-1]
+    # Samples of one seed twice are one seed.
+    assert "mean of 2 seeds" in run("evaluator.py", files / "ref.npz", folders[0], *folders[:2], *flags[:2]).stdout
+    twice = [folders[0], folders[0] / "samples.npz"]
+    assert "mean of" not in run("evaluator.py", files / "ref.npz", *twice, *flags[:2]).stdout
     (folders[0] / "samples.npz").unlink()
     refused = run("evaluator.py", files / "ref.npz", folders[0], *flags[:2], expect=2).stderr
     assert "the sampling has not finished" in refused
@@ -468,6 +472,19 @@ def test_a_classifier_of_own_images(files, tmp_path):
         assert message in run("evaluator.py", reference, *flags, expect=2).stderr
     assert "exists: choose" in run("evaluator.py", tmp_path / "own.npz", "--fit-classifier", out, expect=2).stderr
     assert not (tmp_path / "other.pt2").exists()
+
+
+def test_another_size_of_the_images_is_warned_about(files, tmp_path):
+    """The network of the scores may resize them, as Inception does."""
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((5, 12, 16, 3), np.uint8))
+    features = {"mu": np.zeros(2), "sigma": np.eye(2), "pools": np.random.default_rng(0).normal(size=(5, 2))}
+
+    def notes(path) -> str:
+        return " ".join(describe_notes(files / "ref.npz", features, path, features, {"FID": 1.0}))
+
+    found = notes(tmp_path / "large.npz")
+    assert "large.npz have 16x12 pixels" in found and "ref.npz have 8x8" in found
+    assert "pixels" not in notes(files / "sample.npz")
 
 
 def test_an_unusual_number_of_samples_is_warned_about(files):

@@ -10,8 +10,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import PIXELS, disk_full_of, locked, make_images, make_vae, run
+from conftest import PIXELS, disk_full_of, locked, make_images, make_vae, run, training_flags
 from PIL import Image, ImageCms
+from safetensors.torch import load_file, save_file
 
 from extract_features import center_crop, report_scale, unit_config
 from features.autoencoder import Normalization, load_autoencoder
@@ -197,6 +198,38 @@ def test_latents_of_a_local_vae(vae, tmp_path):
         noise = (dataset[0][0] - mean[0]) / std[0]
         assert autoencoder.decode(mean).shape == (1, 16, 16, 3)
     assert 0.5 < noise.std() < 1.5, "one draw from the posterior"
+
+
+def test_results_of_another_vae_of_the_same_name_are_not_mixed(tmp_path):
+    tree, vae = make_images(tmp_path / "images", per_class=1, size=16), make_vae(tmp_path / "vae", latent_channels=4)
+    flags = [f"--data-path={tree}", f"--vae={vae}", "--image-size=16", "--num-workers=0"]
+    run("extract_features.py", *flags, f"--features-path={tmp_path / 'f'}")
+    trained = [*training_flags(tmp_path / "f", tmp_path, "run", "DiT-T/2"), "--sample-every=0"]
+    run("train_fast.py", *trained, "--max-steps=1")
+    few = [f"--ckpt={tmp_path / 'run'}", "--num-fid-samples=1", "--num-sampling-steps=1", f"--sample-dir={tmp_path}"]
+    run("sample_ddp.py", *few)
+    weights = load_file(vae / "diffusion_pytorch_model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, vae / "diffusion_pytorch_model.safetensors")
+    run("extract_features.py", *flags, f"--features-path={tmp_path / 'new'}")
+    for command in (
+        ["extract_features.py", *flags, f"--features-path={tmp_path / 'f'}"],
+        ["sample_ddp.py", *few],
+        ["train_fast.py", *trained, f"--data-path={tmp_path / 'new'}", "--max-steps=2", "--resume=auto"],
+    ):
+        assert "vae_fingerprint" in run(*command, expect=2).stderr
+    # Earlier versions did not record it.
+    record = json.loads((tmp_path / "f/settings.json").read_text())
+    del record["vae_fingerprint"], record["class0/0.png"]
+    (tmp_path / "f/settings.json").write_text(json.dumps(record))
+    assert "nothing to do" in run("extract_features.py", *flags, f"--features-path={tmp_path / 'f'}").stdout
+
+
+def test_features_of_other_images_of_the_same_names_are_not_mixed(tmp_path):
+    tree = make_images(tmp_path / "images", per_class=2)
+    flags = (f"--data-path={tree}", f"--features-path={tmp_path / 'f'}", *PIXELS)
+    run("extract_features.py", *flags)
+    shutil.copy(tree / "class0/0.png", tree / "class2/1.png")
+    assert "holds results with class2/1.png=" in run("extract_features.py", *flags, expect=2).stderr
 
 
 def test_float16_features_are_the_float32_features_rounded(features, images, tmp_path):

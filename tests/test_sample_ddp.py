@@ -6,9 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import (
     FEW_SAMPLES,
     GOLDEN,
+    ROOT,
     check_sampling_refused,
     disk_full_of,
     file_limit,
@@ -16,6 +18,7 @@ from conftest import (
     make_images,
     run,
     sampled_images,
+    start,
     training_flags,
 )
 from PIL import Image
@@ -66,6 +69,7 @@ def test_settings_are_recorded(ckpt, sampled):
         # What has no meaning for these settings, or was not asked for.
         **dict.fromkeys(("diffusion_form", "last_step", "last_step_size", "guidance_interval", "labels"), None),
         **dict.fromkeys(("guide_ckpt", "guide_fingerprint", "step_sizes"), None),
+        **dict.fromkeys(("vae_fingerprint", "latent_stats"), None),
         **dict.fromkeys(("time_shift", "last_level", "guided_channels"), None),
     }
 
@@ -286,6 +290,29 @@ def test_interrupted_sampling_is_finished(ckpt, tmp_path):
     assert "cfg_scale=1.5, not 4.0" in refused.stderr
 
 
+def test_processes_that_have_read_different_checkpoints_end(ckpt, trained, tmp_path):
+    """A run that trains may write a checkpoint after one process has looked for the newest one."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    flags = [*FEW_SAMPLES, f"--sample-dir={tmp_path}", "--name=s", "--per-proc-batch-size=7"]
+    ranks = [
+        start(
+            [ROOT / "sample_ddp.py", f"--ckpt={path}", *flags],
+            *(tmp_path / f"{kind}{rank}" for kind in ("out", "err")),
+            **group,
+            WORLD_SIZE=2,
+            RANK=rank,
+            LOCAL_RANK=rank,
+        )
+        for rank, path in enumerate((ckpt, trained))
+    ]
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [2, 2]
+    assert "the processes have read different files" in (tmp_path / "err0").read_text()
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.parametrize(("labels", "expected"), [("equal", [0, 1, 2, 0, 1, 2]), ("2,class0, 2", [2, 0, 2, 2, 0, 2])])
 def test_chosen_labels(ckpt, tmp_path, labels, expected):
     flags = ("--ckpt", ckpt, *FEW_SAMPLES, "--num-fid-samples=6", "--num-sampling-steps=1", f"--sample-dir={tmp_path}")
@@ -374,7 +401,9 @@ def test_independent_experts(features, tmp_path, process):
         run("train_fast.py", *flags, "--max-steps", 2, "--process", process, "--timesteps", low, high)
         files.append(tmp_path / f"expert-{low}/checkpoints/0000002.pt")
     run("sample_ddp.py", "--ckpt", *files, *FEW_SAMPLES, "--sample-dir", tmp_path, "--name", "both")
-    run("sample_ddp.py", "--ckpt", files[0], *FEW_SAMPLES, "--sample-dir", tmp_path, "--name", "alone")
+    alone = run("sample_ddp.py", "--ckpt", files[0], *FEW_SAMPLES, "--sample-dir", tmp_path, "--name", "alone")
+    levels = "timesteps 500 to 999" if process == "gaussian" else "noise levels 0.5 to 1"
+    assert f"was trained on the {levels} only" in alone.stderr
     assert not np.array_equal(sampled_images(tmp_path / "both"), sampled_images(tmp_path / "alone"))
     for wrong, message in (
         ((files[0], files[0]), "exactly once"),
@@ -382,6 +411,17 @@ def test_independent_experts(features, tmp_path, process):
     ):
         done = run("sample_ddp.py", "--ckpt", *wrong, *FEW_SAMPLES, "--sample-dir", tmp_path / "no", expect=2)
         assert message in done.stderr
+    # Models of the same shape, whose classes have other numbers or whose latents another scale.
+    state = torch.load(files[1], weights_only=True)
+    for key, value in (("classes", ["class1", "class0", "class2"]), ("scale", 2.0)):
+        data = state["config"]["data"] | {key: value}
+        save_checkpoint(tmp_path / "other.pt", state | {"config": state["config"] | {"data": data}})
+        for flags in (
+            ["--ckpt", files[0], tmp_path / "other.pt"],
+            ["--ckpt", files[0], "--guide-ckpt", tmp_path / "other.pt"],
+        ):
+            refused = run("sample_ddp.py", *flags, *FEW_SAMPLES, "--sample-dir", tmp_path / "no", expect=2).stderr
+            assert ("other classes than" if key == "classes" else "other normalization of the latents than") in refused
 
 
 def test_latent_models_from_images_to_samples(vae, tmp_path):

@@ -12,6 +12,7 @@ from conftest import GOLDEN, assert_same_weights, losses, run, training_flags
 
 from checkpoint import load_model
 from diffusion import create_flow, create_process
+from features.autoencoder import Normalization
 from features.dataset import write_index, write_shard
 from interop.own import checkpoints, find_corruption, read_checkpoint, save_checkpoint
 from models import DiT_models
@@ -246,6 +247,15 @@ def test_a_run_continues_with_another_rate_precision_and_ema_from_its_weights(tr
     assert all(moments["step"] == 1 for moments in state["optimizer"]["state"].values())
 
 
+def test_initial_weights_of_latents_of_another_normalization_are_warned_about(trained, capsys):
+    shape = dict(input_size=8, in_channels=3, num_classes=3)
+    mixing = json.loads((trained / "config.json").read_text())["model"]["remix"]
+    for normalization, warns in ((Normalization(), False), (Normalization(0.5), True)):
+        start = InitialWeights(str(trained), normalization=normalization)
+        make_model("RemixDiT-T/2", shape, mixing, 3.0, start)
+        assert ("of another normalization than those of the features" in capsys.readouterr().err) == warns
+
+
 def test_a_run_resumes_with_its_learning_rates_and_its_prior(features, tmp_path):
     """The prior's bonus has no effect after step 0: it need not be given again."""
     flags = [*training_flags(features, tmp_path, "run"), "--max-steps=2", "--ckpt-every=1"]
@@ -300,6 +310,23 @@ def test_starting_from_a_pretrained_dit(features, tmp_path):
         expert = trained if model == "DiT-T/2" else trained.expert(5)
         for key, value in dit.state_dict().items():
             torch.testing.assert_close(expert.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_later_checkpoints_of_another_schedule_are_not_continued(features, tmp_path):
+    """--resume auto would continue them, after an interruption of the run that is to replace them."""
+    flags = [*training_flags(features, tmp_path, "run", "DiT-T/2"), "--sample-every=0"]
+    folder = tmp_path / "run/checkpoints"
+    run("train_fast.py", *flags, "--max-steps=2")
+    run("train_fast.py", *flags, "--max-steps=3", "--resume=auto")
+    first = [*flags, f"--resume={folder / '0000002.pt'}"]
+    assert (
+        "schedule of 2 steps: remove it"
+        in run("train_fast.py", *first, "--max-steps=4", "--extend=stretch", expect=2).stderr
+    )
+    run("train_fast.py", *first, "--max-steps=4")
+    (folder / "0000003.pt").unlink()
+    (folder / "0000004.pt").write_bytes((folder / "0000004.pt").read_bytes()[:1000])
+    run("train_fast.py", *first, "--max-steps=3", "--extend=stretch")
 
 
 def test_a_resumed_run_names_the_weights_that_it_started_from(features, tmp_path):

@@ -14,6 +14,7 @@ import visualize
 from checkpoint import build_model, load_model
 from diffusion import create_diffusion, create_process
 from features.dataset import FeatureDataset
+from interop.own import save_checkpoint
 from training.statistics import HeldOutErrors
 
 
@@ -69,6 +70,17 @@ def test_losses_of_the_experts_are_drawn(ckpt, features, tmp_path):
     assert float(rows[2 + 3][1 + 3]) == pytest.approx(float(expert_error / base_error - 1), abs=1e-4)
     wrong = run("visualize.py", "losses", ckpt, *flags, f"--pretrained={ckpt}", expect=2).stderr
     assert "not the plain DiT" in wrong
+    # Other names would have other labels, as after --new-classes.
+    config = {**state["config"], "model": config, "data": state["config"]["data"] | {"classes": ["a", "b", "c"]}}
+    weights = torch.load(tmp_path / "dit.pt", weights_only=True)
+    save_checkpoint(tmp_path / "old.pt", state | {"config": config, "model": weights, "ema": weights})
+    old = run("visualize.py", "losses", ckpt, flags[0], f"--pretrained={tmp_path / 'old.pt'}", expect=2).stderr
+    assert "was trained with other classes than" in old
+    other = shutil.copytree(features, tmp_path / "other")
+    index = json.loads((other / "index.json").read_text())
+    (other / "index.json").write_text(json.dumps(index | {"classes": ["a", "b", "c"]}))
+    refused = run("visualize.py", "losses", ckpt, f"--data-path={other}", "--out", tmp_path / "no.png", expect=2).stderr
+    assert "has another classes than the features of" in refused
     # Without it, the errors are relative to the best expert of each interval.
     flags = [flag for flag in flags if "pretrained" not in flag]
     run("visualize.py", "losses", ckpt, *flags, "--out", tmp_path / "best.png")

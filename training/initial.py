@@ -10,11 +10,12 @@ from torch import nn
 
 from checkpoint import load_model, model_config
 from diffusion import GaussianDiffusion
+from features.autoencoder import Normalization
 from features.dataset import FeatureDataset
 from interop.shapes import assumed_vae, flow_target
 from models import build_plain, find_backbone, find_model, meta_device
 from remix import RemixDiT, build_remix
-from runtime.errors import UserError
+from runtime.errors import UserError, warn
 from training.settings import RunSettings
 
 
@@ -40,6 +41,7 @@ class AssumedFeatures:
         self.labels = torch.tensor([0, 999])
         self.classes = None
         self.vae, self.store, self.dtype, self.normalization = None, "draw", "float32", None
+        self.vae_fingerprint = None
         self.views, self.fingerprint = 2, None
 
     def __len__(self) -> int:
@@ -102,6 +104,7 @@ class InitialWeights:
         process: keyword arguments of `create_process`, which a file that is a flow must fit.
         classes: names of the dataset's classes; None if they are not known.
         new_classes: whether the file may be a model of other classes, whose embeddings are initialized again.
+        normalization: normalization of the dataset's latents; None if it is not known.
     """
 
     path: str
@@ -109,6 +112,7 @@ class InitialWeights:
     process: dict = field(default_factory=dict)
     classes: list[str] | None = None
     new_classes: bool = False
+    normalization: Normalization | None = None
 
 
 def make_model(
@@ -168,6 +172,12 @@ def load_initial_model(
             raise UserError(f"--load-weight {path} was trained with {key}={trained}, this run has {run}")
     if (architecture := config["model"]["architecture"]) != record.name:
         raise UserError(f"--load-weight {path} holds a {architecture}, this run trains a {record.name}")
+    # Of a file of another project it is assumed.
+    if config["training"] and start.normalization not in (None, Normalization.from_record(config["data"])):
+        warn(
+            f"--load-weight {path} was trained on latents of another normalization than those of the features, which "
+            "changes what its layers see"
+        )
     backbone = loaded.backbone if config["model"]["remix"] else loaded
     choose_classes(backbone, start, config["data"].get("classes"), shape["num_classes"])
     shape = shape | {key: backbone.config[key] for key in record.file_options}
@@ -238,6 +248,8 @@ def run_config(
     vae = assumed_vae(dataset.shape[0])
     if dataset.normalization is not None:
         vae = {"vae": dataset.vae, **dataset.normalization.record()}
+    if dataset.vae_fingerprint:
+        vae = vae | {"vae_fingerprint": dataset.vae_fingerprint}
     image_size = dataset.image_size or image_size or 256
     data = dict(images=len(dataset), image_size=image_size, classes=dataset.classes, **vae)
     data |= dict(store=dataset.store, dtype=dataset.dtype, views=dataset.views, fingerprint=dataset.fingerprint)

@@ -85,13 +85,14 @@ class TensorBoardLogger:
 
     Args:
         folder: the run's folder.
-        first_step: number of steps already done. TensorBoard hides what an interrupted run logged for later steps.
+        first_step: number of steps already done. TensorBoard hides what an interrupted run logged for later steps, and
+            of a new run all that an earlier one has left in the folder.
     """
 
     def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1 if first_step else None)
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1 if first_step else 0)
 
     def log_metrics(self, step: int, metrics: dict):
         for name, value in scalars(metrics).items():
@@ -112,17 +113,19 @@ class WandbLogger:
     Args:
         folder: the run's folder. Its wandb-id.txt identifies the run, so that a resumed run continues the same one.
         config: the run's configuration.
+        first_step: number of steps already done.
 
     Raises:
         UserError: if wandb cannot start.
     """
 
-    def __init__(self, folder: Path, config: dict):
+    def __init__(self, folder: Path, config: dict, first_step: int):
         import wandb
 
         id_file = folder / "wandb-id.txt"
         created = [path for path in (id_file, folder / "wandb") if not path.exists()]
-        if id_file in created:
+        # wandb drops steps below those that it has. A new run must not continue one that was lost.
+        if id_file in created or not first_step:
             with atomic_write(id_file) as temporary:
                 temporary.write_text(uuid.uuid4().hex[:8])
         try:
@@ -198,7 +201,7 @@ def open_loggers(names: str | None, folder: Path, config: dict, first_step: int)
     """Open metrics.jsonl and the loggers of --log-to."""
     names = names.split(",") if names else []
     # wandb may be unable to start. It is opened first, so that nothing has been written to the folder then.
-    loggers = [WandbLogger(folder, config)] if "wandb" in names else []
+    loggers = [WandbLogger(folder, config, first_step)] if "wandb" in names else []
     if "tensorboard" in names:
         loggers.append(TensorBoardLogger(folder, first_step))
     return [MetricsFile(folder / "metrics.jsonl", first_step), *loggers]

@@ -44,6 +44,34 @@ def check_interval(folder: Path, interval: list, process: str):
         )
 
 
+def check_later(folder: Path, resume: "Resume"):
+    """Raise UserError if a folder holds later checkpoints of another schedule, which "auto" would take for this run's.
+
+    The same schedule gives the same checkpoints again.
+    """
+    for path in checkpoints(folder / "checkpoints"):
+        if int(path.stem) <= resume.step:
+            break
+        # These will be renamed.
+        if path in (resume.damaged or {}):
+            continue
+        try:
+            steps = falling_steps(read_checkpoint(path)["config"]["training"])
+        # "auto" passes over a damaged checkpoint, too.
+        except (UserError, KeyError, TypeError):
+            continue
+        if steps != falling_steps(resume.config["training"]):
+            raise UserError(
+                f"--resume {resume.path}: {path} is from a schedule of {steps:,} steps: remove it and the other later "
+                "checkpoints, or use another --prefix"
+            )
+
+
+def falling_steps(training: dict) -> int:
+    """Return the number of steps over which the schedules of a run fall, from the "training" part of its config."""
+    return training["schedule_steps"] or training["max_steps"]
+
+
 class Resume(NamedTuple):
     """How a run begins.
 
@@ -100,7 +128,9 @@ def find_resume(resume: str | None, folder: Path, config: dict, extend: str) -> 
     if present and present[0].parent.resolve() != Path(path).resolve().parent:
         raise UserError(f"{folder} already holds a different run from that of --resume {path}: use another --prefix")
     # The newest checkpoint has been compared with its checksums already.
-    return read_resume(path, config, extend, verify=resume != "auto")._replace(damaged=damaged)
+    found = read_resume(path, config, extend, verify=resume != "auto")._replace(damaged=damaged)
+    check_later(folder, found)
+    return found
 
 
 def read_resume(path: Path | str, config: dict, extend: str, verify: bool = False) -> Resume:

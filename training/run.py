@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,8 +33,8 @@ from training.resolve import (
     process_options,
     resolve_settings,
 )
-from training.resume import Resume
-from training.scoring import Scorer, ScoreSettings, make_scorer
+from training.resume import Resume, falling_steps
+from training.scoring import Scorer, ScoreSettings, changed_measures, make_scorer
 from training.settings import Execution, RunSettings
 from training.sharding import choose_sharding
 from training.writer import Retention, check_checkpoint_space, count_checkpoints
@@ -203,7 +204,12 @@ def plan_run(args: argparse.Namespace) -> Run:
     start = None
     if settings.load_weight and not args.dry_run:
         start = InitialWeights(
-            settings.load_weight, args.trust_pickle, options, dataset.classes, new_classes=bool(args.new_classes)
+            settings.load_weight,
+            args.trust_pickle,
+            options,
+            dataset.classes,
+            new_classes=bool(args.new_classes),
+            normalization=dataset.normalization,
         )
     with torch.device("meta" if args.dry_run else "cpu"):
         model = make_model(args.model, shape, mixing, settings.prior_bonus, start, bool(args.freeze))
@@ -243,6 +249,7 @@ def read_inputs(run: Run, step: int) -> Inputs:
     loaded = scorer.decoder if scorer else None
     decoder, preview_note = choose_decoder(args.sample_every, run.can_sample, args.vae, dataset, loaded)
     notes = [preview_note, *([str(scorer)] if scorer else []), *advice(run.model, run.settings)]
+    notes += changed_measures(run.folder, scores, step) if step else []
     if is_first_process():
         notes.insert(0, run.check_space(step))
     return Inputs(scorer, decoder, notes)
@@ -255,6 +262,7 @@ def open_folder(run: Run, inputs: Inputs, resume: Resume, world: World) -> tuple
     if world.is_main:
         # The number of steps of an independent expert is a part of those that the flags give.
         steps = {"max_steps": run.settings.max_steps} if run.args.independent else {}
+        remove_outdated(run.folder, run.config, resume.step)
         prepare_folder(run.folder, run.config | {"flags": run.args.recorded | steps}, resume.damaged or {})
     log = rank0_logger(world, run.folder / "log.txt")
     devices = f"{world.size} x {world.device.type}{', compiled' if run.execution.compile else ''}"
@@ -282,6 +290,33 @@ def make_batch_sampler(
         grad_accum=grad_accum,
         boundaries=experts.boundaries,
     )
+
+
+def remove_outdated(folder: Path, config: dict, step: int):
+    """Remove the snapshots and pictures in a run's folder that are not of this run, and would be taken for its own.
+
+    A run that was lost before its first checkpoint leaves them, and so do later steps of another schedule.
+
+    Args:
+        folder: the run's folder.
+        config: configuration of the run.
+        step: number of steps that are done. If it is 0, the run is new, and everything is removed; otherwise what is of
+            later steps, if they had other settings.
+    """
+    steps = falling_steps(config["training"])
+    try:
+        before = falling_steps(json.loads((folder / "config.json").read_text())["training"])
+    except (OSError, ValueError, KeyError, TypeError):
+        before = steps
+    if step and before == steps:
+        return
+    for path in (
+        *snapshot_folder(folder).glob("*.pt"),
+        *(folder / "samples").glob("*.png"),
+        *(folder / "coefficients").glob("*.png"),
+    ):
+        if path.stem.isdigit() and (not step or int(path.stem) > step):
+            path.unlink()
 
 
 def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):

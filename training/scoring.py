@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import Process, create_process
-from evaluation.files import check_file, has_statistics, read_network, read_statistics
+from evaluation.files import check_file, compare_sizes, has_statistics, read_network, read_statistics
 from evaluation.networks import FEATURE_BATCH, FeatureExtractor, make_extractor, network_name
 from evaluation.scores import GaussianStatistics, frechet_distance
 from features.autoencoder import Autoencoder
-from features.dataset import FeatureDataset
+from features.dataset import ENCODING, FeatureDataset
 from runtime.command_line import counted
-from runtime.errors import UserError, first_line, is_first_process
+from runtime.errors import UserError, first_line, is_first_process, warn
 from runtime.files import cache_folder
 from runtime.processes import StopSignal, World
 from sampling.experts import for_sampling
@@ -37,6 +37,10 @@ HELD_OUT_IMAGES = 1024
 HELD_OUT_LEVELS = 200
 IMAGES_PER_LEVEL = 32
 FID_SAMPLES = 5000
+# The flags that determine FID and the held-out loss, by the flag that asks for it.
+SCORE_FLAGS = {"score_against": ("score_against", "weights", "score_samples", "vae"), "held_out": ("held_out",)}
+# What flags that are not given stand for. Without a VAE, samples are pixels.
+SCORE_DEFAULTS = {"score_samples": FID_SAMPLES, "vae": "none"}
 # The log line of more experts would be too long to read.
 MAX_LOGGED_EXPERTS = 20
 
@@ -365,6 +369,51 @@ class ScoreSettings:
                 raise UserError(f"{flag} needs --score-against")
 
 
+def changed_measures(folder: Path, settings: ScoreSettings, step: int) -> list[str]:
+    """Return what a run that resumes scores in another way than before, as lines for the log.
+
+    Args:
+        folder: the run's folder, with the config.json of the steps before.
+        settings: what is scored from now on.
+        step: number of steps that are done.
+    """
+    try:
+        before = dict(json.loads((folder / "config.json").read_text())["flags"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    now = {
+        "score_every": settings.every,
+        "score_against": settings.reference,
+        "weights": settings.weights,
+        "score_samples": settings.n_samples,
+        "vae": settings.vae,
+        "held_out": settings.held_out,
+    }
+    return [
+        f"scores up to step {step:,} had {flag} {old}, not {new}: later ones cannot be compared"
+        for flag, old, new in differing_measures(before, now)
+    ]
+
+
+def differing_measures(flags: dict, others: dict) -> list[tuple[str, Any, Any]]:
+    """Return the flags by which two runs measure a score of one name in different ways, each with its two values.
+
+    Args:
+        flags, others: the flags of the runs, as their config.json records them.
+    """
+    found = []
+    for score, names in SCORE_FLAGS.items():
+        # Without this flag, there is no such score.
+        if not all(part.get("score_every") and part.get(score) for part in (flags, others)):
+            continue
+        for name in names:
+            old, new = (part.get(name) or SCORE_DEFAULTS.get(name) for part in (flags, others))
+            paths = [isinstance(value, str) and Path(value).resolve() for value in (old, new)]
+            if old != new and not (paths[0] and paths[0] == paths[1]):
+                found.append((f"--{name.replace('_', '-')}", old, new))
+    return found
+
+
 def make_scorer(
     settings: ScoreSettings,
     dataset: FeatureDataset,
@@ -454,16 +503,8 @@ def open_held_out(path: str, dataset: FeatureDataset, num_classes: int) -> Featu
         UserError: if the folder holds no features, or features of another shape, VAE or classes.
     """
     held_out = FeatureDataset(path, normalization=dataset.normalization)
-    for name in ("shape", "vae", "normalization", "image_size", "classes"):
-        trained, given = getattr(dataset, name), getattr(held_out, name)
-        # The original layout does not record all of them.
-        if trained is not None and given is not None and trained != given:
-            values = f": {given}, not {trained}"
-            values = values if len(values) < 200 else ""
-            raise UserError(f"--held-out {path} has another {name} than {dataset.path}{values}")
-    low, high = held_out.labels.min(), held_out.labels.max()
-    if low < 0 or high >= num_classes:
-        raise UserError(f"--held-out {path} has labels from {low} to {high}, the model has 0 to {num_classes - 1}")
+    encoding = {name: getattr(dataset, name) for name in ENCODING}
+    held_out.check_encoding("--held-out", encoding, num_classes, dataset.path)
     return held_out
 
 
@@ -484,6 +525,8 @@ def open_network(settings: ScoreSettings, pipeline: Pipeline) -> FeatureExtracto
         raise UserError(f"--score-against {reference} holds statistics of another network than --weights: {other}")
     extractor = make_extractor(settings.weights, cache_folder(), FEATURE_BATCH, torch.device("cpu"))
     side = pipeline.shape[-1] * pipeline.autoencoder.factor
+    if difference := compare_sizes(reference, "samples of this run", (side, side)):
+        warn(difference)
     width = extractor.check_network(np.zeros((2, side, side, 3), np.uint8), "samples of this run")
     if not has_statistics(reference):
         # Its features are computed on rank 0 only, and only once.

@@ -125,6 +125,10 @@ def test_a_run_on_published_features(published, tmp_path):
     foreign = ("--ckpt", tmp_path / "bare.pt", "--process=flow", *few)
     run("sample_ddp.py", *foreign, stats, "--name=given")
     run("sample_ddp.py", *foreign, "--name=without")
+    other = tmp_path / "other.pt"
+    torch.save({name: 2 * value for name, value in torch.load(published.parent / "latents_stats.pt").items()}, other)
+    refused = run("sample_ddp.py", *foreign, f"--latent-stats={other}", "--name=given", expect=2).stderr
+    assert "holds results with another latent_stats" in refused
     assert (sampled_images(tmp_path / "own") == sampled_images(tmp_path / "given")).all()
     assert (sampled_images(tmp_path / "own") != sampled_images(tmp_path / "without")).any()
 
@@ -132,8 +136,8 @@ def test_a_run_on_published_features(published, tmp_path):
 def test_figures_normalize_published_features_as_the_checkpoint_records_it(published):
     """There are no statistics in the folder of the features."""
     normalization = Normalization([0.5] * 32, [1.0] * 32)
-    backbone = {"in_channels": 32, "input_size": 4}
-    config = {"model": {"backbone": backbone}, "data": normalization.record()}
+    backbone = {"in_channels": 32, "input_size": 4, "num_classes": 10}
+    config = {"model": {"backbone": backbone}, "data": normalization.record(), "training": None}
     x, y = load_features(published, 2, 0, "a.pt", config)
     images = [int(i) for i in np.random.default_rng(0).permutation(5)[:2]]
     expected, labels = FeatureDataset(published, normalization=normalization).__getitems__(images)

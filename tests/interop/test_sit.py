@@ -261,6 +261,10 @@ def test_the_batch_norm_of_repa_e_is_the_normalization_of_the_latents(tmp_path, 
     published = config["data"] | PUBLISHED_VAE | {"vae": "stabilityai/sd-vae-ft-mse"}
     sit.write(tmp_path / "sit.pt", {"ema": model}, config | {"data": published})
     assert ("cannot record" in capsys.readouterr().err) == (channels != 4), "all published VAEs give the same latents"
+    named = config | {"data": published | {"classes": ["a", "b"]}}
+    sit.write(tmp_path / "sit.pt", {"ema": model}, named)
+    number = config["model"]["backbone"]["num_classes"]
+    assert f"cannot record that only 2 of its {number} classes were trained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run
 from PIL import Image
 
+from interop.own import fingerprint
 from reports.table import table_cells
 
 
@@ -62,12 +64,39 @@ def test_the_table_of_runs_holds_the_numbers_of_their_files(runs, tmp_path):
     assert "<td>c</td><td>9.5</td><td>14.5 ± 0.5</td><td>5</td><td>0.012346 ± 0.001</td>" in table
 
 
+def test_runs_that_were_scored_in_different_ways_are_warned_about(runs, tmp_path):
+    for run_folder, samples in zip(runs, (None, 100), strict=True):
+        config = json.loads((run_folder / "config.json").read_text())
+        flags = {"score_every": 1, "score_against": "ref.npz", "held_out": "h"}
+        config["flags"] = flags | ({"score_samples": samples} if samples else {})
+        (run_folder / "config.json").write_text(json.dumps(config))
+    assert run("visualize.py", "compare", *runs, "--out", tmp_path / "t.png").stderr.splitlines() == [
+        "warning: remix was scored with --score-samples 5000, plain with 100: do not compare these scores"
+    ]
+
+
 def test_scores_of_unknown_samples(runs, tmp_path):
     """Scores of another run are left out with a warning; a file that does not say whose scores it holds is refused."""
     write_scores(tmp_path / "a", tmp_path / "other/checkpoints/0000001.pt", {"FID": 1.0})
     done = run("visualize.py", "compare", runs[0], "--scores", tmp_path / "a/scores.json", "--out", tmp_path / "t.png")
     assert "which is none of the runs: left out" in done.stderr
     assert "samples" not in (tmp_path / "t.csv").read_text()
+    # A run that was started again under the same name.
+    ckpt = runs[0] / "checkpoints/0001000.pt"
+    ckpt.parent.mkdir()
+    torch.save({"step": 1}, ckpt)
+    write_scores(tmp_path / "c", ckpt, {"FID": 1.0})
+    (tmp_path / "c/settings.json").write_text(
+        json.dumps({"ckpt": [str(ckpt)], "ckpt_fingerprint": [fingerprint(ckpt)]})
+    )
+    compare = ("visualize.py", "compare", runs[0], "--scores", tmp_path / "c/scores.json", "--out")
+    assert "left out" not in run(*compare, tmp_path / "v.png").stderr
+    torch.save({"step": 2}, ckpt)
+    assert "0001000.pt has changed since" in run(*compare, tmp_path / "w.png").stderr
+    assert (
+        "FID" in (tmp_path / "v.csv").read_text().split("samples")[1]
+        and "samples" not in (tmp_path / "w.csv").read_text()
+    )
     (tmp_path / "b").mkdir()
     (tmp_path / "b/settings.json").write_text('{"image_size": 8}')
     (tmp_path / "b/scores.json").write_text('{"FID": 1.0}')

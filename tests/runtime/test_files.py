@@ -109,5 +109,8 @@ def test_results_of_other_settings_are_refused(tmp_path):
     check_settings(record, {"seed": 0, "path": "b"}, "choose another --name", ignored=("path",))
     with pytest.raises(UserError, match="seed=0, not 1: remove it or choose another --name"):
         check_settings(record, {"seed": 1, "path": "a"}, "choose another --name")
+    check_settings(record, {"seed": 0, "path": "a", "mirror": True}, "choose another --name", added=("mirror", "seed"))
+    with pytest.raises(UserError, match="seed=0, not 1"):
+        check_settings(record, {"seed": 1, "path": "a"}, "choose another --name", added=("mirror", "seed"))
     with pytest.raises(UserError, match="mirror=None, not True"):
         check_settings(record, {"seed": 0, "path": "a", "mirror": True}, "choose another --name")

@@ -13,9 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from checkpoint import load_model
 from diffusion import as_denoiser, create_process
+from runtime.files import write_json
 from runtime.processes import seed_for
-from training.loggers import MetricLogger, MetricsFile
+from training.loggers import MetricLogger, MetricsFile, WandbLogger
+from training.posthoc_ema import write_snapshot
 from training.previews import GUIDANCE
+from training.run import remove_outdated
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,42 @@ def test_wandb_continues_the_same_run(shown):
     assert b"images_per_s" in records
     pictures = [path.name for path in (shown / "wandb").glob("offline-run-*/files/media/images/*.png")]
     assert {name.rpartition("_")[0] for name in pictures} >= {f"{kind}_4" for kind in ("samples", "coefficients")}
+
+
+def test_a_new_run_shows_nothing_of_one_that_left_no_checkpoint(features, tmp_path, monkeypatch):
+    flags = [
+        *training_flags(features, tmp_path, "run", "DiT-T/2"),
+        "--log-to=tensorboard",
+        "--ema-snapshot-dtype=float32",
+    ]
+    run("train_fast.py", *flags, "--max-steps=4", "--ckpt-every=9", "--sample-every=2", "--ema-snapshots=2")
+    (tmp_path / "run/checkpoints/0000004.pt").unlink()
+    lost = losses(tmp_path / "run")
+    run("train_fast.py", *flags, "--max-steps=3", "--global-seed=1", "--sample-every=3", "--ema-snapshots=3")
+    for kind in ("ema", "samples"):
+        assert [path.stem for path in (tmp_path / "run" / kind).iterdir()] == ["0000003"]
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    shown = {event.step: event.value for event in events.Scalars("loss")}
+    assert shown == pytest.approx(losses(tmp_path / "run")) and shown[1] != pytest.approx(lost[1])
+    assert [event.step for event in events.Images("samples")] == [3]
+
+    ids = []
+    monkeypatch.setattr("wandb.init", lambda id, **options: ids.append(id))
+    for step in (0, 0, 2):
+        WandbLogger(tmp_path, {}, step)
+    assert ids[0] != ids[1] == ids[2]
+
+
+def test_later_steps_of_another_schedule_are_removed(tmp_path):
+    training = {"max_steps": 4, "schedule_steps": None}
+    write_json(tmp_path / "config.json", {"training": training})
+    for step in (2, 4):
+        write_snapshot(tmp_path, step, {}, "float32")
+    remove_outdated(tmp_path, {"training": dict(training)}, 2)
+    assert len([*(tmp_path / "ema").iterdir()]) == 2, "a run that resumes repeats the same steps"
+    remove_outdated(tmp_path, {"training": training | {"max_steps": 6}}, 2)
+    assert [path.stem for path in (tmp_path / "ema").iterdir()] == ["0000002"]
 
 
 def test_two_processes_with_previews(trained, features, tmp_path):

@@ -11,7 +11,9 @@ from conftest import assert_same_weights, make_trainer, random_microbatch, rando
 from ema_pytorch import PostHocEMA
 
 from checkpoint import load_model
+from diffusion import create_process
 from mixing.experts import stored_parameters, stored_state
+from reports.ema import error_measure
 from runtime.errors import UserError
 from training.posthoc_ema import (
     TRACKED_STDS,
@@ -22,6 +24,7 @@ from training.posthoc_ema import (
     solve_weights,
     write_snapshot,
 )
+from training.statistics import HeldOutErrors
 
 
 @pytest.mark.parametrize("std", [0.01, 0.1, 0.28])
@@ -195,6 +198,19 @@ def test_a_run_with_snapshots(features, tmp_path):
     assert "ema needs --data-path" in run("visualize.py", "ema", last, *new, expect=2).stderr
     ignored = run("visualize.py", "ema", last, "--data-path", features, "--score-samples=8", *new, expect=2)
     assert "need --score-against" in ignored.stderr
+
+
+def test_the_error_of_an_independent_expert_is_that_on_its_noise_levels():
+    seen = []
+
+    def model(x, t, y):
+        seen.append(int(t))
+        return x.repeat(1, 2, 1, 1)
+
+    errors = HeldOutErrors(create_process(), torch.zeros(1, 1, 2, 2), torch.zeros(1, dtype=torch.long), per_time=1)
+    measure = error_measure(errors, [250, 500])
+    measure.whole(model)
+    assert seen == [*range(250, 500, 20)] and measure.parts == len(seen)
 
 
 def test_a_checkpoint_follows_the_snapshot_of_its_step(features, tmp_path, monkeypatch):

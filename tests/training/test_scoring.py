@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,11 @@ from features.dataset import FeatureDataset, write_index, write_shard
 from models import DiT
 from remix import RemixDiT
 from runtime.errors import UserError
+from runtime.files import write_json
 from runtime.processes import World
 from sampling.loading import load_denoiser
 from training.previews import GUIDANCE
-from training.scoring import FidScore, ScoreSettings, is_scored, make_scorer, measure_parts, prepare
+from training.scoring import FidScore, ScoreSettings, changed_measures, is_scored, make_scorer, measure_parts, prepare
 from training.statistics import HeldOutErrors
 
 # More than one batch of the feature network, and no multiple of a batch of samples.
@@ -238,8 +240,9 @@ def test_a_resumed_run_does_not_score_a_step_again(scored, features, held_out, r
     stderr = run("train_fast.py", *flags, "--resume=auto").stderr
     assert scores(tmp_path / "run") == scores(scored)
     assert stderr.index("step 0000002/0000004  FID") < stderr.index("step 0000003/0000004  loss")
-    stderr = run("train_fast.py", *flags, "--resume=auto").stderr
+    stderr = run("train_fast.py", *flags, "--score-samples=30", "--resume=auto").stderr
     assert scores(tmp_path / "run") == scores(scored)
+    assert "scores up to step 4 had --score-samples 70, not 30" in stderr
     assert "scored in" not in stderr
     assert "step 4 is scored already" in stderr
 
@@ -278,6 +281,19 @@ def test_a_step_is_scored_if_it_has_all_scores(tmp_path):
     assert not is_scored(metrics, 4, {"held_out_loss", "fid"})
     assert is_scored(metrics, 2, {"held_out_loss", "fid"})
     assert is_scored(metrics, 2, {"fid"})
+
+
+def test_scores_that_cannot_be_compared_with_earlier_ones_are_named(tmp_path):
+    flags = {"score_every": 5, "score_against": str(tmp_path / "ref.npz"), "held_out": "h"}
+    write_json(tmp_path / "config.json", {"flags": flags})
+    same = ScoreSettings(5, f"{tmp_path}/./ref.npz", n_samples=5000, held_out="h", vae="none")
+    assert changed_measures(tmp_path, same, 10) == []
+    assert changed_measures(tmp_path, replace(same, reference=None, n_samples=None, weights=None), 10) == []
+    lines = changed_measures(tmp_path, replace(same, n_samples=100, weights="toy.pt2", held_out="other"), 10)
+    assert lines == [
+        f"scores up to step 10 had --{text}: later ones cannot be compared"
+        for text in ("weights None, not toy.pt2", "score-samples 5000, not 100", "held-out h, not other")
+    ]
 
 
 def test_independent_experts_have_held_out_losses_only(features, held_out, reference, tmp_path):
