@@ -77,7 +77,7 @@ class MixedLinearFunction(torch.autograd.Function):
         theta_bias = None if bias is None else mix(alpha, bias, x.dtype)  # [G, out]
         keep = len(alpha) < RECOMPUTED_GROUPS
         ctx.save_for_backward(x, alpha, weight, bias, theta if keep else None)
-        return linear_per_group(x, theta, theta_bias)  # [B, ..., out]
+        return without_base(linear_per_group(x, theta, theta_bias))  # [B, ..., out]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,13 +95,18 @@ class LinearPerGroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return linear_per_group(x, weight, bias)  # [B, ..., out]
+        return without_base(linear_per_group(x, weight, bias))  # [B, ..., out]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = linear_per_group_backward(grad.to(x.dtype), x, weight)
         return grad_x, grad_weight, grad_bias.to(x.dtype)
+
+
+def without_base(x: Tensor) -> Tensor:
+    """Return the same tensor, but no view: a view that a custom function returns cannot be changed in place."""
+    return torch.ops.aten._unsafe_view(x, x.shape)
 
 
 # A custom operator, because the compiler would keep the mixtures of the forward pass instead of mixing again. The
