@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
-from mixing.low_rank import plain_dtype
+from mixing.low_rank import is_hooked, plain_dtype
 from mixing.presets import Preset
 from runtime.command_line import counted
 
@@ -74,6 +74,11 @@ def check_linear(name: str, modules: dict[str, nn.Module], subclasses: bool):
     if kind is not nn.Linear and not (subclasses and isinstance(layer, nn.Linear)):
         rank = "" if subclasses or not isinstance(layer, nn.Linear) else "; with rank, subclasses can be mixed too"
         raise ValueError(f"layers: {name} is a {kind.__module__}.{kind.__name__}, but must be an nn.Linear{rank}")
+    if is_hooked(layer) and not subclasses:
+        raise ValueError(
+            f"layers: {name} has hooks or a forward of its own, which whole bases would not run: remove them, or give "
+            "rank"
+        )
     if is_traceable_wrapper_subclass(layer.weight) and not subclasses:
         kind = type(layer.weight).__name__
         raise ValueError(f"layers: the weight of {name} is a {kind}: only with rank can quantized layers be mixed")
