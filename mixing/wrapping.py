@@ -1,9 +1,11 @@
 """What `remix.Remix` finds out about the module that it wraps: layers by their names, and the arguments of a call."""
 
+import copy
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -170,7 +172,8 @@ def join_outputs(outputs: list, order: Tensor, sizes: list[int], lists: bool) ->
 
     Args:
         outputs: a result for each part: a tensor whose first dimension is the part, or a list with one value per
-            sample; or lists, dictionaries or `ModelOutput`s of them and of values that are equal for all parts.
+            sample; or lists, dictionaries, dataclasses or `ModelOutput`s of them and of values that are equal for all
+            parts.
         order: indices [B] of the samples in the batch, in the order of the parts.
         sizes: number of samples of each part.
         lists: whether a list of as many tensors as samples has one tensor per sample, whatever their shapes.
@@ -184,28 +187,39 @@ def join_outputs(outputs: list, order: Tensor, sizes: list[int], lists: bool) ->
         pairs = [*zip(parts, sizes, strict=True)]
         if not all(isinstance(part, list) and len(part) == size for part, size in pairs):
             return False
-        return lists or not all(has_rows(value, size) for part, size in pairs for value in part)
+        # Numbers such as losses are those of the layers, and not of the samples.
+        if lists or any(isinstance(value, Tensor) and not value.ndim for part in parts for value in part):
+            return lists
+        return not all(has_rows(value, size) for part, size in pairs for value in part)
 
     def join_trees(*parts):
+        return tree_map(join, *parts, is_leaf=lambda value: isinstance(value, list))
+
+    def join(*parts):
+        first = parts[0]
         if is_list_of_samples(parts):
             joined = [value for part in parts for value in part]
             return [joined[i] for i in inverse.tolist()]
-        if isinstance(parts[0], list) and len({*map(len, parts)}) == 1:
+        if isinstance(first, list) and len({*map(len, parts)}) == 1:
             return [join_trees(*values) for values in zip(*parts, strict=True)]
-        return join(*parts)
-
-    def join(*parts):
-        if isinstance(parts[0], Tensor) and parts[0].ndim and sum(map(len, parts)) == len(order):
+        if is_dataclass(first) and not isinstance(first, type):
+            return _with_fields(first, lambda name: join_trees(*(getattr(part, name) for part in parts)))
+        if all(isinstance(part, Tensor) and has_rows(part, size) for part, size in zip(parts, sizes, strict=True)):
             return torch.cat(parts)[inverse]
-        if parts[0] is None or isinstance(parts[0], (str, bool, int, float)):
-            return parts[0]
-        found = list(parts[0].shape) if isinstance(parts[0], Tensor) else type(parts[0]).__name__
+        if first is None or isinstance(first, (str, bool, int, float)):
+            if any(type(part) is not type(first) or part != first for part in parts):
+                raise TypeError(
+                    f"the module must return equal values for all parts of a batch of several experts, but it returned "
+                    f"{first!r} and others: use batches of one expert, or groups"
+                )
+            return first
+        found = list(first.shape) if isinstance(first, Tensor) else type(first).__name__
         raise TypeError(
-            f"the module must return tensors whose first dimension is the batch, but it returned {found} for a part of "
-            f"{counted(len(order), 'sample')}: use batches of one expert, or groups"
+            f"the module must return tensors whose first dimension is the batch, but it returned {found} for "
+            f"{counted(sizes[0], 'sample')} of {len(order)}: use batches of one expert, or groups"
         )
 
-    return tree_map(join_trees, *outputs, is_leaf=lambda value: isinstance(value, list))
+    return join_trees(*outputs)
 
 
 # Methods of diffusers' modules that would read the weights of the mixed layers as those of one plain model, and those
@@ -345,15 +359,19 @@ class Arguments:
         """Select some samples of all arguments that are batches of `size` samples.
 
         A batch is a tensor or an array whose first dimension is the batch, a list with one value per sample, or lists,
-        tuples and dictionaries of them; or what `batch_dims` says.
+        tuples, dictionaries and dataclasses of them; or what `batch_dims` says.
 
         Raises:
             ValueError: if it is not clear whether an argument is a batch.
         """
         indices = rows.tolist()
         lists = self.batches_are_lists(size, args, kwargs)
+        # The names of arguments that are divided, but for numbers of the samples, and of tensors that are not.
+        divided, whole = [], []
 
-        def select(value: Tensor | np.ndarray, dim: int) -> Tensor | np.ndarray:
+        def select(name: str, value: Tensor | np.ndarray, dim: int) -> Tensor | np.ndarray:
+            if value.ndim > 1:
+                divided.append(name)
             if isinstance(value, np.ndarray):
                 return value.take(indices, dim)
             return value[rows] if dim == 0 else value.index_select(dim, rows)
@@ -362,21 +380,29 @@ class Arguments:
             dim = self.batch_dims.get(name)
             if isinstance(value, Tensor | np.ndarray):
                 if has_rows(value, size) and dim is None:
-                    return select(value, 0)
-                if dim is not None:
-                    return select(value, dim) if -value.ndim <= dim < value.ndim and value.shape[dim] == size else value
-                if size in value.shape:
+                    return select(name, value, 0)
+                if dim is not None and -value.ndim <= dim < value.ndim and value.shape[dim] == size:
+                    return select(name, value, dim)
+                if dim is None and size in value.shape:
                     raise unclear(name, f"has the shape {list(value.shape)}, whose first dimension is not the batch")
+                if value.ndim > 1:
+                    whole.append(f"{name} {list(value.shape)}")
                 return value
             if isinstance(value, Mapping):
                 return _rebuild(value, {key: take(name, item) for key, item in value.items()})
+            if is_dataclass(value) and not isinstance(value, type):
+                return _with_fields(value, lambda key: take(name, getattr(value, key)))
             if not isinstance(value, list | tuple):
+                if any(has_rows(item, size) for item in getattr(value, "__dict__", {}).values()):
+                    kind = type(value).__name__
+                    raise unclear(name, f"is a {kind} that holds batches, and no dictionary or dataclass")
                 return value
             if dim is None and len(value) == size:
                 if isinstance(value, tuple):
                     raise unclear(name, f"is a tuple of {size}, as many as the samples, and not a list")
                 if not lists and all(has_rows(item, size) for item in value):
                     raise unclear(name, f"is a list of {size} tensors of {size} rows each, as many as the samples")
+                divided.append(name)
                 return [value[i] for i in indices]
             return _rebuild(value, [take(name, item) for item in value])
 
@@ -387,7 +413,21 @@ class Arguments:
             )
 
         taken = [v if k in self.unbatched else take(k, v) for k, v in self.named(args, kwargs)]
+        if whole and not divided:
+            raise ValueError(
+                f"a batch of {size} samples of several experts cannot be divided: no argument has the samples along "
+                f"its first dimension, but there is {', '.join(whole)}. Use batches of one expert; with rank, packed "
+                "tokens can have a noise level each"
+            )
         return tuple(taken[: len(args)]), dict(zip(kwargs, taken[len(args) :], strict=True))
+
+
+def _with_fields(value: Any, field: Callable[[str], Any]) -> Any:
+    """Return a copy of a dataclass with other values of the fields, by a function of their names."""
+    value = copy.copy(value)
+    for part in fields(value):
+        object.__setattr__(value, part.name, field(part.name))
+    return value
 
 
 def _rebuild(value: Any, items: list | dict) -> Any:

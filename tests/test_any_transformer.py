@@ -4,6 +4,8 @@ import copy
 import json
 import pickle
 import re
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -849,9 +851,9 @@ class Checkpointed(Tiny):
         return self.b(x.tanh())
 
 
-def wrap_tiny(module: nn.Module | None = None, **options) -> Remix:
+def wrap_tiny(module: nn.Module | None = None, level="sigma", **options) -> Remix:
     torch.manual_seed(0)
-    remix = Remix(module or Tiny(), ["a", "b"], 4, timestep="sigma", boundaries=[0, 0.25, 0.5, 0.75, 1], **options)
+    remix = Remix(module or Tiny(), ["a", "b"], 4, timestep=level, boundaries=[0, 0.25, 0.5, 0.75, 1], **options)
     for _, layer in remix.mixed():
         for basis in layer.bases():
             basis.data += torch.randn_like(basis)
@@ -865,13 +867,26 @@ def test_additional_positional_arguments_are_divided_too():
     torch.testing.assert_close(remix(x, sigma, *extra), torch.cat(one_by_one))
 
 
-def test_results_that_are_no_batches_are_refused():
-    class Scalar(Tiny):
+@pytest.mark.parametrize("sizes", [(1, 3), (2, 2)])
+def test_results_that_are_no_batches_are_refused(sizes):
+    class Other(Tiny):
         def forward(self, x, sigma):
-            return super().forward(x, sigma).sum()
+            return self.result(super().forward(x, sigma))
 
-    with pytest.raises(TypeError, match="first dimension is the batch, but it returned \\[\\]"):
-        wrap_tiny(Scalar())(torch.randn(2, 6), torch.tensor([0.1, 0.9]))
+    remix, x = wrap_tiny(Other()), torch.randn(4, 6)
+    sigma = torch.tensor([0.1, 0.9]).repeat_interleave(torch.tensor(sizes))
+    no_batch = r"first dimension is the batch, but it returned \["
+    for result, message in {
+        Tensor.sum: no_batch,
+        # As many losses as samples.
+        lambda out: (out, [out.sum(), out.mean()]): no_batch,
+        # As many rows in all as samples.
+        lambda out: out[[0, 0]] if sizes == (1, 3) else out[:1]: no_batch,
+        lambda out: (out, out.sum().item()): "must return equal values for all parts of a batch of several experts",
+    }.items():
+        remix.backbone.result = result
+        with pytest.raises(TypeError, match=message):
+            remix(x, sigma)
 
 
 @pytest.mark.parametrize("kind", ["subclass", "parametrized", "encoder layer"])
@@ -1090,15 +1105,66 @@ def test_the_dimension_of_the_batch_can_be_named():
         assert remix.mixing_config["batch_dims"] == {"states": dim}
 
 
-@pytest.mark.parametrize("kind", ["another dimension", "tuple", "list of batches"])
+@dataclass(frozen=True)
+class Condition:
+    sigma: Tensor
+    text: Tensor
+    scale: float = 2.0
+
+
+class Conditioned(Tiny):
+    """Has the noise level in a dataclass, and returns one."""
+
+    def forward(self, x, condition):
+        out = super().forward(x, condition.sigma, condition.text * condition.scale)
+        return Condition(out, out + 1, condition.scale)
+
+
+@ranks
+@torch.no_grad()
+def test_dataclasses_of_batches_are_divided_and_joined(rank):
+    remix = wrap_tiny(Conditioned(), rank=rank, level=lambda x, condition: condition.sigma)
+    x, sigma, text = torch.randn(4, 6), torch.tensor([0.9, 0.1, 0.6, 0.3]), torch.randn(4, 6)
+    mixed = remix(x, Condition(sigma, text))
+    for i in range(4):
+        alone = remix(x[i : i + 1], Condition(sigma[i : i + 1], text[i : i + 1]))
+        torch.testing.assert_close(mixed.sigma[i : i + 1], alone.sigma)
+        torch.testing.assert_close(mixed.text[i : i + 1], alone.text)
+    assert mixed.scale == 2
+
+
+class Packed(Tiny):
+    """Takes the tokens of all samples as one sequence [tokens, 6]."""
+
+    def forward(self, x, sigma, lengths):
+        return super().forward(x + sigma.repeat_interleave(lengths)[:, None], sigma)
+
+
+@torch.no_grad()
+def test_packed_samples_are_refused_unless_each_token_has_a_level():
+    x, sigma, lengths = torch.randn(7, 6), torch.tensor([0.9, 0.1]), torch.tensor([4, 3])
+    for rank in (None, 2):
+        with pytest.raises(
+            ValueError, match=r"no argument has the samples along its .* x \[7, 6\]\. Use batches of one"
+        ):
+            wrap_tiny(Packed(), rank=rank)(x, sigma, lengths)
+    remix = wrap_tiny(Packed(), rank=2, level=lambda x, sigma, lengths: sigma.repeat_interleave(lengths))
+    alone = [remix(x[:4], sigma[:1], lengths[:1]), remix(x[4:], sigma[1:], lengths[1:])]
+    torch.testing.assert_close(remix(x, sigma, lengths), torch.cat(alone))
+
+
+@pytest.mark.parametrize("kind", ["another dimension", "tuple", "list of batches", "object"])
 def test_arguments_that_may_be_batches_are_refused(kind):
     states = {
+        "object": SimpleNamespace(text=torch.randn(4, 6)),
         "another dimension": torch.randn(3, 4, 6),
         "tuple": (*torch.randn(4, 6),),
         "list of batches": [*torch.randn(4, 4, 6)],
     }[kind]
     x, sigma = torch.randn(4, 6), torch.tensor([0.9, 0.1, 0.6, 0.3])
-    message = r"states (has the shape|is a tuple|is a list).* Name it in unbatched=\['states'\], or .*batch_dims"
+    message = (
+        r"states (has the shape|is a tuple|is a list|is a Simple\w+ that holds).* Name it in unbatched=\['states'\]"
+    )
     with pytest.raises(ValueError, match=message):
         wrap_tiny(LayerStates())(x, sigma, states)
 
