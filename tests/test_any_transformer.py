@@ -889,6 +889,36 @@ def test_results_that_are_no_batches_are_refused(sizes):
             remix(x, sigma)
 
 
+@ranks
+def test_rows_of_tokens_are_no_groups_of_samples(rank):
+    class Tokens(Tiny):
+        def forward(self, x, sigma):
+            return super().forward(x.transpose(0, 1), sigma).transpose(0, 1)
+
+    # Six tokens are two groups of three, but four samples have the same number of rows each.
+    remix, sigma = wrap_tiny(Tokens(), rank=rank), torch.tensor([0.1, 0.1, 0.9, 0.9])
+    with pytest.raises(ValueError, match=r"mixed layer's input \[6, 4, 6\] is not the batch of 4 samples"):
+        remix(torch.randn(4, 6, 6), sigma, groups=2)
+    x = torch.randn(4, 6, 6)
+    alone = torch.cat([remix(x[i : i + 1], sigma[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(remix(x, sigma), alone)
+
+
+def test_a_call_within_a_call_is_refused():
+    class Twice(Tiny):
+        def forward(self, x, sigma):
+            return super().forward(x, sigma) if other is None else other(x, sigma)
+
+    other, remix = None, wrap_tiny(Twice())
+    x, sigma = torch.randn(2, 6), torch.tensor([0.1, 0.9])
+    expected = remix(x, sigma)
+    other = remix
+    with pytest.raises(RuntimeError, match="was called while it runs, such as in two threads"):
+        remix(x, sigma)
+    other = None
+    torch.testing.assert_close(remix(x, sigma), expected)
+
+
 @pytest.mark.parametrize("kind", ["subclass", "parametrized", "encoder layer"])
 def test_layers_that_compute_something_else_are_refused(kind):
     class Scaled(nn.Linear):
