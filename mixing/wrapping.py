@@ -73,9 +73,16 @@ def check_linear(name: str, modules: dict[str, nn.Module], subclasses: bool):
     A subclass of `nn.Linear` may compute something else, and some modules read the weights of their layers.
     """
     kind, layer = type(modules[name]), modules[name]
+    parent = modules[name.rpartition(".")[0]]
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(f"layers: {name} is in an nn.MultiheadAttention, which reads its weight without calling it")
+    if isinstance(getattr(layer, "base_layer", None), nn.Linear):
+        raise ValueError(f"layers: {name} has adapters of peft: name {name}.base_layer, or merge them before")
     if kind is not nn.Linear and not (subclasses and isinstance(layer, nn.Linear)):
         rank = "" if subclasses or not isinstance(layer, nn.Linear) else "; with rank, subclasses can be mixed too"
         raise ValueError(f"layers: {name} is a {kind.__module__}.{kind.__name__}, but must be an nn.Linear{rank}")
+    if re.search(r"(^|\.)_orig_mod$", name):
+        raise ValueError(f"layers: {name} was compiled by itself, and cannot be replaced: compile it after wrapping")
     if is_hooked(layer) and not subclasses:
         raise ValueError(
             f"layers: {name} has hooks or a forward of its own, which whole bases would not run: remove them, or give "
@@ -304,11 +311,15 @@ class Arguments:
 
     def __init__(self, module: nn.Module, preset: Preset):
         self.owner = type(module).__name__
-        self.names = [*inspect.signature(module.forward).parameters]
+        parameters = inspect.signature(module.forward).parameters
+        self.names = [*parameters]
         self.timestep, self.reverses = preset.timestep, preset.reverses
-        if isinstance(self.timestep, str) and self.timestep not in self.names:
+        any_name = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+        if isinstance(self.timestep, str) and self.timestep not in self.names and not any_name:
             known = ", ".join(self.names)
             raise ValueError(f"timestep: {self.owner}.forward has no argument {self.timestep!r}, only {known}")
+        if "groups" in self.names:
+            raise ValueError(f"{self.owner}.forward has an argument 'groups', which a Remix takes itself: rename it")
         self.unbatched = preset.unbatched
         self.batch_dims = preset.batch_dims
         self.caches = preset.caches
@@ -330,12 +341,14 @@ class Arguments:
             t = self.timestep(*args, **kwargs)
         else:
             t = kwargs.get(self.timestep)
-            position = self.names.index(self.timestep)
-            if t is None and position < len(args):
-                t = args[position]
+            named = self.timestep in self.names
+            if t is None and named and self.names.index(self.timestep) < len(args):
+                t = args[self.names.index(self.timestep)]
         if not isinstance(t, Tensor):
+            by_name = "" if callable(self.timestep) or named else ", given by its name"
             raise TypeError(
-                f"the experts are selected by {self.timestep!r}, which must be a tensor [B], but {self.owner} got {t!r}"
+                f"the experts are selected by {self.timestep!r}, which must be a tensor [B]{by_name}, but {self.owner} "
+                f"got {t!r}"
             )
         if t.ndim < 2:
             return t.view(-1)

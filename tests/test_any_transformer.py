@@ -889,6 +889,40 @@ def test_results_that_are_no_batches_are_refused(sizes):
             remix(x, sigma)
 
 
+class Keywords(Tiny):
+    def forward(self, x, **conditions):
+        return super().forward(x, conditions["sigma"])
+
+
+def test_the_noise_level_may_be_one_of_any_named_arguments():
+    remix, x, sigma = wrap_tiny(Keywords()), torch.randn(4, 6), torch.tensor([0.9, 0.1, 0.6, 0.3])
+    alone = [remix(x[i : i + 1], sigma=sigma[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(remix(x, sigma=sigma), torch.cat(alone))
+    with pytest.raises(TypeError, match=r"must be a tensor .*, given by its name, but Keywords got None"):
+        remix(x)
+
+
+class Grouped(Tiny):
+    def forward(self, x, sigma, groups=None):
+        return super().forward(x, sigma)
+
+
+def test_modules_that_would_not_run_as_promised_are_refused():
+    with pytest.raises(ValueError, match=r"has an argument 'groups', which a Remix takes itself: rename it"):
+        wrap_tiny(Grouped())
+    for wrapped in (nn.DataParallel(Tiny()), nn.Sequential(nn.DataParallel(Tiny()))):
+        with pytest.raises(ValueError, match=r"a DataParallel would not know the bases: make a Remix of its `module`"):
+            Remix(wrapped, ["module.a"], 2, 2, timestep=lambda x, sigma: sigma, highest_level=1)
+    module = Tiny()
+    module.a = torch.compile(module.a, backend="eager")
+    with pytest.raises(ValueError, match=r"a\._orig_mod was compiled by itself, .*: compile it after wrapping"):
+        Remix(module, ["a._orig_mod"], 2, 2, timestep="sigma", highest_level=1)
+    module = Tiny()
+    module.a.base_layer = nn.Linear(6, 6)
+    with pytest.raises(ValueError, match=r"a has adapters of peft: name a\.base_layer, or merge them before"):
+        Remix(module, ["a"], 2, 2, timestep="sigma", highest_level=1, rank=2)
+
+
 @ranks
 def test_rows_of_tokens_are_no_groups_of_samples(rank):
     class Tokens(Tiny):
