@@ -218,6 +218,8 @@ class Remix(wrapping.TransparentModule):
             for stage, layer in zip(modules, mixed, strict=True):
                 for name in names:
                     stage.set_submodule(name, layer)
+        for stage in modules:
+            wrapping.leave_fast_paths(stage)
         unrounded = self.stages.boundaries[1:-1]
         self.intervals = ExpertIntervals(self.boundaries, n_basis, device, self._directions(), unrounded)
         self.register_load_state_dict_post_hook(restore_intervals)

@@ -91,14 +91,22 @@ def check_linear(name: str, modules: dict[str, nn.Module], subclasses: bool):
     if is_traceable_wrapper_subclass(layer.weight) and not subclasses:
         kind = type(layer.weight).__name__
         raise ValueError(f"layers: the weight of {name} is a {kind}: only with rank can quantized layers be mixed")
-    parent = modules[name.rpartition(".")[0]]
     if name.rpartition(".")[2] in PROJECTIONS and is_fused(parent):
         raise ValueError(
             f"layers: {name} is not called, because the projections are fused: call unfuse_qkv_projections() before"
         )
-    if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
-        kind = type(parent).__name__
-        raise ValueError(f"layers: {name} is in an nn.{kind}, which reads its weight without calling it")
+
+
+def leave_fast_paths(module: nn.Module):
+    """Let PyTorch's encoder layers call the linear layers in them that were replaced, whose weights they may read."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.TransformerEncoderLayer)]
+    mixed = {x for x in layers if not all(isinstance(linear, nn.Linear) for linear in (x.linear1, x.linear2))}
+    for layer in mixed:
+        # The fast path has these activations only.
+        layer.activation_relu_or_gelu = 0
+    for encoder in module.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and mixed & {*encoder.layers}:
+            encoder.use_nested_tensor = False
 
 
 # The projections that diffusers' fuse_qkv_projections replaces.

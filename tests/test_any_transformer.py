@@ -953,7 +953,7 @@ def test_a_call_within_a_call_is_refused():
     torch.testing.assert_close(remix(x, sigma), expected)
 
 
-@pytest.mark.parametrize("kind", ["subclass", "parametrized", "encoder layer"])
+@pytest.mark.parametrize("kind", ["subclass", "parametrized", "attention"])
 def test_layers_that_compute_something_else_are_refused(kind):
     class Scaled(nn.Linear):
         pass
@@ -964,9 +964,38 @@ def test_layers_that_compute_something_else_are_refused(kind):
     elif kind == "parametrized":
         nn.utils.parametrizations.weight_norm(module.a)
     else:
-        module.a, name = nn.TransformerEncoderLayer(6, 2, 8), "a.linear1"
+        module.a, name = nn.TransformerEncoderLayer(6, 2, 8), "a.self_attn.out_proj"
     with pytest.raises(ValueError, match=f"layers: {name}"):
         Remix(module, [name], 2, 2, timestep="sigma", highest_level=1)
+
+
+class Motion(nn.Module):
+    """A transformer of PyTorch's layers, whose fast path reads weights without calling the layers."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x, sigma, padding=None):
+        return self.encoder(x + sigma.view(-1, 1, 1), src_key_padding_mask=padding)
+
+
+@ranks
+@torch.no_grad()
+def test_the_mlps_of_encoder_layers_are_called(rank):
+    layers = ["encoder.layers.*.linear1", "encoder.layers.*.linear2"]
+    remix = randomize(Remix(Motion(), layers, 4, 4, timestep="sigma", highest_level=1, rank=rank)).eval()
+    x, sigma = torch.randn(4, 3, 6), torch.tensor([0.9, 0.1, 0.6, 0.3])
+    padding = torch.arange(3) >= torch.tensor([[3], [3], [2], [3]])
+    for mask in (None, padding):
+        out, parts = remix(x, sigma, mask), [None] * 4 if mask is None else mask.split(1)
+        for i, expert in enumerate((3, 0, 2, 1)):
+            plain = Motion().eval()
+            plain.load_state_dict(remix.expert(expert).state_dict())
+            length = 3 if mask is None else 3 - mask[i].sum()
+            theirs = plain(x[i : i + 1], sigma[i : i + 1], parts[i])
+            torch.testing.assert_close(out[i : i + 1, :length], theirs[:, :length])
 
 
 @pytest.mark.parametrize("rank", [None, 2])
