@@ -317,7 +317,8 @@ class Remix(wrapping.TransparentModule):
                 not clear how to divide an argument among the experts.
             TypeError: if the noise level is missing.
         """
-        t = self.times(*args, **kwargs)
+        # Forward-mode differentiation has no rules for what follows.
+        t = self.times(*args, **kwargs).detach()
         experts = self.expert_index(t)  # [B]
         if groups is not None:
             if isinstance(groups, float) or groups < 1 or len(experts) % groups:

@@ -57,9 +57,25 @@ def mixed_linear(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None =
     Returns:
         Output [B, ..., out], in the autocast dtype if autocast is enabled, otherwise in the dtype of x.
     """
+    if torch._C._are_functorch_transforms_active():
+        return differentiable_linear(x.to(product_dtype(x)), alpha, weight, bias)
     # DDP counts each argument of the function several times when it decides where to cut a compiled graph.
     weight, bias = weight.view(weight.shape), None if bias is None else bias.view(bias.shape)
     return MixedLinearFunction.apply(x.to(product_dtype(x)), alpha, weight, bias)
+
+
+def differentiable_linear(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `mixed_linear` of operations that `torch.func` can transform, such as by `jvp`, all in PyTorch."""
+
+    def mixtures(tensors: Tensor) -> Tensor:
+        alpha_k = alpha.T.view(len(tensors), -1, *[1] * (tensors.ndim - 1))  # [K, G, 1, ...]
+        return sum(a * tensor for a, tensor in zip(alpha_k, tensors, strict=True)).to(x.dtype)
+
+    parts = x.reshape(len(alpha), -1, x.shape[-1])  # [G, B / G * ..., in]
+    out = parts @ mixtures(weight).transpose(1, 2)
+    if bias is not None:
+        out = out + mixtures(bias)[:, None]
+    return out.reshape(*x.shape[:-1], -1)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -889,6 +889,44 @@ def test_results_that_are_no_batches_are_refused(sizes):
             remix(x, sigma)
 
 
+class Timed(Tiny):
+    """Its result depends on the noise level."""
+
+    def forward(self, x, sigma):
+        return super().forward(x + sigma[:, None].sin(), sigma)
+
+
+@ranks
+@pytest.mark.parametrize("groups", [None, 4])
+def test_functions_of_torch_func_transform_a_remix(rank, groups):
+    """As in MeanFlow, whose target has the derivative by the noise level, and for gradients of single samples."""
+    remix, kwargs = wrap_tiny(Timed(), rank=rank).double(), dict(groups=groups)
+    x, sigma = torch.randn(4, 6).double(), torch.tensor([0.9, 0.1, 0.6, 0.3]).double()
+
+    def call(x, sigma):
+        return remix(x, sigma, **kwargs)
+
+    out, tangent = torch.func.jvp(call, (x, sigma), (x, torch.ones(4).double()))
+    step = 1e-5
+    expected = (call(x + step * x, sigma + step) - call(x - step * x, sigma - step)) / (2 * step)
+    torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-6)
+    parameters = dict(remix.named_parameters())
+    expected = torch.autograd.grad(call(x, sigma).square().sum(), parameters.values())
+    # A call without transformations must get the gradients through the result of one with them.
+    through = torch.autograd.grad(out.square().sum(), parameters.values())
+
+    def loss(parameters, x, sigma):
+        return functional_call(remix, parameters, (x[None], sigma[None]), dict(groups=1)).square().sum()
+
+    inputs = {name: p.detach() for name, p in parameters.items()}, x, sigma
+    samples = torch.vmap(torch.func.grad(loss), (None, 0, 0))(*inputs).values()
+    for theirs, ours, single in zip(expected, through, samples, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(single.sum(0), theirs, rtol=1e-4, atol=1e-5)
+    first = torch.func.jvp(FoldedRemix(remix), (x[:1], sigma[:1]), (x[:1], torch.ones(1).double()))[1]
+    torch.testing.assert_close(first, tangent[:1], rtol=1e-4, atol=1e-5)
+
+
 class Keywords(Tiny):
     def forward(self, x, **conditions):
         return super().forward(x, conditions["sigma"])
