@@ -97,6 +97,9 @@ class MixedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # They would lack the parts through the mixtures, which are kept without their graph.
+            raise RuntimeError("whole bases have no second derivatives (create_graph=True): use rank, or torch.func")
         x, alpha, weight, bias, theta = ctx.saved_tensors
         if theta is None:
             theta = mix(in_backward(alpha, grad), weight, x.dtype)

@@ -183,3 +183,11 @@ def test_the_output_may_be_changed_in_place(device, biased):
     assert torch.equal(out, expected)
     for ours, theirs in zip(*(torch.autograd.grad(result, inputs, grad) for result in (out, expected)), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_second_derivatives_are_refused(device):
+    x, *inputs, _ = random_layer(device, 2, 3)
+    out = mix_and_apply(x, *inputs).square().sum()
+    with pytest.raises(RuntimeError, match="whole bases have no second derivatives"):
+        torch.autograd.grad(out, x, create_graph=True)
