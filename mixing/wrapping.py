@@ -3,7 +3,7 @@
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -37,7 +37,7 @@ def find_linears(
         subclasses: whether layers may be of subclasses of `nn.Linear`, which may compute something else.
 
     Raises:
-        ValueError: if one of `patterns` matches no layer, or a layer is no `nn.Linear`.
+        ValueError: if one of `patterns` matches no layer, or a layer is no `nn.Linear`, or shares a parameter.
     """
     modules = dict(module.named_modules(remove_duplicate=False))
     found = set()
@@ -53,6 +53,7 @@ def find_linears(
     for name in modules:
         if name in found:
             check_linear(name, modules, subclasses)
+    check_not_tied(found, module)
     matched, names = {modules[name] for name in found}, {}
     for name, layer in modules.items():
         if layer in matched:
@@ -95,6 +96,22 @@ def check_linear(name: str, modules: dict[str, nn.Module], subclasses: bool):
         raise ValueError(
             f"layers: {name} is not called, because the projections are fused: call unfuse_qkv_projections() before"
         )
+
+
+def check_not_tied(names: Iterable[str], module: nn.Module):
+    """Raise ValueError if a parameter of layers is also one of another layer, as it would not be in the experts."""
+    owners = {}
+    for name, part in module.named_modules():
+        for key, parameter in part._parameters.items():
+            owners.setdefault(id(parameter), []).append((name, key))
+    for name in names:
+        for key, parameter in module.get_submodule(name)._parameters.items():
+            if parameter is not None and len(owners[id(parameter)]) > 1:
+                other = next(".".join(owner) for owner in owners[id(parameter)] if owner != (name, key))
+                raise ValueError(
+                    f"layers: {name}.{key} is also {other}, but would be another parameter in the experts: leave "
+                    f"{name} out, or give it a parameter of its own"
+                )
 
 
 def leave_fast_paths(module: nn.Module):

@@ -1046,6 +1046,21 @@ def test_a_layer_with_two_names_stays_one_layer(rank):
     torch.testing.assert_close(remix.expert(0)(x, sigma), remix(x, sigma))
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_parameter_of_two_layers_is_refused(rank):
+    module = Tiny()
+    module.table = nn.Embedding(6, 6)
+    module.b.weight = module.table.weight
+    with pytest.raises(
+        ValueError, match=r"layers: b\.weight is also table\.weight, but would be another .* leave b out"
+    ):
+        wrap_tiny(module, rank=rank)
+    module.b.weight = module.a.weight
+    with pytest.raises(ValueError, match=r"\.weight is also .\.weight, but would be another parameter"):
+        wrap_tiny(module, rank=rank)
+    assert isinstance(module.a, nn.Linear)
+
+
 def test_intervals_are_right_after_the_meta_device():
     with torch.device("meta"):
         remix = Remix(Tiny(), ["a"], 4, timestep="sigma", boundaries=[0, 0.25, 0.5, 0.75, 1])
