@@ -126,6 +126,16 @@ def leave_fast_paths(module: nn.Module):
             encoder.use_nested_tensor = False
 
 
+def find_tokens_first(module: nn.Module, names: Iterable[str]) -> str | None:
+    """Return the name of the first layer, of some, that is in a transformer layer of PyTorch without `batch_first`."""
+    for name in names:
+        parent = module.get_submodule(name.rpartition(".")[0])
+        known = isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+        if known and not parent.self_attn.batch_first:
+            return name
+    return None
+
+
 # The projections that diffusers' fuse_qkv_projections replaces.
 PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 

@@ -1010,13 +1010,14 @@ def test_layers_that_compute_something_else_are_refused(kind):
 class Motion(nn.Module):
     """A transformer of PyTorch's layers, whose fast path reads weights without calling the layers."""
 
-    def __init__(self):
+    def __init__(self, batch_first=True):
         super().__init__()
-        layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2)
+        layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first)
 
     def forward(self, x, sigma, padding=None):
-        return self.encoder(x + sigma.view(-1, 1, 1), src_key_padding_mask=padding)
+        sigma = sigma.view(-1, 1, 1) if sigma.ndim == 1 else sigma
+        return self.encoder(x + sigma, src_key_padding_mask=padding)
 
 
 @ranks
@@ -1034,6 +1035,25 @@ def test_the_mlps_of_encoder_layers_are_called(rank):
             length = 3 if mask is None else 3 - mask[i].sum()
             theirs = plain(x[i : i + 1], sigma[i : i + 1], parts[i])
             torch.testing.assert_close(out[i : i + 1, :length], theirs[:, :length])
+
+
+class MotionTokensFirst(Motion):
+    def __init__(self):
+        super().__init__(batch_first=False)
+
+    def forward(self, x, sigma):
+        return super().forward(x.transpose(0, 1), sigma[None, :, None]).transpose(0, 1)
+
+
+@ranks
+def test_as_many_tokens_as_samples_are_no_samples_in_layers_that_put_them_first(rank):
+    options = dict(timestep="sigma", highest_level=1, rank=rank)
+    remix = randomize(Remix(MotionTokensFirst(), ["encoder.layers.*.linear1"], 4, 4, **options))
+    x, sigma = torch.randn(4, 4, 6), torch.tensor([0.9, 0.1, 0.6, 0.3])
+    alone = torch.cat([remix(x[i : i + 1], sigma[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(remix(x, sigma), alone)
+    with pytest.raises(ValueError, match=r"groups needs batch_first=True in PyTorch's layer around encoder.layers\.0"):
+        remix(x, sigma, groups=4)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
