@@ -1081,6 +1081,24 @@ def test_a_parameter_of_two_layers_is_refused(rank):
     assert isinstance(module.a, nn.Linear)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@ranks
+def test_modules_that_keep_results_of_autograd_have_experts(rank):
+    class Keeping(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.utils.weight_norm(nn.Linear(6, 6))
+
+        def forward(self, x, sigma):
+            self.features = super().forward(x, sigma)
+            return self.head(self.features)
+
+    remix, x, sigma = wrap_tiny(Keeping(), rank=rank), torch.randn(1, 6), torch.tensor([0.3])
+    out = remix(x, sigma)
+    for model in (remix.expert(1), FoldedRemix(remix)):
+        torch.testing.assert_close(model(x, sigma), out)
+
+
 def test_intervals_are_right_after_the_meta_device():
     with torch.device("meta"):
         remix = Remix(Tiny(), ["a"], 4, timestep="sigma", boundaries=[0, 0.25, 0.5, 0.75, 1])
