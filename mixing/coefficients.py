@@ -144,8 +144,8 @@ class BatchCoefficients:
         """
         if self.alpha is None:
             raise RuntimeError(
-                "a mixed layer runs only while its Remix is called; a checkpoint of activations that repeats it later "
-                "needs context_fn=remix.batch_coefficients.contexts"
+                "a mixed layer runs only while its Remix is called, and not another method of its module; a checkpoint "
+                "of activations that repeats it later needs context_fn=remix.batch_coefficients.contexts"
             )
         n_groups = self.alpha.shape[1]
         if n_groups > 1 and (len(x) != self.size if self.per_sample else len(x) % self.size):

@@ -44,7 +44,7 @@ def find_linears(
     if isinstance(patterns, str) or not patterns:
         raise ValueError(f"layers must be a list of names of nn.Linear layers, but it is {patterns!r}")
     for pattern in (*patterns, *optional):
-        matched = {name for name in modules if matches(name, [pattern])}
+        matched = {name for name in modules if name and matches(name, [pattern])}
         if not matched and pattern not in optional:
             examples = [name for name, layer in modules.items() if isinstance(layer, nn.Linear)]
             some = f"linear layers such as {', '.join(examples[:4])}" if examples else "no linear layer"

@@ -1145,8 +1145,13 @@ def test_arguments_that_would_select_wrong_experts_are_refused():
 
 
 def test_layers_that_run_outside_of_a_remix_are_an_error():
-    with pytest.raises(RuntimeError, match="needs context_fn"):
-        wrap_tiny().backbone(torch.randn(2, 6), torch.tensor([0.1, 0.1]))
+    for method in (wrap_tiny().backbone, wrap_tiny().backbone.forward):
+        with pytest.raises(RuntimeError, match=r"and not another method of its module; .* needs context_fn"):
+            method(torch.randn(2, 6), torch.tensor([0.1, 0.1]))
+
+
+def test_a_pattern_does_not_match_the_module_itself():
+    assert [name for name, _ in Remix(Tiny(), ["*"], 2, timestep="sigma", boundaries=[0, 0.5, 1]).mixed()] == ["a", "b"]
 
 
 class Reference(nn.Module):
