@@ -463,9 +463,9 @@ class Arguments:
         taken = [v if k in self.unbatched else take(k, v) for k, v in self.named(args, kwargs)]
         if whole and not divided:
             raise ValueError(
-                f"a batch of {size} samples of several experts cannot be divided: no argument has the samples along "
-                f"its first dimension, but there is {', '.join(whole)}. Use batches of one expert; with rank, packed "
-                "tokens can have a noise level each"
+                f"a batch of {size} samples of several experts cannot be divided: the samples may be in "
+                f"{', '.join(whole)}, but not along the first dimension. Use batches of one expert, or unbatched=[...] "
+                "if they are not; with rank, packed tokens can have a noise level each"
             )
         return tuple(taken[: len(args)]), dict(zip(kwargs, taken[len(args) :], strict=True))
 
