@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
@@ -482,4 +483,6 @@ def _rebuild(value: Any, items: list | dict) -> Any:
     """Return a list, a tuple or a mapping like another one, with other items."""
     if hasattr(value, "_fields"):
         return type(value)(*items)
+    if isinstance(value, defaultdict):
+        return defaultdict(value.default_factory, items)
     return type(value)(items)

@@ -4,7 +4,9 @@ import copy
 import json
 import pickle
 import re
+from collections import UserDict, defaultdict
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -1033,8 +1035,9 @@ def test_the_mlps_of_encoder_layers_are_called(rank):
             plain = Motion().eval()
             plain.load_state_dict(remix.expert(expert).state_dict())
             length = 3 if mask is None else 3 - mask[i].sum()
-            theirs = plain(x[i : i + 1], sigma[i : i + 1], parts[i])
-            torch.testing.assert_close(out[i : i + 1, :length], theirs[:, :length])
+            for model in (plain, FoldedRemix(remix)):
+                theirs = model(x[i : i + 1], sigma[i : i + 1], parts[i])
+                torch.testing.assert_close(out[i : i + 1, :length], theirs[:, :length])
 
 
 class MotionTokensFirst(Motion):
@@ -1320,6 +1323,20 @@ def test_dataclasses_of_batches_are_divided_and_joined(rank):
         torch.testing.assert_close(mixed.sigma[i : i + 1], alone.sigma)
         torch.testing.assert_close(mixed.text[i : i + 1], alone.text)
     assert mixed.scale == 2
+
+
+class InDictionary(Tiny):
+    def forward(self, batch):
+        return super().forward(batch["x"], batch["sigma"], batch["text"])
+
+
+@torch.no_grad()
+def test_dictionaries_of_batches_are_divided():
+    remix = wrap_tiny(InDictionary(), level=lambda batch: batch["sigma"])
+    batch = dict(x=torch.randn(4, 6), sigma=torch.tensor([0.9, 0.1, 0.6, 0.3]), text=torch.randn(4, 6), kind="image")
+    alone = torch.cat([remix(batch | {key: batch[key][i : i + 1] for key in ("x", "sigma", "text")}) for i in range(4)])
+    for kind in (dict, UserDict, partial(defaultdict, list)):
+        torch.testing.assert_close(remix(kind(batch)), alone)
 
 
 class Packed(Tiny):
