@@ -118,7 +118,9 @@ def check_not_tied(names: Iterable[str], module: nn.Module):
 def leave_fast_paths(module: nn.Module):
     """Let PyTorch's encoder layers call the linear layers in them that were replaced, whose weights they may read."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.TransformerEncoderLayer)]
-    mixed = {x for x in layers if not all(isinstance(linear, nn.Linear) for linear in (x.linear1, x.linear2))}
+    # Subclasses may have other layers.
+    parts = {x: [getattr(x, name, None) for name in ("linear1", "linear2")] for x in layers}
+    mixed = {x for x, linears in parts.items() if not all(isinstance(linear, nn.Linear) for linear in linears)}
     for layer in mixed:
         # The fast path has these activations only.
         layer.activation_relu_or_gelu = 0
@@ -132,7 +134,7 @@ def find_tokens_first(module: nn.Module, names: Iterable[str]) -> str | None:
     for name in names:
         parent = module.get_submodule(name.rpartition(".")[0])
         known = isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
-        if known and not parent.self_attn.batch_first:
+        if known and not getattr(getattr(parent, "self_attn", None), "batch_first", True):
             return name
     return None
 
@@ -256,10 +258,14 @@ def join_outputs(outputs: list, order: Tensor, sizes: list[int], lists: bool) ->
                     f"{first!r} and others: use batches of one expert, or groups"
                 )
             return first
-        found = list(first.shape) if isinstance(first, Tensor) else type(first).__name__
+        pairs = zip(parts, sizes, strict=True)
+        part, size = next(
+            (part, size) for part, size in pairs if not isinstance(part, Tensor) or not has_rows(part, size)
+        )
+        found = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
         raise TypeError(
             f"the module must return tensors whose first dimension is the batch, but it returned {found} for "
-            f"{counted(sizes[0], 'sample')} of {len(order)}: use batches of one expert, or groups"
+            f"{counted(size, 'sample')} of {len(order)}: use batches of one expert, or groups"
         )
 
     return join_trees(*outputs)

@@ -1040,6 +1040,19 @@ def test_the_mlps_of_encoder_layers_are_called(rank):
                 torch.testing.assert_close(out[i : i + 1, :length], theirs[:, :length])
 
 
+def test_subclasses_of_encoder_layers_may_have_other_layers():
+    class Own(nn.TransformerEncoderLayer):
+        def __init__(self):
+            super().__init__(6, 2, 8)
+            del self.self_attn, self.linear2
+
+        def forward(self, x, sigma):
+            return self.linear1(x)
+
+    remix = Remix(Own(), ["linear1"], 2, 2, timestep="sigma", highest_level=1)
+    assert remix(torch.randn(2, 6), torch.tensor([0.1, 0.9])).shape == (2, 8)
+
+
 class MotionTokensFirst(Motion):
     def __init__(self):
         super().__init__(batch_first=False)
