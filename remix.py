@@ -190,10 +190,11 @@ class Remix(wrapping.TransparentModule):
         self.unchecked = [*wrapped.layers]
         if rank is None:
             self._refused = wrapping.NOT_OF_A_REMIX | wrapping.NOT_OF_WHOLE_BASES
-        # Whether a batch of several experts is one call of the module. `forward` finds out if it cannot be.
-        self.runs_at_once = rank is not None
         linears = wrapping.find_linears(module, wrapped.layers, wrapped.optional_layers, rank is not None)
         names_of_layers = [*linears.values()]
+        self.tokens_first = wrapping.find_tokens_first(module, (names[0] for names in names_of_layers))
+        # Whether a batch of several experts is one call of the module. `forward` finds out if it cannot be.
+        self.runs_at_once = rank is not None and not self.tokens_first
         blocks = list(dict.fromkeys(wrapping.block_name(names[0]) for names in names_of_layers))
         device, dtype = pair_options(next(iter(linears))).values()
         # Each layer is freed as soon as it is replaced.
@@ -218,6 +219,8 @@ class Remix(wrapping.TransparentModule):
             for stage, layer in zip(modules, mixed, strict=True):
                 for name in names:
                     stage.set_submodule(name, layer)
+        for stage in modules:
+            wrapping.leave_fast_paths(stage)
         unrounded = self.stages.boundaries[1:-1]
         self.intervals = ExpertIntervals(self.boundaries, n_basis, device, self._directions(), unrounded)
         self.register_load_state_dict_post_hook(restore_intervals)
@@ -311,15 +314,18 @@ class Remix(wrapping.TransparentModule):
             The result of the module.
 
         Raises:
-            ValueError: if `groups` does not divide the batch size, a noise level is outside the boundaries, or it is
-                not clear how to divide an argument among the experts.
+            ValueError: if `groups` does not divide the batch size, or a layer has the batch as its second dimension; a
+                noise level is outside the boundaries; or it is not clear how to divide an argument among the experts.
             TypeError: if the noise level is missing.
         """
-        t = self.times(*args, **kwargs)
+        # Forward-mode differentiation has no rules for what follows.
+        t = self.times(*args, **kwargs).detach()
         experts = self.expert_index(t)  # [B]
         if groups is not None:
             if isinstance(groups, float) or groups < 1 or len(experts) % groups:
                 raise ValueError(f"groups must divide the batch size {len(experts)}, but it is {groups}")
+            if groups > 1 and self.tokens_first:
+                raise ValueError(f"groups needs batch_first=True in PyTorch's layer around {self.tokens_first}")
             # Rounding can move some samples of a group to the expert above; to the one below only across stages.
             return run(self, experts.view(groups, -1).amin(1), len(t), args, kwargs)
         lists = self.arguments.batches_are_lists(len(t), args, kwargs)

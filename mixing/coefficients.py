@@ -110,31 +110,48 @@ class BatchCoefficients:
 
     # [1 or depth, G, K] while Remix.forward runs
     alpha: Tensor | None = None
+    # Number of samples B of the batch
+    size: int = 1
     # Whether the G groups are the samples of the batch.
     per_sample: bool = False
 
-    def start(self, alpha: Tensor, experts: Tensor, per_sample: bool = False):
-        """Select the coefficients of the experts [G] of a batch from those of all experts [1 or depth, N, K]."""
-        self.alpha, self.per_sample = alpha[:, experts], per_sample
+    def start(self, alpha: Tensor, experts: Tensor, size: int, per_sample: bool = False):
+        """Select the coefficients of a batch of `size` samples in G equal groups.
+
+        Args:
+            alpha: the coefficients of all experts [1 or depth, N, K].
+            experts: the experts of the groups [G].
+            size: number of samples B.
+            per_sample: whether the G groups are the samples.
+
+        Raises:
+            RuntimeError: if another batch is in flight.
+        """
+        # A compiled graph would depend on whether it is the first one.
+        if not torch.compiler.is_compiling() and self.alpha is not None:
+            raise RuntimeError("a Remix was called while it runs, such as in two threads: use a copy in each of them")
+        self.alpha, self.size, self.per_sample = alpha[:, experts], size, per_sample
 
     def of(self, row: int, x: Tensor) -> Tensor:
-        """Return the coefficients [G, K] of the current batch for a layer with this row and the input x [B, ..., in].
+        """Return the current coefficients [G, K] for a layer with this row and its input x [rows, ..., in].
+
+        Each sample has equally many rows, one after the other. Only their number can be checked. A single group may
+        have any number of rows.
 
         Raises:
             RuntimeError: if a layer runs outside `Remix.forward`.
-            RowsError: if G does not divide B, or the groups are samples and B is another number.
+            RowsError: if B does not divide the number of rows, or the groups are samples and it is another number.
         """
         if self.alpha is None:
             raise RuntimeError(
-                "a mixed layer runs only while its Remix is called; a checkpoint of activations that repeats it later "
-                "needs context_fn=remix.batch_coefficients.contexts"
+                "a mixed layer runs only while its Remix is called, and not another method of its module; a checkpoint "
+                "of activations that repeats it later needs context_fn=remix.batch_coefficients.contexts"
             )
         n_groups = self.alpha.shape[1]
-        if len(x) % n_groups or (self.per_sample and len(x) != n_groups):
-            kind = "samples" if self.per_sample else "groups"
+        if n_groups > 1 and (len(x) != self.size if self.per_sample else len(x) % self.size):
             raise RowsError(
-                f"the first dimension of a mixed layer's input {list(x.shape)} is not the batch of {n_groups} {kind}: "
-                "use batches of one expert, or leave the layer out"
+                f"the first dimension of a mixed layer's input {list(x.shape)} is not the batch of {self.size} "
+                "samples: use batches of one expert, or leave the layer out"
             )
         return self.alpha[row]
 

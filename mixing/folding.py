@@ -18,7 +18,8 @@ def plain_stage(remix: nn.Module, s: int) -> nn.Module | None:
     if fsdp.is_sharded(remix):
         return fsdp.gather_plain(remix, s)
     plain = {id(layer): plain_linear(layer) for _, layer in remix.mixed(s)}
-    return copy.deepcopy(remix.stages.module(s), plain).eval()
+    module = remix.stages.module(s)
+    return copy.deepcopy(module, plain | without_graphs(module)).eval()
 
 
 def plain_expert(remix: nn.Module, alpha: list[list[float]], s: int) -> nn.Module | None:
@@ -45,7 +46,16 @@ def switching_stage(remix: nn.Module, s: int) -> nn.Module:
     shared |= {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     # Moving a module replaces its buffers, and quantized parameters.
     shared |= {id(owned): owned for part in module.modules() for owned in (part._parameters, part._buffers)}
-    return copy.deepcopy(module, shared).eval()
+    return copy.deepcopy(module, shared | without_graphs(module)).eval()
+
+
+def without_graphs(module: nn.Module) -> dict[int, Tensor]:
+    """Return what `copy.deepcopy` takes for results of autograd that modules keep, which it refuses to copy.
+
+    Such as activations, and weights that `torch.nn.utils.weight_norm` has computed.
+    """
+    kept = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    return {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf}
 
 
 @torch.no_grad()

@@ -150,8 +150,14 @@ def written_once(remix: nn.Module) -> Iterator[bool]:
 
 
 def check_whole(modules: Sequence[nn.Module]):
-    """Raise ValueError if a module that is to be wrapped is sharded."""
+    """Raise ValueError if a module that is to be wrapped is sharded, or wrapped for several processes or devices."""
     for module in modules:
+        for part in module.modules() if isinstance(module, nn.Module) else ():
+            if isinstance(part, nn.parallel.DistributedDataParallel | nn.DataParallel):
+                kind = type(part).__name__
+                raise ValueError(
+                    f"a {kind} would not know the bases: make a Remix of its `module`, then a {kind} of it"
+                )
         if isinstance(module, nn.Module) and (
             is_sharded(module) or any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
         ):

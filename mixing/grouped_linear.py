@@ -57,9 +57,25 @@ def mixed_linear(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None =
     Returns:
         Output [B, ..., out], in the autocast dtype if autocast is enabled, otherwise in the dtype of x.
     """
+    if torch._C._are_functorch_transforms_active():
+        return differentiable_linear(x.to(product_dtype(x)), alpha, weight, bias)
     # DDP counts each argument of the function several times when it decides where to cut a compiled graph.
     weight, bias = weight.view(weight.shape), None if bias is None else bias.view(bias.shape)
     return MixedLinearFunction.apply(x.to(product_dtype(x)), alpha, weight, bias)
+
+
+def differentiable_linear(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `mixed_linear` of operations that `torch.func` can transform, such as by `jvp`, all in PyTorch."""
+
+    def mixtures(tensors: Tensor) -> Tensor:
+        alpha_k = alpha.T.view(len(tensors), -1, *[1] * (tensors.ndim - 1))  # [K, G, 1, ...]
+        return sum(a * tensor for a, tensor in zip(alpha_k, tensors, strict=True)).to(x.dtype)
+
+    parts = x.reshape(len(alpha), -1, x.shape[-1])  # [G, B / G * ..., in]
+    out = parts @ mixtures(weight).transpose(1, 2)
+    if bias is not None:
+        out = out + mixtures(bias)[:, None]
+    return out.reshape(*x.shape[:-1], -1)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -77,10 +93,13 @@ class MixedLinearFunction(torch.autograd.Function):
         theta_bias = None if bias is None else mix(alpha, bias, x.dtype)  # [G, out]
         keep = len(alpha) < RECOMPUTED_GROUPS
         ctx.save_for_backward(x, alpha, weight, bias, theta if keep else None)
-        return linear_per_group(x, theta, theta_bias)  # [B, ..., out]
+        return without_base(linear_per_group(x, theta, theta_bias))  # [B, ..., out]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # They would lack the parts through the mixtures, which are kept without their graph.
+            raise RuntimeError("whole bases have no second derivatives (create_graph=True): use rank, or torch.func")
         x, alpha, weight, bias, theta = ctx.saved_tensors
         if theta is None:
             theta = mix(in_backward(alpha, grad), weight, x.dtype)
@@ -95,13 +114,18 @@ class LinearPerGroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return linear_per_group(x, weight, bias)  # [B, ..., out]
+        return without_base(linear_per_group(x, weight, bias))  # [B, ..., out]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = linear_per_group_backward(grad.to(x.dtype), x, weight)
         return grad_x, grad_weight, grad_bias.to(x.dtype)
+
+
+def without_base(x: Tensor) -> Tensor:
+    """Return the same tensor, but no view: a view that a custom function returns cannot be changed in place."""
+    return torch.ops.aten._unsafe_view(x, x.shape)
 
 
 # A custom operator, because the compiler would keep the mixtures of the forward pass instead of mixing again. The

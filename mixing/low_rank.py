@@ -210,6 +210,11 @@ def pair_options(linear: nn.Linear) -> dict:
     return dict(device=linear.weight.device if device is None else torch.device(device), dtype=dtype)
 
 
+def is_hooked(linear: nn.Linear) -> bool:
+    """Return whether a call of a layer runs hooks or another forward than that of its class."""
+    return bool(linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+
+
 def plain_dtype(weight: Tensor) -> torch.dtype:
     """Return the dtype of a weight when it is dequantized."""
     if (state := getattr(weight, "quant_state", None)) is not None:
@@ -234,13 +239,24 @@ def dense_layer(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     if is_traceable_wrapper_subclass(weight) and hasattr(weight, "dequantize"):
         return weight.dequantize(), bias
     device = pair_options(linear)["device"]
-    if type(linear).forward is nn.Linear.forward and weight.device == device:
+    stored = type(linear).forward is nn.Linear.forward and weight.device == device
+    if stored and not is_hooked(linear):
         return weight, bias
     inputs = torch.eye(linear.in_features, dtype=plain_dtype(weight), device=device)
-    offset = linear(torch.zeros_like(inputs[:1]))  # [1, out]
-    weight = (linear(inputs) - offset).T
     point = torch.randn(1, linear.in_features, generator=torch.Generator().manual_seed(0)).to(inputs)
-    expected, found = (point @ weight.T + offset).float(), linear(point).float()
-    if not (found - expected).norm() <= 0.05 * expected.norm():
+    found = linear(point).float()
+
+    def computes(weight: Tensor, bias: Tensor | None, error: float) -> bool:
+        expected = F.linear(point, weight.to(point), None if bias is None else bias.to(point)).float()
+        return bool((found - expected).norm() <= error * expected.norm())
+
+    # Hooks may compute the weight in the call, as that of weight normalization does, or change nothing.
+    if stored and computes(linear.weight, bias, 8 * torch.finfo(point.dtype).eps):
+        return linear.weight, bias
+    offset = linear(torch.zeros_like(point))[0]  # [out]
+    weight = (linear(inputs) - offset).T
+    if not computes(weight, offset, 0.05):
         raise ValueError(f"a {type(linear).__name__} is not linear in its input: its experts cannot be folded")
-    return weight, None if bias is None else offset[0]
+    if bias is None and offset.any():
+        raise ValueError(f"a {type(linear).__name__} without a bias adds one: its experts cannot be folded")
+    return weight, None if bias is None else offset

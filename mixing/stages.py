@@ -163,22 +163,24 @@ def run(remix: nn.Module, experts: Tensor, size: int, args: tuple, kwargs: dict,
         ValueError: if the Remix is sharded, and other processes need other stages.
     """
     if not remix.stage_boundaries:
-        return run_stage(remix, 0, experts, args, kwargs, per_sample)
+        return run_stage(remix, 0, experts, (args, kwargs), size, per_sample)
     groups = remix.stages.divide(experts)
     if fsdp.is_sharded(remix):
         fsdp.check_same_stages([*groups], experts.device)
     if len(groups) == 1:
-        return run_stage(remix, *groups, experts, args, kwargs, per_sample)
+        return run_stage(remix, *groups, experts, (args, kwargs), size, per_sample)
     rows = torch.arange(size, device=experts.device).view(len(experts), -1)  # [G, B / G]
     parts = [(s, rows[own].flatten(), experts[own]) for s, own in groups.items()]
     return run_parts(remix, parts, size, args, kwargs, per_sample)
 
 
-def run_stage(remix: nn.Module, s: int, experts: Tensor, args: tuple, kwargs: dict, per_sample: bool) -> Any:
-    """Run the module of stage s on G equal groups of experts [G]; see `run`."""
-    remix.batch_coefficients.start(remix.coefficients_per_row(), experts, per_sample)
+def run_stage(
+    remix: nn.Module, s: int, experts: Tensor, arguments: tuple[tuple, dict], size: int, per_sample: bool
+) -> Any:
+    """Run the module of stage s on G equal groups of experts [G]; see `run`. `arguments` are args and kwargs."""
+    remix.batch_coefficients.start(remix.coefficients_per_row(), experts, size, per_sample)
     try:
-        return wrapping.call(remix.stages.module(s), remix.unchecked, args, kwargs)
+        return wrapping.call(remix.stages.module(s), remix.unchecked, *arguments)
     finally:
         remix.batch_coefficients.end()
 
@@ -195,7 +197,7 @@ def run_parts(
     outputs = []
     for s, rows, experts in parts:
         taken = remix.arguments.take(rows, size, args, kwargs)
-        outputs.append(run_stage(remix, s, experts, *taken, per_sample))
+        outputs.append(run_stage(remix, s, experts, taken, len(rows), per_sample))
     rows = [rows for _, rows, _ in parts]
     lists = remix.arguments.batches_are_lists(size, args, kwargs)
     return wrapping.join_outputs(outputs, torch.cat(rows), [*map(len, rows)], lists)

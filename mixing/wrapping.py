@@ -1,9 +1,12 @@
 """What `remix.Remix` finds out about the module that it wraps: layers by their names, and the arguments of a call."""
 
+import copy
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
-from mixing.low_rank import plain_dtype
+from mixing.low_rank import is_hooked, plain_dtype
 from mixing.presets import Preset
 from runtime.command_line import counted
 
@@ -35,14 +38,14 @@ def find_linears(
         subclasses: whether layers may be of subclasses of `nn.Linear`, which may compute something else.
 
     Raises:
-        ValueError: if one of `patterns` matches no layer, or a layer is no `nn.Linear`.
+        ValueError: if one of `patterns` matches no layer, or a layer is no `nn.Linear`, or shares a parameter.
     """
     modules = dict(module.named_modules(remove_duplicate=False))
     found = set()
     if isinstance(patterns, str) or not patterns:
         raise ValueError(f"layers must be a list of names of nn.Linear layers, but it is {patterns!r}")
     for pattern in (*patterns, *optional):
-        matched = {name for name in modules if matches(name, [pattern])}
+        matched = {name for name in modules if name and matches(name, [pattern])}
         if not matched and pattern not in optional:
             examples = [name for name, layer in modules.items() if isinstance(layer, nn.Linear)]
             some = f"linear layers such as {', '.join(examples[:4])}" if examples else "no linear layer"
@@ -51,6 +54,7 @@ def find_linears(
     for name in modules:
         if name in found:
             check_linear(name, modules, subclasses)
+    check_not_tied(found, module)
     matched, names = {modules[name] for name in found}, {}
     for name, layer in modules.items():
         if layer in matched:
@@ -71,20 +75,68 @@ def check_linear(name: str, modules: dict[str, nn.Module], subclasses: bool):
     A subclass of `nn.Linear` may compute something else, and some modules read the weights of their layers.
     """
     kind, layer = type(modules[name]), modules[name]
+    parent = modules[name.rpartition(".")[0]]
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(f"layers: {name} is in an nn.MultiheadAttention, which reads its weight without calling it")
+    if isinstance(getattr(layer, "base_layer", None), nn.Linear):
+        raise ValueError(f"layers: {name} has adapters of peft: name {name}.base_layer, or merge them before")
     if kind is not nn.Linear and not (subclasses and isinstance(layer, nn.Linear)):
         rank = "" if subclasses or not isinstance(layer, nn.Linear) else "; with rank, subclasses can be mixed too"
         raise ValueError(f"layers: {name} is a {kind.__module__}.{kind.__name__}, but must be an nn.Linear{rank}")
+    if re.search(r"(^|\.)_orig_mod$", name):
+        raise ValueError(f"layers: {name} was compiled by itself, and cannot be replaced: compile it after wrapping")
+    if is_hooked(layer) and not subclasses:
+        raise ValueError(
+            f"layers: {name} has hooks or a forward of its own, which whole bases would not run: remove them, or give "
+            "rank"
+        )
     if is_traceable_wrapper_subclass(layer.weight) and not subclasses:
         kind = type(layer.weight).__name__
         raise ValueError(f"layers: the weight of {name} is a {kind}: only with rank can quantized layers be mixed")
-    parent = modules[name.rpartition(".")[0]]
     if name.rpartition(".")[2] in PROJECTIONS and is_fused(parent):
         raise ValueError(
             f"layers: {name} is not called, because the projections are fused: call unfuse_qkv_projections() before"
         )
-    if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
-        kind = type(parent).__name__
-        raise ValueError(f"layers: {name} is in an nn.{kind}, which reads its weight without calling it")
+
+
+def check_not_tied(names: Iterable[str], module: nn.Module):
+    """Raise ValueError if a parameter of layers is also one of another layer, as it would not be in the experts."""
+    owners = {}
+    for name, part in module.named_modules():
+        for key, parameter in part._parameters.items():
+            owners.setdefault(id(parameter), []).append((name, key))
+    for name in names:
+        for key, parameter in module.get_submodule(name)._parameters.items():
+            if parameter is not None and len(owners[id(parameter)]) > 1:
+                other = next(".".join(owner) for owner in owners[id(parameter)] if owner != (name, key))
+                raise ValueError(
+                    f"layers: {name}.{key} is also {other}, but would be another parameter in the experts: leave "
+                    f"{name} out, or give it a parameter of its own"
+                )
+
+
+def leave_fast_paths(module: nn.Module):
+    """Let PyTorch's encoder layers call the linear layers in them that were replaced, whose weights they may read."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.TransformerEncoderLayer)]
+    # Subclasses may have other layers.
+    parts = {x: [getattr(x, name, None) for name in ("linear1", "linear2")] for x in layers}
+    mixed = {x for x, linears in parts.items() if not all(isinstance(linear, nn.Linear) for linear in linears)}
+    for layer in mixed:
+        # The fast path has these activations only.
+        layer.activation_relu_or_gelu = 0
+    for encoder in module.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and mixed & {*encoder.layers}:
+            encoder.use_nested_tensor = False
+
+
+def find_tokens_first(module: nn.Module, names: Iterable[str]) -> str | None:
+    """Return the name of the first layer, of some, that is in a transformer layer of PyTorch without `batch_first`."""
+    for name in names:
+        parent = module.get_submodule(name.rpartition(".")[0])
+        known = isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+        if known and not getattr(getattr(parent, "self_attn", None), "batch_first", True):
+            return name
+    return None
 
 
 # The projections that diffusers' fuse_qkv_projections replaces.
@@ -165,7 +217,8 @@ def join_outputs(outputs: list, order: Tensor, sizes: list[int], lists: bool) ->
 
     Args:
         outputs: a result for each part: a tensor whose first dimension is the part, or a list with one value per
-            sample; or lists, dictionaries or `ModelOutput`s of them and of values that are equal for all parts.
+            sample; or lists, dictionaries, dataclasses or `ModelOutput`s of them and of values that are equal for all
+            parts.
         order: indices [B] of the samples in the batch, in the order of the parts.
         sizes: number of samples of each part.
         lists: whether a list of as many tensors as samples has one tensor per sample, whatever their shapes.
@@ -179,28 +232,43 @@ def join_outputs(outputs: list, order: Tensor, sizes: list[int], lists: bool) ->
         pairs = [*zip(parts, sizes, strict=True)]
         if not all(isinstance(part, list) and len(part) == size for part, size in pairs):
             return False
-        return lists or not all(has_rows(value, size) for part, size in pairs for value in part)
+        # Numbers such as losses are those of the layers, and not of the samples.
+        if lists or any(isinstance(value, Tensor) and not value.ndim for part in parts for value in part):
+            return lists
+        return not all(has_rows(value, size) for part, size in pairs for value in part)
 
     def join_trees(*parts):
+        return tree_map(join, *parts, is_leaf=lambda value: isinstance(value, list))
+
+    def join(*parts):
+        first = parts[0]
         if is_list_of_samples(parts):
             joined = [value for part in parts for value in part]
             return [joined[i] for i in inverse.tolist()]
-        if isinstance(parts[0], list) and len({*map(len, parts)}) == 1:
+        if isinstance(first, list) and len({*map(len, parts)}) == 1:
             return [join_trees(*values) for values in zip(*parts, strict=True)]
-        return join(*parts)
-
-    def join(*parts):
-        if isinstance(parts[0], Tensor) and parts[0].ndim and sum(map(len, parts)) == len(order):
+        if is_dataclass(first) and not isinstance(first, type):
+            return _with_fields(first, lambda name: join_trees(*(getattr(part, name) for part in parts)))
+        if all(isinstance(part, Tensor) and has_rows(part, size) for part, size in zip(parts, sizes, strict=True)):
             return torch.cat(parts)[inverse]
-        if parts[0] is None or isinstance(parts[0], (str, bool, int, float)):
-            return parts[0]
-        found = list(parts[0].shape) if isinstance(parts[0], Tensor) else type(parts[0]).__name__
+        if first is None or isinstance(first, (str, bool, int, float)):
+            if any(type(part) is not type(first) or part != first for part in parts):
+                raise TypeError(
+                    f"the module must return equal values for all parts of a batch of several experts, but it returned "
+                    f"{first!r} and others: use batches of one expert, or groups"
+                )
+            return first
+        pairs = zip(parts, sizes, strict=True)
+        part, size = next(
+            (part, size) for part, size in pairs if not isinstance(part, Tensor) or not has_rows(part, size)
+        )
+        found = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
         raise TypeError(
-            f"the module must return tensors whose first dimension is the batch, but it returned {found} for a part of "
-            f"{counted(len(order), 'sample')}: use batches of one expert, or groups"
+            f"the module must return tensors whose first dimension is the batch, but it returned {found} for "
+            f"{counted(size, 'sample')} of {len(order)}: use batches of one expert, or groups"
         )
 
-    return tree_map(join_trees, *outputs, is_leaf=lambda value: isinstance(value, list))
+    return join_trees(*outputs)
 
 
 # Methods of diffusers' modules that would read the weights of the mixed layers as those of one plain model, and those
@@ -296,11 +364,15 @@ class Arguments:
 
     def __init__(self, module: nn.Module, preset: Preset):
         self.owner = type(module).__name__
-        self.names = [*inspect.signature(module.forward).parameters]
+        parameters = inspect.signature(module.forward).parameters
+        self.names = [*parameters]
         self.timestep, self.reverses = preset.timestep, preset.reverses
-        if isinstance(self.timestep, str) and self.timestep not in self.names:
+        any_name = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+        if isinstance(self.timestep, str) and self.timestep not in self.names and not any_name:
             known = ", ".join(self.names)
             raise ValueError(f"timestep: {self.owner}.forward has no argument {self.timestep!r}, only {known}")
+        if "groups" in self.names:
+            raise ValueError(f"{self.owner}.forward has an argument 'groups', which a Remix takes itself: rename it")
         self.unbatched = preset.unbatched
         self.batch_dims = preset.batch_dims
         self.caches = preset.caches
@@ -322,12 +394,14 @@ class Arguments:
             t = self.timestep(*args, **kwargs)
         else:
             t = kwargs.get(self.timestep)
-            position = self.names.index(self.timestep)
-            if t is None and position < len(args):
-                t = args[position]
+            named = self.timestep in self.names
+            if t is None and named and self.names.index(self.timestep) < len(args):
+                t = args[self.names.index(self.timestep)]
         if not isinstance(t, Tensor):
+            by_name = "" if callable(self.timestep) or named else ", given by its name"
             raise TypeError(
-                f"the experts are selected by {self.timestep!r}, which must be a tensor [B], but {self.owner} got {t!r}"
+                f"the experts are selected by {self.timestep!r}, which must be a tensor [B]{by_name}, but {self.owner} "
+                f"got {t!r}"
             )
         if t.ndim < 2:
             return t.view(-1)
@@ -351,15 +425,19 @@ class Arguments:
         """Select some samples of all arguments that are batches of `size` samples.
 
         A batch is a tensor or an array whose first dimension is the batch, a list with one value per sample, or lists,
-        tuples and dictionaries of them; or what `batch_dims` says.
+        tuples, dictionaries and dataclasses of them; or what `batch_dims` says.
 
         Raises:
             ValueError: if it is not clear whether an argument is a batch.
         """
         indices = rows.tolist()
         lists = self.batches_are_lists(size, args, kwargs)
+        # The names of arguments that are divided, but for numbers of the samples, and of tensors that are not.
+        divided, whole = [], []
 
-        def select(value: Tensor | np.ndarray, dim: int) -> Tensor | np.ndarray:
+        def select(name: str, value: Tensor | np.ndarray, dim: int) -> Tensor | np.ndarray:
+            if value.ndim > 1:
+                divided.append(name)
             if isinstance(value, np.ndarray):
                 return value.take(indices, dim)
             return value[rows] if dim == 0 else value.index_select(dim, rows)
@@ -368,21 +446,29 @@ class Arguments:
             dim = self.batch_dims.get(name)
             if isinstance(value, Tensor | np.ndarray):
                 if has_rows(value, size) and dim is None:
-                    return select(value, 0)
-                if dim is not None:
-                    return select(value, dim) if -value.ndim <= dim < value.ndim and value.shape[dim] == size else value
-                if size in value.shape:
+                    return select(name, value, 0)
+                if dim is not None and -value.ndim <= dim < value.ndim and value.shape[dim] == size:
+                    return select(name, value, dim)
+                if dim is None and size in value.shape:
                     raise unclear(name, f"has the shape {list(value.shape)}, whose first dimension is not the batch")
+                if value.ndim > 1:
+                    whole.append(f"{name} {list(value.shape)}")
                 return value
             if isinstance(value, Mapping):
                 return _rebuild(value, {key: take(name, item) for key, item in value.items()})
+            if is_dataclass(value) and not isinstance(value, type):
+                return _with_fields(value, lambda key: take(name, getattr(value, key)))
             if not isinstance(value, list | tuple):
+                if any(has_rows(item, size) for item in getattr(value, "__dict__", {}).values()):
+                    kind = type(value).__name__
+                    raise unclear(name, f"is a {kind} that holds batches, and no dictionary or dataclass")
                 return value
             if dim is None and len(value) == size:
                 if isinstance(value, tuple):
                     raise unclear(name, f"is a tuple of {size}, as many as the samples, and not a list")
                 if not lists and all(has_rows(item, size) for item in value):
                     raise unclear(name, f"is a list of {size} tensors of {size} rows each, as many as the samples")
+                divided.append(name)
                 return [value[i] for i in indices]
             return _rebuild(value, [take(name, item) for item in value])
 
@@ -393,11 +479,27 @@ class Arguments:
             )
 
         taken = [v if k in self.unbatched else take(k, v) for k, v in self.named(args, kwargs)]
+        if whole and not divided:
+            raise ValueError(
+                f"a batch of {size} samples of several experts cannot be divided: the samples may be in "
+                f"{', '.join(whole)}, but not along the first dimension. Use batches of one expert, or unbatched=[...] "
+                "if they are not; with rank, packed tokens can have a noise level each"
+            )
         return tuple(taken[: len(args)]), dict(zip(kwargs, taken[len(args) :], strict=True))
+
+
+def _with_fields(value: Any, field: Callable[[str], Any]) -> Any:
+    """Return a copy of a dataclass with other values of the fields, by a function of their names."""
+    value = copy.copy(value)
+    for part in fields(value):
+        object.__setattr__(value, part.name, field(part.name))
+    return value
 
 
 def _rebuild(value: Any, items: list | dict) -> Any:
     """Return a list, a tuple or a mapping like another one, with other items."""
     if hasattr(value, "_fields"):
         return type(value)(*items)
+    if isinstance(value, defaultdict):
+        return defaultdict(value.default_factory, items)
     return type(value)(items)

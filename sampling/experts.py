@@ -51,7 +51,7 @@ class ExpertSwitch(nn.Module):
         Raises:
             ValueError: if the timesteps belong to several experts.
         """
-        times = self.times(*args, **kwargs)
+        times = self.times(*args, **kwargs).detach()
         dtype = level_dtype(times)
         first, last = (self.expert_index(t, dtype) for t in torch.stack(times.aminmax()).tolist())
         if first != last:

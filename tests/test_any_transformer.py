@@ -4,6 +4,10 @@ import copy
 import json
 import pickle
 import re
+from collections import UserDict, defaultdict
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -849,9 +853,9 @@ class Checkpointed(Tiny):
         return self.b(x.tanh())
 
 
-def wrap_tiny(module: nn.Module | None = None, **options) -> Remix:
+def wrap_tiny(module: nn.Module | None = None, level="sigma", **options) -> Remix:
     torch.manual_seed(0)
-    remix = Remix(module or Tiny(), ["a", "b"], 4, timestep="sigma", boundaries=[0, 0.25, 0.5, 0.75, 1], **options)
+    remix = Remix(module or Tiny(), ["a", "b"], 4, timestep=level, boundaries=[0, 0.25, 0.5, 0.75, 1], **options)
     for _, layer in remix.mixed():
         for basis in layer.bases():
             basis.data += torch.randn_like(basis)
@@ -865,16 +869,131 @@ def test_additional_positional_arguments_are_divided_too():
     torch.testing.assert_close(remix(x, sigma, *extra), torch.cat(one_by_one))
 
 
-def test_results_that_are_no_batches_are_refused():
-    class Scalar(Tiny):
+@pytest.mark.parametrize("sizes", [(1, 3), (2, 2)])
+def test_results_that_are_no_batches_are_refused(sizes):
+    class Other(Tiny):
         def forward(self, x, sigma):
-            return super().forward(x, sigma).sum()
+            return self.result(super().forward(x, sigma))
 
-    with pytest.raises(TypeError, match="first dimension is the batch, but it returned \\[\\]"):
-        wrap_tiny(Scalar())(torch.randn(2, 6), torch.tensor([0.1, 0.9]))
+    remix, x = wrap_tiny(Other()), torch.randn(4, 6)
+    sigma = torch.tensor([0.1, 0.9]).repeat_interleave(torch.tensor(sizes))
+    no_batch = r"first dimension is the batch, but it returned \["
+    for result, message in {
+        Tensor.sum: no_batch,
+        # As many losses as samples.
+        lambda out: (out, [out.sum(), out.mean()]): no_batch,
+        # As many rows in all as samples.
+        lambda out: out[[0, 0]] if sizes == (1, 3) else out[:1]: no_batch,
+        lambda out: (out, out.sum().item()): "must return equal values for all parts of a batch of several experts",
+    }.items():
+        remix.backbone.result = result
+        with pytest.raises(TypeError, match=message):
+            remix(x, sigma)
 
 
-@pytest.mark.parametrize("kind", ["subclass", "parametrized", "encoder layer"])
+class Timed(Tiny):
+    """Its result depends on the noise level."""
+
+    def forward(self, x, sigma):
+        return super().forward(x + sigma[:, None].sin(), sigma)
+
+
+@ranks
+@pytest.mark.parametrize("groups", [None, 4])
+def test_functions_of_torch_func_transform_a_remix(rank, groups):
+    """As in MeanFlow, whose target has the derivative by the noise level, and for gradients of single samples."""
+    remix, kwargs = wrap_tiny(Timed(), rank=rank).double(), dict(groups=groups)
+    x, sigma = torch.randn(4, 6).double(), torch.tensor([0.9, 0.1, 0.6, 0.3]).double()
+
+    def call(x, sigma):
+        return remix(x, sigma, **kwargs)
+
+    out, tangent = torch.func.jvp(call, (x, sigma), (x, torch.ones(4).double()))
+    step = 1e-5
+    expected = (call(x + step * x, sigma + step) - call(x - step * x, sigma - step)) / (2 * step)
+    torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-6)
+    parameters = dict(remix.named_parameters())
+    expected = torch.autograd.grad(call(x, sigma).square().sum(), parameters.values())
+    # A call without transformations must get the gradients through the result of one with them.
+    through = torch.autograd.grad(out.square().sum(), parameters.values())
+
+    def loss(parameters, x, sigma):
+        return functional_call(remix, parameters, (x[None], sigma[None]), dict(groups=1)).square().sum()
+
+    inputs = {name: p.detach() for name, p in parameters.items()}, x, sigma
+    samples = torch.vmap(torch.func.grad(loss), (None, 0, 0))(*inputs).values()
+    for theirs, ours, single in zip(expected, through, samples, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(single.sum(0), theirs, rtol=1e-4, atol=1e-5)
+    first = torch.func.jvp(FoldedRemix(remix), (x[:1], sigma[:1]), (x[:1], torch.ones(1).double()))[1]
+    torch.testing.assert_close(first, tangent[:1], rtol=1e-4, atol=1e-5)
+
+
+class Keywords(Tiny):
+    def forward(self, x, **conditions):
+        return super().forward(x, conditions["sigma"])
+
+
+def test_the_noise_level_may_be_one_of_any_named_arguments():
+    remix, x, sigma = wrap_tiny(Keywords()), torch.randn(4, 6), torch.tensor([0.9, 0.1, 0.6, 0.3])
+    alone = [remix(x[i : i + 1], sigma=sigma[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(remix(x, sigma=sigma), torch.cat(alone))
+    with pytest.raises(TypeError, match=r"must be a tensor .*, given by its name, but Keywords got None"):
+        remix(x)
+
+
+class Grouped(Tiny):
+    def forward(self, x, sigma, groups=None):
+        return super().forward(x, sigma)
+
+
+def test_modules_that_would_not_run_as_promised_are_refused():
+    with pytest.raises(ValueError, match=r"has an argument 'groups', which a Remix takes itself: rename it"):
+        wrap_tiny(Grouped())
+    for wrapped in (nn.DataParallel(Tiny()), nn.Sequential(nn.DataParallel(Tiny()))):
+        with pytest.raises(ValueError, match=r"a DataParallel would not know the bases: make a Remix of its `module`"):
+            Remix(wrapped, ["module.a"], 2, 2, timestep=lambda x, sigma: sigma, highest_level=1)
+    module = Tiny()
+    module.a = torch.compile(module.a, backend="eager")
+    with pytest.raises(ValueError, match=r"a\._orig_mod was compiled by itself, .*: compile it after wrapping"):
+        Remix(module, ["a._orig_mod"], 2, 2, timestep="sigma", highest_level=1)
+    module = Tiny()
+    module.a.base_layer = nn.Linear(6, 6)
+    with pytest.raises(ValueError, match=r"a has adapters of peft: name a\.base_layer, or merge them before"):
+        Remix(module, ["a"], 2, 2, timestep="sigma", highest_level=1, rank=2)
+
+
+@ranks
+def test_rows_of_tokens_are_no_groups_of_samples(rank):
+    class Tokens(Tiny):
+        def forward(self, x, sigma):
+            return super().forward(x.transpose(0, 1), sigma).transpose(0, 1)
+
+    # Six tokens are two groups of three, but four samples have the same number of rows each.
+    remix, sigma = wrap_tiny(Tokens(), rank=rank), torch.tensor([0.1, 0.1, 0.9, 0.9])
+    with pytest.raises(ValueError, match=r"mixed layer's input \[6, 4, 6\] is not the batch of 4 samples"):
+        remix(torch.randn(4, 6, 6), sigma, groups=2)
+    x = torch.randn(4, 6, 6)
+    alone = torch.cat([remix(x[i : i + 1], sigma[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(remix(x, sigma), alone)
+
+
+def test_a_call_within_a_call_is_refused():
+    class Twice(Tiny):
+        def forward(self, x, sigma):
+            return super().forward(x, sigma) if other is None else other(x, sigma)
+
+    other, remix = None, wrap_tiny(Twice())
+    x, sigma = torch.randn(2, 6), torch.tensor([0.1, 0.9])
+    expected = remix(x, sigma)
+    other = remix
+    with pytest.raises(RuntimeError, match="was called while it runs, such as in two threads"):
+        remix(x, sigma)
+    other = None
+    torch.testing.assert_close(remix(x, sigma), expected)
+
+
+@pytest.mark.parametrize("kind", ["subclass", "parametrized", "attention"])
 def test_layers_that_compute_something_else_are_refused(kind):
     class Scaled(nn.Linear):
         pass
@@ -885,9 +1004,72 @@ def test_layers_that_compute_something_else_are_refused(kind):
     elif kind == "parametrized":
         nn.utils.parametrizations.weight_norm(module.a)
     else:
-        module.a, name = nn.TransformerEncoderLayer(6, 2, 8), "a.linear1"
+        module.a, name = nn.TransformerEncoderLayer(6, 2, 8), "a.self_attn.out_proj"
     with pytest.raises(ValueError, match=f"layers: {name}"):
         Remix(module, [name], 2, 2, timestep="sigma", highest_level=1)
+
+
+class Motion(nn.Module):
+    """A transformer of PyTorch's layers, whose fast path reads weights without calling the layers."""
+
+    def __init__(self, batch_first=True):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first)
+
+    def forward(self, x, sigma, padding=None):
+        sigma = sigma.view(-1, 1, 1) if sigma.ndim == 1 else sigma
+        return self.encoder(x + sigma, src_key_padding_mask=padding)
+
+
+@ranks
+@torch.no_grad()
+def test_the_mlps_of_encoder_layers_are_called(rank):
+    layers = ["encoder.layers.*.linear1", "encoder.layers.*.linear2"]
+    remix = randomize(Remix(Motion(), layers, 4, 4, timestep="sigma", highest_level=1, rank=rank)).eval()
+    x, sigma = torch.randn(4, 3, 6), torch.tensor([0.9, 0.1, 0.6, 0.3])
+    padding = torch.arange(3) >= torch.tensor([[3], [3], [2], [3]])
+    for mask in (None, padding):
+        out, parts = remix(x, sigma, mask), [None] * 4 if mask is None else mask.split(1)
+        for i, expert in enumerate((3, 0, 2, 1)):
+            plain = Motion().eval()
+            plain.load_state_dict(remix.expert(expert).state_dict())
+            length = 3 if mask is None else 3 - mask[i].sum()
+            for model in (plain, FoldedRemix(remix)):
+                theirs = model(x[i : i + 1], sigma[i : i + 1], parts[i])
+                torch.testing.assert_close(out[i : i + 1, :length], theirs[:, :length])
+
+
+def test_subclasses_of_encoder_layers_may_have_other_layers():
+    class Own(nn.TransformerEncoderLayer):
+        def __init__(self):
+            super().__init__(6, 2, 8)
+            del self.self_attn, self.linear2
+
+        def forward(self, x, sigma):
+            return self.linear1(x)
+
+    remix = Remix(Own(), ["linear1"], 2, 2, timestep="sigma", highest_level=1)
+    assert remix(torch.randn(2, 6), torch.tensor([0.1, 0.9])).shape == (2, 8)
+
+
+class MotionTokensFirst(Motion):
+    def __init__(self):
+        super().__init__(batch_first=False)
+
+    def forward(self, x, sigma):
+        return super().forward(x.transpose(0, 1), sigma[None, :, None]).transpose(0, 1)
+
+
+@ranks
+def test_as_many_tokens_as_samples_are_no_samples_in_layers_that_put_them_first(rank):
+    options = dict(timestep="sigma", highest_level=1, rank=rank)
+    remix = randomize(Remix(MotionTokensFirst(), ["encoder.layers.*.linear1"], 4, 4, **options))
+    x, sigma = torch.randn(4, 4, 6), torch.tensor([0.9, 0.1, 0.6, 0.3])
+    alone = torch.cat([remix(x[i : i + 1], sigma[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(remix(x, sigma), alone)
+    with pytest.raises(ValueError, match=r"groups needs batch_first=True in PyTorch's layer around encoder.layers\.0"):
+        remix(x, sigma, groups=4)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -898,6 +1080,39 @@ def test_a_layer_with_two_names_stays_one_layer(rank):
     assert remix.backbone.a is remix.backbone.b
     x, sigma = torch.randn(2, 6), torch.tensor([0.1, 0.1])
     torch.testing.assert_close(remix.expert(0)(x, sigma), remix(x, sigma))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_parameter_of_two_layers_is_refused(rank):
+    module = Tiny()
+    module.table = nn.Embedding(6, 6)
+    module.b.weight = module.table.weight
+    with pytest.raises(
+        ValueError, match=r"layers: b\.weight is also table\.weight, but would be another .* leave b out"
+    ):
+        wrap_tiny(module, rank=rank)
+    module.b.weight = module.a.weight
+    with pytest.raises(ValueError, match=r"\.weight is also .\.weight, but would be another parameter"):
+        wrap_tiny(module, rank=rank)
+    assert isinstance(module.a, nn.Linear)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@ranks
+def test_modules_that_keep_results_of_autograd_have_experts(rank):
+    class Keeping(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.utils.weight_norm(nn.Linear(6, 6))
+
+        def forward(self, x, sigma):
+            self.features = super().forward(x, sigma)
+            return self.head(self.features)
+
+    remix, x, sigma = wrap_tiny(Keeping(), rank=rank), torch.randn(1, 6), torch.tensor([0.3])
+    out = remix(x, sigma)
+    for model in (remix.expert(1), FoldedRemix(remix)):
+        torch.testing.assert_close(model(x, sigma), out)
 
 
 def test_intervals_are_right_after_the_meta_device():
@@ -946,8 +1161,13 @@ def test_arguments_that_would_select_wrong_experts_are_refused():
 
 
 def test_layers_that_run_outside_of_a_remix_are_an_error():
-    with pytest.raises(RuntimeError, match="needs context_fn"):
-        wrap_tiny().backbone(torch.randn(2, 6), torch.tensor([0.1, 0.1]))
+    for method in (wrap_tiny().backbone, wrap_tiny().backbone.forward):
+        with pytest.raises(RuntimeError, match=r"and not another method of its module; .* needs context_fn"):
+            method(torch.randn(2, 6), torch.tensor([0.1, 0.1]))
+
+
+def test_a_pattern_does_not_match_the_module_itself():
+    assert [name for name, _ in Remix(Tiny(), ["*"], 2, timestep="sigma", boundaries=[0, 0.5, 1]).mixed()] == ["a", "b"]
 
 
 class Reference(nn.Module):
@@ -1090,15 +1310,78 @@ def test_the_dimension_of_the_batch_can_be_named():
         assert remix.mixing_config["batch_dims"] == {"states": dim}
 
 
-@pytest.mark.parametrize("kind", ["another dimension", "tuple", "list of batches"])
+@dataclass(frozen=True)
+class Condition:
+    sigma: Tensor
+    text: Tensor
+    scale: float = 2.0
+
+
+class Conditioned(Tiny):
+    """Has the noise level in a dataclass, and returns one."""
+
+    def forward(self, x, condition):
+        out = super().forward(x, condition.sigma, condition.text * condition.scale)
+        return Condition(out, out + 1, condition.scale)
+
+
+@ranks
+@torch.no_grad()
+def test_dataclasses_of_batches_are_divided_and_joined(rank):
+    remix = wrap_tiny(Conditioned(), rank=rank, level=lambda x, condition: condition.sigma)
+    x, sigma, text = torch.randn(4, 6), torch.tensor([0.9, 0.1, 0.6, 0.3]), torch.randn(4, 6)
+    mixed = remix(x, Condition(sigma, text))
+    for i in range(4):
+        alone = remix(x[i : i + 1], Condition(sigma[i : i + 1], text[i : i + 1]))
+        torch.testing.assert_close(mixed.sigma[i : i + 1], alone.sigma)
+        torch.testing.assert_close(mixed.text[i : i + 1], alone.text)
+    assert mixed.scale == 2
+
+
+class InDictionary(Tiny):
+    def forward(self, batch):
+        return super().forward(batch["x"], batch["sigma"], batch["text"])
+
+
+@torch.no_grad()
+def test_dictionaries_of_batches_are_divided():
+    remix = wrap_tiny(InDictionary(), level=lambda batch: batch["sigma"])
+    batch = dict(x=torch.randn(4, 6), sigma=torch.tensor([0.9, 0.1, 0.6, 0.3]), text=torch.randn(4, 6), kind="image")
+    alone = torch.cat([remix(batch | {key: batch[key][i : i + 1] for key in ("x", "sigma", "text")}) for i in range(4)])
+    for kind in (dict, UserDict, partial(defaultdict, list)):
+        torch.testing.assert_close(remix(kind(batch)), alone)
+
+
+class Packed(Tiny):
+    """Takes the tokens of all samples as one sequence [tokens, 6]."""
+
+    def forward(self, x, sigma, lengths):
+        return super().forward(x + sigma.repeat_interleave(lengths)[:, None], sigma)
+
+
+@torch.no_grad()
+def test_packed_samples_are_refused_unless_each_token_has_a_level():
+    x, sigma, lengths = torch.randn(7, 6), torch.tensor([0.9, 0.1]), torch.tensor([4, 3])
+    for rank in (None, 2):
+        with pytest.raises(ValueError, match=r"the samples may be in x \[7, 6\], but not along the first dimension"):
+            wrap_tiny(Packed(), rank=rank)(x, sigma, lengths)
+    remix = wrap_tiny(Packed(), rank=2, level=lambda x, sigma, lengths: sigma.repeat_interleave(lengths))
+    alone = [remix(x[:4], sigma[:1], lengths[:1]), remix(x[4:], sigma[1:], lengths[1:])]
+    torch.testing.assert_close(remix(x, sigma, lengths), torch.cat(alone))
+
+
+@pytest.mark.parametrize("kind", ["another dimension", "tuple", "list of batches", "object"])
 def test_arguments_that_may_be_batches_are_refused(kind):
     states = {
+        "object": SimpleNamespace(text=torch.randn(4, 6)),
         "another dimension": torch.randn(3, 4, 6),
         "tuple": (*torch.randn(4, 6),),
         "list of batches": [*torch.randn(4, 4, 6)],
     }[kind]
     x, sigma = torch.randn(4, 6), torch.tensor([0.9, 0.1, 0.6, 0.3])
-    message = r"states (has the shape|is a tuple|is a list).* Name it in unbatched=\['states'\], or .*batch_dims"
+    message = (
+        r"states (has the shape|is a tuple|is a list|is a Simple\w+ that holds).* Name it in unbatched=\['states'\]"
+    )
     with pytest.raises(ValueError, match=message):
         wrap_tiny(LayerStates())(x, sigma, states)
 

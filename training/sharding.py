@@ -129,7 +129,7 @@ class ShardedCoefficients(BatchCoefficients):
         self.layers: list[ShardedRemixLinear] = []
         self.received: list[Tensor] = []
 
-    def start(self, alpha: Tensor, experts: Tensor, per_sample: bool = False):
+    def start(self, alpha: Tensor, experts: Tensor, size: int, per_sample: bool = False):
         """Collect the experts of all processes and start the exchanges; see `BatchCoefficients.start`."""
         experts = collectives.all_gather_into_tensor(experts.contiguous(), self.size, self.group_name)
         self.alpha = alpha[:, collectives.wait_tensor(experts)]  # [1 or depth, R * G, K]

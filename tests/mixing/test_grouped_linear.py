@@ -166,3 +166,28 @@ def test_gradients_are_contiguous_for_an_input_that_is_not(device):
     x = torch.randn(2, 8, 5, device=device).transpose(1, 2)
     weight, grad = torch.randn(2, 6, 8, device=device), torch.randn(2, 5, 6, device=device)
     assert all(gradient.is_contiguous() for gradient in linear_per_group_backward(grad, x, weight))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_output_may_be_changed_in_place(device, biased):
+    """As modules do with `x *= scale` and nn.SiLU(inplace=True)."""
+    *inputs, grad = random_layer(device, 2, 3)
+    inputs = inputs if biased else inputs[:3]
+
+    def layer():
+        return mix_and_apply(*inputs, *[] if biased else [None])
+
+    out, expected = layer(), 2 * layer()
+    out *= 2
+    assert torch.equal(out, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(result, inputs, grad) for result in (out, expected)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_second_derivatives_are_refused(device):
+    x, *inputs, _ = random_layer(device, 2, 3)
+    out = mix_and_apply(x, *inputs).square().sum()
+    with pytest.raises(RuntimeError, match="whole bases have no second derivatives"):
+        torch.autograd.grad(out, x, create_graph=True)

@@ -244,6 +244,39 @@ def test_subclasses_of_linear_layers_are_called_and_folded():
         wrap(Tiny(Clipped)).expert(0)
 
 
+def normalize(module: Tiny):
+    """The old weight normalization: a hook computes the weight from two parameters, which are loaded here."""
+    nn.utils.weight_norm(module.a)
+    module.a.weight_g.data *= 2
+
+
+def double(module: Tiny):
+    module.a.register_forward_hook(lambda layer, args, out: 2 * out)
+
+
+def patch(module: Tiny):
+    forward = module.a.forward
+    module.a.forward = lambda x: 2 * forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("change", [normalize, double, patch])
+@torch.no_grad()
+def test_what_hooks_of_a_layer_do_is_folded_or_refused(change):
+    x, module = torch.randn(4, 5, 6), Tiny()
+    change(module)
+    with pytest.raises(ValueError, match=r"layers: a has hooks or a forward of its own, .* remove them, or give rank"):
+        wrap(module, rank=None)
+    remix = wrap(module)
+    experts = [remix.expert(i) for i in range(4)]
+    out = remix(x, SIGMA)
+    for i, expert in enumerate((3, 0, 2, 1)):
+        torch.testing.assert_close(experts[expert](x[i : i + 1], SIGMA), out[i : i + 1])
+    # Hooks that change nothing leave the weights exactly as they are.
+    remix.backbone.b.linear.register_forward_hook(lambda *_: None)
+    assert torch.equal(dense_layer(remix.backbone.b.linear)[0], remix.backbone.b.weight)
+
+
 @torch.no_grad()
 def test_layerwise_casting_reaches_the_kept_layers_before_and_after_wrapping():
     from diffusers.hooks import apply_layerwise_casting
