@@ -362,7 +362,7 @@ class FeatureDataset(Dataset):
                 continue
             values = f": {given}, not {expected}"
             values = values if len(values) < 200 else ""
-            raise UserError(f"{flag} {self.path} has another {name} than {other}{values}")
+            raise UserError(f"{flag} {self.path} differs from {other} in {name}{values}")
         low, high = self.labels.min(), self.labels.max()
         if low < 0 or high >= num_classes:
             raise UserError(f"{flag} {self.path} has labels from {low} to {high}, the model has 0 to {num_classes - 1}")

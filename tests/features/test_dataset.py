@@ -349,7 +349,7 @@ def test_the_vae_of_other_features_may_have_another_name(features):
     ):
         dataset.vae, dataset.vae_fingerprint = vae, own
         others = dict.fromkeys(ENCODING) | {"vae": "mse", "vae_fingerprint": other}
-        with nullcontext() if accepted else pytest.raises(UserError, match="has another vae"):
+        with nullcontext() if accepted else pytest.raises(UserError, match="differs from the others in vae"):
             dataset.check_encoding("--held-out", others, 3, "the others")
     dataset.vae = "./folder/vae"
     dataset.check_encoding("--held-out", dict.fromkeys(ENCODING) | {"vae": "folder/vae/"}, 3, "the others")
