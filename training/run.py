@@ -269,7 +269,7 @@ def open_folder(run: Run, inputs: Inputs, resume: Resume, world: World) -> tuple
     devices = f"{world.size} x {world.device.type}{', compiled' if run.execution.compile else ''}"
     notes = [*run.notes, *inputs.notes]
     if outdated:
-        notes.append(f"REMOVED {counted(outdated, 'file')} of an earlier run: snapshots for post-hoc EMA, and pictures")
+        notes.append(f"REMOVED {counted(outdated, 'file')} of an earlier run or schedule: EMA snapshots and pictures")
     log_introduction(log, run.describe(devices), resume.damaged or {}, notes)
     return log, MetricLogger(backends, log)
 
