@@ -186,7 +186,8 @@ def means_over_seeds(results: dict[str, dict]) -> dict[str, dict]:
             # The same samples may be given twice.
             groups.setdefault(json.dumps(key), {}).setdefault(settings.get("global_seed"), path)
     means = {}
-    for paths in map(list, map(dict.values, groups.values())):
+    for group in groups.values():
+        paths = [*group.values()]
         if len(paths) > 1:
             means[f"mean of {len(paths)} seeds, from {paths[0]}"] = {
                 key: statistic([results[path][score] for path in paths])

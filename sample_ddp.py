@@ -310,7 +310,8 @@ def finished(folder: Path, record: dict) -> bool:
             raise UserError(f"{folder} is not empty: choose another --name or --sample-dir")
         return False
     # The checkpoint may have been moved; its fingerprint is compared instead.
-    check_settings(path, record, "choose another --name", ignored=("ckpt", "guide_ckpt"), added=("vae_fingerprint",))
+    added = ("vae_fingerprint", "latent_stats")
+    check_settings(path, record, "choose another --name", ignored=("ckpt", "guide_ckpt"), added=added)
     if not (folder / "samples.npz").exists():
         return False
     # A run that was killed after packing leaves the parts behind.

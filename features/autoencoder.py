@@ -7,6 +7,7 @@ import base64
 import functools
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -338,6 +339,17 @@ def load_autoencoder(name: str) -> Autoencoder:
 
 # By the names of diffusers' classes.
 CLASSES = {"AutoencoderKL": Latents, "AutoencoderRAE": RepresentationLatents}
+
+
+def encoder_name(name: str) -> str:
+    """Return a name that is equal for autoencoders that encode alike: the published VAEs differ in the decoder only.
+
+    Args:
+        name: a name as of `load_autoencoder`.
+    """
+    if SHORT_NAMES.get(name, name) in SHORT_NAMES.values():
+        return SHORT_NAMES["ema"]
+    return os.path.normpath(name)
 
 
 def weights_fingerprint(name: str) -> str | None:

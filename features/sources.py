@@ -11,7 +11,7 @@ from runtime import hub
 from runtime.errors import LocalError, UserError, first_line, is_first_process
 from runtime.hub import PREFIX
 
-# So many rows of a Hugging Face dataset, evenly spaced, tell it from another one with the same labels.
+# So many images, evenly spaced, tell a dataset from another one with the same labels or names of files.
 SAMPLES = 64
 # Names of folders that hold one split of a data set rather than one class, also with a number: "train", "val2017".
 SPLIT_NAME = re.compile(

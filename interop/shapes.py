@@ -10,13 +10,13 @@ from torch import Tensor
 
 from diffusion import FlowMatching, GaussianDiffusion, create_process
 from diffusion.intervals import TIMESTEPS
-from features.autoencoder import SHORT_NAMES
+from features.autoencoder import SHORT_NAMES, encoder_name
 from models import DIT, TIMESTEP_FREQUENCIES, Backbone, model_names
 from runtime.command_line import positive_int
 from runtime.errors import UserError, warn
 
 # The autoencoder of all published DiTs, and the factor by which they multiply its latents.
-PUBLISHED_VAE = {"vae": "stabilityai/sd-vae-ft-ema", "scale": 0.18215, "shift": 0.0}
+PUBLISHED_VAE = {"vae": SHORT_NAMES["ema"], "scale": 0.18215, "shift": 0.0}
 
 # DistributedDataParallel and torch.compile put these before every parameter name.
 WRAPPER_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
@@ -245,9 +245,8 @@ def warn_of_data(path, config: dict):
     """Print a warning if a file cannot say what its latents or its classes are, and a reader would assume others."""
     data, assumed = config["data"], assumed_vae(config["model"]["backbone"]["in_channels"])
     found = {key: data.get(key, value) for key, value in assumed.items()}
-    # The encoders of the published VAEs are the same.
-    if found["vae"] in SHORT_NAMES.values():
-        found["vae"] = PUBLISHED_VAE["vae"]
+    if found["vae"]:
+        found["vae"] = encoder_name(found["vae"])
     if found != assumed:
         warn(f"{path} cannot record the VAE and the normalization of the latents: --to safetensors does")
     classes, n_classes = data.get("classes"), config["model"]["backbone"]["num_classes"]

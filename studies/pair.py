@@ -179,9 +179,7 @@ def make_table(results: list[dict]) -> str:
         changes = [100 * (errors[seed] / reference[seed] - 1) for seed in errors if seed in reference]
         changes = ["-"] * 3 if variant == REFERENCE or not changes else [with_star(x) for x in np.transpose(changes)]
         error = mean_and_std([row[0] for row in errors.values()], 5)
-        lines.append(
-            [variant, *(f"{number:g}" if number else "-" for number in setting), str(len(errors)), error, *changes]
-        )
+        lines.append([variant, *(f"{x:g}" if x else "-" for x in setting), str(len(errors)), error, *changes])
     return markdown("variant | rate | steps | seeds | error | change, % | t < 500, % | t >= 500, %", lines) + "\n"
 
 

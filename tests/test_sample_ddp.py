@@ -28,8 +28,9 @@ from checkpoint import load_model
 from diffusion import create_diffusion, create_process
 from interop.own import save_checkpoint
 from models import DiT_models
+from runtime.errors import UserError
 from runtime.processes import SampleGenerators
-from sample_ddp import class_numbers
+from sample_ddp import class_numbers, finished
 from sampling.pipeline import label_of
 
 
@@ -239,6 +240,17 @@ def test_the_steps_of_sampling_can_differ_from_those_of_training(flow_ckpt, tmp_
         x = x + (following - t) * denoise(x, t[None])[:, :3]
     expected = (127.5 * x[0] + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     assert largest_difference(expected, sampled_images(folder)[1]) <= 1
+
+
+def test_samples_of_earlier_versions_are_continued(tmp_path):
+    """They did not record the weights of a VAE in a folder, nor the statistics of the latents."""
+    record = {"vae": "folder", "vae_fingerprint": "a", "latent_stats": "b"}
+    (tmp_path / "settings.json").write_text('{"vae": "folder"}')
+    assert not finished(tmp_path, record)
+    (tmp_path / "settings.json").write_text(json.dumps(record))
+    assert not finished(tmp_path, record)
+    with pytest.raises(UserError, match="latent_stats=b, not c"):
+        finished(tmp_path, record | {"latent_stats": "c"})
 
 
 def test_the_process_of_a_foreign_file_can_be_given(tmp_path):

@@ -80,7 +80,7 @@ def test_losses_of_the_experts_are_drawn(ckpt, features, tmp_path):
     index = json.loads((other / "index.json").read_text())
     (other / "index.json").write_text(json.dumps(index | {"classes": ["a", "b", "c"]}))
     refused = run("visualize.py", "losses", ckpt, f"--data-path={other}", "--out", tmp_path / "no.png", expect=2).stderr
-    assert "has another classes than the features of" in refused
+    assert "differs from the features of" in refused and "in classes: " in refused
     # Without it, the errors are relative to the best expert of each interval.
     flags = [flag for flag in flags if "pretrained" not in flag]
     run("visualize.py", "losses", ckpt, *flags, "--out", tmp_path / "best.png")

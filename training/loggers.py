@@ -85,8 +85,8 @@ class TensorBoardLogger:
 
     Args:
         folder: the run's folder.
-        first_step: number of steps already done. TensorBoard hides what an interrupted run logged for later steps, and
-            of a new run all that an earlier one has left in the folder.
+        first_step: number of steps already done. TensorBoard hides what was logged before for later steps, by an
+            interrupted run, or by an earlier run in the folder if the run is new.
     """
 
     def __init__(self, folder: Path, first_step: int):

@@ -11,6 +11,8 @@ from training.settings import RunSettings
 
 # The entry of a run's config that identifies its features, see `FeatureDataset.fingerprint`.
 FINGERPRINT = "data.fingerprint"
+# The hash of the weights of their VAE. Earlier versions did not record it.
+VAE_FINGERPRINT = "data.vae_fingerprint"
 # Options that may differ from those of the checkpoint that a run resumes from. `schedule_steps` checks them.
 MAY_DIFFER = ("training.max_steps", "training.schedule_steps")
 
@@ -162,7 +164,8 @@ def read_resume(path: Path | str, config: dict, extend: str, verify: bool = Fals
     trained = state["config"] | {"training": asdict(RunSettings()) | state["config"]["training"]}
     before, now = flatten(trained), flatten(config)
     # The fingerprint comes last, because another option that differs says more.
-    for key in sorted(before.keys() | now.keys(), key=lambda key: (key == FINGERPRINT, key)):
+    unknown = {VAE_FINGERPRINT} - (before.keys() & now.keys())
+    for key in sorted((before.keys() | now.keys()) - unknown, key=lambda key: (key == FINGERPRINT, key)):
         if before.get(key) != now.get(key) and key not in MAY_DIFFER:
             if key == FINGERPRINT:
                 raise UserError(

@@ -259,14 +259,18 @@ def open_folder(run: Run, inputs: Inputs, resume: Resume, world: World) -> tuple
     """Prepare the run's folder, open its loggers, and log what the run will do."""
     # The loggers start before anything else is written to the folder, because one of them may fail to start.
     backends = open_loggers(run.args.log_to, run.folder, run.config, resume.step) if world.is_main else []
+    outdated = 0
     if world.is_main:
         # The number of steps of an independent expert is a part of those that the flags give.
         steps = {"max_steps": run.settings.max_steps} if run.args.independent else {}
-        remove_outdated(run.folder, run.config, resume.step)
+        outdated = remove_outdated(run.folder, run.config, resume.step)
         prepare_folder(run.folder, run.config | {"flags": run.args.recorded | steps}, resume.damaged or {})
     log = rank0_logger(world, run.folder / "log.txt")
     devices = f"{world.size} x {world.device.type}{', compiled' if run.execution.compile else ''}"
-    log_introduction(log, run.describe(devices), resume.damaged or {}, [*run.notes, *inputs.notes])
+    notes = [*run.notes, *inputs.notes]
+    if outdated:
+        notes.append(f"REMOVED {counted(outdated, 'file')} of an earlier run or schedule: EMA snapshots and pictures")
+    log_introduction(log, run.describe(devices), resume.damaged or {}, notes)
     return log, MetricLogger(backends, log)
 
 
@@ -292,7 +296,7 @@ def make_batch_sampler(
     )
 
 
-def remove_outdated(folder: Path, config: dict, step: int):
+def remove_outdated(folder: Path, config: dict, step: int) -> int:
     """Remove the snapshots and pictures in a run's folder that are not of this run, and would be taken for its own.
 
     A run that was lost before its first checkpoint leaves them, and so do later steps of another schedule.
@@ -302,6 +306,9 @@ def remove_outdated(folder: Path, config: dict, step: int):
         config: configuration of the run.
         step: number of steps that are done. If it is 0, the run is new, and everything is removed; otherwise what is of
             later steps, if they had other settings.
+
+    Returns:
+        The number of files that were removed.
     """
     steps = falling_steps(config["training"])
     try:
@@ -309,14 +316,16 @@ def remove_outdated(folder: Path, config: dict, step: int):
     except (OSError, ValueError, KeyError, TypeError):
         before = steps
     if step and before == steps:
-        return
-    for path in (
+        return 0
+    files = [
         *snapshot_folder(folder).glob("*.pt"),
         *(folder / "samples").glob("*.png"),
         *(folder / "coefficients").glob("*.png"),
-    ):
-        if path.stem.isdigit() and (not step or int(path.stem) > step):
-            path.unlink()
+    ]
+    outdated = [path for path in files if path.stem.isdigit() and (not step or int(path.stem) > step)]
+    for path in outdated:
+        path.unlink()
+    return len(outdated)
 
 
 def prepare_folder(folder: Path, config: dict, damaged: dict[Path, str]):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from checkpoint import load_model
 from extract_features import center_crop
 from features.autoencoder import load_autoencoder
-from features.dataset import FeatureDataset, write_index, write_shard
+from features.dataset import ENCODING, FeatureDataset, write_index, write_shard
 from runtime.errors import UserError
 from training.batches import GlobalBatches
 
@@ -279,11 +280,16 @@ def test_many_labels_are_read_once(tmp_path, monkeypatch):
     other = next(i for i in range(80) if i not in compared)
     np.save(tmp_path / f"imagenet8_labels/{other}.npy", np.array([9]))
     assert opened()[1][other] == 9
+    (tmp_path / "imagenet8_labels/.#0.npy.swp").symlink_to("absent")
     write_original_layout(tmp_path, [5] * 81)
     assert opened() == (81, [5] * 81)
     (cache,) = (tmp_path / "cache/remix-dit").glob("*.npz")
     cache.write_bytes(b"damaged")
     assert opened() == (81, [5] * 81)
+    (tmp_path / "imagenet8_labels/3.npy").rename(tmp_path / "3.npy")
+    (tmp_path / "imagenet8_labels/3.npy").symlink_to("absent")
+    with pytest.raises(UserError, match="labels cannot be read"):
+        FeatureDataset(tmp_path)
 
 
 def test_processes_that_start_together_read_many_labels_once(tmp_path, monkeypatch):
@@ -330,6 +336,23 @@ def test_the_fingerprint_of_features_that_do_not_record_it(features, tmp_path):
         np.save(tmp_path / f"original/imagenet8_features/{i}.npy", np.zeros((2, 1, 1, 1), np.float32))
     prints.append(FeatureDataset(tmp_path / "original").fingerprint)
     assert len({*prints}) == 4
+
+
+def test_the_vae_of_other_features_may_have_another_name(features):
+    dataset = FeatureDataset(features)
+    for vae, own, other, accepted in (
+        ("ema", None, None, True),
+        ("stabilityai/sd-vae-ft-mse", None, "a", True),
+        ("folder/vae/", "a", "a", True),
+        ("folder/vae/", "a", None, False),
+        ("ema", "a", "b", False),
+    ):
+        dataset.vae, dataset.vae_fingerprint = vae, own
+        others = dict.fromkeys(ENCODING) | {"vae": "mse", "vae_fingerprint": other}
+        with nullcontext() if accepted else pytest.raises(UserError, match="differs from the others in vae"):
+            dataset.check_encoding("--held-out", others, 3, "the others")
+    dataset.vae = "./folder/vae"
+    dataset.check_encoding("--held-out", dict.fromkeys(ENCODING) | {"vae": "folder/vae/"}, 3, "the others")
 
 
 def test_a_run_does_not_resume_on_other_features(features, images, tmp_path):

@@ -80,6 +80,8 @@ def test_a_new_run_shows_nothing_of_one_that_left_no_checkpoint(features, tmp_pa
     (tmp_path / "run/checkpoints/0000004.pt").unlink()
     lost = losses(tmp_path / "run")
     run("train_fast.py", *flags, "--max-steps=3", "--global-seed=1", "--sample-every=3", "--ema-snapshots=3")
+    # Two snapshots and two pictures of samples.
+    assert "REMOVED 4 files of an earlier run" in (tmp_path / "run/log.txt").read_text()
     for kind in ("ema", "samples"):
         assert [path.stem for path in (tmp_path / "run" / kind).iterdir()] == ["0000003"]
     events = EventAccumulator(str(tmp_path / "run/tensorboard"), size_guidance={"images": 0})
@@ -100,9 +102,9 @@ def test_later_steps_of_another_schedule_are_removed(tmp_path):
     write_json(tmp_path / "config.json", {"training": training})
     for step in (2, 4):
         write_snapshot(tmp_path, step, {}, "float32")
-    remove_outdated(tmp_path, {"training": dict(training)}, 2)
+    assert remove_outdated(tmp_path, {"training": dict(training)}, 2) == 0
     assert len([*(tmp_path / "ema").iterdir()]) == 2, "a run that resumes repeats the same steps"
-    remove_outdated(tmp_path, {"training": training | {"max_steps": 6}}, 2)
+    assert remove_outdated(tmp_path, {"training": training | {"max_steps": 6}}, 2) == 1
     assert [path.stem for path in (tmp_path / "ema").iterdir()] == ["0000002"]
 
 

@@ -321,8 +321,8 @@ def test_independent_experts_have_held_out_losses_only(features, held_out, refer
         (["--score-every=2", "--score-against=ref.npz", "--weights=large.pt2"], "have 8x8 pixels but the network"),
         (["--score-every=2", "--score-against=ref.npz", "--score-samples=3"], "at least 4"),
         (["--score-every=2", "--held-out=absent"], "no such folder of features"),
-        (["--score-every=2", "--held-out=small"], "another shape"),
-        (["--score-every=2", "--held-out=renamed"], "another classes"),
+        (["--score-every=2", "--held-out=small"], "encoded in shape"),
+        (["--score-every=2", "--held-out=renamed"], "encoded in classes"),
         (["--score-every=2", "--held-out=unlabelled"], "labels from -1 to 2"),
     ],
 )
