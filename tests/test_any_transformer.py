@@ -993,6 +993,32 @@ def test_a_call_within_a_call_is_refused():
     torch.testing.assert_close(remix(x, sigma), expected)
 
 
+def test_a_copy_that_is_made_in_a_call_can_be_called():
+    """As of a model that is sampled, by another thread."""
+    remix, copies = wrap_tiny(), []
+    x, sigma = torch.randn(2, 6), torch.tensor([0.1, 0.9])
+    remix.backbone.b.register_forward_pre_hook(lambda *_: copies.append(copy.deepcopy(remix)))
+    out = remix(x, sigma)
+    for part in copies[0].backbone.children():
+        part._forward_pre_hooks.clear()
+    torch.testing.assert_close(copies[0](x, sigma), out)
+
+
+def test_compiled_blocks_are_compiled_at_most_twice_for_all_batch_sizes():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    remix = wrap_tiny()
+    torch._dynamo.reset()
+    remix.backbone.compile(backend=count, fullgraph=True)
+    for size in (4, 8, 12):
+        remix(torch.randn(size, 6), torch.tensor([0.1, 0.9]).repeat_interleave(size // 2), groups=2)
+    assert len(graphs) == 2
+
+
 @pytest.mark.parametrize("kind", ["subclass", "parametrized", "attention"])
 def test_layers_that_compute_something_else_are_refused(kind):
     class Scaled(nn.Linear):

@@ -116,7 +116,7 @@ def test_gradients_are_those_of_whole_matrices():
     coefficients.alpha = torch.rand(1, 3, 4, dtype=torch.float64, requires_grad=True)
     layer = LowRankLinear(nn.Linear(5, 6, dtype=torch.float64), 4, 2, coefficients)
     nn.init.normal_(layer.lora_B)
-    x = torch.randn(6, 7, 5, dtype=torch.float64)
+    coefficients.samples = x = torch.randn(6, 7, 5, dtype=torch.float64)
     parameters = [coefficients.alpha, *layer.parameters()]
     fast = torch.autograd.grad(layer(x).square().sum(), parameters)
     theta = layer.weight + torch.einsum("gk,kor,kri->goi", coefficients.alpha[0], layer.lora_B, layer.lora_A)
