@@ -196,7 +196,7 @@ def plain_linear(layer: nn.Module, device: str | None = None) -> nn.Linear:
     """Return a plain linear layer with the shape of a mixed layer, not initialized, on its device or another one."""
     # The weights of an offloaded layer are on the meta device, but not its bases.
     device = device or (layer.bases()[0] if layer.weight.is_meta else layer.weight).device
-    options = dict(bias=layer.bias is not None, device=device, dtype=plain_dtype(layer.weight))
+    options = dict(bias=layer.bias is not None, device=device, dtype=plain_dtype(layer))
     linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, **options)
     return linear.requires_grad_(layer.weight.requires_grad)
 
