@@ -416,10 +416,18 @@ class Arguments:
     def batches_are_lists(self, size: int, args: tuple, kwargs: dict) -> bool:
         """Return whether no argument is a tensor with the batch as its first dimension and further dimensions.
 
-        The samples of such a module are in lists, such as images of several sizes.
+        Such a tensor may also be in a dictionary or a dataclass. The samples of other modules are in lists, such as
+        images of several sizes.
         """
-        values = [value for name, value in self.named(args, kwargs) if name not in self.unbatched]
-        return not any(has_rows(value, size) and value.ndim > 1 for value in values)
+
+        def is_batch(value: Any) -> bool:
+            if isinstance(value, Mapping):
+                return any(map(is_batch, value.values()))
+            if is_dataclass(value) and not isinstance(value, type):
+                return any(is_batch(getattr(value, part.name)) for part in fields(value))
+            return has_rows(value, size) and value.ndim > 1
+
+        return not any(is_batch(value) for name, value in self.named(args, kwargs) if name not in self.unbatched)
 
     def take(self, rows: Tensor, size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Select some samples of all arguments that are batches of `size` samples.
@@ -489,10 +497,11 @@ class Arguments:
 
 
 def _with_fields(value: Any, field: Callable[[str], Any]) -> Any:
-    """Return a copy of a dataclass with other values of the fields, by a function of their names."""
+    """Return a copy of a dataclass with other values of its fields and attributes, by a function of their names."""
     value = copy.copy(value)
-    for part in fields(value):
-        object.__setattr__(value, part.name, field(part.name))
+    # Such as attributes that __post_init__ has set.
+    for name in dict.fromkeys([*(part.name for part in fields(value)), *getattr(value, "__dict__", ())]):
+        object.__setattr__(value, name, field(name))
     return value
 
 

@@ -1342,12 +1342,15 @@ class Condition:
     text: Tensor
     scale: float = 2.0
 
+    def __post_init__(self):
+        object.__setattr__(self, "scaled", self.text * self.scale)
+
 
 class Conditioned(Tiny):
     """Has the noise level in a dataclass, and returns one."""
 
     def forward(self, x, condition):
-        out = super().forward(x, condition.sigma, condition.text * condition.scale)
+        out = super().forward(x, condition.sigma, condition.scaled)
         return Condition(out, out + 1, condition.scale)
 
 
@@ -1361,6 +1364,7 @@ def test_dataclasses_of_batches_are_divided_and_joined(rank):
         alone = remix(x[i : i + 1], Condition(sigma[i : i + 1], text[i : i + 1]))
         torch.testing.assert_close(mixed.sigma[i : i + 1], alone.sigma)
         torch.testing.assert_close(mixed.text[i : i + 1], alone.text)
+        torch.testing.assert_close(mixed.scaled[i : i + 1], alone.scaled)
     assert mixed.scale == 2
 
 
@@ -1369,13 +1373,17 @@ class InDictionary(Tiny):
         return super().forward(batch["x"], batch["sigma"], batch["text"])
 
 
+@ranks
 @torch.no_grad()
-def test_dictionaries_of_batches_are_divided():
-    remix = wrap_tiny(InDictionary(), level=lambda batch: batch["sigma"])
+def test_dictionaries_of_batches_are_divided(rank):
+    remix, calls = wrap_tiny(InDictionary(), rank=rank, level=lambda batch: batch["sigma"]), []
+    remix.backbone.register_forward_hook(lambda *_: calls.append(1))
     batch = dict(x=torch.randn(4, 6), sigma=torch.tensor([0.9, 0.1, 0.6, 0.3]), text=torch.randn(4, 6), kind="image")
     alone = torch.cat([remix(batch | {key: batch[key][i : i + 1] for key in ("x", "sigma", "text")}) for i in range(4)])
     for kind in (dict, UserDict, partial(defaultdict, list)):
+        calls.clear()
         torch.testing.assert_close(remix(kind(batch)), alone)
+        assert len(calls) == (1 if rank else 4)
 
 
 class Packed(Tiny):
