@@ -951,7 +951,7 @@ def test_modules_that_would_not_run_as_promised_are_refused():
     with pytest.raises(ValueError, match=r"has an argument 'groups', which a Remix takes itself: rename it"):
         wrap_tiny(Grouped())
     for wrapped in (nn.DataParallel(Tiny()), nn.Sequential(nn.DataParallel(Tiny()))):
-        with pytest.raises(ValueError, match=r"a DataParallel would not know the bases: make a Remix of its `module`"):
+        with pytest.raises(ValueError, match=r"make a Remix of its `module`, then a DistributedDataParallel"):
             Remix(wrapped, ["module.a"], 2, 2, timestep=lambda x, sigma: sigma, highest_level=1)
     module = Tiny()
     module.a = torch.compile(module.a, backend="eager")
@@ -1133,6 +1133,7 @@ def test_modules_that_keep_results_of_autograd_have_experts(rank):
 
         def forward(self, x, sigma):
             self.features = super().forward(x, sigma)
+            self.maps = [self.features.tanh()]
             return self.head(self.features)
 
     remix, x, sigma = wrap_tiny(Keeping(), rank=rank), torch.randn(1, 6), torch.tensor([0.3])
