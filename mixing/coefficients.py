@@ -146,7 +146,8 @@ class BatchCoefficients:
         if self.alpha is None:
             raise RuntimeError(
                 "a mixed layer runs only while its Remix is called, and not another method of its module; a checkpoint "
-                "of activations that repeats it later needs context_fn=remix.batch_coefficients.contexts"
+                "of activations that repeats it later needs context_fn=remix.batch_coefficients.contexts and "
+                "use_reentrant=False"
             )
         n_groups, size = self.alpha.shape[1], len(self.samples)
         if n_groups > 1 and (len(x) != size if self.per_sample else len(x) % size):
