@@ -90,8 +90,14 @@ class Coefficients(nn.Module):
         return super()._apply(convert, *args, **kwargs)
 
     def per_expert(self) -> list[list[list[float]]]:
-        """Return the coefficients of each expert, [N][1 or depth][K], computed on the host, as equal on all devices."""
+        """Return the coefficients of each expert, [N][1 or depth][K], computed on the host, as equal on all devices.
+
+        Raises:
+            ValueError: if the logits have no values, because the Remix is offloaded or on the meta device.
+        """
         logits = self.logits.detach()
+        if logits.is_meta:
+            raise ValueError("a Remix that is offloaded or on the meta device has no experts: make them before")
         # FSDP divides the rows among the processes.
         logits = (logits.full_tensor() if hasattr(logits, "full_tensor") else logits).cpu()
         alpha = logits.softmax(-1) if self.mixer == "softmax" else logits

@@ -469,7 +469,7 @@ class Arguments:
             if not isinstance(value, list | tuple):
                 if any(has_rows(item, size) for item in getattr(value, "__dict__", {}).values()):
                     kind = type(value).__name__
-                    raise unclear(name, f"is a {kind} that holds batches, and no dictionary or dataclass")
+                    raise unclear(name, f"is a {kind} that holds {size} rows", "or give a dictionary or a dataclass")
                 return value
             if dim is None and len(value) == size:
                 if isinstance(value, tuple):
@@ -480,10 +480,11 @@ class Arguments:
                 return [value[i] for i in indices]
             return _rebuild(value, [take(name, item) for item in value])
 
-        def unclear(name: str, found: str) -> ValueError:
+        def unclear(name: str, found: str, otherwise: str = "") -> ValueError:
+            otherwise = otherwise or f"or the dimension of the batch in its tensors, batch_dims={{{name!r}: ...}}"
             return ValueError(
                 f"a batch of {size} samples of several experts cannot be divided: {name} {found}. Name it in "
-                f"unbatched=[{name!r}], or the dimension of the batch in its tensors, batch_dims={{{name!r}: ...}}"
+                f"unbatched=[{name!r}], {otherwise}"
             )
 
         taken = [v if k in self.unbatched else take(k, v) for k, v in self.named(args, kwargs)]

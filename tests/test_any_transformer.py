@@ -1193,6 +1193,14 @@ def test_layers_that_run_outside_of_a_remix_are_an_error():
             method(torch.randn(2, 6), torch.tensor([0.1, 0.1]))
 
 
+def test_a_remix_without_values_has_no_experts():
+    """As one that accelerate's cpu_offload has moved to the host."""
+    remix = wrap_tiny().to("meta")
+    for make in (FoldedRemix, lambda remix: remix.expert(0)):
+        with pytest.raises(ValueError, match="a Remix that is offloaded or on the meta device has no experts"):
+            make(remix)
+
+
 def test_a_pattern_does_not_match_the_module_itself():
     assert [name for name, _ in Remix(Tiny(), ["*"], 2, timestep="sigma", boundaries=[0, 0.5, 1]).mixed()] == ["a", "b"]
 
