@@ -90,8 +90,14 @@ class Coefficients(nn.Module):
         return super()._apply(convert, *args, **kwargs)
 
     def per_expert(self) -> list[list[list[float]]]:
-        """Return the coefficients of each expert, [N][1 or depth][K], computed on the host, as equal on all devices."""
+        """Return the coefficients of each expert, [N][1 or depth][K], computed on the host, as equal on all devices.
+
+        Raises:
+            ValueError: if the logits have no values, because the Remix is offloaded or on the meta device.
+        """
         logits = self.logits.detach()
+        if logits.is_meta:
+            raise ValueError("a Remix that is offloaded or on the meta device has no experts: make them before")
         # FSDP divides the rows among the processes.
         logits = (logits.full_tensor() if hasattr(logits, "full_tensor") else logits).cpu()
         alpha = logits.softmax(-1) if self.mixer == "softmax" else logits
@@ -110,8 +116,9 @@ class BatchCoefficients:
 
     # [1 or depth, G, K] while Remix.forward runs
     alpha: Tensor | None = None
-    # Number of samples B of the batch
-    size: int = 1
+    # An empty row for each sample of the batch [B, 0]. Compiled blocks would be compiled again for each number B, but
+    # not for each shape.
+    samples: Tensor | None = None
     # Whether the G groups are the samples of the batch.
     per_sample: bool = False
 
@@ -130,7 +137,7 @@ class BatchCoefficients:
         # A compiled graph would depend on whether it is the first one.
         if not torch.compiler.is_compiling() and self.alpha is not None:
             raise RuntimeError("a Remix was called while it runs, such as in two threads: use a copy in each of them")
-        self.alpha, self.size, self.per_sample = alpha[:, experts], size, per_sample
+        self.alpha, self.samples, self.per_sample = alpha[:, experts], alpha.new_empty(size, 0), per_sample
 
     def of(self, row: int, x: Tensor) -> Tensor:
         """Return the current coefficients [G, K] for a layer with this row and its input x [rows, ..., in].
@@ -145,19 +152,24 @@ class BatchCoefficients:
         if self.alpha is None:
             raise RuntimeError(
                 "a mixed layer runs only while its Remix is called, and not another method of its module; a checkpoint "
-                "of activations that repeats it later needs context_fn=remix.batch_coefficients.contexts"
+                "of activations that repeats it later needs context_fn=remix.batch_coefficients.contexts and "
+                "use_reentrant=False"
             )
-        n_groups = self.alpha.shape[1]
-        if n_groups > 1 and (len(x) != self.size if self.per_sample else len(x) % self.size):
+        n_groups, size = self.alpha.shape[1], len(self.samples)
+        if n_groups > 1 and (len(x) != size if self.per_sample else len(x) % size):
             raise RowsError(
-                f"the first dimension of a mixed layer's input {list(x.shape)} is not the batch of {self.size} "
+                f"the first dimension of a mixed layer's input {list(x.shape)} is not the batch of {size} "
                 "samples: use batches of one expert, or leave the layer out"
             )
         return self.alpha[row]
 
     def end(self):
         """Forget the batch."""
-        self.alpha = None
+        self.alpha = self.samples = None
+
+    def __getstate__(self) -> dict:
+        """Return what copies get: not the batch, which would never end in a copy that is made while it is in flight."""
+        return vars(self) | dict.fromkeys(("alpha", "samples"))
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum values over the processes that the bases are divided among."""

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mixing import fsdp
 from mixing.low_rank import LowRankExpert, LowRankLinear
@@ -52,9 +53,9 @@ def switching_stage(remix: nn.Module, s: int) -> nn.Module:
 def without_graphs(module: nn.Module) -> dict[int, Tensor]:
     """Return what `copy.deepcopy` takes for results of autograd that modules keep, which it refuses to copy.
 
-    Such as activations, and weights that `torch.nn.utils.weight_norm` has computed.
+    Such as activations, also in lists, and weights that `torch.nn.utils.weight_norm` has computed.
     """
-    kept = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    kept = (value for part in module.modules() for value in tree_leaves(vars(part)) if isinstance(value, Tensor))
     return {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf}
 
 

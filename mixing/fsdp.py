@@ -154,9 +154,10 @@ def check_whole(modules: Sequence[nn.Module]):
     for module in modules:
         for part in module.modules() if isinstance(module, nn.Module) else ():
             if isinstance(part, nn.parallel.DistributedDataParallel | nn.DataParallel):
-                kind = type(part).__name__
+                # The replicas of a DataParallel would share the coefficients of one batch.
                 raise ValueError(
-                    f"a {kind} would not know the bases: make a Remix of its `module`, then a {kind} of it"
+                    f"a {type(part).__name__} would not know the bases: make a Remix of its `module`, then a "
+                    "DistributedDataParallel of it"
                 )
         if isinstance(module, nn.Module) and (
             is_sharded(module) or any(hasattr(parameter, "full_tensor") for parameter in module.parameters())

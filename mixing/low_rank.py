@@ -109,10 +109,12 @@ class LowRankLinear(LowRankPairs):
     def fold(layers: list["LowRankLinear"], linears: list[nn.Linear], alpha: list[float]):
         """See `remix.RemixLinear.fold`. The layers may be `LowRankExpert`s, which get the pairs only."""
         for layer, linear in zip(layers, linears, strict=True):
-            a, b = layer.lora_pair(alpha)
+            # Pairs that are made in inference mode could not be used in a later call with gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                a, b = layer.lora_pair(alpha)
             # peft wraps the layers that it adapts.
             if isinstance(expert := getattr(linear, "base_layer", linear), LowRankExpert):
-                expert.a, expert.b = a.detach(), b
+                expert.a, expert.b = a, b
                 continue
             weight, bias = dense_layer(layer.linear)
             # GPUs may compute products of float32 in TF32.
@@ -215,10 +217,16 @@ def is_hooked(linear: nn.Linear) -> bool:
     return bool(linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
 
 
-def plain_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of a weight when it is dequantized."""
+def plain_dtype(linear: nn.Linear | LowRankLinear) -> torch.dtype:
+    """Return the dtype of the weight of a layer when it is dequantized, or cast for a call."""
+    linear = getattr(linear, "linear", linear)
+    weight = linear.weight
     if (state := getattr(weight, "quant_state", None)) is not None:
         return state.dtype
+    # Those of diffusers for layerwise casting.
+    for hook in getattr(getattr(linear, "_diffusers_hook", None), "hooks", {}).values():
+        if (dtype := getattr(hook, "compute_dtype", None)) is not None:
+            return dtype
     plain = weight.dtype.is_floating_point and weight.dtype.itemsize > 1
     return weight.dtype if plain else torch.get_default_dtype()
 
@@ -242,7 +250,7 @@ def dense_layer(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     stored = type(linear).forward is nn.Linear.forward and weight.device == device
     if stored and not is_hooked(linear):
         return weight, bias
-    inputs = torch.eye(linear.in_features, dtype=plain_dtype(weight), device=device)
+    inputs = torch.eye(linear.in_features, dtype=plain_dtype(linear), device=device)
     point = torch.randn(1, linear.in_features, generator=torch.Generator().manual_seed(0)).to(inputs)
     found = linear(point).float()
 
@@ -251,7 +259,7 @@ def dense_layer(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
         return bool((found - expected).norm() <= error * expected.norm())
 
     # Hooks may compute the weight in the call, as that of weight normalization does, or change nothing.
-    if stored and computes(linear.weight, bias, 8 * torch.finfo(point.dtype).eps):
+    if stored and computes(linear.weight, bias, torch.finfo(point.dtype).eps):
         return linear.weight, bias
     offset = linear(torch.zeros_like(point))[0]  # [out]
     weight = (linear(inputs) - offset).T

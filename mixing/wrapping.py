@@ -196,7 +196,7 @@ def plain_linear(layer: nn.Module, device: str | None = None) -> nn.Linear:
     """Return a plain linear layer with the shape of a mixed layer, not initialized, on its device or another one."""
     # The weights of an offloaded layer are on the meta device, but not its bases.
     device = device or (layer.bases()[0] if layer.weight.is_meta else layer.weight).device
-    options = dict(bias=layer.bias is not None, device=device, dtype=plain_dtype(layer.weight))
+    options = dict(bias=layer.bias is not None, device=device, dtype=plain_dtype(layer))
     linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, **options)
     return linear.requires_grad_(layer.weight.requires_grad)
 
@@ -416,10 +416,18 @@ class Arguments:
     def batches_are_lists(self, size: int, args: tuple, kwargs: dict) -> bool:
         """Return whether no argument is a tensor with the batch as its first dimension and further dimensions.
 
-        The samples of such a module are in lists, such as images of several sizes.
+        Such a tensor may also be in a dictionary or a dataclass. The samples of other modules are in lists, such as
+        images of several sizes.
         """
-        values = [value for name, value in self.named(args, kwargs) if name not in self.unbatched]
-        return not any(has_rows(value, size) and value.ndim > 1 for value in values)
+
+        def is_batch(value: Any) -> bool:
+            if isinstance(value, Mapping):
+                return any(map(is_batch, value.values()))
+            if is_dataclass(value) and not isinstance(value, type):
+                return any(is_batch(getattr(value, part.name)) for part in fields(value))
+            return has_rows(value, size) and value.ndim > 1
+
+        return not any(is_batch(value) for name, value in self.named(args, kwargs) if name not in self.unbatched)
 
     def take(self, rows: Tensor, size: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Select some samples of all arguments that are batches of `size` samples.
@@ -461,7 +469,7 @@ class Arguments:
             if not isinstance(value, list | tuple):
                 if any(has_rows(item, size) for item in getattr(value, "__dict__", {}).values()):
                     kind = type(value).__name__
-                    raise unclear(name, f"is a {kind} that holds batches, and no dictionary or dataclass")
+                    raise unclear(name, f"is a {kind} that holds {size} rows", "or give a dictionary or a dataclass")
                 return value
             if dim is None and len(value) == size:
                 if isinstance(value, tuple):
@@ -472,10 +480,11 @@ class Arguments:
                 return [value[i] for i in indices]
             return _rebuild(value, [take(name, item) for item in value])
 
-        def unclear(name: str, found: str) -> ValueError:
+        def unclear(name: str, found: str, otherwise: str = "") -> ValueError:
+            otherwise = otherwise or f"or the dimension of the batch in its tensors, batch_dims={{{name!r}: ...}}"
             return ValueError(
                 f"a batch of {size} samples of several experts cannot be divided: {name} {found}. Name it in "
-                f"unbatched=[{name!r}], or the dimension of the batch in its tensors, batch_dims={{{name!r}: ...}}"
+                f"unbatched=[{name!r}], {otherwise}"
             )
 
         taken = [v if k in self.unbatched else take(k, v) for k, v in self.named(args, kwargs)]
@@ -489,10 +498,11 @@ class Arguments:
 
 
 def _with_fields(value: Any, field: Callable[[str], Any]) -> Any:
-    """Return a copy of a dataclass with other values of the fields, by a function of their names."""
+    """Return a copy of a dataclass with other values of its fields and attributes, by a function of their names."""
     value = copy.copy(value)
-    for part in fields(value):
-        object.__setattr__(value, part.name, field(part.name))
+    # Such as attributes that __post_init__ has set.
+    for name in dict.fromkeys([*(part.name for part in fields(value)), *getattr(value, "__dict__", ())]):
+        object.__setattr__(value, name, field(name))
     return value
 
 

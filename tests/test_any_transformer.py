@@ -951,7 +951,7 @@ def test_modules_that_would_not_run_as_promised_are_refused():
     with pytest.raises(ValueError, match=r"has an argument 'groups', which a Remix takes itself: rename it"):
         wrap_tiny(Grouped())
     for wrapped in (nn.DataParallel(Tiny()), nn.Sequential(nn.DataParallel(Tiny()))):
-        with pytest.raises(ValueError, match=r"a DataParallel would not know the bases: make a Remix of its `module`"):
+        with pytest.raises(ValueError, match=r"make a Remix of its `module`, then a DistributedDataParallel"):
             Remix(wrapped, ["module.a"], 2, 2, timestep=lambda x, sigma: sigma, highest_level=1)
     module = Tiny()
     module.a = torch.compile(module.a, backend="eager")
@@ -991,6 +991,32 @@ def test_a_call_within_a_call_is_refused():
         remix(x, sigma)
     other = None
     torch.testing.assert_close(remix(x, sigma), expected)
+
+
+def test_a_copy_that_is_made_in_a_call_can_be_called():
+    """As of a model that is sampled, by another thread."""
+    remix, copies = wrap_tiny(), []
+    x, sigma = torch.randn(2, 6), torch.tensor([0.1, 0.9])
+    remix.backbone.b.register_forward_pre_hook(lambda *_: copies.append(copy.deepcopy(remix)))
+    out = remix(x, sigma)
+    for part in copies[0].backbone.children():
+        part._forward_pre_hooks.clear()
+    torch.testing.assert_close(copies[0](x, sigma), out)
+
+
+def test_compiled_blocks_are_compiled_at_most_twice_for_all_batch_sizes():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    remix = wrap_tiny()
+    torch._dynamo.reset()
+    remix.backbone.compile(backend=count, fullgraph=True)
+    for size in (4, 8, 12):
+        remix(torch.randn(size, 6), torch.tensor([0.1, 0.9]).repeat_interleave(size // 2), groups=2)
+    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize("kind", ["subclass", "parametrized", "attention"])
@@ -1107,6 +1133,7 @@ def test_modules_that_keep_results_of_autograd_have_experts(rank):
 
         def forward(self, x, sigma):
             self.features = super().forward(x, sigma)
+            self.maps = [self.features.tanh()]
             return self.head(self.features)
 
     remix, x, sigma = wrap_tiny(Keeping(), rank=rank), torch.randn(1, 6), torch.tensor([0.3])
@@ -1164,6 +1191,14 @@ def test_layers_that_run_outside_of_a_remix_are_an_error():
     for method in (wrap_tiny().backbone, wrap_tiny().backbone.forward):
         with pytest.raises(RuntimeError, match=r"and not another method of its module; .* needs context_fn"):
             method(torch.randn(2, 6), torch.tensor([0.1, 0.1]))
+
+
+def test_a_remix_without_values_has_no_experts():
+    """As one that accelerate's cpu_offload has moved to the host."""
+    remix = wrap_tiny().to("meta")
+    for make in (FoldedRemix, lambda remix: remix.expert(0)):
+        with pytest.raises(ValueError, match="a Remix that is offloaded or on the meta device has no experts"):
+            make(remix)
 
 
 def test_a_pattern_does_not_match_the_module_itself():
@@ -1316,12 +1351,15 @@ class Condition:
     text: Tensor
     scale: float = 2.0
 
+    def __post_init__(self):
+        object.__setattr__(self, "scaled", self.text * self.scale)
+
 
 class Conditioned(Tiny):
     """Has the noise level in a dataclass, and returns one."""
 
     def forward(self, x, condition):
-        out = super().forward(x, condition.sigma, condition.text * condition.scale)
+        out = super().forward(x, condition.sigma, condition.scaled)
         return Condition(out, out + 1, condition.scale)
 
 
@@ -1335,6 +1373,7 @@ def test_dataclasses_of_batches_are_divided_and_joined(rank):
         alone = remix(x[i : i + 1], Condition(sigma[i : i + 1], text[i : i + 1]))
         torch.testing.assert_close(mixed.sigma[i : i + 1], alone.sigma)
         torch.testing.assert_close(mixed.text[i : i + 1], alone.text)
+        torch.testing.assert_close(mixed.scaled[i : i + 1], alone.scaled)
     assert mixed.scale == 2
 
 
@@ -1343,13 +1382,17 @@ class InDictionary(Tiny):
         return super().forward(batch["x"], batch["sigma"], batch["text"])
 
 
+@ranks
 @torch.no_grad()
-def test_dictionaries_of_batches_are_divided():
-    remix = wrap_tiny(InDictionary(), level=lambda batch: batch["sigma"])
+def test_dictionaries_of_batches_are_divided(rank):
+    remix, calls = wrap_tiny(InDictionary(), rank=rank, level=lambda batch: batch["sigma"]), []
+    remix.backbone.register_forward_hook(lambda *_: calls.append(1))
     batch = dict(x=torch.randn(4, 6), sigma=torch.tensor([0.9, 0.1, 0.6, 0.3]), text=torch.randn(4, 6), kind="image")
     alone = torch.cat([remix(batch | {key: batch[key][i : i + 1] for key in ("x", "sigma", "text")}) for i in range(4)])
     for kind in (dict, UserDict, partial(defaultdict, list)):
+        calls.clear()
         torch.testing.assert_close(remix(kind(batch)), alone)
+        assert len(calls) == (1 if rank else 4)
 
 
 class Packed(Tiny):

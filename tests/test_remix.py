@@ -325,7 +325,7 @@ def test_a_layer_and_its_gradients_match_the_definition(device, dtype, backend):
     results = []
     for fast in (True, False):
         inputs = [tensor.clone().requires_grad_() for tensor in (alpha, x)]
-        coefficients.alpha = inputs[0].unsqueeze(0)
+        coefficients.alpha, coefficients.samples = inputs[0].unsqueeze(0), x
         layer.zero_grad()
         if fast:
             run = torch.compile(layer, fullgraph=True, backend=backend) if backend else layer
@@ -353,6 +353,7 @@ def test_mixing_takes_no_memory_per_basis(backend, groups):
 
     def train():
         coefficients.alpha = torch.full((1, groups, n_basis), 1 / n_basis, requires_grad=True)
+        coefficients.samples = x
         layer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16):
             out = run(x)

@@ -116,7 +116,7 @@ def test_gradients_are_those_of_whole_matrices():
     coefficients.alpha = torch.rand(1, 3, 4, dtype=torch.float64, requires_grad=True)
     layer = LowRankLinear(nn.Linear(5, 6, dtype=torch.float64), 4, 2, coefficients)
     nn.init.normal_(layer.lora_B)
-    x = torch.randn(6, 7, 5, dtype=torch.float64)
+    coefficients.samples = x = torch.randn(6, 7, 5, dtype=torch.float64)
     parameters = [coefficients.alpha, *layer.parameters()]
     fast = torch.autograd.grad(layer(x).square().sum(), parameters)
     theta = layer.weight + torch.einsum("gk,kor,kri->goi", coefficients.alpha[0], layer.lora_B, layer.lora_A)
@@ -272,6 +272,10 @@ def test_what_hooks_of_a_layer_do_is_folded_or_refused(change):
     out = remix(x, SIGMA)
     for i, expert in enumerate((3, 0, 2, 1)):
         torch.testing.assert_close(experts[expert](x[i : i + 1], SIGMA), out[i : i + 1])
+    # Also a change of a few roundings.
+    layer = nn.Linear(64, 64).bfloat16()
+    layer.register_forward_hook(lambda layer, args, out: 1.03 * out)
+    assert not torch.equal(dense_layer(layer)[0], layer.weight)
     # Hooks that change nothing leave the weights exactly as they are.
     remix.backbone.b.linear.register_forward_hook(lambda *_: None)
     assert torch.equal(dense_layer(remix.backbone.b.linear)[0], remix.backbone.b.weight)
@@ -281,21 +285,33 @@ def test_what_hooks_of_a_layer_do_is_folded_or_refused(change):
 def test_layerwise_casting_reaches_the_kept_layers_before_and_after_wrapping():
     from diffusers.hooks import apply_layerwise_casting
 
-    x, outputs = torch.randn(4, 5, 6), []
-    for before in (False, True):
-        torch.manual_seed(1)
-        module = Tiny()
-        remix = module if before else wrap(module)
-        apply_layerwise_casting(remix, torch.float8_e4m3fn, torch.float32)
-        remix = wrap(module) if before else remix
-        assert remix.backbone.a.weight.dtype == torch.float8_e4m3fn
-        assert remix.backbone.a.lora_A.dtype == torch.float32
-        outputs.append(remix(x, SIGMA))
-        for i, expert in enumerate((3, 0, 2, 1)):
-            torch.testing.assert_close(remix.expert(expert)(x[i : i + 1], SIGMA), outputs[-1][i : i + 1])
-    assert torch.equal(*outputs)
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        x, outputs = torch.randn(4, 5, 6, dtype=dtype), []
+        for before in (False, True):
+            torch.manual_seed(1)
+            module = Tiny()
+            remix = module if before else wrap(module)
+            apply_layerwise_casting(remix, torch.float8_e4m3fn, dtype)
+            remix = wrap(module) if before else remix
+            assert remix.backbone.a.weight.dtype == torch.float8_e4m3fn
+            assert remix.backbone.a.lora_A.dtype == torch.float32
+            outputs.append(remix(x, SIGMA))
+            for i, expert in enumerate((3, 0, 2, 1)):
+                out = remix.expert(expert)(x[i : i + 1], SIGMA)
+                torch.testing.assert_close(out, outputs[-1][i : i + 1], rtol=error, atol=error)
+            assert remix.distances()[1] > 0
+        assert torch.equal(*outputs)
     with pytest.raises(AttributeError, match="whole bases are not cast by layers"):
         wrap_whole().enable_layerwise_casting()
+
+
+def test_experts_that_were_selected_in_inference_mode_have_gradients():
+    folded, x = FoldedRemix(wrap(Tiny())), torch.randn(1, 5, 6, requires_grad=True)
+    with torch.inference_mode():
+        expected = folded(x, SIGMA[:1])
+    out = folded(x, SIGMA[:1])
+    torch.testing.assert_close(out, expected)
+    assert torch.autograd.grad(out.sum(), x)[0].norm() > 0
 
 
 @torch.no_grad()
