@@ -247,7 +247,7 @@ def join_outputs(outputs: list, order: Tensor, sizes: list[int], lists: bool) ->
             return [joined[i] for i in inverse.tolist()]
         if isinstance(first, list) and len({*map(len, parts)}) == 1:
             return [join_trees(*values) for values in zip(*parts, strict=True)]
-        if is_dataclass(first) and not isinstance(first, type):
+        if is_record(first):
             return _with_fields(first, lambda name: join_trees(*(getattr(part, name) for part in parts)))
         if all(isinstance(part, Tensor) and has_rows(part, size) for part, size in zip(parts, sizes, strict=True)):
             return torch.cat(parts)[inverse]
@@ -423,7 +423,7 @@ class Arguments:
         def is_batch(value: Any) -> bool:
             if isinstance(value, Mapping):
                 return any(map(is_batch, value.values()))
-            if is_dataclass(value) and not isinstance(value, type):
+            if is_record(value):
                 return any(is_batch(getattr(value, part.name)) for part in fields(value))
             return has_rows(value, size) and value.ndim > 1
 
@@ -464,7 +464,7 @@ class Arguments:
                 return value
             if isinstance(value, Mapping):
                 return _rebuild(value, {key: take(name, item) for key, item in value.items()})
-            if is_dataclass(value) and not isinstance(value, type):
+            if is_record(value):
                 return _with_fields(value, lambda key: take(name, getattr(value, key)))
             if not isinstance(value, list | tuple):
                 if any(has_rows(item, size) for item in getattr(value, "__dict__", {}).values()):
@@ -495,6 +495,11 @@ class Arguments:
                 "if they are not; with rank, packed tokens can have a noise level each"
             )
         return tuple(taken[: len(args)]), dict(zip(kwargs, taken[len(args) :], strict=True))
+
+
+def is_record(value: Any) -> bool:
+    """Return whether a value is an instance of a dataclass, whose fields can be divided and joined."""
+    return is_dataclass(value) and not isinstance(value, type)
 
 
 def _with_fields(value: Any, field: Callable[[str], Any]) -> Any:
